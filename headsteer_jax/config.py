@@ -1,0 +1,451 @@
+"""What an experiment is: every number that it depends on, documented, typed and checked at the start.
+
+A config file defines `get_config() -> Config`. The sections are in the order of the data flow. They are frozen, hence
+hashable: a section can be a static argument of a jitted function. A field's docstring is its help text.
+"""
+
+import difflib
+import json
+import math
+import runpy
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
+
+
+class HeadSteerError(Exception):
+    """A mistake or a misfortune outside the program: its message is one line that names the culprit and the mend."""
+
+
+class Section(BaseModel):
+    """One group of fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Which images, and how they reach the model."""
+
+    source: Literal["double_digits", "tfds", "folder", "npz"] = "double_digits"
+    """double_digits: two handwritten digits on a canvas (ships with scikit-learn); tfds: a TensorFlow Datasets name, or a
+    prepared directory; folder: <path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg; npz: one file with train_images,
+    train_labels, test_images, test_labels and, optionally, class_names."""
+    name: str = ""
+    """tfds only: the dataset's name, such as cifar100."""
+    path: str = ""
+    """tfds: the directory that holds the prepared dataset (empty: TFDS's own default); folder, npz: where the data are."""
+    image_size: PositiveInt = 20
+    """Side in pixels of the square image that the model sees. Other sizes are resized to it."""
+    channels: Literal[1, 3] = 1
+    """1 for grey images, 3 for colour."""
+    mean: tuple[Finite, ...] = (0.0,)
+    """Per channel, in units of the full scale (0 to 1): subtracted from every pixel."""
+    std: tuple[PositiveFloat, ...] = (1.0,)
+    """Per channel, likewise: every pixel is divided by it."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of each class's training images that is cut off for validation, before anything is fitted. double_digits: the
+    share of the training part's source digits."""
+    train_per_class: NonNegativeInt = 0
+    """At most so many training images of each class, the first ones by a seeded permutation; 0: all. double_digits: the
+    number of canvases composed for each class (0: 400)."""
+    eval_per_class: NonNegativeInt = 0
+    """The same for validation and test; 0: all (double_digits: 100)."""
+    memory_limit_mb: PositiveInt = 4096
+    """A split that takes less when decoded is held in memory; a larger one is decoded batch by batch, in threads."""
+    crop_padding: NonNegativeInt = 2
+    """Training: the image is shifted by up to so many pixels each way (a random crop of the zero-padded image)."""
+    crop_scale: Share = 1.0
+    """Training: a random square of at least this share of the image's area is resized to image_size; 1: off."""
+    flip: bool = False
+    """Training: mirror left and right with probability 1/2."""
+    rand_augment_ops: NonNegativeInt = 0
+    """Training: RandAugment operations (arXiv:1909.13719) applied to each image; 0: off, 2 is usual at 224 pixels."""
+    rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """RandAugment's strength, 0 to 10."""
+
+
+class ModelConfig(Section):
+    """The vision transformer [ViT]: pre-norm blocks and a CLS token. SIZES in this file lists the usual shapes."""
+
+    patch: PositiveInt = 4
+    """Side of a patch in pixels; it divides data.image_size. T = 1 + (image_size / patch)^2 tokens."""
+    depth: PositiveInt = 4
+    """Blocks, L."""
+    width: PositiveInt = 96
+    """Residual stream's width, D."""
+    heads: PositiveInt = 6
+    """Attention heads in each block, H; it divides width."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Hidden width of the MLP over D."""
+    layer_norm_epsilon: PositiveFloat = 1e-6
+    """1e-6 in published vision transformers; PyTorch's default is 1e-5."""
+    gelu: Literal["exact", "tanh"] = "exact"
+    """exact (erf): timm's and Hugging Face's checkpoints; tanh: the original JAX checkpoints."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products are computed in. Parameters, LayerNorm, softmax, gates and logits stay float32."""
+    pretrained: str = ""
+    """A timm `.safetensors` file for the backbone, or hf://owner/model (the extra `hub`); empty: from scratch."""
+
+    @classmethod
+    def of_size(cls, size: Literal["Ti", "S", "B"], **fields: Any) -> Self:
+        """A usual size by its letter, other fields as given."""
+        depth, width, heads = SIZES[size]
+        return cls(depth=depth, width=width, heads=heads, **fields)
+
+
+class GateConfig(Section):
+    """The decision network in each gated layer, and the pressure on it [AdaViT]."""
+
+    first_layer: PositiveInt = 1
+    """Layers before this one keep all their heads ([AdaViT]: only layer 0 does)."""
+    layer_norm: bool = False
+    """Normalise the CLS residual before the gate. Without it the gate logit is affine in the steering strength."""
+    dropped: Literal["zero", "identity"] = "zero"
+    """What a dropped head does. zero: its output is 0; identity: each token attends to itself, so its value passes."""
+    bias: Finite = 2.0
+    """The gates' bias at the start: open enough that the pretrained features survive the switch-on."""
+    temperature: PositiveFloat = 1.0
+    """tau in sigmoid((m + noise) / tau), whose gradient the straight-through estimator uses; [AdaViT]'s code: 5."""
+    noise: NonNegativeFloat = 1.0
+    """Scale of the logistic noise while training, before annealing; 0: thresholded gates from the start."""
+    target: Share = 0.75
+    """Share of heads to keep."""
+    scope: Literal["layer", "mean"] = "layer"
+    """Each gated layer has the target, or only the mean over all gated layers has."""
+    loss: Literal["absolute", "squared"] = "absolute"
+    """|usage - target| ([AdaViT]'s code) or its square ([AdaViT]'s paper)."""
+    weight: NonNegativeFloat = 2.0
+    """Weight of the usage loss."""
+    anneal: Fraction = 0.62
+    """Over this first share of the gated phase the noise falls linearly to 0 and the target from 1 to its value. What is
+    left trains thresholded gates: sampled and thresholded gates are two different models."""
+
+
+class PhaseConfig(Section):
+    """One training phase: linear warm-up, then a cosine to `final` times the peak."""
+
+    steps: NonNegativeInt
+    """Optimizer steps; 0: no such phase."""
+    learning_rate: PositiveFloat = 1e-3
+    """The peak."""
+    warmup: Fraction = 0.05
+    """Share of the phase's steps that the learning rate takes to rise from 0."""
+    final: Fraction = 0.0
+    """Last learning rate over the peak."""
+
+
+class TrainConfig(Section):
+    """AdamW on cross-entropy plus the usage loss: first dense, then with gates."""
+
+    batch: PositiveInt = 128
+    """Images in a step, B."""
+    dense: PhaseConfig = PhaseConfig(steps=1500)
+    """All heads on."""
+    gated: PhaseConfig = PhaseConfig(steps=800)
+    """Gates on, from where the dense phase ended."""
+    dense_control: bool = True
+    """Also continue the dense model with the gated phase's steps and learning rate: the dense model of the same length."""
+    use: Literal["last", "best"] = "last"
+    """Which checkpoint of the gated phase later stages read: the last, or the best on validation after annealing."""
+    weight_decay: NonNegativeFloat = 0.05
+    """AdamW's, on matrices only."""
+    clip: PositiveFloat = 1.0
+    """Largest global norm of the gradient."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the label spread over all classes."""
+    mixup: NonNegativeFloat = 0.0
+    """alpha of mixup's Beta distribution (arXiv:1710.09412); 0: off."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the parameters' exponential moving average, which is then what is evaluated and kept; 0: off."""
+    eval_batch: PositiveInt = 1000
+    """Images in a forward pass of evaluation, in every stage."""
+    steps_per_call: PositiveInt = 25
+    """Steps in one jitted call, whose batches are sent together; one row of metrics.jsonl holds their means."""
+    eval_every: PositiveInt = 250
+    """Steps between evaluations on the validation split, and between checkpoints; a multiple of steps_per_call."""
+
+
+class SAEConfig(Section):
+    """The top-k sparse autoencoder of the CLS residual that enters one layer [TopK]."""
+
+    layer: int = -1
+    """The layer whose input it reads; negative counts from the end (-1: the last, [LH26]'s)."""
+    expansion: PositiveInt = 8
+    """Latents over width: F = expansion * D ([LH26]: 384 -> 3072)."""
+    k: PositiveInt = 32
+    """Active latents for each image (not known in [LH26])."""
+    seeds: PositiveInt = 3
+    """Autoencoders trained side by side from different initialisations; every steering figure is made with each."""
+    epochs: PositiveInt = 100
+    """Passes over the training split's residuals."""
+    batch: PositiveInt = 1024
+    """Residuals in a step; at most one for each training image."""
+    learning_rate: PositiveFloat = 4e-4
+    """Adam's peak."""
+    warmup: Fraction = 0.05
+    """Share of all steps for the rise."""
+    decay: Fraction = 0.2
+    """Share of all steps, the last ones, over which the learning rate falls linearly to 0."""
+    aux_k: NonNegativeInt = 0
+    """Dead latents that reconstruct the residual in AuxK; 0: D / 2."""
+    aux_weight: NonNegativeFloat = 1 / 32
+    """Weight of AuxK's loss; 0: off."""
+    dead_window: PositiveInt = 3
+    """Epochs without firing after which a latent counts as dead."""
+
+
+class SteerConfig(Section):
+    """Which latents are changed, how, and by how much."""
+
+    strategies: tuple[str, ...] = ("class", "global", "random", "matched_random")
+    """Ways to choose latents: names in headsteer_jax.latents.STRATEGIES."""
+    latents: PositiveInt = 16
+    """Latents that a strategy chooses for each class, |S| (not known in [LH26])."""
+    max_frequency: Share = 1.0
+    """Latents that fire on more than this share of the training images are never chosen (dense latents are no concepts)."""
+    mode: Literal["add", "scale", "clamp", "ablate"] = "add"
+    """add: z + alpha s, s the latent's mean activation where it fires; scale: (1 + alpha) z; clamp: alpha s; ablate:
+    (1 - alpha) z with alpha cut to [0, 1]. Latents stay >= 0."""
+    form: Literal["delta", "replace"] = "delta"
+    """delta: x + decode(z') - decode(z), which keeps the autoencoder's error; replace: decode(z')."""
+    target: Literal["policy", "residual"] = "policy"
+    """policy: only the gate reads the steered x' ([LH26]'s); residual: the block computes on it too."""
+    alphas: tuple[Finite, ...] = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+    """Strengths; 0, the unsteered model, is added where it is missing."""
+    classes: tuple[str, ...] = ()
+    """Steer and score only images of these classes; empty: all."""
+    tolerance: Fraction = 0.01
+    """Accuracy that the choice of alpha on validation may give up."""
+    saving: Fraction = 0.2
+    """A class is `saved` when its usage falls by at least this much at no loss of accuracy."""
+    bootstrap: PositiveInt = 1000
+    """Resamplings behind each confidence interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Level of the intervals."""
+    chunk: PositiveInt = 1000
+    """Images in one jitted call of the sweep."""
+
+
+class ReportConfig(Section):
+    """What the page shows."""
+
+    top_classes: PositiveInt = 12
+    """Rows of the ranking of classes by saving at no loss, and classes whose latents are shown."""
+    top_latents: PositiveInt = 4
+    """Latents shown for each of those classes."""
+    top_images: PositiveInt = 8
+    """Images shown for each latent."""
+    dpi: Annotated[int, Field(ge=50, le=600)] = 110
+    """Resolution of the PNG figures."""
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    seed: NonNegativeInt = 0
+    """Everything random follows from it: same seed, same machine, same bits."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    gate: GateConfig = GateConfig()
+    train: TrainConfig = TrainConfig()
+    sae: SAEConfig = SAEConfig()
+    steer: SteerConfig = SteerConfig()
+    report: ReportConfig = ReportConfig()
+
+    @property
+    def sae_layer(self) -> int:
+        """The layer that the autoencoder reads, counted from 0."""
+        return self.sae.layer % self.model.depth
+
+    @property
+    def latents(self) -> int:
+        """F, the autoencoder's latents."""
+        return self.sae.expansion * self.model.width
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        d, m, s = self.data, self.model, self.sae
+        gated = range(self.gate.first_layer, m.depth)
+        for field, value, ok, allowed in (
+            ("model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"),
+            ("model.heads", m.heads, m.width % m.heads == 0, f"a divisor of model.width = {m.width}"),
+            ("data.mean", d.mean, len(d.mean) == d.channels, f"one number for each of data.channels = {d.channels}"),
+            ("data.std", d.std, len(d.std) == d.channels, f"one number for each of data.channels = {d.channels}"),
+            ("data.name", d.name, d.source != "tfds" or d.name, "a TFDS dataset's name, as data.source is 'tfds'"),
+            ("data.path", d.path, d.source not in ("folder", "npz") or d.path, f"a path, as data.source is {d.source!r}"),
+            ("gate.first_layer", self.gate.first_layer, len(gated) > 0, f"below model.depth = {m.depth}"),
+            ("model.heads", m.heads, m.heads <= 12, "at most 12: the controls try every one of the 2^heads subsets"),
+            ("train.eval_every", self.train.eval_every, self.train.eval_every % self.train.steps_per_call == 0,
+             f"a multiple of train.steps_per_call = {self.train.steps_per_call}"),
+            ("sae.layer", s.layer, -m.depth <= s.layer < m.depth and self.sae_layer in gated,
+             f"a gated layer: {gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"),
+            ("sae.k", s.k, s.k <= self.latents, f"at most the {self.latents} latents (sae.expansion * model.width)"),
+            ("steer.latents", self.steer.latents, self.steer.latents <= self.latents, f"at most the {self.latents} latents"),
+            ("steer.alphas", self.steer.alphas, len(set(self.steer.alphas)) == len(self.steer.alphas) > 0,
+             "at least one number, none twice"),
+            ("steer.classes", self.steer.classes, len(set(self.steer.classes)) == len(self.steer.classes), "no name twice"),
+            ("steer.strategies", self.steer.strategies,
+             len(set(self.steer.strategies)) == len(self.steer.strategies) > 0, "at least one name, none twice"),
+            ("train.gated.steps", self.train.gated.steps, self.train.gated.steps > 0, "at least 1: the gates must learn"),
+        ):  # fmt: skip
+            if not ok:
+                raise ValueError(f"{field} = {value!r}: allowed is {allowed}")
+        return self
+
+
+def _one_line(error: ValidationError, prefix: str = "") -> str:
+    """The first fault of a validation, as `config.FIELD = VALUE: what is allowed`."""
+    fault = error.errors(include_url=False)[0]
+    path = ".".join([prefix, *map(str, fault["loc"])] if prefix else map(str, fault["loc"]))
+    if fault["type"] == "value_error":  # our own message, from _fields_agree: names its field
+        return f"config.{fault['ctx']['error']}"
+    if fault["type"] == "extra_forbidden":
+        return f"config.{path}: there is no such field{_did_you_mean(path)}"
+    return f"config.{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _did_you_mean(path: str) -> str:
+    close = difflib.get_close_matches(path, [name for name, *_ in fields()], n=1, cutoff=0.5)
+    return f"; did you mean config.{close[0]}?" if close else "; run.py --help lists the fields"
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
+    """Every leaf field: its dotted path, type, help text and default."""
+    for name, info in section.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from fields(annotation, f"{prefix}{name}.")
+        else:
+            metadata = (annotation, *info.metadata) if info.metadata else (annotation,)
+            typed = Annotated[metadata] if len(metadata) > 1 else annotation
+            yield prefix + name, typed, " ".join((info.description or "").split()), info.default
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted path -> value, of every leaf field, in JSON's types."""
+
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(json.loads(config.model_dump_json()), ""))
+
+
+def _is_tuple(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _is_tuple(get_args(annotation)[0])
+    return get_origin(annotation) is tuple
+
+
+def override(config: Config, path: str, text: str) -> Config:
+    """`config` with the leaf field at a dotted path set from a command line's text; tuples are comma-separated.
+
+    The result is not yet checked as a whole: `load_config` does that once, after the last override.
+
+    Raises:
+      HeadSteerError: no such field, or a text that is not of its type or range.
+    """
+    typed = {name: annotation for name, annotation, *_ in fields()}
+    if path not in typed:
+        raise HeadSteerError(f"config.{path}: there is no such field{_did_you_mean(path)}")
+    value: Any = text
+    if _is_tuple(typed[path]):
+        value = tuple(part.strip() for part in text.strip("()[] ").split(",") if part.strip())
+    try:
+        value = TypeAdapter(typed[path]).validate_strings(value)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+        raise HeadSteerError(f"config.{path} = {text!r}: {message}") from None
+
+    def put(section: Section, names: list[str]) -> Section:
+        new = put(getattr(section, names[0]), names[1:]) if len(names) > 1 else value
+        return section.model_copy(update={names[0]: new})
+
+    result = put(config, path.split("."))
+    assert isinstance(result, Config)
+    return result
+
+
+def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingProxyType({})) -> Config:
+    """The config that a file's `get_config()` returns, with overrides, checked.
+
+    Args:
+      path: a Python file that defines get_config() -> Config.
+      overrides: dotted field path -> text, as on the command line.
+
+    Raises:
+      HeadSteerError: no such file, a file that fails, or a field that is unknown, of a wrong type or impossible.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HeadSteerError(f"--config={path}: no such file; the directory {path.parent} should hold it")
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+        if not isinstance(config, Config):
+            raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}, not a Config")
+    except ValidationError as error:
+        section = error.title.removesuffix("Config").lower()
+        raise HeadSteerError(f"{_one_line(error, section)} (in {path})") from None
+    except KeyError:
+        raise HeadSteerError(f"--config={path}: the file defines no get_config()") from None
+    except HeadSteerError:
+        raise
+    except Exception as error:
+        raise HeadSteerError(f"--config={path}: the file failed with {type(error).__name__}: {error}") from None
+    for name, text in overrides.items():
+        config = override(config, name, text)
+    try:  # the overrides were put in without the checks across fields
+        return Config.model_validate(config.model_dump())
+    except ValidationError as error:
+        raise HeadSteerError(_one_line(error)) from None
+
+
+def help_text() -> str:
+    """The config's fields with type, default and meaning, for --help."""
+    lines = []
+    for path, annotation, text, default in fields():
+        shown = "required" if default is ... or repr(default) == "PydanticUndefined" else repr(default)
+        lines.append(f"  --config.{path} ({_type_name(annotation)}; {shown})\n      {text}")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return f"{_type_name(args[0])}, ..."
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type_name, args))
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def json_number(value: float) -> float | None:
+    """A float as JSON can hold it: NaN and infinities become null."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,281 @@
+"""The four stages and their bookkeeping: each reads what the one before saved, and is done once.
+
+A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. What of the
+config a stage depends on is in NEEDS; a finished or interrupted stage whose part of the config changed is not touched
+unless --overwrite says so. A stage that was made again makes those after it stale.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headsteer_jax.activations import observe, padded_chunks
+from headsteer_jax.augment import preprocess
+from headsteer_jax.checkpoint import (
+    make_directory,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_json,
+)
+from headsteer_jax.config import Config, HeadSteerError, flatten
+from headsteer_jax.data import Dataset, Split, gather, load
+from headsteer_jax.progress import say
+from headsteer_jax.report import write_report
+from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, health, train_sae, uncentre
+from headsteer_jax.steer import suffix
+from headsteer_jax.summary import summarise
+from headsteer_jax.sweep import check_names, run_sweep, seed_of
+from headsteer_jax.train import read_log, train, trained
+from headsteer_jax.vit import ViT
+
+NEEDS = {
+    "train": ("seed", "data", "model", "gate", "train"),
+    "sae": ("seed", "data", "model", "gate", "train", "sae"),
+    "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
+    "report": ("seed", "data", "model", "gate", "train", "sae", "steer", "report"),
+}
+STAGES = tuple(NEEDS)
+PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+
+
+def train_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
+    """Train the gated model, then measure it and the dense ones on the test split."""
+    train(config, dataset, workdir / "train")
+    accuracies = {}
+    for phase, gating in (("dense", "dense"), ("dense_control", "dense"), ("gated", "thresholded")):
+        wanted = {"dense": config.train.dense.steps > 0, "dense_control": config.train.dense_control, "gated": True}
+        if wanted[phase]:
+            model, params = trained(config, dataset, workdir / "train", phase)  # type: ignore[arg-type]
+            seen = observe(model, params, dataset.test, config, gating, config.sae_layer, f"{phase}: test")  # type: ignore[arg-type]
+            accuracies[phase] = seen.accuracy(dataset.test.labels)
+            if phase == "gated":
+                accuracies["usage"] = seen.gates.mean(axis=(0, 2)).tolist()
+    write_json(workdir / "train" / "test.json", accuracies)
+
+
+def _reconstructed(
+    model: ViT, params: Any, split: Split, saes: SAE, scaling: Scaling, config: Config
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gate agreement and accuracy, [S] each, when every autoencoder's reconstruction replaces x in the gate."""
+    layer, k = config.sae_layer, config.sae.k
+
+    @jax.jit
+    def run(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_BTD, _ = model.apply(
+            params, preprocess(images, config.data),
+            method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
+        )  # fmt: skip
+        x_BD = x_BTD[:, 0]
+        own_BH = model.apply(params, x_BD, layer, method="gate_logits") > 0
+
+        def one(sae: SAE) -> tuple[jax.Array, jax.Array]:
+            x_hat_BD = uncentre(scaling, decode(sae, encode(sae, centre(scaling, x_BD), k)))
+            logits_BC, gates_BH = suffix(model, params, x_BTD, x_hat_BD, layer, "policy")
+            return jnp.mean((gates_BH > 0) == own_BH, axis=1), jnp.argmax(logits_BC, axis=-1) == labels
+
+        return jax.lax.map(one, saes)
+
+    count = len(split.labels)
+    parts = [
+        jax.device_get(run(params, gather(split.images, indices), split.labels[indices]))
+        for indices in padded_chunks(count, config.train.eval_batch)
+    ]
+    agreement, right = (np.concatenate(arrays, axis=1)[:, :count] for arrays in zip(*parts, strict=True))
+    return agreement.mean(axis=1, dtype=np.float64), right.mean(axis=1)
+
+
+def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
+    """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
+    directory = make_directory(workdir / "sae")
+    model, params = trained(config, dataset, workdir / "train")
+    x = {
+        name: observe(model, params, split, config, "thresholded", config.sae_layer, f"{name}: residuals").x
+        for name, split in (("train", dataset.train), ("test", dataset.test))
+    }
+    saes, scaling, curves = train_sae(config, x["train"], directory)
+    agreement, accuracy = _reconstructed(model, params, dataset.test, saes, scaling, config)
+    seeds = []
+    for seed in range(config.sae.seeds):
+        sae = seed_of(saes, seed)
+        on_test = health(sae, scaling, x["test"], encode_all(sae, scaling, x["test"], config.sae.k))
+        fires_F = (encode_all(sae, scaling, x["train"], config.sae.k) > 0).any(axis=0)
+        seeds.append(
+            {
+                "mse": on_test.mse,
+                "explained_variance": on_test.explained_variance,
+                "l0": on_test.l0,
+                "dead_fraction": float(np.mean(~fires_F)),
+                "gate_agreement": float(agreement[seed]),
+                "accuracy": float(accuracy[seed]),
+            }
+        )
+    arrays = {f"sae_{name}": values for name, values in saes._asdict().items()}
+    arrays |= {"mean": scaling.mean, "scale": scaling.scale, "x_train": x["train"]}
+    write_arrays(directory / "autoencoders.npz", arrays | {f"curve_{name}": values for name, values in curves.items()})
+    write_json(
+        directory / "health.json",
+        {name: float(np.mean([s[name] for s in seeds])) for name in seeds[0]} | {"seeds": seeds},
+    )
+
+
+def steer_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
+    """The sweep and its headline numbers."""
+    directory = make_directory(workdir / "steer")
+    model, params = trained(config, dataset, workdir / "train")
+    stored = read_arrays(workdir / "sae" / "autoencoders.npz")
+    saes = SAE(**{name: stored[f"sae_{name}"] for name in SAE._fields})
+    arrays = run_sweep(
+        config, dataset, model, params, saes, Scaling(stored["mean"], stored["scale"]), stored["x_train"]
+    )
+    numbers, extra = summarise(arrays, config)
+    curves = {f"sae_{name}": stored[f"curve_{name}"] for name in ("mse", "dead")}
+    write_arrays(workdir / "sweep.npz", arrays | extra | curves)
+    write_json(directory / "steering.json", numbers)
+
+
+def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
+    """summary.json, the figures and report.html."""
+    test = read_json(workdir / "train" / "test.json")
+    records = {stage: read_json(workdir / stage / "done.json") for stage in STAGES[:-1]}
+    sae = read_json(workdir / "sae" / "health.json")
+    summary = {
+        "dense_accuracy": test.get("dense"),
+        "dense_control_accuracy": test.get("dense_control"),
+        "layer_usage": test["usage"],
+        **read_json(workdir / "steer" / "steering.json"),
+        "sae": sae | {"layer": config.sae_layer, "k": config.sae.k, "latents": config.latents},
+        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
+        "versions": versions(),
+        "config": json.loads(config.model_dump_json()),
+    }
+    write_json(workdir / "summary.json", summary)
+    rows = read_log(workdir / "train" / "metrics.jsonl")
+    write_report(config, workdir.name, dataset, summary, read_arrays(workdir / "sweep.npz"), rows, workdir)
+
+
+RUN: dict[str, Callable[[Config, Dataset, Path], None]] = {
+    "train": train_stage,
+    "sae": sae_stage,
+    "steer": steer_stage,
+    "report": report_stage,
+}
+
+
+def versions() -> dict[str, str]:
+    """What made the numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "device": str(jax.devices()[0])}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def needed(config: Config, stage: str) -> dict[str, Any]:
+    """The fields that a stage depends on, by dotted path."""
+    return {
+        path: value
+        for path, value in flatten(config).items()
+        if any(path == need or path.startswith(f"{need}.") for need in NEEDS[stage])
+    }
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The fields that differ, as text; empty where none does."""
+    missing = object()
+    return "; ".join(
+        f"config.{path} was {json.dumps(before.get(path))}, now {json.dumps(now.get(path))}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path, missing) != now.get(path, missing)
+    )
+
+
+def _inputs(workdir: Path, stage: str) -> dict[str, str]:
+    """When each stage before this one was finished: a stage made again makes this one stale."""
+    before = STAGES[: STAGES.index(stage)]
+    return {name: read_json(workdir / name / "done.json")["finished"] for name in before}
+
+
+def _why_stale(config: Config, workdir: Path, stage: str) -> str:
+    """Why what is there of a stage is not this config's, or an empty text."""
+    for name in ("done.json", "started.json"):
+        path = workdir / stage / name
+        if path.exists():
+            record = read_json(path)
+            different = _difference(record["config"], needed(config, stage))
+            if different:
+                return different
+            if record["inputs"] != _inputs(workdir, stage):
+                return "a stage before it was made again"
+    return ""
+
+
+def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool) -> None:
+    """Run the named stages in order, each unless it is done.
+
+    Raises:
+      HeadSteerError: a stage before the first named one is not done; what is there was made from another config and
+        `overwrite` is off; anything that a stage raises.
+    """
+    workdir = make_directory(workdir)
+    dataset: Dataset | None = None
+    for stage in STAGES:
+        directory = workdir / stage
+        finished = (directory / "done.json").exists()
+        if stage not in stages:
+            later = [name for name in stages if STAGES.index(name) > STAGES.index(stage)]
+            if later and not finished:
+                raise HeadSteerError(f"{later[0]} needs {stage}, which is not done in {workdir}: add it to --stages")
+            if later and (why := _why_stale(config, workdir, stage)):
+                raise HeadSteerError(
+                    f"{later[0]} needs {stage}, but {directory} is of another config ({why}); "
+                    f"add {stage} to --stages and pass --overwrite, or choose another --workdir"
+                )
+            continue
+        why = _why_stale(config, workdir, stage)
+        if why and not overwrite:
+            raise HeadSteerError(f"{directory} is of another config ({why}); pass --overwrite or another --workdir")
+        if why:
+            say(f"{stage}: made again ({why})")
+            shutil.rmtree(directory)
+            finished = False
+        if finished:
+            say(f"{stage}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
+            continue
+        make_directory(directory)
+        record = {"config": needed(config, stage), "inputs": _inputs(workdir, stage)}
+        write_json(directory / "started.json", record)
+        began = time.monotonic()
+        if dataset is None:
+            dataset = load(config.data, config.seed)
+            check_names(config, dataset.class_names)
+        RUN[stage](config, dataset, workdir)
+        seconds = time.monotonic() - began
+        record |= {
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(),
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_json(directory / "done.json", record)
+        say(f"{stage}: done in {seconds:.0f} s")
+
+
+def peak_memory_bytes() -> int:
+    """This process's largest resident memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

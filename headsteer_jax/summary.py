@@ -1,0 +1,318 @@
+"""From the sweep's counts to headline numbers: alphas are chosen on validation, everything is scored on test.
+
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, R resamplings.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from headsteer_jax.config import Config
+from headsteer_jax.latents import STRATEGIES
+from headsteer_jax.stats import (
+    accuracy_at_usage,
+    benjamini_hochberg,
+    bootstrap_means,
+    bootstrap_weights,
+    choose_alpha,
+    controls,
+    interval,
+    mcnemar,
+)
+from headsteer_jax.steer import gates_of
+
+Arrays = dict[str, np.ndarray]
+
+
+def _curves(arrays: Arrays, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Usage and accuracy of each setting, [G, S, Y, A], over all images of a split."""
+    heads = arrays[f"{split}_heads_on"].shape[-1]
+    count = arrays[f"{split}_count"].sum()
+    usage = arrays[f"{split}_heads_on"].sum(axis=(-2, -1)) / (count * heads)
+    return usage, arrays[f"{split}_correct"].sum(axis=-1) / count
+
+
+def _class_curves(arrays: Arrays, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Usage and accuracy of each class, [G, Y, A, C], over all seeds; a class without images counts as 0."""
+    heads, seeds = arrays[f"{split}_heads_on"].shape[-1], arrays[f"{split}_correct"].shape[1]
+    count = np.maximum(arrays[f"{split}_count"], 1) * seeds
+    usage = arrays[f"{split}_heads_on"].sum(axis=(1, -1)) / (count * heads)
+    return usage, arrays[f"{split}_correct"].sum(axis=1) / count
+
+
+def _unsteered(arrays: Arrays, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """[C] usage and accuracy of each class without steering."""
+    count = np.maximum(arrays[f"{split}_count"], 1)
+    heads = arrays[f"{split}_unsteered_heads_on"].shape[-1]
+    usage = arrays[f"{split}_unsteered_heads_on"].sum(axis=-1) / (count * heads)
+    return usage, arrays[f"{split}_unsteered_correct"] / count
+
+
+def saved_classes(
+    usage_C: np.ndarray,
+    accuracy_C: np.ndarray,
+    before: tuple[np.ndarray, np.ndarray],
+    count_C: np.ndarray,
+    saving: float,
+) -> np.ndarray:
+    """[C] bool: the class's usage fell by at least `saving` and its accuracy did not fall."""
+    tiny = 1e-9  # counts are exact, their quotients are not
+    return (before[0] - usage_C >= saving - tiny) & (accuracy_C >= before[1] - tiny) & (count_C > 0)
+
+
+def _pair(values: np.ndarray) -> list[float]:
+    return [float(value) for value in values]
+
+
+def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
+    """Headline numbers of the sweep.
+
+    Returns:
+      `last_layer`, `overlap`, `steering`, `classes` and `claims` of summary.json, and further arrays for sweep.npz:
+      `chosen` [G, Y] and `class_chosen` [G, Y, C], the indices of the alphas chosen on validation; `usage`, `accuracy`
+      [G, Y, A] and their intervals [2, G, Y, A] on test.
+    """
+    steer = config.steer
+    names, alphas = [str(name) for name in arrays["strategies"]], arrays["alphas"]
+    labels, count_C = arrays["test_labels"], arrays["test_count"]
+    classes, heads = len(count_C), arrays["test_heads_on"].shape[-1]
+    zero = int(np.flatnonzero(alphas == 0)[0])
+    rng = np.random.default_rng([config.seed, 4])
+
+    # chosen on validation
+    usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "validation"))  # [G, Y, A]
+    floor = arrays["validation_unsteered_correct"].sum() / arrays["validation_count"].sum() - steer.tolerance
+    chosen = choose_alpha(alphas, np.moveaxis(usage, -1, 0), np.moveaxis(accuracy, -1, 0), floor)  # [G, Y]
+    class_usage, class_accuracy = _class_curves(arrays, "validation")
+    class_chosen = choose_alpha(
+        alphas, np.moveaxis(class_usage, 2, 0), np.moveaxis(class_accuracy, 2, 0), _unsteered(arrays, "validation")[1]
+    )  # [G, Y, C]
+
+    # scored on test
+    before_pattern = arrays["test_pattern"]
+    before_right = (
+        np.take_along_axis(arrays["test_table"], before_pattern[:, None].astype(np.int64), axis=1)[:, 0] == labels
+    )
+    used_of = gates_of(np.arange(2**heads), heads).mean(axis=1).astype(np.float32)  # [P]
+    right = np.moveaxis(arrays["test_steered_prediction"] == labels, 1, 0)  # [S, G, Y, A, N]
+    used = used_of[np.moveaxis(arrays["test_steered_pattern"], 1, 0)]
+    weights = bootstrap_weights(labels, steer.bootstrap, rng)
+    seeds_rng = rng.integers(2**32)  # usage and accuracy draw the same seeds
+    usage_R = bootstrap_means(used, weights, np.random.default_rng(seeds_rng))  # [R, G, Y, A]
+    accuracy_R = bootstrap_means(right, weights, np.random.default_rng(seeds_rng))
+    before_usage_R = (weights @ used_of[before_pattern]) / len(labels)
+    before_accuracy_R = (weights @ before_right.astype(np.float32)) / len(labels)
+    usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "test"))
+    usage_ci, accuracy_ci = interval(usage_R, steer.confidence), interval(accuracy_R, steer.confidence)
+    class_usage, class_accuracy = _class_curves(arrays, "test")
+    before_C = _unsteered(arrays, "test")
+    share_C = count_C / count_C.sum()
+
+    def at(g: int, y: int) -> dict[str, Any]:
+        """A strategy at its chosen alpha."""
+        a = int(chosen[g, y])
+        saved = saved_classes(class_usage[g, y, a], class_accuracy[g, y, a], before_C, count_C, steer.saving)
+        each = class_chosen[g, y], np.arange(classes)
+        each_usage, each_accuracy = class_usage[g, y][each], class_accuracy[g, y][each]
+        gained, lost = (arrays[f"test_{name}"][g, 0, y, a].sum() for name in ("gained", "lost"))
+        return {
+            "alpha": float(alphas[a]),
+            "usage": float(usage[g, y, a]),
+            "usage_ci": _pair(usage_ci[:, g, y, a]),
+            "usage_change_ci": _pair(interval(usage_R[:, g, y, a] - before_usage_R, steer.confidence)),
+            "accuracy": float(accuracy[g, y, a]),
+            "accuracy_ci": _pair(accuracy_ci[:, g, y, a]),
+            "accuracy_change_ci": _pair(interval(accuracy_R[:, g, y, a] - before_accuracy_R, steer.confidence)),
+            "mcnemar_p": float(mcnemar(gained, lost)),
+            "classes_saved": int(saved.sum()),
+            "alpha_per_class": {
+                "usage": float(np.sum(share_C * each_usage)),
+                "accuracy": float(np.sum(share_C * each_accuracy)),
+                "classes_saved": int(saved_classes(each_usage, each_accuracy, before_C, count_C, steer.saving).sum()),
+            },
+        }
+
+    control = controls(
+        arrays["validation_table"],
+        arrays["validation_labels"],
+        arrays["test_table"],
+        labels,
+        _unsteered_prediction(arrays, "validation"),
+        classes,
+        heads,
+    )
+    steering: dict[str, Any] = {
+        "unsteered": {
+            "alpha": 0.0,
+            "usage": float(np.sum(share_C * before_C[0])),
+            "usage_ci": _pair(interval(before_usage_R, steer.confidence)),
+            "accuracy": float(np.sum(share_C * before_C[1])),
+            "accuracy_ci": _pair(interval(before_accuracy_R, steer.confidence)),
+            "classes_saved": 0,
+        }
+    }
+    for g, name in enumerate(names):
+        steering[name] = at(g, 0) | {
+            "by_predicted_class": at(g, 1),
+            "curve": {
+                "alpha": _pair(alphas),
+                "usage": _pair(usage[g, 0]),
+                "usage_ci": usage_ci[:, g, 0].T.tolist(),
+                "accuracy": _pair(accuracy[g, 0]),
+                "accuracy_ci": accuracy_ci[:, g, 0].T.tolist(),
+            },
+        }
+    summary: dict[str, Any] = {
+        "gated_accuracy": steering["unsteered"]["accuracy"],
+        "last_layer": {"usage": steering["unsteered"]["usage"], "layer": config.sae_layer}
+        | {name: value for name, value in control.items() if name != "class_patterns"},
+        "steering": steering,
+        "overlap": _overlaps(arrays, config, rng),
+    }
+    if "class" in names:
+        g = names.index("class")
+        summary["classes"] = _class_table(arrays, g, int(chosen[g, 0]), before_C, class_usage, class_accuracy, config)
+        summary["claims"] = _claims(
+            summary, names, alphas, zero, usage, accuracy, usage_R, accuracy_R, before_usage_R, chosen, config
+        )
+    extra = {
+        "chosen": chosen, "class_chosen": class_chosen, "usage": usage, "accuracy": accuracy,
+        "usage_ci": usage_ci, "accuracy_ci": accuracy_ci, "oracle_patterns": control["class_patterns"],
+    }  # fmt: skip
+    return summary, extra
+
+
+def _unsteered_prediction(arrays: Arrays, split: str) -> np.ndarray:
+    """[N] what the unsteered model answers."""
+    pattern = arrays[f"{split}_pattern"][:, None].astype(np.int64)
+    return np.take_along_axis(arrays[f"{split}_table"], pattern, axis=1)[:, 0]
+
+
+def _overlaps(arrays: Arrays, config: Config, rng: np.random.Generator) -> dict[str, Any]:
+    """Mean shares of latents in common: global against class, and between two classes ([LH26]: 0.1641 for the first)."""
+    result: dict[str, Any] = {"global_class": None, "class_class": None}
+    if "overlap_global_class" in arrays:
+        result["global_class"] = float(arrays["overlap_global_class"].mean())
+    if "overlap_class_class" in arrays:
+        pairs = arrays["overlap_class_class"].mean(axis=0)  # [C, C]
+        other = ~np.eye(len(pairs), dtype=bool)
+        result["class_class"] = float(pairs[other].mean())
+        if "related" in arrays and arrays["related"].any() and (other & ~arrays["related"]).any():
+            related, apart = arrays["related"], other & ~arrays["related"]
+            differences = []
+            for _ in range(config.steer.bootstrap):  # over classes: pairs of one class are not independent
+                weight = np.bincount(rng.integers(0, len(pairs), len(pairs)), minlength=len(pairs))
+                weight = np.outer(weight, weight)
+                if (weight * related).any() and (weight * apart).any():
+                    differences.append(
+                        np.average(pairs, weights=weight * related) - np.average(pairs, weights=weight * apart)
+                    )
+            result |= {
+                "related": float(pairs[related].mean()),
+                "unrelated": float(pairs[apart].mean()),
+                "related_minus_unrelated_ci": _pair(interval(np.array(differences), config.steer.confidence)),
+            }
+    return result
+
+
+def _class_table(
+    arrays: Arrays, g: int, a: int, before: tuple[np.ndarray, np.ndarray], usage: np.ndarray, accuracy: np.ndarray,
+    config: Config,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Each class under `class` steering at the common alpha, by saving; p-values are the first seed's (exact McNemar)."""
+    gained, lost = (arrays[f"test_{name}"][g, 0, 0, a] for name in ("gained", "lost"))
+    p = mcnemar(gained, lost)
+    adjusted = benjamini_hochberg(p)
+    count = arrays["test_count"]
+    saved = saved_classes(usage[g, 0, a], accuracy[g, 0, a], before, count, config.steer.saving)
+    seeds = arrays["test_heads_on"].shape[1]
+    on_before = arrays["test_unsteered_heads_on"] / np.maximum(count, 1)[:, None]
+    on_after = arrays["test_heads_on"][g, :, 0, a].sum(axis=0) / np.maximum(count * seeds, 1)[:, None]
+    rows = [
+        {
+            "name": str(arrays["class_names"][c]),
+            "images": int(count[c]),
+            "usage_before": float(before[0][c]),
+            "usage_after": float(usage[g, 0, a, c]),
+            "accuracy_before": float(before[1][c]),
+            "accuracy_after": float(accuracy[g, 0, a, c]),
+            "heads_before": np.flatnonzero(on_before[c] > 0.5).tolist(),
+            "heads_after": np.flatnonzero(on_after[c] > 0.5).tolist(),
+            "saved": bool(saved[c]),
+            "p": float(p[c]),
+            "p_adjusted": float(adjusted[c]),
+        }
+        for c in range(len(count))
+        if count[c]
+    ]
+    return sorted(rows, key=lambda row: (not row["saved"], row["usage_after"] - row["usage_before"]))
+
+
+def _claims(
+    summary: dict[str, Any], names: list[str], alphas: np.ndarray, zero: int, usage: np.ndarray, accuracy: np.ndarray,
+    usage_R: np.ndarray, accuracy_R: np.ndarray, before_usage_R: np.ndarray, chosen: np.ndarray, config: Config,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """[LH26]'s pattern, claim by claim, each with what was seen and whether its interval bears it out."""
+    steer, g = config.steer, names.index("class")
+    result, before = summary["steering"]["class"], summary["steering"]["unsteered"]
+    claims = [
+        {
+            "claim": f"class steering lowers usage by at least {steer.saving:g} within 1 point of accuracy",
+            "value": before["usage"] - result["usage"],
+            "interval": sorted(-value for value in result["usage_change_ci"]),
+            "accuracy_change": result["accuracy"] - before["accuracy"],
+            "holds": -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -0.01,
+        }
+    ]
+    up = np.arange(zero, len(alphas))  # the path of rising alphas, from unsteered
+    wanted_R = usage_R[:, g, 0, chosen[g, 0]]
+    for other, name in enumerate(names):
+        if name == "class" or name not in STRATEGIES:
+            continue
+        reached = accuracy_at_usage(usage[other, 0, up], accuracy[other, 0, up], result["usage"])
+        claim = f"at the usage of class steering, {name} is less accurate"
+        if reached is None:
+            claims.append({"claim": claim, "value": None, "interval": None, "holds": None})
+            continue
+        resampled = [
+            accuracy_at_usage(u, v, wanted) for u, v, wanted in zip(usage_R[:, other, 0, up], accuracy_R[:, other, 0, up], wanted_R, strict=True)
+        ]  # fmt: skip
+        gaps = [
+            own - value
+            for own, value in zip(accuracy_R[:, g, 0, chosen[g, 0]], resampled, strict=True)
+            if value is not None
+        ]
+        ci = _pair(interval(np.array(gaps), steer.confidence))
+        claims.append({"claim": claim, "value": result["accuracy"] - reached, "interval": ci, "holds": ci[0] > 0})
+    sizes = summary["last_layer"]["by_size"]
+    subset = float(np.interp(result["usage"], [row["usage"] for row in sizes], [row["random"] for row in sizes]))
+    ci = _pair(interval(accuracy_R[:, g, 0, chosen[g, 0]] - subset, steer.confidence))
+    claims.append(
+        {
+            "claim": "at the usage of class steering, random head subsets are less accurate",
+            "value": result["accuracy"] - subset,
+            "interval": ci,
+            "holds": ci[0] > 0,
+        }
+    )
+    if (alphas < 0).any():
+        ci = _pair(interval(usage_R[:, g, 0, 0] - before_usage_R, steer.confidence))
+        claims.append(
+            {
+                "claim": f"suppression (alpha {alphas[0]:g}) raises usage",
+                "value": float(usage[g, 0, 0] - before["usage"]),
+                "interval": ci,
+                "holds": ci[0] > 0,
+            }
+        )
+    if "related" in summary["overlap"]:
+        o = summary["overlap"]
+        claims.append(
+            {
+                "claim": "related classes share more latents than unrelated ones",
+                "value": o["related"] - o["unrelated"],
+                "interval": o["related_minus_unrelated_ci"],
+                "holds": o["related_minus_unrelated_ci"][0] > 0,
+            }
+        )
+    return claims

@@ -1,0 +1,144 @@
+"""The steering experiment: every strategy, seed and alpha on the validation and the test split, as arrays of counts.
+
+Latents are chosen on the training split. Nothing is chosen here: `summary` does, on validation alone.
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, H heads, F latents.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from headsteer_jax.config import Config, HeadSteerError
+from headsteer_jax.data import Dataset, Split
+from headsteer_jax.latents import Choice, LatentStatistics, overlap, statistics, strategy
+from headsteer_jax.progress import progress
+from headsteer_jax.sae import SAE, Scaling, encode_all
+from headsteer_jax.stats import class_counts
+from headsteer_jax.steer import Prefix, Sweep, alpha_grid, gates_of, pattern_table
+from headsteer_jax.vit import ViT
+
+NAMED_BY = ("true", "predicted")  # the class that steers an image: its label, or what the unsteered model says
+
+
+def check_names(config: Config, class_names: tuple[str, ...]) -> None:
+    """Raises HeadSteerError for a strategy or a class that does not exist, before anything is computed."""
+    for name in config.steer.strategies:
+        strategy(name)
+    for name in config.steer.classes:
+        if name not in class_names:
+            some = ", ".join(class_names[:8]) + (", ..." if len(class_names) > 8 else "")
+            raise HeadSteerError(f"config.steer.classes: the dataset has no class {name!r}; it has {some}")
+
+
+def seed_of(saes: SAE, seed: int) -> SAE:
+    """One of the autoencoders trained side by side."""
+    return jax.tree.map(lambda leaf: leaf[seed], saes)
+
+
+def _scored(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
+    """The images of config.steer.classes, or all."""
+    if not config.steer.classes:
+        return split
+    wanted = np.isin(split.labels, [class_names.index(name) for name in config.steer.classes])
+    return Split(split.images[np.flatnonzero(wanted)], split.labels[wanted])
+
+
+def _top_images(z_NF: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """[F, count] the training images that activate each latent most, strongest first, and the activations there."""
+    order = np.argsort(-z_NF, axis=0, kind="stable")[:count].T
+    return order.astype(np.int32), np.take_along_axis(z_NF, order.T, axis=0).T
+
+
+def _counts(split: str, prefix: Prefix, labels: np.ndarray, classes: int, heads: int) -> dict[str, np.ndarray]:
+    right = prefix.prediction == labels
+    return {
+        f"{split}_labels": labels.astype(np.int32),
+        f"{split}_count": np.bincount(labels, minlength=classes),
+        f"{split}_pattern": prefix.pattern.astype(np.uint16),
+        f"{split}_table": prefix.table.astype(np.int16),
+        f"{split}_unsteered_correct": class_counts(right, labels, classes),
+        f"{split}_unsteered_heads_on": class_counts(gates_of(prefix.pattern, heads).T, labels, classes).T,
+    }
+
+
+def run_sweep(
+    config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAE, scaling: Scaling, x_train: np.ndarray
+) -> dict[str, np.ndarray]:
+    """All arrays of sweep.npz; docs/outputs.md names each.
+
+    Args:
+      saes: the autoencoders, leading axis S.
+      x_train: [N, D] residuals of the training split.
+    """
+    check_names(config, dataset.class_names)
+    steer, classes, heads = config.steer, len(dataset.class_names), config.model.heads
+    alphas = alpha_grid(steer)
+    splits = {
+        "validation": _scored(dataset.validation, config, dataset.class_names),
+        "test": _scored(dataset.test, config, dataset.class_names),
+    }
+    arrays: dict[str, np.ndarray] = {
+        "strategies": np.array(steer.strategies),
+        "named_by": np.array(NAMED_BY),
+        "alphas": alphas,
+        "class_names": np.array(dataset.class_names),
+    }
+    if dataset.related is not None:
+        arrays["related"] = dataset.related
+    prefixes, sweeps = {}, {}
+    for name, split in splits.items():
+        prefixes[name] = pattern_table(model, params, split, config, f"{name}: all {2**heads} gate patterns")
+        sweeps[name] = Sweep(model, params, split, prefixes[name], config)
+        arrays |= _counts(name, prefixes[name], split.labels, classes, heads)
+
+    choices: list[list[Choice]] = []  # [S][G]
+    stats: list[LatentStatistics] = []
+    for seed in range(config.sae.seeds):
+        sae = seed_of(saes, seed)
+        z_NF = encode_all(sae, scaling, x_train, config.sae.k)
+        decoder = np.asarray(sae.W_d) / scaling.scale
+        stats.append(statistics(z_NF, dataset.train.labels, classes, decoder))
+        choices.append(
+            [
+                strategy(name)(stats[-1], steer, np.random.default_rng([config.seed, 3, seed, number]))
+                for number, name in enumerate(steer.strategies)
+            ]
+        )
+        if seed == 0:
+            arrays["top_images"], arrays["top_activations"] = _top_images(z_NF, config.report.top_images)
+            arrays["class_frequency"] = stats[0].class_frequency.astype(np.float32)
+    arrays["latents"] = np.stack([[c.latents for c in row] for row in choices], axis=1)
+    arrays["weights"] = np.stack([[c.weights for c in row] for row in choices], axis=1)
+    arrays["frequency"] = np.stack([s.frequency for s in stats])
+
+    shape = (len(steer.strategies), config.sae.seeds, len(NAMED_BY), len(alphas))
+    settings = int(np.prod(shape[:3])) * len(splits)
+    with progress(settings, f"sweep of {len(alphas)} alphas", "setting") as bar:
+        for name, split in splits.items():
+            labels, prefix = split.labels, prefixes[name]
+            patterns = np.zeros((*shape, len(labels)), np.uint16)
+            predictions = np.zeros((*shape, len(labels)), np.int16)
+            for g, s, y in np.ndindex(*shape[:3]):
+                patterns[g, s, y], predictions[g, s, y] = sweeps[name](
+                    seed_of(saes, s), scaling, stats[s].strength, choices[s][g], labels if y == 0 else prefix.prediction
+                )
+                bar.update(1)
+            right, before = predictions == labels, prefix.prediction == labels
+            arrays |= {
+                f"{name}_steered_pattern": patterns,
+                f"{name}_steered_prediction": predictions,
+                f"{name}_correct": class_counts(right, labels, classes),
+                f"{name}_gained": class_counts(right & ~before, labels, classes),
+                f"{name}_lost": class_counts(~right & before, labels, classes),
+                f"{name}_heads_on": np.stack(
+                    [class_counts((patterns >> head) & 1, labels, classes) for head in range(heads)], axis=-1
+                ),
+            }
+    by_name = {name: arrays["latents"][g] for g, name in enumerate(steer.strategies)}  # [S, C, K]
+    if "class" in by_name:
+        arrays["overlap_class_class"] = np.stack([overlap(one, one) for one in by_name["class"]])
+    if "class" in by_name and "global" in by_name:
+        pairs = zip(by_name["global"], by_name["class"], strict=True)
+        arrays["overlap_global_class"] = np.stack([overlap(g[:1], c)[0] for g, c in pairs])
+    return arrays

@@ -1,0 +1,192 @@
+"""The vision transformer with gated heads, in flax.linen: pre-norm blocks [ViT] whose heads a gate may drop [AdaViT].
+
+Everything an analysis wants is returned in `out`; nothing is hooked. An intervention is an argument: `gates` forces a
+layer's gates, `gate_input` is what a layer's gate reads instead of its residual. The forward pass can be cut at any
+layer: `forward(images) == blocks(embed(images), 0)`, and `blocks(x, l)` is the suffix that starts at layer l.
+
+Axes: B images, T tokens (CLS first), D width, H heads, K head width, L layers, A gated layers, C classes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from headsteer_jax.config import Config, GateConfig, ModelConfig
+from headsteer_jax.gates import Gate, straight_through, threshold
+
+Gating = Literal["dense", "sampled", "thresholded"]
+
+
+class Block(nn.Module):
+    """One transformer block. Its halves can be called apart, so that a sweep recomputes only what a gate changes."""
+
+    model: ModelConfig
+    gate: GateConfig | None  # None: this layer keeps all its heads
+
+    def setup(self) -> None:
+        m = self.model
+        dtype = jnp.dtype(m.dtype)
+        dense = {"dtype": dtype, "kernel_init": nn.initializers.xavier_uniform()}
+        self.norm1 = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
+        self.query, self.key, self.value, self.out = (nn.Dense(m.width, **dense) for _ in range(4))
+        self.norm2 = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
+        self.mlp_in = nn.Dense(round(m.mlp_ratio * m.width), bias_init=nn.initializers.normal(1e-6), **dense)
+        self.mlp_out = nn.Dense(m.width, bias_init=nn.initializers.normal(1e-6), **dense)
+        if self.gate is not None:
+            self.decide = Gate(m.heads, self.gate, m.layer_norm_epsilon)
+
+    def gate_logits(self, x_BD: jax.Array) -> jax.Array:
+        """[B, D] what the gate reads -> [B, H] m."""
+        return self.decide(x_BD)
+
+    def heads(self, x_BTD: jax.Array, queries: int | None) -> tuple[jax.Array, jax.Array]:
+        """Each head's output before the gate, for the first `queries` tokens (None: all), and their values.
+
+        Returns:
+          y_BQHK, what attention gives, and v_BQHK, the values of the same tokens.
+        """
+        n_BTD = self.norm1(x_BTD)
+        q_BQHK = self._split(_rows(self.query, n_BTD[:, :queries]))
+        k_BTHK, v_BTHK = self._split(_rows(self.key, n_BTD)), self._split(_rows(self.value, n_BTD))
+        scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK) / (q_BQHK.shape[-1] ** 0.5)
+        weights_BHQT = nn.softmax(scores_BHQT.astype(jnp.float32)).astype(v_BTHK.dtype)
+        return jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK), v_BTHK[:, :queries]
+
+    def finish(self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, g_BH: jax.Array | None) -> jax.Array:
+        """The rest of the block: gate the heads (None: keep all), project, add, MLP, add."""
+        if g_BH is not None and self.gate is not None:
+            g_B1H1 = g_BH[:, None, :, None].astype(y_BQHK.dtype)
+            y_BQHK = y_BQHK * g_B1H1
+            if self.gate.dropped == "identity":
+                y_BQHK = y_BQHK + v_BQHK * (1 - g_B1H1)
+        x_BQD = x_BQD + _rows(self.out, y_BQHK.reshape(x_BQD.shape))
+        gelu = exact_gelu if self.model.gelu == "exact" else nn.gelu
+        hidden_BQM = gelu(_rows(self.mlp_in, self.norm2(x_BQD)))
+        return x_BQD + _rows(self.mlp_out, hidden_BQM)
+
+    def _split(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, H, K]."""
+        return x_BTD.reshape(*x_BTD.shape[:-1], self.model.heads, -1)
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) by erf. flax's exact form goes through erfc, which makes a block's gradient half as slow again on CPUs."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+
+
+def _rows(dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
+    """A dense layer on one long matrix of tokens.
+
+    With B and T kept apart, XLA's CPU compiler transposes both operands of the weight gradient in memory: training
+    then takes three times as long.
+    """
+    return dense(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(*x_BTD.shape[:-1], -1)
+
+
+class ViT(nn.Module):
+    """A vision transformer for C classes."""
+
+    model: ModelConfig
+    gate: GateConfig
+    classes: int  # C
+    tokens: int  # T, CLS included
+
+    def setup(self) -> None:
+        m = self.model
+        self.patches = nn.Conv(m.width, (m.patch, m.patch), (m.patch, m.patch), "VALID", dtype=jnp.dtype(m.dtype))
+        self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, m.width))
+        self.positions = self.param("positions", nn.initializers.normal(0.02), (1, self.tokens, m.width))
+        self.layers = [Block(m, self.gate if layer >= self.gate.first_layer else None) for layer in range(m.depth)]
+        self.norm = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
+        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02))
+
+    def embed(self, images_BHWC: jax.Array) -> jax.Array:
+        """[B, height, width, channels] normalised images -> [B, T, D] the residual that enters layer 0."""
+        grid_BhwD = self.patches(images_BHWC)
+        tokens_BtD = grid_BhwD.reshape(grid_BhwD.shape[0], -1, grid_BhwD.shape[-1]).astype(jnp.float32)
+        cls_B1D = jnp.broadcast_to(self.cls, (tokens_BtD.shape[0], 1, tokens_BtD.shape[2]))
+        return jnp.concatenate([cls_B1D, tokens_BtD], axis=1) + self.positions
+
+    def classify(self, x_BD: jax.Array) -> jax.Array:
+        """[B, D] CLS residual after the last block -> [B, C] float32 logits."""
+        return self.head(self.norm(x_BD))
+
+    def gate_logits(self, x_BD: jax.Array, layer: int) -> jax.Array:
+        """[B, D] -> [B, H]: what layer `layer`'s decision network makes of it."""
+        return self.layers[layer].gate_logits(x_BD)
+
+    def last_heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The last layer's head outputs and values for the CLS query, [B, 1, H, K] each."""
+        return self.layers[-1].heads(x_BTD, queries=1)
+
+    def last_finish(self, x_B1D: jax.Array, y_B1HK: jax.Array, v_B1HK: jax.Array, g_BH: jax.Array | None) -> jax.Array:
+        """The logits [B, C] that follow when the last layer runs the heads `g_BH`."""
+        return self.classify(self.layers[-1].finish(x_B1D, y_B1HK, v_B1HK, g_BH)[:, 0])
+
+    def blocks(
+        self,
+        x_BTD: jax.Array,
+        start: int = 0,
+        *,
+        stop: int | None = None,
+        gating: Gating = "thresholded",
+        noise_BAH: jax.Array | None = None,
+        gates: Mapping[int, jax.Array] | None = None,
+        gate_input: Mapping[int, jax.Array] | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Layers `start` to `stop` (None: to the end), with their gates.
+
+        Only the CLS token reaches the classifier, so the last layer computes that token alone.
+
+        Args:
+          x_BTD: the residual that enters layer `start`.
+          gating: dense keeps every head; sampled is training's straight-through gate; thresholded is evaluation's.
+          noise_BAH: for sampled gates: scaled logistic noise, one slice for each gated layer.
+          gates: layer -> [B, H], gates to use there whatever the decision network says.
+          gate_input: layer -> [B, D], what the decision network reads there instead of the CLS residual.
+
+        Returns:
+          The residual after the last of these layers, and per layer, keyed by its number: `cls` (the CLS residual that
+          enters), `gate_logits`, `gates`.
+        """
+        m, first = self.model, self.gate.first_layer
+        out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
+        for layer in range(start, m.depth if stop is None else stop):
+            block = self.layers[layer]
+            out["cls"][layer] = x_BTD[:, 0]
+            g_BH = None
+            if layer >= first:
+                reads_BD = (gate_input or {}).get(layer, x_BTD[:, 0])
+                m_BH = block.gate_logits(reads_BD)
+                if gates is not None and layer in gates:
+                    g_BH = gates[layer]
+                elif gating == "sampled":
+                    assert noise_BAH is not None
+                    g_BH = straight_through(m_BH, noise_BAH[:, layer - first], self.gate.temperature)
+                elif gating == "thresholded":
+                    g_BH = threshold(m_BH)
+                out["gate_logits"][layer] = m_BH
+                out["gates"][layer] = jnp.ones_like(m_BH) if g_BH is None else g_BH
+            queries = 1 if layer == m.depth - 1 else None
+            y_BQHK, v_BQHK = block.heads(x_BTD, queries)
+            x_BTD = block.finish(x_BTD[:, :queries], y_BQHK, v_BQHK, g_BH)
+        return x_BTD, out
+
+    def __call__(self, images_BHWC: jax.Array, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
+        """Normalised images -> logits [B, C] and everything by layer (see `blocks`, which the keywords go to)."""
+        x_BTD, out = self.blocks(self.embed(images_BHWC), 0, **kwargs)
+        return self.classify(x_BTD[:, 0]), out
+
+
+def build(config: Config, classes: int) -> ViT:
+    """The model of a config, for so many classes."""
+    grid = config.data.image_size // config.model.patch
+    return ViT(config.model, config.gate, classes, tokens=1 + grid**2)
+
+
+def stack_gates(by_layer: Mapping[int, jax.Array]) -> jax.Array:
+    """{layer: [B, H]} -> [B, A, H], the gated layers in order."""
+    return jnp.stack([by_layer[layer] for layer in sorted(by_layer)], axis=1)

@@ -1,0 +1,85 @@
+"""HeadSteer's command line: train a gated vision transformer, learn its concepts, steer its heads, report.
+
+python run.py [--config=configs/NAME.py] [--workdir=DIR] [--stages=train,sae,steer,report] [--config.FIELD=VALUE ...]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from headsteer_jax import config as configs
+
+STAGES = {
+    "train": "the vision transformer: dense, then with head gates, then a dense control of the same length",
+    "sae": "the top-k sparse autoencoders of one layer's CLS residual",
+    "steer": "every strategy, class and alpha on validation and test; the controls",
+    "report": "summary.json, figures/ and report.html",
+}
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Flags, and overrides of config fields: dotted path -> text.
+
+    Raises:
+      HeadSteerError: an unknown flag or stage.
+    """
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog="stages:\n"
+        + "\n".join(f"  {name:7} {meaning}" for name, meaning in STAGES.items())
+        + "\n\nconfig fields (name, type, default, meaning):\n"
+        + configs.help_text(),
+    )
+    parser.add_argument("--config", default="configs/double_digits.py", help="the experiment (default: %(default)s)")
+    parser.add_argument("--workdir", help="where everything is written (default: runs/<config's name>)")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which stages to run (default: %(default)s)")
+    parser.add_argument("--seed", help="short for --config.seed")
+    parser.add_argument("--overwrite", action="store_true", help="make stages again whose config changed")
+    flags, rest = parser.parse_known_args(arguments)
+    overrides = {} if flags.seed is None else {"seed": flags.seed}
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise configs.HeadSteerError(
+                f"{argument}: no such flag; fields are set by --config.FIELD=VALUE (see --help)"
+            )
+        overrides[name.removeprefix("--config.")] = value
+    for stage in flags.stages.split(","):
+        if stage not in STAGES:
+            raise configs.HeadSteerError(
+                f"--stages={flags.stages}: there is no stage {stage!r}; allowed are {', '.join(STAGES)}"
+            )
+    return flags, overrides
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        flags, overrides = parse(arguments)
+        config = configs.load_config(_found(flags.config), overrides)
+        workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)
+        from headsteer_jax import stages  # JAX is imported only once the flags are known to be right
+
+        stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
+        report = workdir / "report.html"
+        if report.exists():
+            print(report)
+    except configs.HeadSteerError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _found(path: str) -> Path:
+    """A config's file as given, or beside this program: so that run.py works from any directory."""
+    here = Path(__file__).parent / path
+    return here if not Path(path).exists() and here.exists() else Path(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
