@@ -1,6 +1,6 @@
-"""The paper's experiment [LH26]: ViT-S (12 layers, 6 heads, width 384) on CIFAR-100 through TFDS, at 32x32 with 4x4 patches.
+"""The paper's experiment [LH26]: ViT-S (12 layers, 6 heads, width 384) on CIFAR-100 through TFDS, 32x32, 4x4 patches.
 
-The first run downloads and prepares CIFAR-100, which needs the extra `prepare` (TensorFlow); later ones read it without.
+The first run downloads and prepares CIFAR-100, which needs the extra `prepare` (TensorFlow); later ones need none.
 For the paper's ImageNet-pretrained start, name a timm checkpoint: --config.model.pretrained=vit_small.safetensors
 Wants a GPU or a TPU: about 65 tokens, 60 epochs.
 """

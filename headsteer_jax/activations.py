@@ -26,7 +26,7 @@ class Observed(NamedTuple):
 
 
 def padded_chunks(count: int, size: int) -> list[np.ndarray]:
-    """Indices of `count` images in chunks of one size, so that one compiled program serves: the last repeats image 0."""
+    """Indices of `count` images in chunks of one size, for one compiled program: the last is filled with image 0."""
     size = min(size, count)
     filled = np.zeros(-(-count // size) * size, np.int64)
     filled[:count] = np.arange(count)
@@ -45,10 +45,10 @@ def observe(
     """
 
     @jax.jit
-    def forward(params: Any, images: jax.Array) -> Observed:
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         logits_BC, out = model.apply(params, preprocess(images, config.data), gating=gating)
         prediction = jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
-        return Observed(prediction, stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer])
+        return prediction, stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
 
     count = len(split.labels)
     chunks = padded_chunks(count, config.train.eval_batch)

@@ -8,22 +8,23 @@ import functools
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 from headsteer_jax.config import DataConfig
 
 
-def preprocess(images_BhwC: jax.Array, config: DataConfig) -> jax.Array:
+def preprocess(images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
     """[B, height, width, C] uint8 of any size -> [B, S, S, C] float32: centre square, resized, scaled, normalised."""
     return _normalised(_square(images_BhwC, config.image_size), config)
 
 
-def training_images(key: jax.Array, images_BhwC: jax.Array, config: DataConfig) -> jax.Array:
+def training_images(key: jax.Array, images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
     """`preprocess` with `augment` before the normalisation; the same bits as `preprocess` where all of it is off."""
     return _normalised(augment(key, _square(images_BhwC, config.image_size), config), config)
 
 
-def _square(images_BhwC: jax.Array, side: int) -> jax.Array:
+def _square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
     """[B, h, w, C] uint8 -> [B, S, S, C] float32, 0 to 1: the largest centred square, resized to `side`."""
     height, width = images_BhwC.shape[1:3]
     square = min(height, width)
@@ -40,7 +41,7 @@ def _normalised(images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
 
 
 def augment(key: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
-    """Random crops, mirroring and RandAugment, drawn for each image on its own; what the config switches off is skipped.
+    """Random crops, mirroring and RandAugment, drawn for each image on its own; the config says which.
 
     Args:
       images_BSSC: float32, 0 to 1; the result is too. What a change brings in from outside the image is black.
@@ -133,7 +134,7 @@ def operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: ja
     tonal = [
         lambda x: x,
         auto_contrast,
-        lambda x: pix.solarize(x, 1 - strength),  # everything is inverted
+        lambda x: pix.solarize(x, (1 - strength) * 256 / 255),  # everything is inverted; at 0 not even white
         posterize,
         lambda x: pix.adjust_contrast(x, factor),
         lambda x: x * factor,
@@ -145,7 +146,9 @@ def operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: ja
     return jnp.clip(jax.lax.switch(jnp.maximum(number - GEOMETRIC, 0), tonal, image_SSC), 0, 1)
 
 
-def mixup(key: jax.Array, images_BSSC: jax.Array, targets_BC: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+def mixup(
+    key: jax.Array, images_BSSC: jax.Array | np.ndarray, targets_BC: jax.Array | np.ndarray, alpha: float
+) -> tuple[jax.Array, jax.Array]:
     """x' = l x + (1 - l) x~, y' = l y + (1 - l) y~, l ~ Beta(alpha, alpha) for each image (arXiv:1710.09412).
 
     An image's partner (~) stands at its place in the reversed batch: training's batches are in random order already.

@@ -47,13 +47,13 @@ class DataConfig(Section):
     """Which images, and how they reach the model."""
 
     source: Literal["double_digits", "tfds", "folder", "npz"] = "double_digits"
-    """double_digits: two handwritten digits on a canvas (ships with scikit-learn); tfds: a TensorFlow Datasets name, or a
-    prepared directory; folder: <path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg; npz: one file with train_images,
-    train_labels, test_images, test_labels and, optionally, class_names."""
+    """double_digits: two handwritten digits on a canvas (from scikit-learn); tfds: a TensorFlow Datasets name,
+    or a prepared directory; folder: <path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg; npz: one file with
+    train_images, train_labels, test_images, test_labels and, optionally, class_names."""
     name: str = ""
     """tfds only: the dataset's name, such as cifar100."""
     path: str = ""
-    """tfds: the directory that holds the prepared dataset (empty: TFDS's own default); folder, npz: where the data are."""
+    """tfds: the directory that holds the prepared dataset (empty: TFDS's default); folder, npz: where the data are."""
     image_size: PositiveInt = 20
     """Side in pixels of the square image that the model sees. Other sizes are resized to it."""
     channels: Literal[1, 3] = 1
@@ -63,8 +63,8 @@ class DataConfig(Section):
     std: tuple[PositiveFloat, ...] = (1.0,)
     """Per channel, likewise: every pixel is divided by it."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of each class's training images that is cut off for validation, before anything is fitted. double_digits: the
-    share of the training part's source digits."""
+    """Share of each class's training images that is cut off for validation, before anything is fitted. double_digits:
+    the share of the training part's source digits."""
     train_per_class: NonNegativeInt = 0
     """At most so many training images of each class, the first ones by a seeded permutation; 0: all. double_digits: the
     number of canvases composed for each class (0: 400)."""
@@ -137,8 +137,8 @@ class GateConfig(Section):
     weight: NonNegativeFloat = 2.0
     """Weight of the usage loss."""
     anneal: Fraction = 0.62
-    """Over this first share of the gated phase the noise falls linearly to 0 and the target from 1 to its value. What is
-    left trains thresholded gates: sampled and thresholded gates are two different models."""
+    """Over this first share of the gated phase the noise falls linearly to 0 and the target from 1 to its value. What
+    is left trains thresholded gates: sampled and thresholded gates are two different models."""
 
 
 class PhaseConfig(Section):
@@ -164,7 +164,7 @@ class TrainConfig(Section):
     gated: PhaseConfig = PhaseConfig(steps=800)
     """Gates on, from where the dense phase ended."""
     dense_control: bool = True
-    """Also continue the dense model with the gated phase's steps and learning rate: the dense model of the same length."""
+    """Also continue the dense model by the gated phase's plan: the dense model of the same length."""
     use: Literal["last", "best"] = "last"
     """Which checkpoint of the gated phase later stages read: the last, or the best on validation after annealing."""
     weight_decay: NonNegativeFloat = 0.05
@@ -222,7 +222,7 @@ class SteerConfig(Section):
     latents: PositiveInt = 16
     """Latents that a strategy chooses for each class, |S| (not known in [LH26])."""
     max_frequency: Share = 1.0
-    """Latents that fire on more than this share of the training images are never chosen (dense latents are no concepts)."""
+    """Latents that fire on more than this share of the training images are never chosen: dense ones are no concepts."""
     mode: Literal["add", "scale", "clamp", "ablate"] = "add"
     """add: z + alpha s, s the latent's mean activation where it fires; scale: (1 + alpha) z; clamp: alpha s; ablate:
     (1 - alpha) z with alpha cut to [0, 1]. Latents stay >= 0."""
@@ -284,7 +284,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        d, m, s = self.data, self.model, self.sae
+        d, m, s, t, gated_steps = self.data, self.model, self.sae, self.steer, self.train.gated.steps
         gated = range(self.gate.first_layer, m.depth)
         for field, value, ok, allowed in (
             ("model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"),
@@ -292,7 +292,7 @@ class Config(Section):
             ("data.mean", d.mean, len(d.mean) == d.channels, f"one number for each of data.channels = {d.channels}"),
             ("data.std", d.std, len(d.std) == d.channels, f"one number for each of data.channels = {d.channels}"),
             ("data.name", d.name, d.source != "tfds" or d.name, "a TFDS dataset's name, as data.source is 'tfds'"),
-            ("data.path", d.path, d.source not in ("folder", "npz") or d.path, f"a path, as data.source is {d.source!r}"),
+            ("data.path", d.path, d.source not in ("folder", "npz") or d.path, f"a path, as source is {d.source!r}"),
             ("gate.first_layer", self.gate.first_layer, len(gated) > 0, f"below model.depth = {m.depth}"),
             ("model.heads", m.heads, m.heads <= 12, "at most 12: the controls try every one of the 2^heads subsets"),
             ("train.eval_every", self.train.eval_every, self.train.eval_every % self.train.steps_per_call == 0,
@@ -300,13 +300,12 @@ class Config(Section):
             ("sae.layer", s.layer, -m.depth <= s.layer < m.depth and self.sae_layer in gated,
              f"a gated layer: {gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"),
             ("sae.k", s.k, s.k <= self.latents, f"at most the {self.latents} latents (sae.expansion * model.width)"),
-            ("steer.latents", self.steer.latents, self.steer.latents <= self.latents, f"at most the {self.latents} latents"),
-            ("steer.alphas", self.steer.alphas, len(set(self.steer.alphas)) == len(self.steer.alphas) > 0,
-             "at least one number, none twice"),
-            ("steer.classes", self.steer.classes, len(set(self.steer.classes)) == len(self.steer.classes), "no name twice"),
-            ("steer.strategies", self.steer.strategies,
-             len(set(self.steer.strategies)) == len(self.steer.strategies) > 0, "at least one name, none twice"),
-            ("train.gated.steps", self.train.gated.steps, self.train.gated.steps > 0, "at least 1: the gates must learn"),
+            ("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents"),
+            ("steer.alphas", t.alphas, len(set(t.alphas)) == len(t.alphas) > 0, "at least one number, none twice"),
+            ("steer.classes", t.classes, len(set(t.classes)) == len(t.classes), "no name twice"),
+            ("steer.strategies", t.strategies, len(set(t.strategies)) == len(t.strategies) > 0,
+             "at least one name, none twice"),
+            ("train.gated.steps", gated_steps, gated_steps > 0, "at least 1: the gates must learn"),
         ):  # fmt: skip
             if not ok:
                 raise ValueError(f"{field} = {value!r}: allowed is {allowed}")

@@ -248,7 +248,7 @@ def _decode(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int],
 
 
 def _read_npz(config: DataConfig) -> Source:
-    """One file of arrays: {train,test}_images [N, h, w] or [N, h, w, 1 or 3] uint8, {train,test}_labels [N] integers."""
+    """One file: {train,test}_images uint8 [N, h, w] or [N, h, w, 1 or 3], {train,test}_labels integers [N]."""
 
     def array(file: Any, key: str) -> np.ndarray:
         if key not in file:
@@ -353,7 +353,7 @@ def _read_tfds(config: DataConfig) -> Source:
 
     where = config.path or tfds.core.constants.DATA_DIR
     prepared = f"{config.name} in {where}"
-    with _blaming(prepared, "prepare it anew with file_format='array_record'"):
+    with _blaming(prepared, "check config.data.name, and prepare it with file_format='array_record'"):
         try:
             builder = builder_from_files(config.name, data_dir=config.path or None)
         except tfds.core.DatasetNotFoundError:

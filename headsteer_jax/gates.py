@@ -18,7 +18,7 @@ class Gate(nn.Module):
     config: GateConfig
     layer_norm_epsilon: float
 
-    @nn.compact
+    @nn.compact  # type: ignore[untyped-decorator]  # mypy reads flax as Any
     def __call__(self, x_BD: jax.Array) -> jax.Array:
         """[B, D] CLS residual -> [B, H] float32 gate logits m."""
         x_BD = x_BD.astype(jnp.float32)
@@ -56,7 +56,7 @@ def straight_through(m_BH: jax.Array, noise_BH: jax.Array, temperature: float) -
     """
     soft_BH = jax.nn.sigmoid((m_BH + noise_BH) / temperature)
     hard_BH = threshold(m_BH + noise_BH)  # sigmoid(a / tau) > 1/2 exactly where a > 0
-    return hard_BH + soft_BH - jax.lax.stop_gradient(soft_BH)
+    return hard_BH + (soft_BH - jax.lax.stop_gradient(soft_BH))  # the bracket is exactly 0
 
 
 def usage_loss(g_BAH: jax.Array, target: jax.Array | float, config: GateConfig) -> jax.Array:

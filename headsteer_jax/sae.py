@@ -49,12 +49,12 @@ def fit_scaling(x_ND: np.ndarray) -> Scaling:
     norm = np.linalg.norm(x_ND - mean, axis=1).mean()
     if norm < 1e-6 * (1.0 + np.linalg.norm(mean)):
         raise HeadSteerError("the residuals are the same for every image: there is nothing to decompose at this layer")
-    return Scaling(mean.astype(np.float32), np.float32(np.sqrt(x_ND.shape[1]) / norm))
+    return Scaling(mean.astype(np.float32), np.asarray(np.sqrt(x_ND.shape[1]) / norm, np.float32))
 
 
-def centre(scaling: Scaling, x_BD: jax.Array) -> jax.Array:
+def centre(scaling: Scaling, x_BD: jax.Array | np.ndarray) -> jax.Array:
     """u = (x - mean) * scale."""
-    return (x_BD - scaling.mean) * scaling.scale
+    return (jnp.asarray(x_BD) - scaling.mean) * scaling.scale
 
 
 def uncentre(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
@@ -208,7 +208,7 @@ def train_sae(config: Config, x_ND: np.ndarray, directory: Path) -> tuple[SAE, S
     if c.batch > len(x_ND):
         raise HeadSteerError(f"config.sae.batch = {c.batch}: allowed is at most the {len(x_ND)} training images")
     scaling = fit_scaling(x_ND)
-    u_ND = jnp.asarray(centre(scaling, x_ND))
+    u_ND = centre(scaling, x_ND)
     steps = len(x_ND) // c.batch
     state = initial_state(config, steps)
     curves = {name: np.zeros((c.epochs, c.seeds), np.float32) for name in ("mse", "dead")}

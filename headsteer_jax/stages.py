@@ -1,8 +1,8 @@
 """The four stages and their bookkeeping: each reads what the one before saved, and is done once.
 
-A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. What of the
-config a stage depends on is in NEEDS; a finished or interrupted stage whose part of the config changed is not touched
-unless --overwrite says so. A stage that was made again makes those after it stale.
+A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. What of
+the config a stage depends on is in NEEDS; a finished or interrupted stage whose part of the config changed is not
+touched unless --overwrite says so. A stage that was made again makes those after it stale.
 """
 
 import datetime
@@ -136,7 +136,7 @@ def steer_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     directory = make_directory(workdir / "steer")
     model, params = trained(config, dataset, workdir / "train")
     stored = read_arrays(workdir / "sae" / "autoencoders.npz")
-    saes = SAE(**{name: stored[f"sae_{name}"] for name in SAE._fields})
+    saes = SAE(*(jnp.asarray(stored[f"sae_{name}"]) for name in SAE._fields))
     arrays = run_sweep(
         config, dataset, model, params, saes, Scaling(stored["mean"], stored["scale"]), stored["x_train"]
     )
@@ -258,7 +258,7 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
             say(f"{stage}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
             continue
         make_directory(directory)
-        record = {"config": needed(config, stage), "inputs": _inputs(workdir, stage)}
+        record: dict[str, Any] = {"config": needed(config, stage), "inputs": _inputs(workdir, stage)}
         write_json(directory / "started.json", record)
         began = time.monotonic()
         if dataset is None:

@@ -60,8 +60,8 @@ def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: ja
 
 
 def steered_residuals(
-    sae: SAE, scaling: Scaling, s_F: jax.Array, choice: Choice, x_BD: jax.Array, class_B: jax.Array, alphas_A: jax.Array,
-    k: int, config: SteerConfig,
+    sae: SAE, scaling: Scaling, s_F: jax.Array, choice: Choice, x_BD: jax.Array, class_B: jax.Array,
+    alphas_A: jax.Array, k: int, config: SteerConfig,
 ) -> jax.Array:  # fmt: skip
     """x' for every alpha, [A, B, D].
 
@@ -143,14 +143,14 @@ def pattern_table(model: ViT, params: Any, split: Split, config: Config, what: s
     layer, patterns_P = config.sae_layer, jnp.arange(2**config.model.heads)
 
     @jax.jit
-    def run(params: Any, images: jax.Array) -> Prefix:
+    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         x_BTD, _ = model.apply(
             params, preprocess(images, config.data),
             method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
         )  # fmt: skip
         gates_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits") > 0
         predictions_PB = jnp.argmax(pattern_logits(model, params, x_BTD, layer, patterns_P), axis=-1)
-        return Prefix(x_BTD[:, 0], pattern_of(gates_BH), predictions_PB.T.astype(jnp.int32))
+        return x_BTD[:, 0], pattern_of(gates_BH), predictions_PB.T.astype(jnp.int32)
 
     count = len(split.labels)
     chunks = padded_chunks(count, config.steer.chunk)

@@ -189,7 +189,7 @@ def _unsteered_prediction(arrays: Arrays, split: str) -> np.ndarray:
 
 
 def _overlaps(arrays: Arrays, config: Config, rng: np.random.Generator) -> dict[str, Any]:
-    """Mean shares of latents in common: global against class, and between two classes ([LH26]: 0.1641 for the first)."""
+    """Mean shares of latents in common: global against class ([LH26]: 0.1641), and between two classes."""
     result: dict[str, Any] = {"global_class": None, "class_class": None}
     if "overlap_global_class" in arrays:
         result["global_class"] = float(arrays["overlap_global_class"].mean())
@@ -219,7 +219,7 @@ def _class_table(
     arrays: Arrays, g: int, a: int, before: tuple[np.ndarray, np.ndarray], usage: np.ndarray, accuracy: np.ndarray,
     config: Config,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Each class under `class` steering at the common alpha, by saving; p-values are the first seed's (exact McNemar)."""
+    """Each class under `class` steering at the common alpha, by saving; p: the first seed's exact McNemar test."""
     gained, lost = (arrays[f"test_{name}"][g, 0, 0, a] for name in ("gained", "lost"))
     p = mcnemar(gained, lost)
     adjusted = benjamini_hochberg(p)
@@ -275,7 +275,8 @@ def _claims(
             claims.append({"claim": claim, "value": None, "interval": None, "holds": None})
             continue
         resampled = [
-            accuracy_at_usage(u, v, wanted) for u, v, wanted in zip(usage_R[:, other, 0, up], accuracy_R[:, other, 0, up], wanted_R, strict=True)
+            accuracy_at_usage(u, v, wanted)
+            for u, v, wanted in zip(usage_R[:, other, 0, up], accuracy_R[:, other, 0, up], wanted_R, strict=True)
         ]  # fmt: skip
         gaps = [
             own - value

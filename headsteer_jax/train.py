@@ -138,7 +138,7 @@ def make_steps(model: ViT, config: Config, phase: PhaseConfig, gated: bool) -> C
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, a row a call. Rows that a resumed run will write again are dropped at its start."""
+    """metrics.jsonl and TensorBoard, a row a call; rows that a resumed run will write again are dropped first."""
 
     def __init__(self, directory: Path) -> None:
         self.path = make_directory(directory) / "metrics.jsonl"
@@ -200,7 +200,8 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
     after annealing).
 
     Raises:
-      HeadSteerError: the loss is not finite, naming the step and the last good checkpoint; a batch larger than the data.
+      HeadSteerError: the loss is not finite (names the step and the last good checkpoint), or the batch is larger than
+        the data.
     """
     plan: PhaseConfig = config.train.dense if phase == "dense" else config.train.gated
     gated = phase == "gated"
@@ -248,9 +249,10 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
         if bad.size:
             good = last.latest()
             kept = f"the last good checkpoint is {last.directory / str(good)}" if good else "there is no checkpoint yet"
+            at, section = step - len(metrics["loss"]) + int(bad[0]) + 1, "dense" if phase == "dense" else "gated"
             raise HeadSteerError(
-                f"{phase}: the loss is {metrics['loss'][bad[0]]} at step {step - len(metrics['loss']) + int(bad[0]) + 1}; "
-                f"{kept}; lower config.train.{'dense' if phase == 'dense' else 'gated'}.learning_rate"
+                f"{phase}: the loss is {metrics['loss'][bad[0]]} at step {at}; {kept}; "
+                f"lower config.train.{section}.learning_rate and pass --overwrite"
             )
         means = {name: value.mean(axis=0) for name, value in metrics.items()}
         log.write(phase, step, means)
@@ -322,6 +324,6 @@ def trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "g
     plan = config.train.dense if phase == "dense" else config.train.gated
     state = State(
         params, params if config.train.ema else None, jax.eval_shape(optimizer(config, plan).init, params),
-        jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32),
+        *jax.eval_shape(lambda: (jnp.zeros(2, jnp.uint32), jnp.int32(0))),
     )  # fmt: skip
     return model, evaluated(Checkpoints(directory / phase / "last", 2).restore(state)[0])

@@ -1,0 +1,633 @@
+"""What a run looks like: the figures, and one HTML page that holds them, the tables and how to read both.
+
+Everything is drawn from summary.json, sweep.npz and metrics.jsonl; nothing is computed here that they do not hold.
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, C classes, H heads, F latents.
+"""
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from PIL import Image
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+
+from headsteer_jax.checkpoint import make_directory, write_atomically, write_text
+from headsteer_jax.config import Config, flatten
+from headsteer_jax.data import Dataset, gather
+
+WIDTH = 9.5  # inches: at 96 pixels an inch the page's column
+MATRIX_CLASSES = 100  # rows that are legible at that width; of more classes both ends of the ranking are shown
+MONTAGE_CLASSES = 6
+TILE = 56  # pixels: images in the montage are no larger
+COLOURS = {"class": "#D55E00", "global": "#0072B2", "random": "#009E73", "matched_random": "#CC79A7"}  # Okabe-Ito
+MORE_COLOURS = ("#E69F00", "#56B4E9", "#8C6D31", "#666666", "#F0E442")  # for further strategies, in order
+PHASE_COLOURS = {"dense": "#7F7F7F", "gated": "#000000", "dense_control": "#E69F00"}
+INK, MUTED, PALE = "#222222", "#767676", "#B5B5B5"
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of the same widths: an SVG's labels fit with either
+    "font.size": 9,
+    "text.parse_math": False,  # class names hold dollar signs
+    "text.color": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#999999",
+    "ytick.color": "#999999",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "headsteer",  # the same figure has the same bytes
+}
+
+
+class Material(NamedTuple):
+    """All that figures are drawn from."""
+
+    config: Config
+    dataset: Dataset
+    summary: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    rows: list[dict[str, Any]]  # metrics.jsonl
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """Strategy -> colour, in the order of the config."""
+        names = [str(name) for name in self.arrays["strategies"]]
+        more = iter(MORE_COLOURS * len(names))
+        return {name: COLOURS.get(name) or next(more) for name in names}
+
+    @property
+    def main(self) -> str:
+        """The strategy that figures of one strategy show: `class` where it was run."""
+        return "class" if "class" in self.colours else next(iter(self.colours))
+
+    @property
+    def images(self) -> int:
+        """Test images that were steered."""
+        return int(self.arrays["test_count"].sum())
+
+
+def heads_on(m: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Classes that have test images, by saving, and [C', H] how often each head runs before and after steering.
+
+    After: under `main` at its chosen alpha, mean over seeds.
+    """
+    count = m.arrays["test_count"]
+    g = list(m.colours).index(m.main)
+    a = int(m.arrays["chosen"][g, 0])
+    before = m.arrays["test_unsteered_heads_on"] / np.maximum(count, 1)[:, None]
+    after = m.arrays["test_heads_on"][g, :, 0, a].mean(axis=0) / np.maximum(count, 1)[:, None]
+    order = np.argsort((after - before).mean(axis=1), kind="stable")
+    order = order[count[order] > 0]
+    return order, before[order], after[order]
+
+
+def short(name: str, length: int = 16) -> str:
+    """A class name for a label: printable, on one line, not long."""
+    name = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def number(value: float) -> str:
+    """As short as it is exact, with a real minus sign."""
+    return f"{value:g}".replace("-", "−")
+
+
+def heads_text(heads: Iterable[int]) -> str:
+    """[2, 5] -> {h2, h5}, counted from 0."""
+    return "{" + ", ".join(f"h{head}" for head in heads) + "}"
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Places near `values`, in their order and at least `gap` apart: for labels beside the ends of lines."""
+    order = np.argsort(values, kind="stable")
+    places = np.array(values, float)[order]
+    for _ in range(20 * len(places)):  # neighbours that are too close share the way
+        for i in range(len(places) - 1):
+            push = max(0.0, gap - (places[i + 1] - places[i])) / 2
+            places[i : i + 2] += (-push, push)
+    return places[np.argsort(order)].tolist()
+
+
+def alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
+    """Alphas on a scale that is linear near 0 and logarithmic beyond, both ways, with labels where there is room."""
+    unit = np.abs(alphas[alphas != 0]).min() if (alphas != 0).any() else 1.0
+    axes.set_xscale("asinh", linear_width=float(unit))
+    room = 0.024 * float(np.ptp(np.arcsinh(alphas / unit)))  # for a character
+    shown: list[float] = []
+    ends = (0, alphas[0], alphas[-1])
+    for alpha in sorted(alphas.tolist(), key=lambda a: (a not in ends, np.log2(abs(a) or 1) % 1 != 0, -abs(a))):
+        for other in shown:
+            apart = abs(np.arcsinh(alpha / unit) - np.arcsinh(other / unit))
+            if apart < room * (1 + (len(number(alpha)) + len(number(other))) / 2):
+                break
+        else:
+            shown.append(alpha)
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.set_xlabel("steering strength α")
+
+
+def ticks(axis: Axis, what: str, most: int = 6) -> None:
+    """Usage in fractions, as [LH26] has it; all else in percent."""
+    percent = what != "usage"
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{number(round(100 * value, 6))}%" if percent else number(round(value, 6)))
+    )
+
+
+def plain(axes: Axes) -> None:
+    """No frame, grid or ticks: for images."""
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def steering(m: Material) -> Figure:
+    """Accuracy and usage against alpha ([LH26], figures 2 and 3)."""
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    before = m.summary["steering"]["unsteered"]
+    titles = {"accuracy": "Accuracy", "usage": f"Heads in use, layer {m.summary['last_layer']['layer']}"}
+    for axes, (what, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        axes.axhline(before[what], color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ends = [before[what]]
+        for name, colour in m.colours.items():
+            result = m.summary["steering"][name]
+            curve = result["curve"]
+            low, high = np.transpose(curve[f"{what}_ci"])
+            axes.fill_between(curve["alpha"], low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(curve["alpha"], curve[what], color=colour, marker="o", markersize=2.5)
+            axes.plot(
+                result["alpha"], result[what], "o", color=colour, markerfacecolor="white", markersize=8, zorder=3,
+                markeredgewidth=1.8,
+            )  # fmt: skip
+            ends.append(curve[what][-1])
+        alpha_axis(axes, m.arrays["alphas"])
+        ticks(axes.yaxis, what)
+        axes.set_title(f"{title} (test, n = {m.images:,})")
+        places = spread(ends, 0.065 * float(np.ptp(axes.get_ylim())))
+        labels = {"unsteered": INK} | m.colours
+        for place, (name, colour) in zip(places, labels.items(), strict=True):
+            axes.text(
+                1.02, place, name.replace("_", " "), color=colour, va="center", fontsize=8.5,
+                transform=axes.get_yaxis_transform(),
+            )  # fmt: skip
+    return figure
+
+
+def front(m: Material) -> Figure:
+    """Accuracy against usage: every strategy's path, and what head subsets reach without any steering."""
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    steer, layer = m.summary["steering"], m.summary["last_layer"]
+    sizes = layer["by_size"]
+    usage = [row["usage"] for row in sizes]
+    points = [steer[name] for name in ("unsteered", *m.colours)]
+    whole, near = figure.subplots(1, 2)
+    for axes in (whole, near):
+        for key, label, line, colour in (
+            ("oracle", "best subset of each class, by size", (0, (1, 1.2)), INK),
+            ("fixed", "best fixed subset, by size", "-", MUTED),
+            ("random", "random subsets, by size", (0, (4, 2)), MUTED),
+        ):
+            axes.plot(
+                usage, [row[key] for row in sizes], color=colour, linestyle=line, marker="s", markersize=3,
+                linewidth=1.2, label=label,
+            )  # fmt: skip
+        axes.plot(
+            layer["oracle"]["usage"], layer["oracle"]["accuracy"], "*", color=INK, markersize=11, linestyle="none",
+            label="smallest subset that keeps each class's accuracy",
+        )  # fmt: skip
+        for name, colour in m.colours.items():
+            curve = {key: np.array(values) for key, values in steer[name]["curve"].items()}
+            rising, falling = curve["alpha"] >= 0, curve["alpha"] <= 0
+            axes.plot(curve["usage"][falling], curve["accuracy"][falling], color=colour, alpha=0.35, linewidth=1.2)
+            axes.plot(
+                curve["usage"][rising], curve["accuracy"][rising], color=colour, marker="o", markersize=2.5,
+                label=name.replace("_", " "),
+            )  # fmt: skip
+            point = steer[name]
+            axes.errorbar(
+                point["usage"], point["accuracy"], color=colour, marker="o", markerfacecolor="white", markersize=8,
+                markeredgewidth=1.8, zorder=4, elinewidth=1.4, capsize=0,
+                **{f"{axis}err": np.abs(np.subtract(point[f"{what}_ci"], point[what]))[:, None]
+                   for axis, what in (("x", "usage"), ("y", "accuracy"))},
+            )  # fmt: skip
+        axes.plot(
+            points[0]["usage"], points[0]["accuracy"], "D", color=INK, markersize=7, zorder=5, label="unsteered"
+        )
+        ticks(axes.xaxis, "usage")
+        ticks(axes.yaxis, "accuracy")
+        axes.set_xlabel(f"heads in use, layer {layer['layer']}")
+    whole.set_title(f"Accuracy (test, n = {m.images:,})")
+    near.set_title("The same, near the chosen strengths")
+    near.set_xlim(*_around(points, "usage"))
+    near.set_ylim(*_around(points, "accuracy"))
+    whole.set_xlim(-0.04, 1.17)
+    for name, place in (("all_on", 1.0), ("all_off", 0.0)):
+        whole.annotate(
+            name.replace("_", " "), (place, layer[name]), (6, 0), textcoords="offset points", va="center", fontsize=8.5
+        )  # fmt: skip
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _around(points: Sequence[dict[str, Any]], what: str) -> tuple[float, float]:
+    """Limits that hold every point's interval with some room."""
+    ends = [end for point in points for end in point[f"{what}_ci"]]
+    room = max(0.12 * (max(ends) - min(ends)), 0.005)
+    return min(ends) - room, max(ends) + room
+
+
+def heads(m: Material) -> Figure:
+    """Which heads each class uses, before and after steering."""
+    order, before, after = heads_on(m)
+    names = [short(m.dataset.class_names[c]) for c in order]
+    half = (len(order) + 1) // 2
+    if len(order) > MATRIX_CLASSES:
+        end = MATRIX_CLASSES // 2
+        blocks = {f"the {end} classes that save most": slice(0, end), f"the {end} that save least": slice(-end, None)}
+    elif half > 25:
+        blocks = {"": slice(0, half), " ": slice(half, None)}
+    else:
+        blocks = {"": slice(0, None)}
+    longest = max(len(names[block]) for block in blocks.values())
+    figure = Figure(figsize=(WIDTH, 1.5 + 0.155 * max(longest, 6)), layout="constrained")
+    parts = figure.subfigures(1, len(blocks), squeeze=False)[0]
+    for part, (title, block) in zip(parts, blocks.items(), strict=True):
+        panels = part.subplots(1, 3)
+        if title.strip():
+            part.suptitle(title, fontsize=9.5, x=0.02, ha="left")
+        drawn = []
+        for axes, panel_title, values, colours, low in zip(
+            panels, ("before", f"after ({m.main})", "change"), (before, after, after - before),
+            ("Blues", "Blues", "PuOr_r"), (0, 0, -1), strict=True,
+        ):  # fmt: skip
+            drawn.append(
+                axes.imshow(values[block], cmap=colours, vmin=low, vmax=1, aspect="auto", interpolation="none")
+            )
+            axes.set_title(panel_title, loc="center")
+            axes.set_xticks(range(values.shape[1]), [f"h{head}" for head in range(values.shape[1])])
+            axes.tick_params("x", labelsize=8 if values.shape[1] <= 6 else 6)
+            axes.set_yticks([])
+            plain(axes)
+        panels[0].set_yticks(range(len(names[block])), names[block], fontsize=7.5)
+        for axes, image, label, marks in (
+            (list(panels[:2]), drawn[0], "images on which the head runs", [0, 0.5, 1]),
+            ([panels[2]], drawn[2], "change", [-1, 0, 1]),
+        ):
+            bar = part.colorbar(image, ax=axes, location="bottom", aspect=25 if len(axes) > 1 else 12, ticks=marks, pad=0.01)
+            bar.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.ax.tick_params(labelsize=7.5, length=0)
+            bar.set_label(label, fontsize=8)
+    return figure
+
+
+def overlap(m: Material) -> Figure | None:
+    """Latents that classes have in common."""
+    if "overlap_class_class" not in m.arrays:
+        return None
+    pairs = m.arrays["overlap_class_class"].mean(axis=0)
+    shown = heads_on(m)[0]
+    if len(shown) > MATRIX_CLASSES:
+        shown = np.concatenate([shown[: MATRIX_CLASSES // 2], shown[-MATRIX_CLASSES // 2 :]])
+    matrix = pairs[np.ix_(shown, shown)]
+    if len(shown) > 2:
+        tree = linkage(squareform(1 - matrix, checks=False), "average", optimal_ordering=True)
+        leaves = leaves_list(tree)
+        shown, matrix = shown[leaves], matrix[np.ix_(leaves, leaves)]
+    matrix = np.where(np.eye(len(shown), dtype=bool), np.nan, matrix)
+    size = m.config.steer.latents
+
+    figure = Figure(figsize=(WIDTH, 6.9 if len(shown) > 40 else 4.8), layout="constrained")
+    axes, side = figure.subplots(1, 2, width_ratios=[3.1, 1])
+    top = float(np.nanmax(matrix, initial=1 / size))
+    image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=top, interpolation="none")
+    names = [short(m.dataset.class_names[c], 13) for c in shown]
+    step = 1 if len(shown) <= 50 else 2  # every other label on the right: twice the room
+    axes.set_yticks(range(0, len(shown), step), names[::step], fontsize=7 if step > 1 else 7.5)
+    axes.set_xticks([])
+    plain(axes)
+    if step > 1:
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(range(1, len(shown), 2), names[1::2], fontsize=7)
+        right.tick_params(length=0)
+        right.spines["right"].set_visible(False)
+    axes.set_title(
+        f"Shared latents of two classes, of {size} each" + ("" if len(shown) == len(pairs) else f" ({len(shown)} classes)")
+    )
+    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, shrink=0.6, pad=0.01)
+    bar.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+    upper = np.triu(np.ones(pairs.shape, bool), 1)
+    groups = {"all pairs of classes": pairs[upper]}
+    related = m.arrays.get("related")
+    if related is not None and (related & upper).any():
+        groups = {"related pairs": pairs[upper & related], "unrelated pairs": pairs[upper & ~related]}
+    if "overlap_global_class" in m.arrays:
+        groups["global and class"] = m.arrays["overlap_global_class"].ravel()
+    groups = {label: values for label, values in groups.items() if len(values)}
+    for row, (label, values) in enumerate(groups.items()):
+        low, first, third, high = np.quantile(values, [0.05, 0.25, 0.75, 0.95])
+        side.plot([low, high], [row, row], color=PALE, linewidth=1.5, solid_capstyle="butt")
+        side.plot([first, third], [row, row], color=PALE, linewidth=6, solid_capstyle="butt")
+        side.plot(values.mean(), row, "o", color=INK, markersize=6)
+        side.text(0, row - 0.2, f"{label}\nmean {values.mean():.1%}", va="bottom", fontsize=8.5)
+    side.set_ylim(len(groups) - 0.7, -0.8)
+    side.set_yticks([])
+    side.set_xlim(left=0)
+    side.spines["left"].set_visible(False)
+    side.grid(False, axis="y")
+    ticks(side.xaxis, "overlap", most=4)
+    side.set_title("Shared latents")
+    side.set_xlabel("dot: mean, thick: middle half,\nthin: middle 90%", fontsize=8, loc="left")
+    side.set_box_aspect(0.42 * len(groups))
+    side.set_anchor("N")
+    return figure
+
+
+def savers(m: Material) -> Figure | None:
+    """The classes that save most at no loss: usage, accuracy and heads, before and after."""
+    table = m.summary.get("classes", [])[: m.config.report.top_classes]
+    if not table:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.3 * len(table)), layout="constrained")
+    count = m.config.model.heads
+    *panels, which = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 0.2 * count])
+    for axes, what in zip(panels, ("usage", "accuracy"), strict=True):
+        for row, one in enumerate(table):
+            colour = COLOURS["class"] if one["saved"] else PALE
+            before, after = one[f"{what}_before"], one[f"{what}_after"]
+            axes.plot([before, after], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
+            axes.plot(before, row, "o", color=colour, markerfacecolor="white", markersize=7, zorder=3)
+            axes.plot(after, row, "o", color=colour, markersize=7, zorder=4)
+        ticks(axes.xaxis, what)
+        axes.grid(False, axis="y")
+        axes.tick_params("y", length=0)
+        axes.spines["left"].set_visible(False)
+    layer = m.summary["last_layer"]["layer"]
+    panels[0].set_xlim(-0.03, 1.03)
+    panels[0].set_title(f"Heads in use, layer {layer}")
+    fewest, most = min(one["images"] for one in table), max(one["images"] for one in table)
+    panels[1].set_title(f"Accuracy (test, n = {fewest if fewest == most else f'{fewest} to {most}'} each)")
+    for row, one in enumerate(table):
+        colour = COLOURS["class"] if one["saved"] else PALE
+        before, after = one["heads_before"], one["heads_after"]
+        which.plot(before, [row] * len(before), "s", color=colour, markerfacecolor="white", markersize=8)
+        which.plot(after, [row] * len(after), "s", color=colour, markersize=8)
+    which.set_xticks(range(count), [f"h{head}" if count <= 6 else f"{head}" for head in range(count)])
+    which.set_xlim(-0.7, count - 0.3)
+    which.set_title("Heads that run")
+    plain(which)
+    panels[0].set_yticks(range(len(table)), [short(one["name"], 24) for one in table])
+    panels[0].set_ylim(len(table) - 0.4, -0.6)
+
+    def ring(colour: str, fill: str, label: str) -> Line2D:
+        return Line2D([], [], color=colour, marker="o", markerfacecolor=fill, linestyle="none", label=label)
+
+    colour = COLOURS["class"]
+    handles = [ring(colour, "white", "unsteered"), ring(colour, colour, "class steering")]
+    if not all(one["saved"] for one in table):
+        handles.append(ring(PALE, PALE, f"saves less than {m.config.steer.saving:g}, or loses accuracy"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    return figure
+
+
+def _strip(images: np.ndarray, own: np.ndarray, fires: np.ndarray) -> np.ndarray:
+    """Images in a row, [height, width, 3] uint8: those of the class underlined, those without activation left white."""
+    longest = max(images.shape[1:3])
+    scale = max(1, TILE // longest) if longest <= TILE else TILE / longest  # whole steps up: small images stay sharp
+    height, width = (max(1, round(side * scale)) for side in images.shape[1:3])
+    strip = np.full((height + 5, len(images), width + 4, 3), 255, np.uint8)
+    for i in np.flatnonzero(fires):
+        colour = Image.fromarray(np.broadcast_to(images[i], (*images.shape[1:3], 3)))
+        strip[:height, i, :width] = np.asarray(colour.resize((width, height), Image.Resampling.BOX))
+        if own[i]:
+            strip[height + 2 :, i, :width] = (0xD5, 0x5E, 0x00)
+    return strip.reshape(height + 5, -1, 3)
+
+
+def latents(m: Material) -> Figure:
+    """The training images that most activate the latents chosen for some classes (first seed)."""
+    by_name = {str(name): c for c, name in enumerate(m.arrays["class_names"])}
+    rows = m.summary.get("classes")
+    ranked = [by_name[row["name"]] for row in rows] if rows else heads_on(m)[0].tolist()
+    classes = ranked[: min(MONTAGE_CLASSES, m.config.report.top_classes)]
+    g = list(m.colours).index(m.main)
+    chosen = m.arrays["latents"][g, 0]
+    shown = min(m.config.report.top_latents, chosen.shape[1])
+    columns = min(2, shown)
+    lines = -(-shown // columns)
+    figure = Figure(figsize=(WIDTH, len(classes) * (0.42 + 0.82 * lines)), layout="constrained")
+    parts = figure.subfigures(len(classes), 1, squeeze=False)[:, 0]
+    for part, c in zip(parts, classes, strict=True):
+        part.suptitle(short(m.dataset.class_names[c], 60), x=0.008, ha="left", fontsize=10.5, fontweight="bold")
+        panels = part.subplots(lines, columns, squeeze=False).ravel()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, latent in zip(panels, chosen[c, :shown], strict=False):
+            indices = m.arrays["top_images"][latent]
+            strip = _strip(
+                gather(m.dataset.train.images, indices),
+                m.dataset.train.labels[indices] == c,
+                m.arrays["top_activations"][latent] > 0,
+            )
+            axes.imshow(strip, interpolation="none", aspect="equal")
+            axes.set_anchor("W")
+            axes.set_title(
+                f"latent {latent}: on {m.arrays['frequency'][0, latent]:.1%} of all images, "
+                f"{m.arrays['class_frequency'][c, latent]:.0%} of this class",
+                fontsize=8.5,
+            )
+    return figure
+
+
+def _series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric in one phase."""
+    found = [(row["step"] + offset, row[key]) for row in rows if row["phase"] == phase and key in row]
+    return np.array([step for step, _ in found]), np.array([value for _, value in found])
+
+
+def training(m: Material) -> Figure | None:
+    """Loss and accuracy of every phase; sampled and thresholded usage of every gated layer."""
+    if not m.rows:
+        return None
+    dense = max((row["step"] for row in m.rows if row["phase"] == "dense"), default=0)
+    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    (loss, accuracy), (sampled, thresholded) = figure.subplots(2, 2)
+    for phase, colour in PHASE_COLOURS.items():
+        offset = 0 if phase == "dense" else dense
+        label = phase.replace("_", " ")
+        steps, values = _series(m.rows, phase, "cross_entropy", offset)
+        loss.plot(steps, values, color=colour, linewidth=1.2, label=label if len(steps) else None)
+        accuracy.plot(*_series(m.rows, phase, "train_accuracy", offset), color=colour, linewidth=0.9, alpha=0.45)
+        accuracy.plot(*_series(m.rows, phase, "validation_accuracy", offset), color=colour, marker="o", markersize=3.5)
+    loss.set_title("Cross-entropy, training")
+    if loss.get_legend_handles_labels()[0]:
+        loss.legend()
+    accuracy.set_title("Accuracy: training (thin), validation (dots)")
+    ticks(accuracy.yaxis, "accuracy")
+
+    layers = m.config.model.depth - m.config.gate.first_layer
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))
+    panels = {"sampled": sampled, "thresholded": thresholded}
+    for name, axes in panels.items():
+        steps, values = _series(m.rows, "gated", f"usage_{name}", dense)
+        for layer in range(layers if len(steps) else 0):
+            axes.plot(
+                steps, values[:, layer], color=shades[layer], linewidth=1.2, label=f"layer {layer + m.config.gate.first_layer}"
+            )  # fmt: skip
+        axes.plot(
+            *_series(m.rows, "gated", "usage_target", dense), color=INK, linestyle=(0, (4, 3)), linewidth=1, label="target"
+        )  # fmt: skip
+        axes.set_title(f"Heads in use, {name} gates (training batches)")
+        axes.set_ylim(-0.03, 1.03)
+        ticks(axes.yaxis, "usage")
+    steps, values = _series(m.rows, "gated", "validation_usage", dense)
+    for layer in range(layers if len(steps) else 0):
+        thresholded.plot(steps, values[:, layer], "o", color=shades[layer], markersize=3.5)
+    thresholded.set_title("Heads in use, thresholded gates (dots: validation)")
+    for axes in (loss, accuracy, sampled, thresholded):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    handles, labels = sampled.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(handles)))
+    return figure
+
+
+def sae(m: Material) -> Figure:
+    """The autoencoders' training, and how often their latents fire."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    mse, dead, histogram = figure.subplots(1, 3)
+    epochs = np.arange(1, len(m.arrays["sae_mse"]) + 1)
+    for axes, values, title in (
+        (mse, m.arrays["sae_mse"], "MSE per component (scaled)"),
+        (dead, m.arrays["sae_dead"], f"Latents silent for {m.config.sae.dead_window} epochs"),
+    ):
+        axes.plot(epochs, values, color="#0072B2", linewidth=1.2, alpha=0.8, marker="o" if len(epochs) == 1 else None)
+        axes.set_title(title)
+        axes.set_xlabel(f"epoch (a line per seed: {values.shape[1]})")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_ylim(bottom=0)
+    ticks(dead.yaxis, "dead")
+    frequency = m.arrays["frequency"]
+    fires = frequency[frequency > 0]
+    lowest = np.floor(np.log10(fires.min())) if len(fires) else -4.0
+    bins = np.linspace(lowest, 0, 31)
+    for one in frequency:
+        heights, edges = np.histogram(np.log10(one[one > 0]), bins)
+        histogram.stairs(heights, edges, baseline=None, color="#0072B2", linewidth=1.2, alpha=0.8)
+    histogram.set_xlim(lowest, 0)
+    histogram.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    histogram.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * 10**value:g}%"))
+    silent = (frequency == 0).sum(axis=1)
+    histogram.set_title(f"Latents (of {frequency.shape[1]:,}) by how often they fire")
+    histogram.set_xlabel("share of training images (log scale)")
+    histogram.text(
+        0.02, 0.97, f"never, by seed: {', '.join(map(str, silent[:6]))}" + (", …" if len(silent) > 6 else ""), va="top",
+        fontsize=8.5, transform=histogram.transAxes,
+    )  # fmt: skip
+    return figure
+
+
+FIGURES: dict[str, Callable[[Material], Figure | None]] = {
+    "steering": steering,
+    "front": front,
+    "savers": savers,
+    "heads": heads,
+    "latents": latents,
+    "overlap": overlap,
+    "training": training,
+    "sae": sae,
+}
+
+
+def draw(m: Material, name: str) -> dict[str, bytes] | None:
+    """One figure as PNG and SVG; None where this run has nothing for it."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
+        figure = FIGURES[name](m)
+        if figure is None:
+            return None
+        files = {}
+        for kind, metadata in (("png", {}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=m.config.report.dpi, metadata=metadata)
+            files[kind] = buffer.getvalue()
+        return files
+
+
+def write_report(
+    config: Config,
+    name: str,
+    dataset: Dataset,
+    summary: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    rows: list[dict[str, Any]],
+    workdir: Path,
+) -> None:
+    """Write <workdir>/figures/NAME.png and NAME.svg, and <workdir>/report.html, which holds the SVGs.
+
+    Args:
+      name: the run's, for the title.
+      summary: all of summary.json.
+      arrays: all of sweep.npz.
+      rows: metrics.jsonl.
+    """
+    m = Material(config, dataset, summary, arrays, rows)
+    directory = make_directory(workdir / "figures")
+    images = {}
+    for figure in FIGURES:
+        files = draw(m, figure)
+        for kind in ("png", "svg"):
+            path = directory / f"{figure}.{kind}"
+            if files is None:
+                path.unlink(missing_ok=True)  # from an earlier report
+            else:
+                write_atomically(path, lambda file, data=files[kind]: file.write(data))  # type: ignore[misc]
+        if files is not None:
+            images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "heads": heads_text}
+    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
+    page = template.render(
+        name=name, config=config, fields=flatten(config), summary=summary, images=images, strategies=list(m.colours),
+        main=m.main, test_images=m.images, classes=int((arrays["test_count"] > 0).sum()),
+        heads=arrays["test_heads_on"].shape[-1],
+    )  # fmt: skip
+    write_text(workdir / "report.html", page)

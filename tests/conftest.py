@@ -1,0 +1,47 @@
+"""A small model and its data, made once for all tests that need one."""
+
+import jax
+import numpy as np
+import pytest
+
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    PhaseConfig,
+    ReportConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
+from headsteer_jax.vit import build
+
+
+def tiny_config(**gate: object) -> Config:
+    """Three layers of three heads on 8x8 images; every number small."""
+    return Config(
+        data=DataConfig(image_size=8, crop_padding=1, train_per_class=4, eval_per_class=2),
+        model=ModelConfig(patch=4, depth=3, width=24, heads=3),
+        gate=GateConfig(bias=0.0, **gate),  # type: ignore[arg-type]
+        train=TrainConfig(
+            batch=16, dense=PhaseConfig(steps=8), gated=PhaseConfig(steps=8), steps_per_call=2, eval_every=4, eval_batch=50
+        ),
+        sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=4, batch=64, dead_window=1),
+        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, chunk=64),
+        report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
+    )
+
+
+def random_params(config: Config, classes: int, seed: int = 0) -> object:
+    """Parameters that are nowhere 0, so that nothing drops out of a comparison."""
+    side = config.data.image_size
+    params = build(config, classes).init(jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    """[5, 8, 8, 1] normalised images."""
+    return np.random.default_rng(7).standard_normal((5, 8, 8, 1)).astype(np.float32)

@@ -1,0 +1,183 @@
+"""Training: the schedule, resuming bit for bit, the metrics, and a loss that is not finite."""
+
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+
+from headsteer_jax import train as t
+from headsteer_jax.config import Config, HeadSteerError, PhaseConfig
+from headsteer_jax.data import Dataset, Split
+from headsteer_jax.vit import build
+
+
+def blobs(count: int, seed: int) -> Split:
+    """Three classes, each a bright quarter of the image."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(count) % 3).astype(np.int32)
+    images = rng.integers(0, 120, (count, 8, 8, 1), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
+    return Split(images, labels)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return Dataset(blobs(96, 0), blobs(30, 1), blobs(30, 2), ("a", "b", "c"))
+
+
+def with_train(**fields: object) -> Config:
+    config = tiny_config()
+    return config.model_copy(update={"train": config.train.model_copy(update=fields)})
+
+
+def final_states(config, dataset, directory):
+    states = {}
+    for phase in ("dense", "gated", "dense_control"):
+        checkpoints = t.Checkpoints(directory / phase / "last", 2)
+        model = build(config, 3)
+        params = t.initial_params(model, config, config.seed)
+        plan = config.train.dense if phase == "dense" else config.train.gated
+        like = t.State(
+            params,
+            params if config.train.ema else None,
+            t.optimizer(config, plan).init(params),
+            jnp.zeros(2, jnp.uint32),
+            jnp.int32(0),
+        )
+        states[phase] = checkpoints.restore(like)
+    return states
+
+
+@pytest.mark.parametrize("fields", [{}, {"ema": 0.9, "mixup": 0.2}])
+def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch, fields):
+    """Stopped in the middle of the dense and of the gated phase, each time after a checkpoint that is not the last."""
+    config = with_train(**fields)
+    t.train(config, dataset, tmp_path / "whole")
+    real = t.Checkpoints.save
+    for phase in ("dense", "gated"):
+
+        def save(self, step, tree, about, phase=phase):
+            real(self, step, tree, about)
+            if about["phase"] == phase and step == 4 and self.directory.name == "last":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(t.Checkpoints, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            t.train(config, dataset, tmp_path / "parts")
+    monkeypatch.setattr(t.Checkpoints, "save", real)
+    t.train(config, dataset, tmp_path / "parts")
+    whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole, parts)
+    assert whole["gated"][0].step == 8
+    assert whole["gated"][1]["position"] == (8 + 8) * 16
+    assert whole["gated"][1]["config"]["seed"] == 0
+    assert np.any(whole["gated"][0].params["params"]["cls"] != whole["dense"][0].params["params"]["cls"])
+    rows = [t.read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
+    config = tiny_config()
+    t.train(config, dataset, tmp_path)
+    rows = t.read_log(tmp_path / "metrics.jsonl")
+    gated = [row for row in rows if row["phase"] == "gated" and "usage_sampled" in row]
+    assert [row["step"] for row in gated] == [2, 4, 6, 8]
+    assert all(len(row["usage_sampled"]) == len(row["usage_thresholded"]) == 2 for row in gated)
+    assert gated[0]["gate_noise"] > 0 == gated[-1]["gate_noise"]
+    assert gated[-1]["usage_sampled"] == gated[-1]["usage_thresholded"]  # no noise is left
+    assert gated[-1]["usage_target"] == pytest.approx(config.gate.target)
+    assert [row["step"] for row in rows if row["phase"] == "dense" and "validation_accuracy" in row] == [4, 8]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_training_learns(dataset, tmp_path):
+    config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30, dense_control=False)
+    t.train(config, dataset, tmp_path)
+    accuracy = [row["validation_accuracy"] for row in t.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row]
+    assert accuracy[1] > 0.9
+
+
+def test_same_seed_same_bits_other_seed_other_bits(dataset, tmp_path):
+    first, again, other = (
+        t.initial_params(build(tiny_config(), 3), tiny_config(), seed) for seed in (0, 0, 1)
+    )
+    chex.assert_trees_all_equal(first, again)
+    assert np.any(first["params"]["cls"] != other["params"]["cls"])
+
+
+def test_schedule_and_decay_mask():
+    """Warm-up to the peak, a cosine to its end; biases and norms are not decayed."""
+    plan = PhaseConfig(steps=100, learning_rate=1e-2, warmup=0.1, final=0.1)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
+    config = with_train(weight_decay=0.5)
+    tx = t.optimizer(config, plan)
+    state, zero = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    decays = []
+    for _ in range(100):
+        updates, state = tx.update(zero, state, params)
+        decays.append(-float(updates["kernel"][0, 0]) / 0.5)
+        assert not updates["bias"].any()
+        assert not updates["scale"].any()
+    expected = [
+        1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)
+    ]
+    np.testing.assert_allclose(decays, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_loss_by_hand():
+    """Cross-entropy of smoothed labels plus the weighted usage loss, in float64."""
+    config = tiny_config()
+    model = build(config, 3)
+    params = t.initial_params(model, config, 0)
+    images = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
+    targets = optax.smooth_labels(jax.nn.one_hot(np.arange(6) % 3, 3), 0.1)
+    loss, metrics = t.loss_and_metrics(model, params, images, targets, jnp.float32(1), jax.random.key(0), config, True)
+    logits, out = model.apply(params, images)
+    log_p = np.asarray(logits, np.float64) - np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1, keepdims=True))
+    cross_entropy = -(np.asarray(targets) * log_p).sum(axis=1).mean()
+    usage = [np.asarray(out["gates"][layer]).mean() for layer in (1, 2)]
+    pressure = config.gate.weight * np.mean([abs(u - config.gate.target) for u in usage])
+    np.testing.assert_allclose(loss, cross_entropy + pressure, rtol=1e-5)
+    np.testing.assert_allclose(metrics["usage_thresholded"], usage, rtol=1e-6)
+
+
+def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
+    config = with_train(dense=PhaseConfig(steps=12))
+    real = t.training_images
+    monkeypatch.setattr(t, "training_images", lambda key, images, config: real(key, images, config) * jnp.nan)
+    with pytest.raises(HeadSteerError, match=r"dense: the loss is nan at step 1; there is no checkpoint yet"):
+        t.train(config, dataset, tmp_path / "early")
+    monkeypatch.setattr(t, "training_images", real)
+    params = t.initial_params(build(config, 3), config, 0)
+    with t._logging(tmp_path) as log:
+        t.fit(build(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log)
+        bad = lambda key, images, config: real(key, images, config) * jnp.nan  # noqa: E731
+        monkeypatch.setattr(t, "training_images", bad)
+        with pytest.raises(HeadSteerError, match=rf"at step 5; the last good checkpoint is {tmp_path}/dense/last/4;"):
+            t.fit(build(config, 3), params, "dense", dataset, config, tmp_path, log)
+    assert t.Checkpoints(tmp_path / "dense" / "last", 2).latest() == 4
+
+
+def test_batch_larger_than_the_data(dataset, tmp_path):
+    with pytest.raises(HeadSteerError, match=r"config\.train\.batch = 512: allowed is at most the 96"):
+        t.train(with_train(batch=512), dataset, tmp_path)
+
+
+def test_a_cut_off_last_row_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"phase": "dense", "step": 1}) + '\n{"phase": "den')
+    assert t.read_log(path) == [{"phase": "dense", "step": 1}]
+
+
+def test_missing_checkpoint(dataset, tmp_path):
+    t.train(with_train(dense_control=False), dataset, tmp_path)
+    shutil.rmtree(tmp_path / "gated" / "last")
+    with pytest.raises(HeadSteerError, match="no checkpoint"):
+        t.trained(with_train(dense_control=False), dataset, tmp_path)

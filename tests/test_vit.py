@@ -1,0 +1,121 @@
+"""The model against a float64 reference, image by image and head by head."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import random_params, tiny_config
+
+from headsteer_jax import vit
+from headsteer_jax.config import Config
+
+
+def with_model(config: Config, **fields: object) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update=fields)})
+
+
+@pytest.mark.parametrize("gating", ["dense", "thresholded"])
+@pytest.mark.parametrize("dropped", ["zero", "identity"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_matches_reference(images, gating, dropped, layer_norm, gelu):
+    config = with_model(tiny_config(dropped=dropped, layer_norm=layer_norm), gelu=gelu)
+    params = random_params(config, 7)
+    logits, out = jax.jit(lambda x: vit.build(config, 7).apply(params, x, gating=gating))(images)
+    exact = reference.in_float64(params)
+    decisions = []
+    for i, image in enumerate(images):
+        answer, gates, gate_logits, cls = reference.vit(exact, image.astype(np.float64), config, gating)
+        chex.assert_trees_all_close(logits[i], answer, rtol=2e-5, atol=2e-5)
+        for layer in gates:
+            chex.assert_trees_all_close(out["gate_logits"][layer][i], gate_logits[layer], rtol=2e-5, atol=2e-5)
+            chex.assert_trees_all_equal(np.asarray(out["gates"][layer][i], float), gates[layer])
+            decisions.append(gates[layer])
+        for layer in cls:
+            chex.assert_trees_all_close(out["cls"][layer][i], cls[layer], rtol=2e-5, atol=2e-5)
+    if gating == "thresholded":  # the comparison saw heads on and off
+        assert 0 < np.mean(decisions) < 1
+    assert sorted(out["gates"]) == [1, 2]
+
+
+@pytest.mark.parametrize("dropped", ["zero", "identity"])
+def test_forced_gates_match_reference(images, dropped):
+    config = tiny_config(dropped=dropped)
+    params = random_params(config, 7)
+    forced = {1: np.array([0.0, 1.0, 1.0]), 2: np.array([1.0, 0.0, 0.0])}
+    batched = {layer: jnp.tile(g, (len(images), 1)) for layer, g in forced.items()}
+    logits, _ = vit.build(config, 7).apply(params, images, gates=batched)
+    for i, image in enumerate(images):
+        answer, *_ = reference.vit(reference.in_float64(params), image.astype(np.float64), config, "thresholded", forced)
+        chex.assert_trees_all_close(logits[i], answer, rtol=2e-5, atol=2e-5)
+
+
+def test_sampled_without_noise_equals_thresholded(images):
+    config = tiny_config()
+    model, params = vit.build(config, 7), random_params(config, 7)
+    sampled, out = model.apply(params, images, gating="sampled", noise_BAH=jnp.zeros((5, 2, 3)))
+    thresholded, expected = model.apply(params, images)
+    chex.assert_trees_all_equal(sampled, thresholded)
+    chex.assert_trees_all_equal(out["gates"], expected["gates"])
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_prefix_then_suffix_is_the_whole(images, cut):
+    config = tiny_config()
+    model, params = vit.build(config, 7), random_params(config, 7)
+    whole, _ = model.apply(params, images)
+
+    def halves(m, images):
+        x, _ = m.blocks(m.embed(images), 0, stop=cut)
+        x, _ = m.blocks(x, cut)
+        return m.classify(x[:, 0])
+
+    chex.assert_trees_all_equal(model.apply(params, images, method=halves), whole)
+
+
+def test_gate_input_steers_the_gate_alone(images):
+    """Policy steering: the gate reads something else, the block computes on x."""
+    config = tiny_config()
+    model, params = vit.build(config, 7), random_params(config, 7)
+    other = jnp.asarray(np.random.default_rng(1).standard_normal((5, 24)), jnp.float32)
+    steered, out = model.apply(params, images, gate_input={2: other})
+    gates = model.apply(params, other, 2, method="gate_logits") > 0
+    chex.assert_trees_all_equal(out["gates"][2], gates.astype(jnp.float32))
+    forced, _ = model.apply(params, images, gates={2: gates.astype(jnp.float32)})
+    chex.assert_trees_all_equal(steered, forced)
+
+
+def test_bfloat16_keeps_parameters_and_outputs_in_float32(images):
+    config = with_model(tiny_config(), dtype="bfloat16")
+    params = random_params(config, 7)
+    logits, out = vit.build(config, 7).apply(params, images, gating="dense")
+    chex.assert_type([logits, out["cls"][2], out["gate_logits"][2]], jnp.float32)
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+    full, _ = vit.build(tiny_config(), 7).apply(params, images, gating="dense")
+    assert 0 < np.abs(logits - full).max() < 0.1 * np.abs(full).max()  # computed otherwise, but the same model
+
+
+def test_dense_has_no_gradient_for_gates(images):
+    config = tiny_config()
+    params = random_params(config, 7)
+    grads = jax.grad(lambda p: vit.build(config, 7).apply(p, images, gating="dense")[0].sum())(params)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(grads["params"]["layers_2"]["decide"]))
+    assert all(leaf.any() for leaf in jax.tree.leaves(grads["params"]["layers_1"]["mlp_out"]))
+
+
+def test_sizes():
+    config = tiny_config().model.of_size("S", patch=8)
+    assert (config.depth, config.width, config.heads) == (12, 384, 6)
+    shapes = jax.eval_shape(
+        vit.build(tiny_config().model_copy(update={"model": config.model_copy(update={"patch": 4})}), 100).init,
+        jax.random.key(0),
+        jnp.zeros((1, 8, 8, 1)),
+    )
+    backbone = sum(
+        np.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes) if "decide" not in str(path)
+    )
+    D, L = 384, 12
+    block = 4 * (D * D + D) + 2 * 4 * D * D + 5 * D + 4 * D
+    assert backbone == L * block + (16 * D + D) + D + 5 * D + 2 * D + (100 * D + 100)
