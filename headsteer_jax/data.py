@@ -100,7 +100,7 @@ def stratified_cut(labels: np.ndarray, fraction: float, rng: np.random.Generator
 def compose_digits(
     digits: np.ndarray, values: np.ndarray, per_class: int, side: int, rng: np.random.Generator
 ) -> Split:
-    """Canvases of two digits: class 10 a + b shows an `a` left of a `b`, each at a random place, not overlapping.
+    """Canvases of two digits: class 10 a + b shows an `a` in the left half and a `b` in the right, at random places.
 
     Args:
       digits: [N, 8, 8] uint8 source digits.
@@ -110,14 +110,15 @@ def compose_digits(
     """
     labels = np.repeat(np.arange(100, dtype=np.int32), per_class)
     canvases = np.zeros((len(labels), side, side), np.uint8)
-    members = [np.flatnonzero(values == value) for value in range(10)]
-    for canvas, label in zip(canvases, labels, strict=True):
-        gap = side - 2 * DIGIT_SIDE
-        before, after = np.sort(rng.integers(0, gap + 1, 2))  # free columns left of the first and of the second digit
-        for value, column in ((label // 10, before), (label % 10, after + DIGIT_SIDE)):
-            row = rng.integers(0, side - DIGIT_SIDE + 1)
-            digit = digits[rng.choice(members[value])]
-            canvas[row : row + DIGIT_SIDE, column : column + DIGIT_SIDE] = digit
+    pixel, half = np.arange(DIGIT_SIDE), side // 2
+    for shown, first_column in ((labels // 10, 0), (labels % 10, half)):
+        chosen = np.zeros(len(labels), np.int64)
+        for value in range(10):
+            wanted = shown == value
+            chosen[wanted] = rng.choice(np.flatnonzero(values == value), wanted.sum())
+        rows = rng.integers(0, side - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel[:, None]
+        columns = first_column + rng.integers(0, half - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel
+        canvases[np.arange(len(labels))[:, None, None], rows, columns] = digits[chosen]
     return Split(canvases[..., None], labels)
 
 

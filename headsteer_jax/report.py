@@ -7,7 +7,8 @@ Axes: G strategies, S seeds, Y ways to name the class, A alphas, C classes, H he
 import base64
 import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,14 +114,19 @@ def heads_on(m: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def short(name: str, length: int = 16) -> str:
-    """A class name for a label: printable, on one line, not long."""
+    """A class name for a label: printable, on one line, cut in its middle where it is long."""
     name = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return name if len(name) <= length else f"{name[: length - 5]}…{name[-4:]}"
 
 
 def number(value: float) -> str:
     """As short as it is exact, with a real minus sign."""
-    return f"{value:g}".replace("-", "−")
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, rounded; never minus zero."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def heads_text(heads: Iterable[int]) -> str:
@@ -156,7 +162,7 @@ def alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
     axes.xaxis.set_major_locator(FixedLocator(shown))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axes.set_xlabel("steering strength α")
+    axes.set_xlabel("steering strength \N{GREEK SMALL LETTER ALPHA}")
 
 
 def ticks(axis: Axis, what: str, most: int = 6) -> None:
@@ -245,9 +251,7 @@ def front(m: Material) -> Figure:
                 **{f"{axis}err": np.abs(np.subtract(point[f"{what}_ci"], point[what]))[:, None]
                    for axis, what in (("x", "usage"), ("y", "accuracy"))},
             )  # fmt: skip
-        axes.plot(
-            points[0]["usage"], points[0]["accuracy"], "D", color=INK, markersize=7, zorder=5, label="unsteered"
-        )
+        axes.plot(points[0]["usage"], points[0]["accuracy"], "D", color=INK, markersize=7, zorder=5, label="unsteered")
         ticks(axes.xaxis, "usage")
         ticks(axes.yaxis, "accuracy")
         axes.set_xlabel(f"heads in use, layer {layer['layer']}")
@@ -284,7 +288,8 @@ def heads(m: Material) -> Figure:
     else:
         blocks = {"": slice(0, None)}
     longest = max(len(names[block]) for block in blocks.values())
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.155 * max(longest, 6)), layout="constrained")
+    height = 0.155 * max(longest, 6)
+    figure = Figure(figsize=(WIDTH, 1.5 + height), layout="constrained")
     parts = figure.subfigures(1, len(blocks), squeeze=False)[0]
     for part, (title, block) in zip(parts, blocks.items(), strict=True):
         panels = part.subplots(1, 3)
@@ -308,7 +313,9 @@ def heads(m: Material) -> Figure:
             (list(panels[:2]), drawn[0], "images on which the head runs", [0, 0.5, 1]),
             ([panels[2]], drawn[2], "change", [-1, 0, 1]),
         ):
-            bar = part.colorbar(image, ax=axes, location="bottom", aspect=25 if len(axes) > 1 else 12, ticks=marks, pad=0.01)
+            bar = part.colorbar(
+                image, ax=axes, location="bottom", aspect=25 if len(axes) > 1 else 12, ticks=marks, pad=0.1 / height
+            )
             bar.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.tick_params(labelsize=7.5, length=0)
@@ -346,9 +353,9 @@ def overlap(m: Material) -> Figure | None:
         right.set_yticks(range(1, len(shown), 2), names[1::2], fontsize=7)
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
-    axes.set_title(
-        f"Shared latents of two classes, of {size} each" + ("" if len(shown) == len(pairs) else f" ({len(shown)} classes)")
-    )
+    part = f" ({MATRIX_CLASSES} classes: half save most, half least)" if len(heads_on(m)[0]) > MATRIX_CLASSES else ""
+    axes.set_title(f"Shared latents of two classes, of {size} each{part}")
+    axes.set_anchor("N")
     bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, shrink=0.6, pad=0.01)
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -502,18 +509,16 @@ def training(m: Material) -> Figure | None:
     accuracy.set_title("Accuracy: training (thin), validation (dots)")
     ticks(accuracy.yaxis, "accuracy")
 
-    layers = m.config.model.depth - m.config.gate.first_layer
+    first = m.config.gate.first_layer
+    layers = m.config.model.depth - first
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))
     panels = {"sampled": sampled, "thresholded": thresholded}
     for name, axes in panels.items():
         steps, values = _series(m.rows, "gated", f"usage_{name}", dense)
         for layer in range(layers if len(steps) else 0):
-            axes.plot(
-                steps, values[:, layer], color=shades[layer], linewidth=1.2, label=f"layer {layer + m.config.gate.first_layer}"
-            )  # fmt: skip
-        axes.plot(
-            *_series(m.rows, "gated", "usage_target", dense), color=INK, linestyle=(0, (4, 3)), linewidth=1, label="target"
-        )  # fmt: skip
+            axes.plot(steps, values[:, layer], color=shades[layer], linewidth=1.2, label=f"layer {first + layer}")
+        target = _series(m.rows, "gated", "usage_target", dense)
+        axes.plot(*target, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="target")
         axes.set_title(f"Heads in use, {name} gates (training batches)")
         axes.set_ylim(-0.03, 1.03)
         ticks(axes.yaxis, "usage")
@@ -557,11 +562,9 @@ def sae(m: Material) -> Figure:
     histogram.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * 10**value:g}%"))
     silent = (frequency == 0).sum(axis=1)
     histogram.set_title(f"Latents (of {frequency.shape[1]:,}) by how often they fire")
-    histogram.set_xlabel("share of training images (log scale)")
-    histogram.text(
-        0.02, 0.97, f"never, by seed: {', '.join(map(str, silent[:6]))}" + (", …" if len(silent) > 6 else ""), va="top",
-        fontsize=8.5, transform=histogram.transAxes,
-    )  # fmt: skip
+    never = ", ".join(map(str, silent[:6])) + (", …" if len(silent) > 6 else "")
+    histogram.set_xlabel(f"share of training images (log scale); never: {never}", fontsize=8)
+    histogram.set_ylim(bottom=0)
     return figure
 
 
@@ -577,10 +580,17 @@ FIGURES: dict[str, Callable[[Material], Figure | None]] = {
 }
 
 
-def draw(m: Material, name: str) -> dict[str, bytes] | None:
-    """One figure as PNG and SVG; None where this run has nothing for it."""
+@contextmanager
+def styled() -> Iterator[None]:
+    """Within it figures look as ours do; matplotlib's own settings come back after it."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
+        yield
+
+
+def draw(m: Material, name: str) -> dict[str, bytes] | None:
+    """One figure as PNG and SVG; None where this run has nothing for it."""
+    with styled():
         figure = FIGURES[name](m)
         if figure is None:
             return None
@@ -623,7 +633,7 @@ def write_report(
         if files is not None:
             images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "heads": heads_text}
+    environment.filters |= {"number": number, "signed": signed, "heads": heads_text}
     template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
     page = template.render(
         name=name, config=config, fields=flatten(config), summary=summary, images=images, strategies=list(m.colours),

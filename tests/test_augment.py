@@ -185,12 +185,14 @@ def test_random_square_is_a_bilinear_crop() -> None:
         from_row, from_column = np.meshgrid(top + steps, left + steps, indexing="ij")
         np.testing.assert_allclose(crop, bilinear(image, from_row, from_column, "nearest"), atol=1e-4)
         shares.append(step**2)
-        corners += [(top - first) / (SIDE * (1 - step)), (left - first) / (SIDE * (1 - step))]
+        corners.append([(top - first) / (SIDE * (1 - step)), (left - first) / (SIDE * (1 - step))])
     assert least - 1e-4 <= min(shares) < 0.35
     assert 0.95 < max(shares) <= 1 + 1e-4
     assert abs(np.mean(shares) - (1 + least) / 2) < 0.06  # 5 standard errors of a uniform's mean are 0.07
     assert abs(np.mean(corners) - 0.5) < 0.07
     assert np.std(corners) > 0.2
+    together = np.corrcoef(np.column_stack([shares, corners]).T) - np.eye(3)
+    assert np.abs(together).max() < 0.25  # size, row and column are drawn apart; standard error 0.07
 
 
 # RandAugment
@@ -279,6 +281,7 @@ def test_rand_augment_composes_its_operations() -> None:
     twice = np.stack([run(name, x, 0.7, sign) for x in once for name in OPERATIONS[:-1] for sign in (1, -1)])
     for changed in result:
         assert np.abs(twice - changed).max((1, 2, 3)).min() < 1e-4
+    assert any(np.abs(np.stack(once) - changed).max((1, 2, 3)).min() > 0.01 for changed in result)
 
 
 # mixup

@@ -1,0 +1,169 @@
+"""The command line from end to end on a tiny config, and how it answers mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+from conftest import tiny_config
+
+def get_config():
+    config = tiny_config()
+    data = config.data.model_copy(update={"image_size": 16, "train_per_class": 3, "eval_per_class": 2})
+    return config.model_copy(update={"data": data})
+"""
+
+
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """run.py in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def refused(result: subprocess.CompletedProcess[str], *says: str) -> None:
+    """Exit code 2 and one line."""
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in result.stderr
+    for text in says:
+        assert text in errors[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A config file and the workdir of its whole run."""
+    directory = tmp_path_factory.mktemp("run")
+    config = directory / "tiny.py"
+    config.write_text(CONFIG)
+    result = run(f"--config={config}", cwd=directory)
+    assert result.returncode == 0, result.stderr
+    workdir = directory / "runs" / "tiny"
+    assert result.stdout.strip() == "runs/tiny/report.html"
+    return config, workdir
+
+
+def test_every_headline_number(finished):
+    _, workdir = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    for name in ("dense_accuracy", "gated_accuracy"):
+        assert 0 <= summary[name] <= 1
+    assert {"usage", "all_on", "all_off", "best_fixed", "oracle"} <= summary["last_layer"].keys()
+    assert {"mse", "explained_variance", "dead_fraction", "gate_agreement", "accuracy"} <= summary["sae"].keys()
+    assert {"global_class", "class_class"} <= summary["overlap"].keys()
+    assert summary["steering"].keys() == {"unsteered", "class", "global", "random", "matched_random"}
+    for result in summary["steering"].values():
+        assert {"alpha", "usage", "accuracy", "usage_ci", "accuracy_ci", "classes_saved"} <= result.keys()
+        assert result["usage_ci"][0] <= result["usage"] <= result["usage_ci"][1]
+    assert summary["seconds"].keys() >= {"train", "sae", "steer"}
+    assert summary["peak_memory_bytes"] > 1e8
+    assert summary["config"]["model"]["width"] == 24
+    assert summary["versions"]["jax"]
+
+
+def test_sweep_agrees_with_the_summary(finished):
+    _, workdir = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    with np.load(workdir / "sweep.npz") as sweep:
+        zero = int(np.flatnonzero(sweep["alphas"] == 0)[0])
+        right = sweep["test_correct"][:, :, :, zero].sum(axis=-1)
+        assert (right == sweep["test_unsteered_correct"].sum()).all()  # alpha 0 is the unsteered model
+        assert summary["gated_accuracy"] == pytest.approx(right[0, 0, 0] / sweep["test_count"].sum())
+        predictions, labels = sweep["test_steered_prediction"], sweep["test_labels"]
+        for label in range(100):
+            assert (sweep["test_correct"][..., label] == (predictions[..., labels == label] == label).sum(axis=-1)).all()
+        before = sweep["test_unsteered_correct"]
+        assert (sweep["test_correct"] == before + sweep["test_gained"] - sweep["test_lost"]).all()
+
+
+def test_a_finished_stage_is_not_done_again(finished):
+    config, workdir = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    result = run(f"--config={config}", f"--workdir={workdir}")
+    assert result.returncode == 0
+    assert result.stderr.count("done before") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_a_changed_field_is_named_and_overwrite_redoes_what_depends_on_it(finished):
+    config, workdir = finished
+    command = (f"--config={config}", f"--workdir={workdir}", "--config.steer.latents=2")
+    refused(run(*command), "config.steer.latents was 3, now 2", "--overwrite")
+    done = {stage: (workdir / stage / "done.json").read_text() for stage in ("train", "sae", "steer", "report")}
+    result = run(*command, "--overwrite")
+    assert result.returncode == 0, result.stderr
+    for stage, record in done.items():
+        assert ((workdir / stage / "done.json").read_text() == record) == (stage in ("train", "sae"))
+    assert run(f"--config={config}", f"--workdir={workdir}", "--overwrite").returncode == 0  # and back
+
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    config, workdir = finished
+    assert run(f"--config={config}", f"--workdir={tmp_path}").returncode == 0
+    with np.load(workdir / "sweep.npz") as first, np.load(tmp_path / "sweep.npz") as second:
+        assert first.files == second.files
+        for name in first.files:
+            np.testing.assert_array_equal(first[name], second[name], name)
+
+
+def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):
+    config, workdir = finished
+    refused(run(f"--config={config}", f"--workdir={tmp_path}", "--stages=sae"), "sae needs train")
+    for stage in ("train", "sae", "steer,report"):
+        result = run(f"--config={config}", f"--workdir={tmp_path}", f"--stages={stage}")
+        assert result.returncode == 0, result.stderr
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path))
+    for name in ("seconds", "peak_memory_bytes"):
+        del first[name], second[name]
+    assert first == second
+
+
+def test_damaged_checkpoint(finished, tmp_path):
+    """What cannot be read is named; nothing else is touched."""
+    config, _ = finished
+    assert run(f"--config={config}", f"--workdir={tmp_path}", "--stages=train").returncode == 0
+    largest = max((tmp_path / "train" / "gated" / "last" / "8").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    refused(run(f"--config={config}", f"--workdir={tmp_path}", "--stages=sae"), "gated/last/8", "damaged")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, steer, report"]),
+        (["--config.model.depht=3"], ["config.model.depht", "did you mean config.model.depth?"]),
+        (["--config.model.depth=four"], ["config.model.depth = 'four'"]),
+        (["--config.model.heads=5"], ["model.heads = 5", "a divisor of model.width"]),
+        (["--config.sae.k=4000"], ["sae.k = 4000", "latents"]),
+        (["--config.model.patch=7"], ["model.patch = 7", "a divisor of data.image_size"]),
+        (["--config.gate.target=0"], ["config.gate.target = '0'"]),
+        (["--config.gate.target=1.5"], ["config.gate.target = '1.5'"]),
+        (["--config.steer.strategies=class,best"], ["'best'", "matched_random"]),
+        (["--config.steer.classes=00,dog"], ["no class 'dog'"]),
+        (["--config.data.source=tfds", "--config.data.name=cifar100", "--config.data.path=/nowhere"], ["cifar100", "/nowhere"]),
+        (["--config.data.source=folder", "--config.data.path=/nowhere"], ["/nowhere"]),
+        (["--config=nowhere.py"], ["nowhere.py", "no such file"]),
+        (["--wrokdir=x"], ["--wrokdir=x"]),
+    ],
+)
+def test_bad_input(arguments, says, tmp_path):
+    refused(run(f"--workdir={tmp_path / 'w'}", *arguments), *says)
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(f"--workdir={tmp_path / 'file' / 'w'}"), str(tmp_path / "file"), "--workdir")
+
+
+def test_help_lists_stages_and_fields():
+    result = run("--help")
+    assert result.returncode == 0
+    for text in ("train", "sae", "steer", "report", "--config.gate.target", "Share of heads to keep."):
+        assert text in result.stdout
