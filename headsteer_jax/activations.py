@@ -1,5 +1,6 @@
 """One forward pass over a split: what the model predicts, which heads it runs, and the CLS residual of a layer."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ class Observed(NamedTuple):
         return float(np.mean(self.prediction == labels))
 
 
+Observe = Callable[[Any, Split, str], Observed]
+
+
 def padded_chunks(count: int, size: int) -> list[np.ndarray]:
     """Indices of `count` images in chunks of one size, for one compiled program: the last is filled with image 0."""
     size = min(size, count)
@@ -33,13 +37,12 @@ def padded_chunks(count: int, size: int) -> list[np.ndarray]:
     return list(filled.reshape(-1, size))
 
 
-def observe(
-    model: ViT, params: Any, split: Split, config: Config, gating: Gating, layer: int, what: str = "forward"
-) -> Observed:
-    """Run the model over a whole split, without augmentation.
+def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
+    """`(params, split, what) -> Observed`: runs the model over a whole split, without augmentation.
+
+    It is made once and called often, so that the forward pass is compiled once. `what` names the work in the progress.
 
     Args:
-      params: the model's variables.
       gating: dense (every head) or thresholded (evaluation's gates).
       layer: whose CLS residual and gate logits are kept; a gated layer.
     """
@@ -50,11 +53,14 @@ def observe(
         prediction = jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
         return prediction, stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
 
-    count = len(split.labels)
-    chunks = padded_chunks(count, config.train.eval_batch)
-    parts = []
-    with progress(count, what, "image") as bar:
-        for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
-            parts.append(jax.device_get(forward(params, images)))
-            bar.update(len(images))
-    return Observed(*(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)))
+    def observe(params: Any, split: Split, what: str) -> Observed:
+        count = len(split.labels)
+        chunks = padded_chunks(count, config.train.eval_batch)
+        parts = []
+        with progress(count, what, "image") as bar:
+            for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
+                parts.append(jax.device_get(forward(params, images)))
+                bar.update(len(images))
+        return Observed(*(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)))
+
+    return observe

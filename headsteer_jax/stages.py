@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.activations import observe, padded_chunks
+from headsteer_jax.activations import observer, padded_chunks
 from headsteer_jax.augment import preprocess
 from headsteer_jax.checkpoint import (
     make_directory,
@@ -38,7 +38,7 @@ from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, 
 from headsteer_jax.steer import suffix
 from headsteer_jax.summary import summarise
 from headsteer_jax.sweep import check_names, run_sweep, seed_of
-from headsteer_jax.train import read_log, train, trained
+from headsteer_jax.train import GATING, PHASES, read_log, train, trained
 from headsteer_jax.vit import ViT
 
 NEEDS = {
@@ -54,16 +54,16 @@ PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 def train_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Train the gated model, then measure it and the dense ones on the test split."""
     train(config, dataset, workdir / "train")
-    accuracies = {}
-    for phase, gating in (("dense", "dense"), ("dense_control", "dense"), ("gated", "thresholded")):
-        wanted = {"dense": config.train.dense.steps > 0, "dense_control": config.train.dense_control, "gated": True}
+    results: dict[str, Any] = {}
+    wanted = {"dense": config.train.dense.steps > 0, "gated": True, "dense_control": config.train.dense_control}
+    for phase in PHASES:
         if wanted[phase]:
-            model, params = trained(config, dataset, workdir / "train", phase)  # type: ignore[arg-type]
-            seen = observe(model, params, dataset.test, config, gating, config.sae_layer, f"{phase}: test")  # type: ignore[arg-type]
-            accuracies[phase] = seen.accuracy(dataset.test.labels)
+            model, params = trained(config, dataset, workdir / "train", phase)
+            seen = observer(model, config, GATING[phase], config.sae_layer)(params, dataset.test, f"{phase}: test")
+            results[phase] = seen.accuracy(dataset.test.labels)
             if phase == "gated":
-                accuracies["usage"] = seen.gates.mean(axis=(0, 2)).tolist()
-    write_json(workdir / "train" / "test.json", accuracies)
+                results["usage"] = seen.gates.mean(axis=(0, 2)).tolist()
+    write_json(workdir / "train" / "test.json", results)
 
 
 def _reconstructed(
@@ -101,8 +101,9 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
     directory = make_directory(workdir / "sae")
     model, params = trained(config, dataset, workdir / "train")
+    observe = observer(model, config, "thresholded", config.sae_layer)
     x = {
-        name: observe(model, params, split, config, "thresholded", config.sae_layer, f"{name}: residuals").x
+        name: observe(params, split, f"{name}: residuals").x
         for name, split in (("train", dataset.train), ("test", dataset.test))
     }
     saes, scaling, curves = train_sae(config, x["train"], directory)

@@ -7,7 +7,6 @@ Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step)
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import optax
 from tensorboardX import SummaryWriter
 
-from headsteer_jax.activations import observe
+from headsteer_jax.activations import Observe, observer
 from headsteer_jax.augment import mixup, training_images
 from headsteer_jax.checkpoint import Checkpoints, make_directory, write_text
 from headsteer_jax.config import Config, HeadSteerError, PhaseConfig
@@ -27,10 +26,11 @@ from headsteer_jax.data import Dataset, batch_indices, gather, prefetched
 from headsteer_jax.gates import annealed, logistic_noise, usage_loss
 from headsteer_jax.pretrained import load_backbone
 from headsteer_jax.progress import progress, say
-from headsteer_jax.vit import ViT, build, stack_gates
+from headsteer_jax.vit import Gating, ViT, build, stack_gates
 
 Phase = Literal["dense", "gated", "dense_control"]
 PHASES: tuple[Phase, ...] = ("dense", "gated", "dense_control")
+GATING: dict[Phase, Gating] = {"dense": "dense", "gated": "thresholded", "dense_control": "dense"}  # in evaluation
 
 
 class State(NamedTuple):
@@ -239,6 +239,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
         return images.reshape(*indices.shape, *images.shape[1:]), dataset.train.labels[indices]
 
     steps = make_steps(model, config, plan, gated)
+    observe = observer(model, config, GATING[phase], config.sae_layer)
     pending: tuple[int, Any] | None = None
 
     def record() -> dict[str, float]:
@@ -267,7 +268,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
             if end % config.train.eval_every == 0 or end == plan.steps:
                 record()
                 pending = None
-                accuracy = validate(model, state, dataset, config, gated, phase, end, log)
+                accuracy = validate(observe, state, dataset, phase, end, log)
                 about = {
                     "phase": phase, "step": end, "position": (offset + end) * batch,
                     "config": json.loads(config.model_dump_json()),
@@ -282,18 +283,17 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
     return state
 
 
-def validate(
-    model: ViT, state: State, dataset: Dataset, config: Config, gated: bool, phase: str, step: int, log: Log
-) -> float:
-    """Accuracy on the validation split, logged with every layer's thresholded usage."""
-    seen = observe(
-        model, evaluated(state), dataset.validation, config, "thresholded" if gated else "dense", config.sae_layer,
-        "validation",
-    )  # fmt: skip
+def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, step: int, log: Log) -> float:
+    """Accuracy on the validation split, logged with every gated layer's thresholded usage.
+
+    Raises:
+      HeadSteerError: the residuals are not finite.
+    """
+    seen = observe(evaluated(state), dataset.validation, f"{phase}: validation")
     accuracy = seen.accuracy(dataset.validation.labels)
-    if not math.isfinite(float(jnp.sum(jnp.asarray(seen.x)))):
+    if not np.isfinite(seen.x).all():
         raise HeadSteerError(f"{phase}: the residuals are not finite at step {step}; lower the learning rate")
-    usage = {"validation_usage": seen.gates.mean(axis=(0, 2))} if gated else {}
+    usage = {"validation_usage": seen.gates.mean(axis=(0, 2))} if phase == "gated" else {}
     log.write(phase, step, {"validation_accuracy": accuracy} | usage)
     return accuracy
 

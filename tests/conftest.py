@@ -25,7 +25,12 @@ def tiny_config(**gate: object) -> Config:
         model=ModelConfig(patch=4, depth=3, width=24, heads=3),
         gate=GateConfig(bias=0.0, **gate),  # type: ignore[arg-type]
         train=TrainConfig(
-            batch=16, dense=PhaseConfig(steps=8), gated=PhaseConfig(steps=8), steps_per_call=2, eval_every=4, eval_batch=50
+            batch=16,
+            dense=PhaseConfig(steps=8),
+            gated=PhaseConfig(steps=8),
+            steps_per_call=2,
+            eval_every=4,
+            eval_batch=50,
         ),
         sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=4, batch=64, dead_window=1),
         steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, chunk=64),
@@ -36,7 +41,9 @@ def tiny_config(**gate: object) -> Config:
 def random_params(config: Config, classes: int, seed: int = 0) -> object:
     """Parameters that are nowhere 0, so that nothing drops out of a comparison."""
     side = config.data.image_size
-    params = build(config, classes).init(jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32))
+    params = build(config, classes).init(
+        jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32)
+    )
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
 

@@ -78,7 +78,9 @@ def test_sweep_agrees_with_the_summary(finished):
         assert summary["gated_accuracy"] == pytest.approx(right[0, 0, 0] / sweep["test_count"].sum())
         predictions, labels = sweep["test_steered_prediction"], sweep["test_labels"]
         for label in range(100):
-            assert (sweep["test_correct"][..., label] == (predictions[..., labels == label] == label).sum(axis=-1)).all()
+            assert (
+                sweep["test_correct"][..., label] == (predictions[..., labels == label] == label).sum(axis=-1)
+            ).all()
         before = sweep["test_unsteered_correct"]
         assert (sweep["test_correct"] == before + sweep["test_gained"] - sweep["test_lost"]).all()
 
@@ -147,7 +149,10 @@ def test_damaged_checkpoint(finished, tmp_path):
         (["--config.gate.target=1.5"], ["config.gate.target = '1.5'"]),
         (["--config.steer.strategies=class,best"], ["'best'", "matched_random"]),
         (["--config.steer.classes=00,dog"], ["no class 'dog'"]),
-        (["--config.data.source=tfds", "--config.data.name=cifar100", "--config.data.path=/nowhere"], ["cifar100", "/nowhere"]),
+        (
+            ["--config.data.source=tfds", "--config.data.name=cifar100", "--config.data.path=/nowhere"],
+            ["cifar100", "/nowhere"],
+        ),
         (["--config.data.source=folder", "--config.data.path=/nowhere"], ["/nowhere"]),
         (["--config=nowhere.py"], ["nowhere.py", "no such file"]),
         (["--wrokdir=x"], ["--wrokdir=x"]),

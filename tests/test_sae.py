@@ -102,7 +102,8 @@ def test_scaling():
 
 
 @pytest.mark.parametrize(
-    ("x", "says"), [(np.ones((9, 4)), "same for every image"), (np.full((9, 4), np.nan), "NaN"), (np.array([[1, np.inf]]), "NaN")]
+    ("x", "says"),
+    [(np.ones((9, 4)), "same for every image"), (np.full((9, 4), np.nan), "NaN"), (np.array([[1, np.inf]]), "NaN")],
 )
 def test_scaling_refuses(x, says):
     with pytest.raises(HeadSteerError, match=says):

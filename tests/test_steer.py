@@ -62,7 +62,9 @@ def test_alpha_0_in_delta_form_is_the_residual_bit_for_bit(mode):
     x = np.random.default_rng(1).standard_normal((64, 24)).astype(np.float32) * 10
     classes = np.arange(64) % CLASSES
     config = steering(mode=mode).steer
-    got = jax.jit(lambda x: steer.steered_residuals(sae, scaling, strength, choice, x, classes, jnp.array([0.0, 1.0]), K, config))(x)
+    got = jax.jit(
+        lambda x: steer.steered_residuals(sae, scaling, strength, choice, x, classes, jnp.array([0.0, 1.0]), K, config)
+    )(x)
     chex.assert_trees_all_equal(got[0], x)
     assert not np.array_equal(got[1], x)
 
@@ -103,7 +105,9 @@ def test_suffix_at_alpha_0_is_the_unsteered_model_bit_for_bit(split, layer, targ
     @jax.jit
     def run(images, alphas):
         x_BTD, _ = model.apply(params, images, method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer))
-        steered = steer.steered_residuals(sae, scaling, strength, choice, x_BTD[:, 0], split.labels, alphas, K, config.steer)
+        steered = steer.steered_residuals(
+            sae, scaling, strength, choice, x_BTD[:, 0], split.labels, alphas, K, config.steer
+        )
         return jax.lax.map(lambda x: steer.suffix(model, params, x_BTD, x, layer, target), steered)
 
     images = split.images / np.float32(255)
@@ -120,10 +124,20 @@ def test_sweep_by_table_equals_the_suffix(split):
     model, params = vit.build(config, CLASSES), random_params(config, CLASSES)
     sae, scaling, strength, choice = setting()
     prefix = steer.pattern_table(model, params, split, config, "table")
-    patterns, predictions = steer.Sweep(model, params, split, prefix, config)(sae, scaling, strength, choice, split.labels)
+    patterns, predictions = steer.Sweep(model, params, split, prefix, config)(
+        sae, scaling, strength, choice, split.labels
+    )
     assert len(np.unique(patterns)) > 2
     steered = steer.steered_residuals(
-        sae, scaling, strength, choice, jnp.asarray(prefix.x), split.labels, jnp.asarray(steer.alpha_grid(config.steer)), K, config.steer
+        sae,
+        scaling,
+        strength,
+        choice,
+        jnp.asarray(prefix.x),
+        split.labels,
+        jnp.asarray(steer.alpha_grid(config.steer)),
+        K,
+        config.steer,
     )
     for a, x in enumerate(steered):
         logits, out = model.apply(params, split.images / np.float32(255), gate_input={2: x})
@@ -136,7 +150,9 @@ def test_residual_target_changes_the_block(split):
     sae, scaling, strength, choice = setting()
     config = steering(target="residual", alphas=(0.0, 8.0))
     prefix = steer.pattern_table(model, params, split, config, "table")
-    patterns, predictions = steer.Sweep(model, params, split, prefix, config)(sae, scaling, strength, choice, split.labels)
+    patterns, predictions = steer.Sweep(model, params, split, prefix, config)(
+        sae, scaling, strength, choice, split.labels
+    )
     chex.assert_trees_all_equal(patterns[0].astype(np.int32), prefix.pattern)
     chex.assert_trees_all_equal(predictions[0].astype(np.int32), prefix.prediction)
     looked_up = prefix.table[np.arange(90), patterns[1]]

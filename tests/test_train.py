@@ -100,14 +100,14 @@ def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
 def test_training_learns(dataset, tmp_path):
     config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30, dense_control=False)
     t.train(config, dataset, tmp_path)
-    accuracy = [row["validation_accuracy"] for row in t.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row]
+    accuracy = [
+        row["validation_accuracy"] for row in t.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
+    ]
     assert accuracy[1] > 0.9
 
 
 def test_same_seed_same_bits_other_seed_other_bits(dataset, tmp_path):
-    first, again, other = (
-        t.initial_params(build(tiny_config(), 3), tiny_config(), seed) for seed in (0, 0, 1)
-    )
+    first, again, other = (t.initial_params(build(tiny_config(), 3), tiny_config(), seed) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     assert np.any(first["params"]["cls"] != other["params"]["cls"])
 
@@ -125,9 +125,7 @@ def test_schedule_and_decay_mask():
         decays.append(-float(updates["kernel"][0, 0]) / 0.5)
         assert not updates["bias"].any()
         assert not updates["scale"].any()
-    expected = [
-        1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)
-    ]
+    expected = [1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)]
     np.testing.assert_allclose(decays, expected, rtol=1e-4, atol=1e-9)
 
 

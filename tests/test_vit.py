@@ -48,7 +48,9 @@ def test_forced_gates_match_reference(images, dropped):
     batched = {layer: jnp.tile(g, (len(images), 1)) for layer, g in forced.items()}
     logits, _ = vit.build(config, 7).apply(params, images, gates=batched)
     for i, image in enumerate(images):
-        answer, *_ = reference.vit(reference.in_float64(params), image.astype(np.float64), config, "thresholded", forced)
+        answer, *_ = reference.vit(
+            reference.in_float64(params), image.astype(np.float64), config, "thresholded", forced
+        )
         chex.assert_trees_all_close(logits[i], answer, rtol=2e-5, atol=2e-5)
 
 
