@@ -54,10 +54,10 @@ def resample_positions(positions_1ND: np.ndarray, grid: int) -> np.ndarray:
 
 
 def resample_patches(kernel_hwcD: np.ndarray, side: int) -> np.ndarray:
-    """[h, h, channels, D] patch kernel -> [side, side, channels, D] by pseudo-inverse resize (FlexiViT, arXiv:2212.08013).
+    """[h, h, channels, D] patch kernel -> [side, side, channels, D] by pseudo-inverse resize.
 
-    With B the matrix that resizes a patch, the new kernel is the least-squares solution of <B x, w'> = <x, w> for all
-    patches x: exact when patches grow. Bicubic with antialiasing, as in timm.
+    With B the matrix that resizes a patch, the new kernel w' is the least-squares solution of <B x, w'> = <x, w> for
+    all patches x (FlexiViT, arXiv:2212.08013, eq. 4): exact when patches grow. Bicubic with antialiasing, as in timm.
     """
     old = kernel_hwcD.shape[0]
     basis = np.eye(old * old, dtype=np.float32).reshape(-1, old, old)

@@ -37,7 +37,7 @@ COLOURS = {"class": "#D55E00", "global": "#0072B2", "random": "#009E73", "matche
 MORE_COLOURS = ("#E69F00", "#56B4E9", "#8C6D31", "#666666", "#F0E442")  # for further strategies, in order
 PHASE_COLOURS = {"dense": "#7F7F7F", "gated": "#000000", "dense_control": "#E69F00"}
 INK, MUTED, PALE = "#222222", "#767676", "#B5B5B5"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of the same widths: an SVG's labels fit with either
     "font.size": 9,
@@ -317,7 +317,7 @@ def heads(m: Material) -> Figure:
                 image, ax=axes, location="bottom", aspect=25 if len(axes) > 1 else 12, ticks=marks, pad=0.1 / height
             )
             bar.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=7.5, length=0)
             bar.set_label(label, fontsize=8)
     return figure
@@ -358,7 +358,7 @@ def overlap(m: Material) -> Figure | None:
     axes.set_anchor("N")
     bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, shrink=0.6, pad=0.01)
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
     upper = np.triu(np.ones(pairs.shape, bool), 1)
     groups = {"all pairs of classes": pairs[upper]}

@@ -80,9 +80,9 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
     rng = np.random.default_rng([config.seed, 4])
 
     # chosen on validation
-    usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "validation"))  # [G, Y, A]
+    validation_usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "validation"))  # [G, Y, A]
     floor = arrays["validation_unsteered_correct"].sum() / arrays["validation_count"].sum() - steer.tolerance
-    chosen = choose_alpha(alphas, np.moveaxis(usage, -1, 0), np.moveaxis(accuracy, -1, 0), floor)  # [G, Y]
+    chosen = choose_alpha(alphas, np.moveaxis(validation_usage, -1, 0), np.moveaxis(accuracy, -1, 0), floor)  # [G, Y]
     class_usage, class_accuracy = _class_curves(arrays, "validation")
     class_chosen = choose_alpha(
         alphas, np.moveaxis(class_usage, 2, 0), np.moveaxis(class_accuracy, 2, 0), _unsteered(arrays, "validation")[1]
@@ -173,8 +173,9 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
         g = names.index("class")
         summary["classes"] = _class_table(arrays, g, int(chosen[g, 0]), before_C, class_usage, class_accuracy, config)
         summary["claims"] = _claims(
-            summary, names, alphas, zero, usage, accuracy, usage_R, accuracy_R, before_usage_R, chosen, config
-        )
+            summary, names, alphas, zero, usage, accuracy, usage_R, accuracy_R, before_usage_R, chosen,
+            validation_usage, config,
+        )  # fmt: skip
     extra = {
         "chosen": chosen, "class_chosen": class_chosen, "usage": usage, "accuracy": accuracy,
         "usage_ci": usage_ci, "accuracy_ci": accuracy_ci, "oracle_patterns": control["class_patterns"],
@@ -222,8 +223,9 @@ def _class_table(
     """Each class under `class` steering at the common alpha, by saving; p: the first seed's exact McNemar test."""
     gained, lost = (arrays[f"test_{name}"][g, 0, 0, a] for name in ("gained", "lost"))
     p = mcnemar(gained, lost)
-    adjusted = benjamini_hochberg(p)
     count = arrays["test_count"]
+    adjusted = np.ones(len(p))
+    adjusted[count > 0] = benjamini_hochberg(p[count > 0])
     saved = saved_classes(usage[g, 0, a], accuracy[g, 0, a], before, count, config.steer.saving)
     seeds = arrays["test_heads_on"].shape[1]
     on_before = arrays["test_unsteered_heads_on"] / np.maximum(count, 1)[:, None]
@@ -250,18 +252,20 @@ def _class_table(
 
 def _claims(
     summary: dict[str, Any], names: list[str], alphas: np.ndarray, zero: int, usage: np.ndarray, accuracy: np.ndarray,
-    usage_R: np.ndarray, accuracy_R: np.ndarray, before_usage_R: np.ndarray, chosen: np.ndarray, config: Config,
+    usage_R: np.ndarray, accuracy_R: np.ndarray, before_usage_R: np.ndarray, chosen: np.ndarray,
+    validation_usage: np.ndarray, config: Config,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """[LH26]'s pattern, claim by claim, each with what was seen and whether its interval bears it out."""
     steer, g = config.steer, names.index("class")
     result, before = summary["steering"]["class"], summary["steering"]["unsteered"]
     claims = [
         {
-            "claim": f"class steering lowers usage by at least {steer.saving:g} within 1 point of accuracy",
+            "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.tolerance:g} of accuracy",
             "value": before["usage"] - result["usage"],
             "interval": sorted(-value for value in result["usage_change_ci"]),
             "accuracy_change": result["accuracy"] - before["accuracy"],
-            "holds": -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -0.01,
+            "holds": -result["usage_change_ci"][1] >= steer.saving
+            and result["accuracy_change_ci"][0] >= -steer.tolerance,
         }
     ]
     up = np.arange(zero, len(alphas))  # the path of rising alphas, from unsteered
@@ -297,11 +301,12 @@ def _claims(
         }
     )
     if (alphas < 0).any():
-        ci = _pair(interval(usage_R[:, g, 0, 0] - before_usage_R, steer.confidence))
+        a = int(np.argmax(np.where(alphas < 0, validation_usage[g, 0], -1.0)))
+        ci = _pair(interval(usage_R[:, g, 0, a] - before_usage_R, steer.confidence))
         claims.append(
             {
-                "claim": f"suppression (alpha {alphas[0]:g}) raises usage",
-                "value": float(usage[g, 0, 0] - before["usage"]),
+                "claim": f"suppression (alpha {alphas[a]:g}, of those below 0 the highest on validation) raises usage",
+                "value": float(usage[g, 0, a] - before["usage"]),
                 "interval": ci,
                 "holds": ci[0] > 0,
             }

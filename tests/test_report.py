@@ -332,7 +332,8 @@ def test_numbers_are_the_summarys(written: Written) -> None:
     exact = [float(value) for value in page.values]
     for value in (
         layer["all_on"], layer["all_off"], layer["oracle"]["usage"], layer["best_fixed"]["accuracy"],
-        summary["gated_accuracy"], summary["dense_accuracy"], summary["dense_control_accuracy"], summary["sae"]["explained_variance"],
+        summary["gated_accuracy"], summary["dense_accuracy"], summary["dense_control_accuracy"],
+        summary["sae"]["explained_variance"],
         *steering["unsteered"]["usage_ci"], *(end for name in strategies for end in steering[name]["accuracy_ci"]),
         *(claim["value"] for claim in summary.get("claims", ()) if claim["value"] is not None),
     ):  # fmt: skip
