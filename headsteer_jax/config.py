@@ -6,7 +6,6 @@ hashable: a section can be a static argument of a jitted function. A field's doc
 
 import difflib
 import json
-import math
 import runpy
 import types
 from collections.abc import Iterator, Mapping
@@ -328,8 +327,8 @@ def _did_you_mean(path: str) -> str:
     return f"; did you mean config.{close[0]}?" if close else "; run.py --help lists the fields"
 
 
-def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
-    """Every leaf field: its dotted path, type, help text and default."""
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every leaf field: its dotted path, type and help text."""
     for name, info in section.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -337,7 +336,7 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
         else:
             metadata = (annotation, *info.metadata) if info.metadata else (annotation,)
             typed = Annotated[metadata] if len(metadata) > 1 else annotation
-            yield prefix + name, typed, " ".join((info.description or "").split()), info.default
+            yield prefix + name, typed, " ".join((info.description or "").split())
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -353,10 +352,15 @@ def flatten(config: Config) -> dict[str, Any]:
     return dict(walk(json.loads(config.model_dump_json()), ""))
 
 
-def _is_tuple(annotation: Any) -> bool:
-    if get_origin(annotation) is Annotated:
-        return _is_tuple(get_args(annotation)[0])
-    return get_origin(annotation) is tuple
+def _parse(annotation: Any, text: str) -> Any:
+    """A command line's text as a value of this type; tuples are comma-separated. Raises ValidationError."""
+    if get_origin(annotation) is tuple:
+        element = get_args(annotation)[0]
+        return tuple(_parse(element, part.strip()) for part in text.strip("()[] ").split(",") if part.strip())
+    if get_origin(annotation) is Literal:
+        value = {str(choice): choice for choice in get_args(annotation)}.get(text, text)
+        return TypeAdapter(annotation).validate_python(value)
+    return TypeAdapter(annotation).validate_strings(text)
 
 
 def override(config: Config, path: str, text: str) -> Config:
@@ -370,11 +374,8 @@ def override(config: Config, path: str, text: str) -> Config:
     typed = {name: annotation for name, annotation, *_ in fields()}
     if path not in typed:
         raise HeadSteerError(f"config.{path}: there is no such field{_did_you_mean(path)}")
-    value: Any = text
-    if _is_tuple(typed[path]):
-        value = tuple(part.strip() for part in text.strip("()[] ").split(",") if part.strip())
     try:
-        value = TypeAdapter(typed[path]).validate_strings(value)
+        value = _parse(typed[path], text)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
@@ -425,11 +426,40 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
 
 def help_text() -> str:
     """The config's fields with type, default and meaning, for --help."""
-    lines = []
-    for path, annotation, text, default in fields():
-        shown = "required" if default is ... or repr(default) == "PydanticUndefined" else repr(default)
-        lines.append(f"  --config.{path} ({_type_name(annotation)}; {shown})\n      {text}")
+    defaults = flatten(Config())
+    return "\n".join(
+        f"  --config.{path} ({_type_name(annotation)}; {_default(defaults[path])})\n      {text}"
+        for path, annotation, text in fields()
+    )
+
+
+def reference() -> str:
+    """docs/configuration.md: a table of fields for each section."""
+    defaults = flatten(Config())
+    lines = [
+        "# Configuration",
+        "",
+        "Every field, with the default that a config file may leave. A file in `configs/` sets what its experiment",
+        "needs; the command line overrides both: `--config.FIELD=VALUE`, lists with commas. This page is made by",
+        "`python -m headsteer_jax.config > docs/configuration.md`.",
+    ]
+    before = None
+    for path, annotation, text in fields():
+        section = path.rpartition(".")[0].partition(".")[0]
+        if section != before:
+            about = Config.model_fields[section].annotation.__doc__ if section else Config.__doc__
+            lines += ["", f"## {section or 'top level'}", "", (about or "").partition("\n")[0], ""]
+            lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+            before = section
+        kind, shown, meaning = (
+            cell.replace("|", "\\|") for cell in (_type_name(annotation), _default(defaults[path]), text)
+        )
+        lines.append(f"| `{path}` | {kind} | {shown} | {meaning} |")
     return "\n".join(lines)
+
+
+def _default(value: Any) -> str:
+    return "empty" if value in ("", []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _type_name(annotation: Any) -> str:
@@ -445,6 +475,5 @@ def _type_name(annotation: Any) -> str:
     return str(getattr(annotation, "__name__", annotation))
 
 
-def json_number(value: float) -> float | None:
-    """A float as JSON can hold it: NaN and infinities become null."""
-    return float(value) if math.isfinite(value) else None
+if __name__ == "__main__":
+    print(reference())

@@ -37,7 +37,7 @@ class Progress:
     def _line(self, note: str) -> None:
         elapsed = time.monotonic() - self._started
         text = tqdm.format_meter(
-            self._done, self._total, elapsed, 0, False, self._what, self._unit, initial=self._initial, postfix=note,
+            self._done, self._total, elapsed, prefix=self._what, unit=self._unit, initial=self._initial, postfix=note,
             bar_format="{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}",
         )  # fmt: skip
         print(text, file=sys.stderr, flush=True)

@@ -234,7 +234,7 @@ def train_sae(config: Config, x_ND: np.ndarray, directory: Path) -> tuple[SAE, S
                 )
             if (number + 1) % every == 0 or number + 1 == c.epochs:
                 checkpoints.save(number + 1, (state, curves), {"layer": config.sae_layer, "k": c.k})
-            bar.update(1, f" mse {curves['mse'][number].mean():.4f}, dead {curves['dead'][number].mean():.2%}")
+            bar.update(1, f"mse {curves['mse'][number].mean():.4f}, dead {curves['dead'][number].mean():.2%}")
     return state.sae, scaling, curves
 
 

@@ -264,7 +264,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
             state, metrics = steps(state, images, labels)
             means = record() if pending else None
             pending = (end, metrics)
-            note = f" loss {means['loss']:.3f}, accuracy {means['train_accuracy']:.3f}" if means else ""
+            note = f"loss {means['loss']:.3f}, accuracy {means['train_accuracy']:.3f}" if means else ""
             if end % config.train.eval_every == 0 or end == plan.steps:
                 record()
                 pending = None
@@ -278,7 +278,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
                     best_accuracy = accuracy
                     best.save(end, evaluated(state), about | {"best_accuracy": accuracy})
                 last.save(end, state, about | {"best_accuracy": best_accuracy})
-                note = f" validation accuracy {accuracy:.3f}"
+                note = f"validation accuracy {accuracy:.3f}"
             bar.update(end - first, note)
     return state
 

@@ -1,0 +1,144 @@
+"""Which latents are chosen: each strategy against a brute-force version in plain Python."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headsteer_jax.config import HeadSteerError, SteerConfig
+from headsteer_jax.latents import (
+    STRATEGIES,
+    LatentStatistics,
+    overlap,
+    random,
+    shift_norm,
+    statistics,
+    strategy,
+)
+
+N, F, C, D = 60, 20, 4, 5
+
+
+def made(seed: int = 0) -> tuple[np.ndarray, np.ndarray, LatentStatistics]:
+    """Latents, labels and their statistics; latent 0 is dead, latent 1 always fires."""
+    rng = np.random.default_rng(seed)
+    z = np.maximum(rng.standard_normal((N, F)), 0).astype(np.float32)
+    z[:, 0], z[:, 1] = 0, 1 + z[:, 1]
+    labels = rng.permutation(np.arange(N) % C)
+    return z, labels, statistics(z, labels, C, rng.standard_normal((F, D)).astype(np.float32))
+
+
+def test_statistics_are_what_they_are_called() -> None:
+    z, labels, stats = made()
+    for j in range(F):
+        fired = [value for value in z[:, j] if value > 0]
+        assert stats.frequency[j] == len(fired) / N
+        assert stats.strength[j] == pytest.approx(sum(map(float, fired)) / len(fired) if fired else 0, rel=1e-6)
+        for c in range(C):
+            own = z[labels == c, j]
+            assert stats.class_frequency[c, j] == sum(own > 0) / len(own)
+
+
+def by_hand(frequency: np.ndarray, allowed: list[int], count: int) -> list[int]:
+    return sorted(allowed, key=lambda j: (-frequency[j], j))[:count]
+
+
+@pytest.mark.parametrize("highest", [1.0, 0.9])
+def test_frequent_latents(highest: float) -> None:
+    _, _, stats = made()
+    config = SteerConfig(latents=4, max_frequency=highest)
+    allowed = [j for j in range(F) if 0 < stats.frequency[j] <= highest]
+    assert (1 in allowed) == (highest == 1)
+    rng = np.random.default_rng(0)
+    for c in range(C):
+        own = STRATEGIES["class"](stats, config, rng)
+        assert own.latents[c].tolist() == by_hand(stats.class_frequency[c], allowed, 4)
+        everywhere = STRATEGIES["global"](stats, config, rng)
+        assert everywhere.latents[c].tolist() == by_hand(stats.frequency, allowed, 4)
+        assert (own.weights == 1).all()
+        assert (everywhere.weights == 1).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.sampled_from(["random", "matched_random"]))
+def test_random_latents_are_distinct_alive_and_follow_the_generator(seed: int, count: int, name: str) -> None:
+    _, _, stats = made(1)
+    config = SteerConfig(latents=count)
+    one, again = (strategy(name)(stats, config, np.random.default_rng(seed)) for _ in range(2))
+    np.testing.assert_array_equal(one.latents, again.latents)
+    for row in one.latents:
+        assert len(set(row.tolist())) == count
+        assert (stats.frequency[row] > 0).all()
+
+
+def test_random_draws_every_latent_equally_often() -> None:
+    _, _, stats = made()
+    config, rng = SteerConfig(latents=3), np.random.default_rng(0)
+    draws = 2000
+    seen = np.bincount(np.concatenate([random(stats, config, rng).latents.ravel() for _ in range(draws)]), minlength=F)
+    share = 3 / (F - 1)
+    spread = np.sqrt(draws * C * share * (1 - share))
+    assert seen[0] == 0
+    np.testing.assert_allclose(seen[1:], draws * C * share, atol=5 * spread)
+
+
+def test_matched_random_is_matched_and_shares_nothing() -> None:
+    _, _, stats = made()
+    config = SteerConfig(latents=5)
+    own = STRATEGIES["class"](stats, config, np.random.default_rng(0))
+    control = STRATEGIES["matched_random"](stats, config, np.random.default_rng(0))
+    for c in range(C):
+        assert not set(own.latents[c]) & set(control.latents[c])
+        wanted = np.linalg.norm(sum(stats.strength[j] * stats.decoder[j] for j in own.latents[c]))
+        moved = sum(
+            w * stats.strength[j] * stats.decoder[j]
+            for j, w in zip(control.latents[c], control.weights[c], strict=True)
+        )
+        assert np.linalg.norm(moved) == pytest.approx(wanted, rel=1e-5)
+        assert len(set(control.weights[c].tolist())) == 1
+
+
+def test_matched_random_fires_about_as_often() -> None:
+    """With many latents to choose from, the control's frequencies are near its model's, one by one."""
+    rng = np.random.default_rng(3)
+    frequency = np.linspace(0.01, 0.9, 400)
+    stats = LatentStatistics(
+        np.stack([rng.permutation(frequency) for _ in range(C)]), frequency, np.ones(400, np.float32),
+        rng.standard_normal((400, D)).astype(np.float32),
+    )  # fmt: skip
+    config = SteerConfig(latents=6)
+    own = STRATEGIES["class"](stats, config, np.random.default_rng(0)).latents
+    control = STRATEGIES["matched_random"](stats, config, np.random.default_rng(0)).latents
+    step = frequency[1] - frequency[0]
+    assert np.abs(stats.frequency[own] - stats.frequency[control]).max() < 12 * step
+
+
+def test_shift_norm() -> None:
+    _, _, stats = made()
+    latents = np.array([[1, 2], [3, 1]])
+    for row, norm in zip(latents, shift_norm(stats, latents), strict=True):
+        assert norm == pytest.approx(np.linalg.norm(sum(stats.strength[j] * stats.decoder[j] for j in row)), rel=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_overlap_counts_what_two_sets_share(data: st.DataObject) -> None:
+    rows = st.lists(st.sets(st.integers(0, 30), min_size=5, max_size=5), min_size=1, max_size=4)
+    a, b = data.draw(rows), data.draw(rows)
+    found = overlap(np.array([sorted(row) for row in a]), np.array([sorted(row) for row in b]))
+    for i, one in enumerate(a):
+        for j, other in enumerate(b):
+            assert found[i, j] == len(one & other) / 5
+
+
+def test_too_few_latents() -> None:
+    _, _, stats = made()
+    with pytest.raises(HeadSteerError, match=r"config\.steer\.latents = 20: only 19 latents fire"):
+        STRATEGIES["class"](stats, SteerConfig(latents=20), np.random.default_rng(0))
+    with pytest.raises(HeadSteerError, match=r"config\.steer\.latents = 15: too many for matched_random"):
+        STRATEGIES["matched_random"](stats, SteerConfig(latents=15), np.random.default_rng(0))
+
+
+def test_unknown_strategy() -> None:
+    with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'klass'; allowed are class, "):
+        strategy("klass")
