@@ -16,7 +16,8 @@ def class_counts(values: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
     """Sum over each class's images: [..., N] -> [..., C] (int64 for bool and integers)."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(classes))
-    sums = np.add.reduceat(values[..., order], np.minimum(starts, len(labels) - 1), axis=-1, dtype=np.int64)
+    ended = np.concatenate([values[..., order], np.zeros_like(values[..., :1])], axis=-1)  # a class may start at N
+    sums = np.add.reduceat(ended, starts, axis=-1, dtype=np.int64)
     return np.where(np.bincount(labels, minlength=classes) > 0, sums, 0)
 
 

@@ -1,0 +1,156 @@
+"""From counts to headline numbers: chosen on validation, scored on test, each number again by hand from the images."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_report import made_run
+
+from headsteer_jax.stats import mcnemar
+from headsteer_jax.steer import gates_of
+from headsteer_jax.summary import saved_classes, summarise
+
+
+@pytest.fixture(scope="module")
+def run() -> dict[str, Any]:
+    return made_run(classes=8, heads=4, seeds=2, per_class=12)
+
+
+def per_image(arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """[G, S, Y, A, N]: was the answer right, and the share of heads that ran."""
+    heads = arrays[f"{split}_heads_on"].shape[-1]
+    right = arrays[f"{split}_steered_prediction"] == arrays[f"{split}_labels"]
+    return right, gates_of(arrays[f"{split}_steered_pattern"], heads).mean(axis=-1)
+
+
+def unsteered(arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """[N]: the same without steering."""
+    n = np.arange(len(arrays[f"{split}_labels"]))
+    pattern = arrays[f"{split}_pattern"]
+    heads = arrays[f"{split}_heads_on"].shape[-1]
+    return arrays[f"{split}_table"][n, pattern] == arrays[f"{split}_labels"], gates_of(pattern, heads).mean(axis=-1)
+
+
+def test_the_alpha_is_chosen_on_validation_and_scored_on_test(run: dict[str, Any]) -> None:
+    arrays, config = run["arrays"], run["config"]
+    summary, _ = summarise(arrays, config)
+    chosen_on, scored_on = per_image(arrays, "validation"), per_image(arrays, "test")
+    floor = unsteered(arrays, "validation")[0].mean() - config.steer.tolerance
+    alphas = arrays["alphas"]
+    seen = set()
+    for g, name in enumerate(arrays["strategies"]):
+        for y in range(2):
+            best, least = int(np.flatnonzero(alphas == 0)[0]), np.inf
+            for a in np.flatnonzero(alphas > 0):
+                right, used = (values[g, :, y, a].mean() for values in chosen_on)
+                if right >= floor and used < least:
+                    best, least = int(a), used
+            row = summary["steering"][str(name)]
+            row = row if y == 0 else row["by_predicted_class"]
+            assert row["alpha"] == alphas[best]
+            assert row["accuracy"] == pytest.approx(scored_on[0][g, :, y, best].mean())
+            assert row["usage"] == pytest.approx(scored_on[1][g, :, y, best].mean())
+            for what in ("usage", "accuracy"):
+                assert row[f"{what}_ci"][0] <= row[what] <= row[f"{what}_ci"][1]
+            gained = (scored_on[0][g, 0, y, best] & ~unsteered(arrays, "test")[0]).sum()
+            lost = (~scored_on[0][g, 0, y, best] & unsteered(arrays, "test")[0]).sum()
+            assert row["mcnemar_p"] == pytest.approx(float(mcnemar(gained, lost)))
+            seen.add(best)
+    assert len(seen) > 1
+
+
+def test_unsteered(run: dict[str, Any]) -> None:
+    summary, _ = summarise(run["arrays"], run["config"])
+    right, used = unsteered(run["arrays"], "test")
+    row = summary["steering"]["unsteered"]
+    assert row["accuracy"] == summary["gated_accuracy"] == pytest.approx(right.mean())
+    assert row["usage"] == summary["last_layer"]["usage"] == pytest.approx(used.mean())
+
+
+def test_test_images_do_not_decide_anything(run: dict[str, Any]) -> None:
+    """With other answers on test, the choices are the same."""
+    arrays = dict(run["arrays"])
+    _, before = summarise(arrays, run["config"])
+    rng = np.random.default_rng(0)
+    for name in ("test_steered_prediction", "test_table"):
+        arrays[name] = rng.permuted(arrays[name], axis=-1)
+    _, after = summarise(arrays, run["config"])
+    for name in ("chosen", "class_chosen", "oracle_patterns"):
+        np.testing.assert_array_equal(before[name], after[name])
+    # and with other answers on validation they are not
+    arrays = dict(run["arrays"]) | {"validation_correct": rng.permuted(run["arrays"]["validation_correct"], axis=3)}
+    _, other = summarise(arrays, run["config"])
+    assert not np.array_equal(before["class_chosen"], other["class_chosen"])
+
+
+def test_the_table_of_classes(run: dict[str, Any]) -> None:
+    arrays, config = run["arrays"], run["config"]
+    summary, extra = summarise(arrays, config)
+    g, a = 0, int(extra["chosen"][0, 0])
+    (right, used), (right_0, used_0) = per_image(arrays, "test"), unsteered(arrays, "test")
+    rows = {row["name"]: row for row in summary["classes"]}
+    saved = 0
+    for c, name in enumerate(arrays["class_names"]):
+        own, row = arrays["test_labels"] == c, rows[str(name)]
+        assert row["images"] == own.sum()
+        assert row["usage_before"] == pytest.approx(used_0[own].mean())
+        assert row["usage_after"] == pytest.approx(used[g, :, 0, a][:, own].mean())
+        assert row["accuracy_before"] == pytest.approx(right_0[own].mean())
+        assert row["accuracy_after"] == pytest.approx(right[g, :, 0, a][:, own].mean())
+        heads = gates_of(arrays["test_steered_pattern"][g, :, 0, a][:, own], 4).mean(axis=(0, 1))
+        assert row["heads_after"] == np.flatnonzero(heads > 0.5).tolist()
+        drop = round(row["usage_before"] - row["usage_after"], 9)
+        keeps = right[g, :, 0, a][:, own].sum() >= 2 * right_0[own].sum()  # two seeds
+        assert row["saved"] == (drop >= config.steer.saving and bool(keeps))
+        saved += row["saved"]
+    assert summary["steering"]["class"]["classes_saved"] == saved
+    order = [(not row["saved"], row["usage_after"] - row["usage_before"]) for row in summary["classes"]]
+    assert order == sorted(order)
+
+
+def test_saved_means_less_usage_at_no_loss() -> None:
+    before = (np.array([0.8, 0.8, 0.8, 0.8, 0.8]), np.array([0.9, 0.9, 0.9, 0.9, 0.9]))
+    usage, accuracy = np.array([0.6, 0.61, 0.3, 0.6, 0.1]), np.array([0.9, 1.0, 0.89, 0.91, 1.0])
+    count = np.array([5, 5, 5, 5, 0])
+    assert saved_classes(usage, accuracy, before, count, 0.2).tolist() == [True, False, False, True, False]
+
+
+def claim(summary: dict[str, Any], part: str) -> dict[str, Any]:
+    found = [one for one in summary["claims"] if part in one["claim"]]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_claims_follow_their_intervals(run: dict[str, Any]) -> None:
+    summary, _ = summarise(run["arrays"], run["config"])
+    saving, row = claim(summary, "lowers usage"), summary["steering"]["class"]
+    assert saving["value"] == pytest.approx(summary["steering"]["unsteered"]["usage"] - row["usage"])
+    assert saving["interval"] == [-row["usage_change_ci"][1], -row["usage_change_ci"][0]]
+    for one in summary["claims"]:
+        if one["holds"] is not None:
+            assert one["interval"][0] <= one["value"] <= one["interval"][1]
+    related = claim(summary, "related classes")
+    overlap = run["arrays"]["overlap_class_class"].mean(axis=0)
+    pairs, off = run["arrays"]["related"], ~np.eye(8, dtype=bool)
+    assert related["value"] == pytest.approx(overlap[pairs].mean() - overlap[off & ~pairs].mean())
+
+
+def test_a_strategy_that_never_comes_down_is_not_judged(run: dict[str, Any]) -> None:
+    arrays = dict(run["arrays"])
+    g = [str(name) for name in arrays["strategies"]].index("global")
+    heads_on = arrays["test_heads_on"].copy()
+    heads_on[g] = arrays["test_unsteered_heads_on"]
+    summary, _ = summarise(arrays | {"test_heads_on": heads_on}, run["config"])
+    assert claim(summary, ", global is")["holds"] is None
+    assert claim(summary, ", global is")["value"] is None
+
+
+def test_suppression_is_judged_at_the_alpha_below_0_that_uses_most_on_validation() -> None:
+    run = made_run(classes=6, heads=3, alphas=(-3.0, -1.0, -0.5, 1.0), strategies=("class",))
+    arrays = dict(run["arrays"])
+    usage = per_image(arrays, "validation")[1][0, :, 0].mean(axis=(0, 2))
+    wanted = max(range(3), key=lambda a: usage[a])
+    summary, _ = summarise(arrays, run["config"])
+    found = claim(summary, f"suppression (alpha {arrays['alphas'][wanted]:g},")
+    after = per_image(arrays, "test")[1][0, :, 0, wanted].mean()
+    assert found["value"] == pytest.approx(after - unsteered(arrays, "test")[1].mean())
