@@ -7,6 +7,7 @@ layer: `forward(images) == blocks(embed(images), 0)`, and `blocks(x, l)` is the 
 Axes: B images, T tokens (CLS first), D width, H heads, K head width, L layers, A gated layers, C classes.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -86,6 +87,20 @@ def _rows(dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
     return dense(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(*x_BTD.shape[:-1], -1)
 
 
+def sin_cos_positions(tokens: int, width: int, temperature: float = 10_000.0) -> jax.Array:
+    """[1, T, D] sines and cosines of each patch's column and row, 0 for CLS: where the learned positions start.
+
+    As in arXiv:2205.01580. From small random positions a small model spends most of its training on finding out where
+    its patches are.
+    """
+    side, quarter = math.isqrt(tokens - 1), width // 4
+    omega = temperature ** -(jnp.arange(quarter) / max(quarter - 1, 1))
+    rows, columns = jnp.divmod(jnp.arange(side**2), side)
+    angles = [columns[:, None] * omega, rows[:, None] * omega]
+    waves = jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=1)
+    return jnp.pad(waves, ((1, 0), (0, width - 4 * quarter)))[None]
+
+
 class ViT(nn.Module):
     """A vision transformer for C classes."""
 
@@ -98,7 +113,7 @@ class ViT(nn.Module):
         m = self.model
         self.patches = nn.Conv(m.width, (m.patch, m.patch), (m.patch, m.patch), "VALID", dtype=jnp.dtype(m.dtype))
         self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, m.width))
-        self.positions = self.param("positions", nn.initializers.normal(0.02), (1, self.tokens, m.width))
+        self.positions = self.param("positions", lambda key: sin_cos_positions(self.tokens, m.width))
         self.layers = [Block(m, self.gate if layer >= self.gate.first_layer else None) for layer in range(m.depth)]
         self.norm = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02))

@@ -121,3 +121,17 @@ def test_sizes():
     D, L = 384, 12
     block = 4 * (D * D + D) + 2 * 4 * D * D + 5 * D + 4 * D
     assert backbone == L * block + (16 * D + D) + D + 5 * D + 2 * D + (100 * D + 100)
+
+
+@pytest.mark.parametrize("width", [96, 26])
+def test_positions_start_as_sines_and_cosines_of_column_and_row(width):
+    """big_vision's posemb_sincos_2d, entry by entry; CLS and what a quarter of the width leaves over are 0."""
+    found = np.asarray(vit.sin_cos_positions(1 + 9, width))[0]
+    assert not found[0].any()
+    quarter = width // 4
+    for row in range(3):
+        for column in range(3):
+            omega = [10_000 ** -(i / (quarter - 1)) for i in range(quarter)]
+            waves = [wave(place * w) for place in (column, row) for wave in (np.sin, np.cos) for w in omega]
+            np.testing.assert_allclose(found[1 + 3 * row + column, : 4 * quarter], waves, atol=1e-6)
+    assert not found[:, 4 * quarter :].any()
