@@ -24,22 +24,27 @@ def get_config() -> Config:
             channels=1,
             mean=(0.1,),  # of the canvases' pixels
             std=(0.25,),
-            train_per_class=600,
+            train_per_class=800,
             crop_padding=0,  # canvases are placed at random already
         ),
-        model=ModelConfig(patch=4, depth=4, width=96, heads=6),
-        gate=GateConfig(target=0.75),
+        # five narrow blocks: with four, accuracy hangs on the last one (92% with its heads on, 52% with them off), no
+        # choice of heads is free; with six it does not matter at all (91%, 89%)
+        model=ModelConfig(patch=4, depth=5, width=96, heads=6, mlp_ratio=2),
+        gate=GateConfig(target=0.8),
         train=TrainConfig(
             batch=128,
-            # below 2e-3 a model this small learns several times more slowly: 68% after 1,500 steps at 1e-3
-            dense=PhaseConfig(steps=1200, learning_rate=3e-3),
+            # both 1e-3 and 5e-3 learn several times more slowly at this size
+            dense=PhaseConfig(steps=1200, learning_rate=2e-3),
             gated=PhaseConfig(steps=600, learning_rate=1e-3),
             eval_every=300,
+            eval_batch=250,  # on a CPU twice as fast as 1000: the activations stay in its cache
         ),
         # k 16 of 768 latents: fewer active ones split the classes better, and explain 0.9 of the variance
-        sae=SAEConfig(expansion=8, k=16, epochs=15, batch=1024, learning_rate=1e-3),
+        sae=SAEConfig(expansion=8, k=16, epochs=6, batch=1024, learning_rate=1e-3),
         steer=SteerConfig(
             latents=16,
             alphas=(-4, -2, -1, -0.5, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
+            tolerance=0.005,  # on validation, so that the loss on test stays within a point
+            chunk=250,
         ),
     )

@@ -46,8 +46,12 @@ def _scored(split: Split, config: Config, class_names: tuple[str, ...]) -> Split
 
 def _top_images(z_NF: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """[F, count] the training images that activate each latent most, strongest first, and the activations there."""
-    order = np.argsort(-z_NF, axis=0, kind="stable")[:count].T
-    return order.astype(np.int32), np.take_along_axis(z_NF, order.T, axis=0).T
+    count = min(count, len(z_NF))
+    some = np.array_split(z_NF, -(-z_NF.shape[1] // 128), axis=1)  # the indices of all at once would be large
+    top_KF = np.concatenate([np.argpartition(-z_Nf, count - 1, axis=0)[:count] for z_Nf in some], axis=1)
+    order = np.argsort(-np.take_along_axis(z_NF, top_KF, axis=0), axis=0, kind="stable")
+    top_KF = np.take_along_axis(top_KF, order, axis=0)
+    return top_KF.T.astype(np.int32), np.take_along_axis(z_NF, top_KF, axis=0).T
 
 
 def _counts(split: str, prefix: Prefix, labels: np.ndarray, classes: int, heads: int) -> dict[str, np.ndarray]:

@@ -149,14 +149,17 @@ def test_loss_by_hand():
 def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
     config = with_train(dense=PhaseConfig(steps=12))
     real = t.training_images
-    monkeypatch.setattr(t, "training_images", lambda key, images, config: real(key, images, config) * jnp.nan)
+
+    def bad(key, images, config):
+        return real(key, images, config) * jnp.nan
+
+    monkeypatch.setattr(t, "training_images", bad)
     with pytest.raises(HeadSteerError, match=r"dense: the loss is nan at step 1; there is no checkpoint yet"):
         t.train(config, dataset, tmp_path / "early")
     monkeypatch.setattr(t, "training_images", real)
     params = t.initial_params(build(config, 3), config, 0)
     with t._logging(tmp_path) as log:
         t.fit(build(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log)
-        bad = lambda key, images, config: real(key, images, config) * jnp.nan  # noqa: E731
         monkeypatch.setattr(t, "training_images", bad)
         with pytest.raises(HeadSteerError, match=rf"at step 5; the last good checkpoint is {tmp_path}/dense/last/4;"):
             t.fit(build(config, 3), params, "dense", dataset, config, tmp_path, log)
