@@ -27,8 +27,8 @@ def get_config() -> Config:
             train_per_class=800,
             crop_padding=0,  # canvases are placed at random already
         ),
-        # Five thin blocks: with four, accuracy hangs on the last one's heads so much that no choice of them is free; with
-        # thicker MLPs the last one does not matter.
+        # Five thin blocks: with four, accuracy hangs on the last one's heads so much that no choice of them is free;
+        # with thicker MLPs the last one does not matter.
         model=ModelConfig(patch=4, depth=5, width=96, heads=6, mlp_ratio=1),
         gate=GateConfig(target=0.8),
         train=TrainConfig(

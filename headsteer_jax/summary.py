@@ -250,6 +250,18 @@ def _class_table(
     return sorted(rows, key=lambda row: (not row["saved"], row["usage_after"] - row["usage_before"]))
 
 
+def _gap_at_equal_usage(
+    own_usage: np.ndarray, own_accuracy: np.ndarray, usage: np.ndarray, accuracy: np.ndarray
+) -> tuple[float, float] | None:
+    """The lowest usage that two paths from unsteered both reach, and how much more accurate the first is there.
+
+    None where one of them does not come down at all.
+    """
+    wanted = max(own_usage.min(), usage.min())
+    own, other = accuracy_at_usage(own_usage, own_accuracy, wanted), accuracy_at_usage(usage, accuracy, wanted)
+    return None if own is None or other is None else (float(wanted), own - other)
+
+
 def _claims(
     summary: dict[str, Any], names: list[str], alphas: np.ndarray, zero: int, usage: np.ndarray, accuracy: np.ndarray,
     usage_R: np.ndarray, accuracy_R: np.ndarray, before_usage_R: np.ndarray, chosen: np.ndarray,
@@ -268,27 +280,27 @@ def _claims(
             and result["accuracy_change_ci"][0] >= -steer.tolerance,
         }
     ]
-    up = np.arange(zero, len(alphas))  # the path of rising alphas, from unsteered
-    wanted_R = usage_R[:, g, 0, chosen[g, 0]]
+    rising = np.arange(zero, len(alphas))  # from unsteered up
+    own = rising[: chosen[g, 0] - zero + 1]
     for other, name in enumerate(names):
         if name == "class" or name not in STRATEGIES:
             continue
-        reached = accuracy_at_usage(usage[other, 0, up], accuracy[other, 0, up], result["usage"])
-        claim = f"at the usage of class steering, {name} is less accurate"
-        if reached is None:
-            claims.append({"claim": claim, "value": None, "interval": None, "holds": None})
+        claim: dict[str, Any] = {"claim": f"at equal usage, {name} is less accurate than class steering"}
+        found = _gap_at_equal_usage(
+            usage[g, 0, own], accuracy[g, 0, own], usage[other, 0, rising], accuracy[other, 0, rising]
+        )
+        if found is None:
+            claims.append(claim | {"value": None, "interval": None, "holds": None})
             continue
         resampled = [
-            accuracy_at_usage(u, v, wanted)
-            for u, v, wanted in zip(usage_R[:, other, 0, up], accuracy_R[:, other, 0, up], wanted_R, strict=True)
+            _gap_at_equal_usage(*paths)
+            for paths in zip(
+                usage_R[:, g, 0, own], accuracy_R[:, g, 0, own],
+                usage_R[:, other, 0, rising], accuracy_R[:, other, 0, rising], strict=True,
+            )
         ]  # fmt: skip
-        gaps = [
-            own - value
-            for own, value in zip(accuracy_R[:, g, 0, chosen[g, 0]], resampled, strict=True)
-            if value is not None
-        ]
-        ci = _pair(interval(np.array(gaps), steer.confidence))
-        claims.append({"claim": claim, "value": result["accuracy"] - reached, "interval": ci, "holds": ci[0] > 0})
+        ci = _pair(interval(np.array([one[1] for one in resampled if one is not None]), steer.confidence))
+        claims.append(claim | {"usage": found[0], "value": found[1], "interval": ci, "holds": ci[0] > 0})
     sizes = summary["last_layer"]["by_size"]
     subset = float(np.interp(result["usage"], [row["usage"] for row in sizes], [row["random"] for row in sizes]))
     ci = _pair(interval(accuracy_R[:, g, 0, chosen[g, 0]] - subset, steer.confidence))

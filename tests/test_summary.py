@@ -1,5 +1,6 @@
 """From counts to headline numbers: chosen on validation, scored on test, each number again by hand from the images."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,28 @@ def test_claims_follow_their_intervals(run: dict[str, Any]) -> None:
     overlap = run["arrays"]["overlap_class_class"].mean(axis=0)
     pairs, off = run["arrays"]["related"], ~np.eye(8, dtype=bool)
     assert related["value"] == pytest.approx(overlap[pairs].mean() - overlap[off & ~pairs].mean())
+
+
+@pytest.mark.parametrize("name", ["global", "random", "matched_random"])
+def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(run: dict[str, Any], name: str) -> None:
+    arrays = run["arrays"]
+    summary, extra = summarise(arrays, run["config"])
+    found = claim(summary, f"at equal usage, {name} is")
+    right, used = per_image(arrays, "test")
+    zero, chosen = int(np.flatnonzero(arrays["alphas"] == 0)[0]), int(extra["chosen"][0, 0])
+    g = [str(other) for other in arrays["strategies"]].index(name)
+    paths = []
+    for strategy, end in ((0, chosen + 1), (g, len(arrays["alphas"]))):
+        paths.append([(used[strategy, :, 0, a].mean(), right[strategy, :, 0, a].mean()) for a in range(zero, end)])
+    wanted = max(min(u for u, _ in path) for path in paths)
+    at = []
+    for path in paths:
+        for (high, before), (low, after) in itertools.pairwise(path):
+            if high >= wanted >= low < high:
+                at.append(before + (high - wanted) / (high - low) * (after - before))
+                break
+    assert found["usage"] == pytest.approx(wanted)
+    assert found["value"] == pytest.approx(at[0] - at[1])
 
 
 def test_a_strategy_that_never_comes_down_is_not_judged(run: dict[str, Any]) -> None:
