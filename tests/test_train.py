@@ -103,7 +103,7 @@ def test_training_learns(dataset, tmp_path):
     accuracy = [
         row["validation_accuracy"] for row in t.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
     ]
-    assert accuracy[1] > 0.9
+    assert accuracy[1] >= 0.9  # chance: 1/3
 
 
 def test_same_seed_same_bits_other_seed_other_bits(dataset, tmp_path):
