@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
         if report.exists():
             print(report)
     except configs.HeadSteerError as error:
+        sys.unraisablehook = lambda _: None  # what threads of libraries still say about it would hide the line
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

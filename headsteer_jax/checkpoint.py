@@ -148,7 +148,7 @@ class Checkpoints:
             )
             tree, about = items.state, items.about
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
-            reason = " ".join(str(error).split())[:160]
+            reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
             raise HeadSteerError(
                 f"{path}: truncated, damaged or of another model ({reason}); delete it to go on from an earlier one"
             ) from error

