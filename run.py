@@ -4,6 +4,7 @@ python run.py [--config=configs/NAME.py] [--workdir=DIR] [--stages=train,sae,ste
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -67,7 +68,6 @@ def main(arguments: list[str]) -> int:
         if report.exists():
             print(report)
     except configs.HeadSteerError as error:
-        sys.unraisablehook = lambda _: None  # what threads of libraries still say about it would hide the line
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -83,4 +83,7 @@ def _found(path: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code:  # at once: libraries' threads and exit handlers would bury the line under their own tracebacks
+        sys.stdout.flush()
+        os._exit(code)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,20 @@ from headsteer_jax.config import HeadSteerError
 
 Tree = TypeVar("Tree")
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every save
+for _name in ("absl", "asyncio"):  # orbax tells of every save, and of a failed one once for each array
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _once() -> Iterator[None]:
+    """While orbax works: a failure is raised here; what its threads go on to print about it is left out."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    yield
+    sys.unraisablehook = hook  # not after a failure: the threads outlast it
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
     """Turn what the operating system says about a write into one line."""
     try:
         yield
@@ -47,7 +57,7 @@ def make_directory(path: Path) -> Path:
     Raises:
       HeadSteerError: it cannot be made or written to.
     """
-    with _explained(path):
+    with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -56,7 +66,7 @@ def make_directory(path: Path) -> Path:
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all: beside its place, flushed to disk, then renamed into it."""
-    with _explained(path):
+    with explained(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -108,7 +118,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 1) -> None:
         self.directory = Path(os.path.abspath(directory))
-        with _explained(self.directory):
+        with explained(self.directory):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -122,7 +132,7 @@ class Checkpoints:
         Raises:
           HeadSteerError: the disk is full or not writable; earlier checkpoints are intact.
         """
-        with _explained(self.directory / str(step)):
+        with explained(self.directory / str(step)), _once():
             items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(dict(about)))
             self._manager.save(step, args=items, force=True)
             self._manager.wait_until_finished()
@@ -142,10 +152,10 @@ class Checkpoints:
             raise HeadSteerError(f"{self.directory}: no checkpoint; run the stage that makes it")
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), like)
         path = self.directory / str(step)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
         try:
-            items = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
-            )
+            with _once():
+                items = self._manager.restore(step, args=args)
             tree, about = items.state, items.about
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]

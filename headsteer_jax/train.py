@@ -8,7 +8,7 @@ Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step)
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 
 from headsteer_jax.activations import Observe, observer
 from headsteer_jax.augment import mixup, training_images
-from headsteer_jax.checkpoint import Checkpoints, make_directory, write_text
+from headsteer_jax.checkpoint import Checkpoints, explained, make_directory, write_text
 from headsteer_jax.config import Config, HeadSteerError, PhaseConfig
 from headsteer_jax.data import Dataset, batch_indices, gather, prefetched
 from headsteer_jax.gates import annealed, logistic_noise, usage_loss
@@ -150,7 +150,7 @@ class Log:
 
     def write(self, phase: str, step: int, values: dict[str, Any]) -> None:
         row = {"phase": phase, "step": step, **{name: np.asarray(value).tolist() for name, value in values.items()}}
-        with self.path.open("a") as file:
+        with explained(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             for index, number in enumerate(np.ravel(value)):
@@ -158,7 +158,8 @@ class Log:
                 self._board.add_scalar(tag, float(number), step)
 
     def close(self) -> None:
-        self._board.close()
+        with suppress(OSError):  # a full disk, which the next checkpoint or row reports
+            self._board.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
