@@ -1,5 +1,6 @@
 """One forward pass over a split: what the model predicts, which heads it runs, and the CLS residual of a layer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,29 @@ def padded_chunks(count: int, size: int) -> list[np.ndarray]:
     return list(filled.reshape(-1, size))
 
 
+def over_split(
+    function: Callable[[np.ndarray], tuple[jax.Array, ...]], split: Split, size: int, what: str
+) -> list[np.ndarray]:
+    """What a jitted function of images [B, height, width, channels] uint8 gives for a whole split, chunk by chunk.
+
+    Args:
+      function: returns arrays whose first axis is B.
+      size: B, images in a call.
+      what: names the work in the progress.
+
+    Returns:
+      The arrays, with first axis N.
+    """
+    count = len(split.labels)
+    chunks = padded_chunks(count, size)
+    parts = []
+    with progress(count, what, "image") as bar:
+        for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
+            parts.append(jax.device_get(function(images)))
+            bar.update(min(len(images), count - bar.done))
+    return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]
+
+
 def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
     """`(params, split, what) -> Observed`: runs the model over a whole split, without augmentation.
 
@@ -54,13 +78,6 @@ def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
         return prediction, stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
 
     def observe(params: Any, split: Split, what: str) -> Observed:
-        count = len(split.labels)
-        chunks = padded_chunks(count, config.train.eval_batch)
-        parts = []
-        with progress(count, what, "image") as bar:
-            for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
-                parts.append(jax.device_get(forward(params, images)))
-                bar.update(len(images))
-        return Observed(*(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)))
+        return Observed(*over_split(functools.partial(forward, params), split, config.train.eval_batch, what))
 
     return observe

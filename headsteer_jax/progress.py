@@ -29,6 +29,11 @@ class Progress:
             self._said = time.monotonic()
             self._line(note)
 
+    @property
+    def done(self) -> int:
+        """Units counted so far."""
+        return self._done
+
     def close(self) -> None:
         self._bar.close()
         if self._bar.disable and time.monotonic() - self._started > PLAIN_SECONDS:

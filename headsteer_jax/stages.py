@@ -6,6 +6,7 @@ touched unless --overwrite says so. A stage that was made again makes those afte
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.activations import observer, padded_chunks
+from headsteer_jax.activations import observer, over_split
 from headsteer_jax.augment import preprocess
 from headsteer_jax.checkpoint import (
     make_directory,
@@ -31,7 +32,7 @@ from headsteer_jax.checkpoint import (
     write_json,
 )
 from headsteer_jax.config import Config, HeadSteerError, flatten
-from headsteer_jax.data import Dataset, Split, gather, load
+from headsteer_jax.data import Dataset, Split, load
 from headsteer_jax.progress import say
 from headsteer_jax.report import write_report
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, health, train_sae, uncentre
@@ -73,7 +74,7 @@ def _reconstructed(
     layer, k = config.sae_layer, config.sae.k
 
     @jax.jit
-    def run(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         x_BTD, _ = model.apply(
             params, preprocess(images, config.data),
             method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
@@ -84,17 +85,16 @@ def _reconstructed(
         def one(sae: SAE) -> tuple[jax.Array, jax.Array]:
             x_hat_BD = uncentre(scaling, decode(sae, encode(sae, centre(scaling, x_BD), k)))
             logits_BC, gates_BH = suffix(model, params, x_BTD, x_hat_BD, layer, "policy")
-            return jnp.mean((gates_BH > 0) == own_BH, axis=1), jnp.argmax(logits_BC, axis=-1) == labels
+            return jnp.mean((gates_BH > 0) == own_BH, axis=1), jnp.argmax(logits_BC, axis=-1)
 
-        return jax.lax.map(one, saes)
+        agreement_SB, prediction_SB = jax.lax.map(one, saes)
+        return agreement_SB.T, prediction_SB.T
 
-    count = len(split.labels)
-    parts = [
-        jax.device_get(run(params, gather(split.images, indices), split.labels[indices]))
-        for indices in padded_chunks(count, config.train.eval_batch)
-    ]
-    agreement, right = (np.concatenate(arrays, axis=1)[:, :count] for arrays in zip(*parts, strict=True))
-    return agreement.mean(axis=1, dtype=np.float64), right.mean(axis=1)
+    agreement_NS, prediction_NS = over_split(
+        functools.partial(run, params), split, config.train.eval_batch, "test: reconstructed residuals"
+    )
+    accuracy = (prediction_NS == split.labels[:, None]).mean(axis=0)
+    return agreement_NS.mean(axis=0, dtype=np.float64), accuracy
 
 
 def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:

@@ -7,18 +7,18 @@ Under the *residual* target the block itself computes on the steered residual, s
 Axes: B, N images, D width, F latents, S chosen latents, H heads, P = 2^H gate patterns, A alphas, C classes.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.activations import padded_chunks
+from headsteer_jax.activations import over_split, padded_chunks
 from headsteer_jax.augment import preprocess
 from headsteer_jax.config import Config, SteerConfig
-from headsteer_jax.data import Split, gather, prefetched
+from headsteer_jax.data import Split, gather
 from headsteer_jax.latents import Choice
-from headsteer_jax.progress import progress
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, uncentre
 from headsteer_jax.vit import ViT
 
@@ -152,14 +152,7 @@ def pattern_table(model: ViT, params: Any, split: Split, config: Config, what: s
         predictions_PB = jnp.argmax(pattern_logits(model, params, x_BTD, layer, patterns_P), axis=-1)
         return x_BTD[:, 0], pattern_of(gates_BH), predictions_PB.T.astype(jnp.int32)
 
-    count = len(split.labels)
-    chunks = padded_chunks(count, config.steer.chunk)
-    parts = []
-    with progress(count, what, "image") as bar:
-        for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
-            parts.append(jax.device_get(run(params, images)))
-            bar.update(len(images))
-    return Prefix(*(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)))
+    return Prefix(*over_split(functools.partial(run, params), split, config.steer.chunk, what))
 
 
 class Sweep:
