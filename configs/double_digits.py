@@ -1,7 +1,7 @@
-"""The embedded default: two handwritten digits on a canvas, 100 classes, about four minutes on two CPU cores.
+"""The embedded default: two handwritten digits on a canvas, 100 classes, three to four minutes on two CPU cores.
 
-Expected (test): dense and gated accuracy about 92%, the last layer's usage 0.75, class steering to about 0.55 at the
-same accuracy. docs/method.md says what each number means.
+Expected (test): dense and gated accuracy 92%, the last layer's usage 0.80 and its worth 18 points of accuracy, class
+steering to 0.57 at the same accuracy.
 """
 
 from headsteer_jax.config import (
