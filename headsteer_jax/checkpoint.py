@@ -20,6 +20,9 @@ from headsteer_jax.config import HeadSteerError
 
 Tree = TypeVar("Tree")
 
+# a stage that is not done goes on from what is left of it, and those after it are made again
+MEND = "delete it and its stage's done.json, then run the same command with --overwrite"
+
 for _name in ("absl", "asyncio"):  # orbax tells of every save, and of a failed one once for each array
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
@@ -97,7 +100,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        raise HeadSteerError(f"{path}: damaged ({error}); delete it and run its stage again") from None
+        raise HeadSteerError(f"{path}: missing or damaged ({error}); {MEND}") from None
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -106,7 +109,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a truncated zip fails in many ways
-        raise HeadSteerError(f"{path}: missing or damaged ({error}); delete it and run its stage again") from None
+        raise HeadSteerError(f"{path}: missing or damaged ({error}); {MEND}") from None
 
 
 class Checkpoints:
@@ -149,7 +152,7 @@ class Checkpoints:
         """
         step = self.latest() if step is None else step
         if step is None:
-            raise HeadSteerError(f"{self.directory}: no checkpoint; run the stage that makes it")
+            raise HeadSteerError(f"{self.directory}: no checkpoint; {MEND}")
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), like)
         path = self.directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
@@ -159,9 +162,7 @@ class Checkpoints:
             tree, about = items.state, items.about
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
-            raise HeadSteerError(
-                f"{path}: truncated, damaged or of another model ({reason}); delete it to go on from an earlier one"
-            ) from error
+            raise HeadSteerError(f"{path}: truncated, damaged or of another model ({reason}); {MEND}") from error
         for have, want in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if have.shape != want.shape or have.dtype != want.dtype:
                 raise HeadSteerError(

@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 
 from headsteer_jax.activations import Observe, observer
 from headsteer_jax.augment import mixup, training_images
-from headsteer_jax.checkpoint import Checkpoints, explained, make_directory, write_text
+from headsteer_jax.checkpoint import MEND, Checkpoints, explained, make_directory, write_text
 from headsteer_jax.config import Config, HeadSteerError, PhaseConfig
 from headsteer_jax.data import Dataset, batch_indices, gather, prefetched
 from headsteer_jax.gates import annealed, logistic_noise, usage_loss
@@ -327,4 +327,8 @@ def trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "g
         params, params if config.train.ema else None, jax.eval_shape(optimizer(config, plan).init, params),
         *jax.eval_shape(lambda: (jnp.zeros(2, jnp.uint32), jnp.int32(0))),
     )  # fmt: skip
-    return model, evaluated(Checkpoints(directory / phase / "last", 2).restore(state)[0])
+    last = Checkpoints(directory / phase / "last", 2)
+    state, _ = last.restore(state)
+    if int(state.step) != plan.steps:
+        raise HeadSteerError(f"{last.directory}: it ends at step {state.step} of {plan.steps}; {MEND}")
+    return model, evaluated(state)

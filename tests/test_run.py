@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,7 +136,12 @@ def test_damaged_checkpoint(finished, tmp_path):
     assert run(f"--config={config}", f"--workdir={tmp_path}", "--stages=train").returncode == 0
     largest = max((tmp_path / "train" / "gated" / "last" / "8").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    refused(run(f"--config={config}", f"--workdir={tmp_path}", "--stages=sae"), "gated/last/8", "damaged")
+    command = (f"--config={config}", f"--workdir={tmp_path}")
+    refused(run(*command, "--stages=sae"), "gated/last/8", "damaged", "done.json", "--overwrite")
+    shutil.rmtree(tmp_path / "train" / "gated" / "last" / "8")
+    refused(run(*command, "--stages=sae"), "it ends at step 4 of 8", "done.json", "--overwrite")
+    (tmp_path / "train" / "done.json").unlink()  # what the line says
+    assert run(*command, "--overwrite", "--stages=train,sae").returncode == 0
 
 
 @pytest.mark.parametrize(
