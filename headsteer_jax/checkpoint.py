@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -171,7 +170,8 @@ class Checkpoints:
                 )
         return tree, about
 
-    def clear(self) -> None:
-        """Delete them all."""
-        self._manager.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: a run that goes on from `step` makes them again."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)

@@ -225,6 +225,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
     start = int(state.step)
     if start == plan.steps:
         return state
+    best.forget_after(start)
     if start:
         say(f"{phase}: going on from step {start}")
     log.forget_after(phase, start)

@@ -68,6 +68,16 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
         chex.assert_trees_all_equal(checkpoints.restore(tree(), 2)[0], tree(2))
 
 
+def test_later_ones_are_forgotten(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 5)
+    for step in (2, 4, 6, 8):
+        checkpoints.save(step, tree(step), {})
+    checkpoints.forget_after(4)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 4]
+    checkpoints.save(6, tree(1), {})
+    chex.assert_trees_all_equal(checkpoints.restore(tree())[0], tree(1))
+
+
 def test_a_relative_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Checkpoints(Path("here")).save(1, tree(), {})
