@@ -77,6 +77,9 @@ class DataConfig(Section):
     """Training: a random square of at least this share of the image's area is resized to image_size; 1: off."""
     flip: bool = False
     """Training: mirror left and right with probability 1/2."""
+    related: tuple[str, ...] = ()
+    """Groups of classes known to be alike, each `group=class|class|...`: the report compares pairs within a group with
+    all others. Empty: what the dataset itself knows (double_digits: a common digit; TFDS: coarse_label)."""
     rand_augment_ops: NonNegativeInt = 0
     """Training: RandAugment operations (arXiv:1909.13719) applied to each image; 0: off, 2 is usual at 224 pixels."""
     rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
@@ -102,8 +105,14 @@ class ModelConfig(Section):
     """exact (erf): timm's and Hugging Face's checkpoints; tanh: the original JAX checkpoints."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrix products are computed in. Parameters, LayerNorm, softmax, gates and logits stay float32."""
+    registers: NonNegativeInt = 0
+    """Register tokens between CLS and the patches, without positions (arXiv:2309.16588); DINOv2's `reg4` files: 4."""
     pretrained: str = ""
-    """A timm `.safetensors` file for the backbone, or hf://owner/model (the extra `hub`); empty: from scratch."""
+    """The backbone's file: .safetensors or .pth (the extra `torch`) under the names of timm or of Hugging Face's ViTModel
+    and Dinov2Model, or .npz of google-research/vision_transformer; or hf://owner/model (the extra `hub`), whose
+    model.safetensors it is, or hf://owner/model/FILE. Empty: from scratch."""
+    pretrained_head: bool = False
+    """Keep the file's classifier, which must then have the dataset's classes; otherwise it starts anew."""
 
     @classmethod
     def of_size(cls, size: Literal["Ti", "S", "B"], **fields: Any) -> Self:

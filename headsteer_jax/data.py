@@ -3,6 +3,7 @@
 The validation split is always cut from train, stratified by class, before anything is fitted.
 """
 
+import difflib
 import importlib.util
 import io
 import math
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,7 +168,9 @@ def load(config: DataConfig, seed: int) -> Dataset:
       HeadSteerError: missing, unreadable or inconsistent data; one line with the culprit and the mend.
     """
     if config.source == "double_digits":
-        return double_digits(config, seed)
+        dataset = double_digits(config, seed)
+        groups = related_pairs(config.related, dataset.class_names) if config.related else dataset.related
+        return replace(dataset, related=groups)
     read = {"tfds": _read_tfds, "folder": _read_folder, "npz": _read_npz}[config.source]
     train, test, class_names, related = read(config)
     where = config.path or config.name
@@ -197,8 +200,37 @@ def load(config: DataConfig, seed: int) -> Dataset:
         validation=part(train, cut, config.eval_per_class),
         test=part(test, np.arange(len(test.labels)), config.eval_per_class),
         class_names=class_names,
-        related=related,
+        related=related_pairs(config.related, class_names) if config.related else related,
     )
+
+
+def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
+    """[C, C] bool, symmetric: pairs of different classes that some group `name=class|class|...` holds both of.
+
+    Raises:
+      HeadSteerError: a group is not of this form, or it names a class twice or one that the dataset does not have.
+    """
+    pairs = np.zeros((len(class_names), len(class_names)), bool)
+    for group in groups:
+        name, equals, members = group.partition("=")
+        names = [member.strip() for member in members.split("|")]
+        if not equals or len(names) < 2:
+            raise HeadSteerError(f"config.data.related: {group!r}: a group is `name=class|class|...`, of two or more")
+        check_classes(f"config.data.related: {name}", names, class_names)
+        places = [class_names.index(member) for member in names]
+        pairs[np.ix_(places, places)] = True
+    return pairs & ~np.eye(len(class_names), dtype=bool)
+
+
+def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]) -> None:
+    """Raises HeadSteerError where a name is given twice, or is no class of the dataset."""
+    for name in names:
+        if name not in class_names:
+            close = difflib.get_close_matches(name, class_names, n=1)
+            some = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(class_names[:8])}, ..."
+            raise HeadSteerError(f"{field}: the dataset has no class {name!r}; {some}")
+        if list(names).count(name) > 1:
+            raise HeadSteerError(f"{field}: {name!r} is named twice; name it once")
 
 
 Source = tuple[Split, Split, tuple[str, ...], np.ndarray | None]  # train, test, class names, related

@@ -1,29 +1,26 @@
-"""Pretrained backbones: timm's tensors of a vision transformer, renamed and fitted to our model's shapes.
+"""Pretrained backbones: a published file's tensors become our parameters, and ours leave under timm's names.
 
 What differs in shape is resampled: positions to the model's grid, patch kernels to its patch size. LayerScale is
-folded into the matrix before it, which leaves the function as it was. The head and the gates stay as they were.
+folded into the matrix before it, which leaves the function as it was. The gates stay as they were.
 """
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.flax import load_file
 
 from headsteer_jax.config import Config, HeadSteerError
-
-IGNORED = ("head.", "mask_token")  # for other classes; only of use in pretraining
+from headsteer_jax.weights import TIMM, find, read, recognise
 
 
 class Loaded(NamedTuple):
     """What became of a file's tensors and of the model's parameters."""
 
     path: str
+    family: str  # whose names the file has
     loaded: list[str]  # tensors of the file
     resampled: list[str]  # those of them that were fitted to another grid or patch size
     folded: list[str]  # LayerScale
@@ -35,22 +32,18 @@ class Loaded(NamedTuple):
             return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"
 
         return (
-            f"{self.path}: loaded {len(self.loaded)} tensors; resampled {some(self.resampled)}; "
+            f"{self.path} ({self.family}): loaded {len(self.loaded)} tensors; resampled {some(self.resampled)}; "
             f"folded {some(self.folded)}; ignored {some(self.ignored)}; left random {some(self.random)}"
         )
 
 
 def resample_positions(positions_1ND: np.ndarray, grid: int) -> np.ndarray:
-    """[1, 1 + n^2, D] position embeddings -> [1, 1 + grid^2, D], bicubic with antialiasing as timm does it.
-
-    The CLS token's stays as it is.
-    """
-    cls_11D, patches_1nD = positions_1ND[:, :1], positions_1ND[:, 1:]
-    side, width = math.isqrt(patches_1nD.shape[1]), positions_1ND.shape[2]
+    """[1, n^2, D] position embeddings of the patches -> [1, grid^2, D], bicubic with antialiasing as timm does it."""
+    side, width = math.isqrt(positions_1ND.shape[1]), positions_1ND.shape[2]
     resized = jax.image.resize(
-        patches_1nD.reshape(1, side, side, width), (1, grid, grid, width), "cubic", antialias=True
+        positions_1ND.reshape(1, side, side, width), (1, grid, grid, width), "cubic", antialias=True
     )
-    return np.concatenate([cls_11D, np.asarray(resized).reshape(1, -1, width)], axis=1)
+    return np.asarray(resized).reshape(1, -1, width)
 
 
 def resample_patches(kernel_hwcD: np.ndarray, side: int) -> np.ndarray:
@@ -67,62 +60,29 @@ def resample_patches(kernel_hwcD: np.ndarray, side: int) -> np.ndarray:
     return (solve_no @ flat).reshape(side, side, *kernel_hwcD.shape[2:]).astype(np.float32)
 
 
-def _find(where: str) -> Path:
-    """A local file, or hf://owner/model's model.safetensors, downloaded once into the hub's cache."""
-    if not where.startswith("hf://"):
-        return Path(where)
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise HeadSteerError(
-            f"config.model.pretrained = {where}: needs the extra hub: pip install 'headsteer-jax[hub]'"
-        ) from None
-    try:
-        return Path(hf_hub_download(where.removeprefix("hf://"), "model.safetensors"))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HeadSteerError(
-            f"config.model.pretrained = {where}: cannot be downloaded ({type(error).__name__}: {reason}); "
-            "check the name and the network, or name a local file"
-        ) from None
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """A safetensors file's tensors as float32.
-
-    Raises:
-      HeadSteerError: there is no such file, it is truncated or of another kind, or a tensor holds NaN.
-    """
-    if not path.is_file():
-        raise HeadSteerError(f"config.model.pretrained = {path}: no such file")
-    try:
-        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise HeadSteerError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise HeadSteerError(f"{path}: tensor {name!r} holds NaN or infinity; download it again")
-    return tensors
-
-
 def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], Loaded]:
     """The model's variables with the backbone of config.model.pretrained in place.
 
     Args:
-      params: variables {"params": ...} as `init` makes them; the gates and the head are kept.
+      params: variables {"params": ...} as `init` makes them; the gates are kept, and the head unless
+        config.model.pretrained_head.
 
     Raises:
-      HeadSteerError: the file cannot be had or read, or a tensor is missing, surplus or misshapen; it names the tensor.
+      HeadSteerError: the file cannot be had or read, is of no known family, or a tensor is missing, surplus or
+        misshapen; it names the tensor as the file does.
     """
-    m, path = config.model, _find(config.model.pretrained)
-    tensors = _read(path)
-    left, resampled, folded = dict(tensors), [], []
+    m, path = config.model, find(config.model.pretrained)
+    tensors = read(path)
+    layout, prefix = recognise(path, tensors)
+    left, resampled, folded, taken = dict(tensors), [], [], []
+    heads, head_width = m.heads, m.width // m.heads
 
     def take(name: str, *shape: int | None) -> np.ndarray:
         """The tensor of this name and shape, where None is any length."""
-        if name not in left:
-            raise HeadSteerError(f"{path}: there is no tensor {name!r}, which a vision transformer of timm's has")
-        tensor = left.pop(name)
+        name = prefix + name
+        if name not in tensors:
+            raise HeadSteerError(f"{path}: there is no tensor {name!r}, which {layout.family}'s models of this kind have")
+        tensor = tensors[name]
         fits = len(shape) == tensor.ndim and all(a in (b, None) for a, b in zip(shape, tensor.shape, strict=True))
         if not fits:
             wanted = ", ".join("any" if length is None else str(length) for length in shape)
@@ -130,58 +90,100 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
                 f"{path}: tensor {name!r} has the shape {list(tensor.shape)}, not [{wanted}]; set config.model and "
                 "config.data.channels to the file's model, or choose another file"
             )
+        if left.pop(name, None) is not None:
+            taken.append(name)
         return tensor
 
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": take(f"{name}.weight", m.width), "bias": take(f"{name}.bias", m.width)}
+    def norm(module: str, layer: int | None = None) -> dict[str, np.ndarray]:
+        return {leaf: take(layout.name(module, leaf, layer), m.width) for leaf in ("scale", "bias")}
 
-    def dense(name: str, outputs: int, inputs: int, scale: str = "") -> dict[str, np.ndarray]:
-        """A linear layer; with the LayerScale tensor `scale`, where there is one, folded in."""
-        kernel, bias = take(f"{name}.weight", outputs, inputs).T, take(f"{name}.bias", outputs)
-        if scale in left:
+    def dense(module: str, outputs: int, inputs: int, layer: int | None = None) -> dict[str, np.ndarray]:
+        """A linear layer, its kernel [inputs, outputs]; LayerScale, where it has one, folded in."""
+        kernel_name, bias_name = (layout.name(module, leaf, layer) for leaf in ("kernel", "bias"))
+        if layout.fused and module in ("query", "key", "value"):
+            rows = slice(*(m.width * ("query", "key", "value").index(module) + np.array([0, m.width])))
+            return {"kernel": take(kernel_name, 3 * m.width, inputs)[rows].T, "bias": take(bias_name, 3 * m.width)[rows]}
+        if layout.flax and module in ("query", "key", "value"):
+            kernel = take(kernel_name, inputs, heads, head_width).reshape(inputs, outputs)
+            return {"kernel": kernel, "bias": take(bias_name, heads, head_width).reshape(outputs)}
+        if layout.flax:
+            shape = (heads, head_width, outputs) if module == "out" else (inputs, outputs)
+            kernel = take(kernel_name, *shape).reshape(inputs, outputs)
+        else:
+            kernel = take(kernel_name, outputs, inputs).T
+        bias = take(bias_name, outputs)
+        scale = layout.scales.get(module, "").format(layer)
+        if scale and prefix + scale in tensors:
             gamma = take(scale, outputs)
-            folded.append(scale)
+            folded.append(prefix + scale)
             kernel, bias = kernel * gamma, bias * gamma
         return {"kernel": kernel, "bias": bias}
 
-    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    before, after = (prefix + layout.modules["norm1"]).split("{}")
+    blocks = {
+        int(name[len(before) :].removesuffix(after + layout.leaves["bias"]))
+        for name in tensors
+        if name.startswith(before) and name.endswith(after + layout.leaves["bias"])
+    }
     if blocks and blocks != set(range(m.depth)):
         raise HeadSteerError(f"{path}: it has {max(blocks) + 1} blocks; config.model.depth = {m.depth}")
-    new: dict[str, Any] = {**params["params"], "norm": norm("norm"), "cls": take("cls_token", 1, 1, m.width)}
+    new: dict[str, Any] = {**params["params"], "norm": norm("norm"), "cls": take(layout.tokens["cls"], 1, 1, m.width)}
 
-    kernel = take("patch_embed.proj.weight", m.width, config.data.channels, None, None).transpose(2, 3, 1, 0)
+    kernel_name, channels = layout.name("patches", "kernel"), config.data.channels
+    if layout.flax:
+        kernel = take(kernel_name, None, None, channels, m.width)
+    else:
+        kernel = take(kernel_name, m.width, channels, None, None).transpose(2, 3, 1, 0)
     if kernel.shape[0] != kernel.shape[1]:
-        raise HeadSteerError(f"{path}: tensor 'patch_embed.proj.weight': its patches are not square")
+        raise HeadSteerError(f"{path}: tensor {prefix + kernel_name!r}: its patches are not square")
     if kernel.shape[0] != m.patch:
-        resampled.append("patch_embed.proj.weight")
+        resampled.append(prefix + kernel_name)
         kernel = resample_patches(kernel, m.patch)
-    new["patches"] = {"kernel": kernel, "bias": take("patch_embed.proj.bias", m.width)}
+    new["patches"] = {"kernel": kernel, "bias": take(layout.name("patches", "bias"), m.width)}
 
-    positions, grid = take("pos_embed", 1, None, m.width), config.data.image_size // m.patch
-    if math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+    positions_name, grid = layout.tokens["positions"], config.data.image_size // m.patch
+    positions = take(positions_name, 1, None, m.width)
+    count = positions.shape[1]
+    if math.isqrt(count - 1) ** 2 == count - 1:
+        of_cls, of_patches = positions[:, :1], positions[:, 1:]
+    elif math.isqrt(count) ** 2 == count:  # timm's models with registers: CLS has no position of its own
+        of_cls, of_patches = np.zeros((1, 1, m.width), np.float32), positions
+    else:
         raise HeadSteerError(
-            f"{path}: tensor 'pos_embed': {positions.shape[1]} positions are no CLS token and a square"
+            f"{path}: tensor {prefix + positions_name!r}: {count} positions are no square of patches, "
+            "with or without a CLS token"
         )
-    if positions.shape[1] != 1 + grid**2:
-        resampled.append("pos_embed")
-        positions = resample_positions(positions, grid)
-    new["positions"] = positions
+    if of_patches.shape[1] != grid**2:
+        resampled.append(prefix + positions_name)
+        of_patches = resample_positions(of_patches, grid)
+    new["positions"] = np.concatenate([of_cls, of_patches], axis=1)
+
+    registers = layout.tokens.get("registers", "")
+    found = tensors[prefix + registers].shape[1] if prefix + registers in tensors else 0
+    if found != m.registers:
+        raise HeadSteerError(f"{path}: it has {found} register tokens; config.model.registers = {m.registers}")
+    if m.registers:
+        new["registers"] = take(registers, 1, m.registers, m.width)
 
     hidden = round(m.mlp_ratio * m.width)
     for layer in range(m.depth):
-        name = f"blocks.{layer}"
-        qkv = dense(f"{name}.attn.qkv", 3 * m.width, m.width)
-        kernels, biases = np.split(qkv["kernel"], 3, axis=1), np.split(qkv["bias"], 3)
         new[f"layers_{layer}"] = {
             **new[f"layers_{layer}"],
-            "norm1": norm(f"{name}.norm1"),
-            **{part: {"kernel": kernels[i], "bias": biases[i]} for i, part in enumerate(("query", "key", "value"))},
-            "out": dense(f"{name}.attn.proj", m.width, m.width, f"{name}.ls1.gamma"),
-            "norm2": norm(f"{name}.norm2"),
-            "mlp_in": dense(f"{name}.mlp.fc1", hidden, m.width),
-            "mlp_out": dense(f"{name}.mlp.fc2", m.width, hidden, f"{name}.ls2.gamma"),
+            "norm1": norm("norm1", layer),
+            **{part: dense(part, m.width, m.width, layer) for part in ("query", "key", "value", "out")},
+            "norm2": norm("norm2", layer),
+            "mlp_in": dense("mlp_in", hidden, m.width, layer),
+            "mlp_out": dense("mlp_out", m.width, hidden, layer),
         }
-    surplus = [name for name in left if not name.startswith(IGNORED)]
+    ignored = tuple(prefix + name for name in layout.ignored)
+    if m.pretrained_head:
+        prefix = "" if layout.modules["head"] + layout.leaves["bias"] in tensors else prefix  # beside the backbone
+        new["head"] = dense("head", params["params"]["head"]["bias"].shape[0], m.width)
+        if "pre_logits/kernel" in left:
+            raise HeadSteerError(f"{path}: its head has a layer 'pre_logits', ours has none; set model.pretrained_head off")
+    else:
+        ignored += ("head.", "head/", "classifier.", "head_dist.")
+    surplus = [name for name in left if not name.startswith(ignored)]
     if surplus:
         raise HeadSteerError(
             f"{path}: this model has no place for the tensor {surplus[0]!r}; choose a plain ViT's file"
@@ -191,5 +193,37 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
         for place, leaf in jax.tree_util.tree_leaves_with_path(new)
         if isinstance(leaf, jax.Array)  # what came from the file is NumPy's
     ]
-    report = Loaded(str(path), [name for name in tensors if name not in left], resampled, folded, list(left), random)
+    report = Loaded(str(path), layout.family, taken, resampled, folded, list(left), random)
     return {"params": jax.tree.map(jnp.asarray, new)}, report
+
+
+def timm_tensors(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our variables under timm's names: a VisionTransformer without LayerScale loads them, the classifier included.
+
+    The gates stay behind: timm's model runs every head.
+    """
+    ours = jax.tree.map(np.asarray, params["params"])
+    tensors = {
+        TIMM.tokens["cls"]: ours["cls"],
+        TIMM.tokens["positions"]: ours["positions"],
+        TIMM.name("patches", "kernel"): ours["patches"]["kernel"].transpose(3, 2, 0, 1),
+        TIMM.name("patches", "bias"): ours["patches"]["bias"],
+    }
+    if "registers" in ours:  # timm adds positions to the patches alone: CLS's own goes into the token
+        tensors[TIMM.tokens["registers"]] = ours["registers"]
+        tensors[TIMM.tokens["cls"]] = ours["cls"] + ours["positions"][:, :1]
+        tensors[TIMM.tokens["positions"]] = ours["positions"][:, 1:]
+
+    def put(module: str, tree: Mapping[str, np.ndarray], layer: int | None = None) -> None:
+        for leaf, value in tree.items():
+            tensors[TIMM.name(module, leaf, layer)] = value.T if leaf == "kernel" else value
+
+    put("norm", ours["norm"])
+    put("head", ours["head"])
+    for layer in range(sum(name.startswith("layers_") for name in ours)):
+        block = ours[f"layers_{layer}"]
+        for module in ("norm1", "out", "norm2", "mlp_in", "mlp_out"):
+            put(module, block[module], layer)
+        parts = [block[part] for part in ("query", "key", "value")]
+        put("query", {leaf: np.concatenate([part[leaf] for part in parts], axis=-1) for leaf in ("kernel", "bias")}, layer)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

@@ -161,9 +161,9 @@ def make_epoch(config: Config, steps_per_epoch: int) -> Callable[..., Any]:
     k_aux = c.aux_k or config.model.width // 2
     window = c.dead_window * steps_per_epoch
 
-    def step(one: SAEState, u_BD: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:
+    def step(one: SAEState, u_BD: jax.Array, aux_weight: float) -> tuple[SAEState, dict[str, jax.Array]]:
         dead_F = one.silent >= window
-        grads, (mse, fired_F) = jax.grad(loss, has_aux=True)(one.sae, u_BD, dead_F, c.k, k_aux, c.aux_weight)
+        grads, (mse, fired_F) = jax.grad(loss, has_aux=True)(one.sae, u_BD, dead_F, c.k, k_aux, aux_weight)
         updates, opt = tx.update(without_radial(grads, one.sae), one.optimizer, one.sae)
         sae = optax.apply_updates(one.sae, updates)
         sae = sae._replace(W_d=_unit_rows(sae.W_d))
@@ -171,7 +171,14 @@ def make_epoch(config: Config, steps_per_epoch: int) -> Callable[..., Any]:
         return one._replace(sae=sae, optimizer=opt, silent=silent_F), {"mse": mse, "dead": jnp.mean(dead_F)}
 
     axes = SAEState(sae=0, optimizer=0, silent=0, epoch=None)  # type: ignore[arg-type]
-    all_seeds = jax.vmap(step, in_axes=(axes, None), out_axes=(axes, 0))
+
+    def all_seeds(state: SAEState, u_BD: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:
+        with_aux, without = (
+            jax.vmap(functools.partial(step, aux_weight=weight), in_axes=(axes, None), out_axes=(axes, 0))
+            for weight in (c.aux_weight, 0.0)
+        )
+        # AuxK is 0 where nothing is dead, and takes more than half of a step: the branch is outside vmap, where it skips
+        return jax.lax.cond(jnp.any(state.silent >= window), with_aux, without, state, u_BD)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(state: SAEState, u_ND: jax.Array, order: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from headsteer_jax.config import Config, HeadSteerError
-from headsteer_jax.data import Dataset, Split
+from headsteer_jax.config import Config
+from headsteer_jax.data import Dataset, Split, check_classes
 from headsteer_jax.latents import Choice, LatentStatistics, overlap, statistics, strategy
 from headsteer_jax.progress import progress
 from headsteer_jax.sae import SAE, Scaling, encode_all
@@ -25,10 +25,7 @@ def check_names(config: Config, class_names: tuple[str, ...]) -> None:
     """Raises HeadSteerError for a strategy or a class that does not exist, before anything is computed."""
     for name in config.steer.strategies:
         strategy(name)
-    for name in config.steer.classes:
-        if name not in class_names:
-            some = ", ".join(class_names[:8]) + (", ..." if len(class_names) > 8 else "")
-            raise HeadSteerError(f"config.steer.classes: the dataset has no class {name!r}; it has {some}")
+    check_classes("config.steer.classes", config.steer.classes, class_names)
 
 
 def seed_of(saes: SAE, seed: int) -> SAE:

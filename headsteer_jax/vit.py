@@ -4,7 +4,7 @@ Everything an analysis wants is returned in `out`; nothing is hooked. An interve
 layer's gates, `gate_input` is what a layer's gate reads instead of its residual. The forward pass can be cut at any
 layer: `forward(images) == blocks(embed(images), 0)`, and `blocks(x, l)` is the suffix that starts at layer l.
 
-Axes: B images, T tokens (CLS first), D width, H heads, K head width, L layers, A gated layers, C classes.
+Axes: B images, T tokens (CLS, registers, patches), D width, H heads, K head width, L layers, A gated layers, C classes.
 """
 
 import math
@@ -87,13 +87,13 @@ def _rows(dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
     return dense(x_BTD.reshape(-1, x_BTD.shape[-1])).reshape(*x_BTD.shape[:-1], -1)
 
 
-def sin_cos_positions(tokens: int, width: int, temperature: float = 10_000.0) -> jax.Array:
-    """[1, T, D] sines and cosines of each patch's column and row, 0 for CLS: where the learned positions start.
+def sin_cos_positions(count: int, width: int, temperature: float = 10_000.0) -> jax.Array:
+    """[1, count, D] sines and cosines of each patch's column and row, 0 for CLS: where the learned positions start.
 
     As in arXiv:2205.01580. From small random positions a small model spends most of its training on finding out where
     its patches are.
     """
-    side, quarter = math.isqrt(tokens - 1), width // 4
+    side, quarter = math.isqrt(count - 1), width // 4
     omega = temperature ** -(jnp.arange(quarter) / max(quarter - 1, 1))
     rows, columns = jnp.divmod(jnp.arange(side**2), side)
     angles = [columns[:, None] * omega, rows[:, None] * omega]
@@ -107,13 +107,15 @@ class ViT(nn.Module):
     model: ModelConfig
     gate: GateConfig
     classes: int  # C
-    tokens: int  # T, CLS included
+    positions_count: int  # CLS and the patches: T less the registers
 
     def setup(self) -> None:
         m = self.model
         self.patches = nn.Conv(m.width, (m.patch, m.patch), (m.patch, m.patch), "VALID", dtype=jnp.dtype(m.dtype))
         self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, m.width))
-        self.positions = self.param("positions", lambda key: sin_cos_positions(self.tokens, m.width))
+        self.positions = self.param("positions", lambda key: sin_cos_positions(self.positions_count, m.width))
+        if m.registers:
+            self.registers = self.param("registers", nn.initializers.normal(0.02), (1, m.registers, m.width))
         self.layers = [Block(m, self.gate if layer >= self.gate.first_layer else None) for layer in range(m.depth)]
         self.norm = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02))
@@ -123,7 +125,11 @@ class ViT(nn.Module):
         grid_BhwD = self.patches(images_BHWC)
         tokens_BtD = grid_BhwD.reshape(grid_BhwD.shape[0], -1, grid_BhwD.shape[-1]).astype(jnp.float32)
         cls_B1D = jnp.broadcast_to(self.cls, (tokens_BtD.shape[0], 1, tokens_BtD.shape[2]))
-        return jnp.concatenate([cls_B1D, tokens_BtD], axis=1) + self.positions
+        x_BTD = jnp.concatenate([cls_B1D, tokens_BtD], axis=1) + self.positions
+        if self.model.registers:
+            registers_BRD = jnp.broadcast_to(self.registers, (len(x_BTD), *self.registers.shape[1:]))
+            x_BTD = jnp.concatenate([x_BTD[:, :1], registers_BRD, x_BTD[:, 1:]], axis=1)
+        return x_BTD
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """[B, D] CLS residual after the last block -> [B, C] float32 logits."""
@@ -199,7 +205,7 @@ class ViT(nn.Module):
 def build(config: Config, classes: int) -> ViT:
     """The model of a config, for so many classes."""
     grid = config.data.image_size // config.model.patch
-    return ViT(config.model, config.gate, classes, tokens=1 + grid**2)
+    return ViT(config.model, config.gate, classes, positions_count=1 + grid**2)
 
 
 def stack_gates(by_layer: Mapping[int, jax.Array]) -> jax.Array:
