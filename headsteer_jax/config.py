@@ -108,9 +108,9 @@ class ModelConfig(Section):
     registers: NonNegativeInt = 0
     """Register tokens between CLS and the patches, without positions (arXiv:2309.16588); DINOv2's `reg4` files: 4."""
     pretrained: str = ""
-    """The backbone's file: .safetensors or .pth (the extra `torch`) under the names of timm or of Hugging Face's ViTModel
-    and Dinov2Model, or .npz of google-research/vision_transformer; or hf://owner/model (the extra `hub`), whose
-    model.safetensors it is, or hf://owner/model/FILE. Empty: from scratch."""
+    """The backbone's file: .safetensors or .pth (the extra `torch`) under the names of timm or of Hugging Face's
+    ViTModel and Dinov2Model, or .npz of google-research/vision_transformer; or hf://owner/model (the extra `hub`),
+    whose model.safetensors it is, or hf://owner/model/FILE. Empty: from scratch."""
     pretrained_head: bool = False
     """Keep the file's classifier, which must then have the dataset's classes; otherwise it starts anew."""
 
@@ -225,12 +225,19 @@ class SAEConfig(Section):
 class SteerConfig(Section):
     """Which latents are changed, how, and by how much."""
 
-    strategies: tuple[str, ...] = ("class", "global", "random", "matched_random")
+    strategies: tuple[str, ...] = ("class", "global", "random", "matched_random", "gate_aligned")
     """Ways to choose latents: names in headsteer_jax.latents.STRATEGIES."""
     latents: PositiveInt = 16
     """Latents that a strategy chooses for each class, |S| (not known in [LH26])."""
     max_frequency: Share = 1.0
     """Latents that fire on more than this share of the training images are never chosen: dense ones are no concepts."""
+    pool: PositiveInt = 128
+    """gate_aligned: the class's most frequent latents, of which it chooses."""
+    price: PositiveFloat = 0.02
+    """gate_aligned: accuracy that a class may give up for the whole layer's usage at alpha 1; it grows with alpha."""
+    evidence: PositiveInt = 200
+    """gate_aligned: training images of each class, beside those of validation, whose answers under every gate pattern
+    say which heads the class can spare."""
     mode: Literal["add", "scale", "clamp", "ablate"] = "add"
     """add: z + alpha s, s the latent's mean activation where it fires; scale: (1 + alpha) z; clamp: alpha s; ablate:
     (1 - alpha) z with alpha cut to [0, 1]. Latents stay >= 0."""
@@ -242,6 +249,8 @@ class SteerConfig(Section):
     """Strengths; 0, the unsteered model, is added where it is missing."""
     classes: tuple[str, ...] = ()
     """Steer and score only images of these classes; empty: all."""
+    least_validation: PositiveInt = 5
+    """Validation images that every steered class must have: alpha is chosen on them."""
     tolerance: Fraction = 0.01
     """Accuracy that the choice of alpha on validation may give up."""
     saving: Fraction = 0.2

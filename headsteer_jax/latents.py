@@ -1,24 +1,35 @@
 """Which latents to change: a strategy looks at how latents fire on the training split and names some for each class.
 
 A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names those that the command line knows.
-Axes: C classes, F latents, S chosen latents, D width, H heads.
+Axes: C classes, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit h is head h).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 from headsteer_jax.config import HeadSteerError, SteerConfig
 
 
+class Outcomes(NamedTuple):
+    """Some images at the steered layer, and what every gate pattern there would lead to."""
+
+    labels: np.ndarray  # [N]
+    gate_logits: np.ndarray  # [N, H] unsteered
+    right: np.ndarray  # [N, P] bool: is the answer right under the pattern
+
+
 class LatentStatistics(NamedTuple):
-    """How one autoencoder's latents behave on the training split."""
+    """How one autoencoder's latents behave on the training split, and what the gate that they steer does."""
 
     class_frequency: np.ndarray  # [C, F] share of the class's images on which the latent fires
     frequency: np.ndarray  # [F] the same over all images
     strength: np.ndarray  # [F] s_j: mean activation over the images on which it fires; 0 for a dead latent
     decoder: np.ndarray  # [F, D] in units of the residual stream
+    gate: np.ndarray  # [F, H] what a unit of each latent adds to the gate logits: decoder rows times gate weights
+    outcomes: tuple[Outcomes, Outcomes]  # of training images (steer.evidence of each class), and of validation
 
 
 class Choice(NamedTuple):
@@ -31,13 +42,17 @@ class Choice(NamedTuple):
 Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice]
 
 
-def statistics(z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray) -> LatentStatistics:
+def statistics(
+    z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray,
+    outcomes: tuple[Outcomes, Outcomes],
+) -> LatentStatistics:  # fmt: skip
     """Statistics of the training split's latents.
 
     Args:
       z_NF: latents >= 0.
       labels: [N] classes.
       decoder_FD: decoder rows over the autoencoder's scale.
+      gate_DH: the gate's weights; with a LayerNorm before them, its derivative at the mean residual.
     """
     fires_NF = z_NF > 0
     counts_C = np.bincount(labels, minlength=classes)
@@ -48,6 +63,8 @@ def statistics(z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: n
         frequency=fired_F / len(labels),
         strength=(z_NF.sum(axis=0, dtype=np.float64) / np.maximum(fired_F, 1)).astype(np.float32),
         decoder=decoder_FD,
+        gate=decoder_FD @ gate_DH,
+        outcomes=outcomes,
     )
 
 
@@ -121,11 +138,102 @@ def shift_norm(stats: LatentStatistics, latents_CS: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.einsum("CS,CSD->CD", stats.strength[latents_CS], stats.decoder[latents_CS]), axis=1)
 
 
+def gate_aligned(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """Ours: latents of the class whose decoders push the gate where the class keeps its accuracy with fewer heads.
+
+    `wanted_heads` says for each class which heads to close, open or leave alone as alpha grows, from what every gate
+    pattern would answer. The push that does this is then written as a sum of the class's own latents: of the
+    `steer.pool` most frequent ones, the S that serve best, with weights >= 0 (least squares, as small as possible).
+    Made for *add*; where one S-latent sum cannot give the push exactly, the nearest is taken.
+    """
+    pool = _most_frequent(stats.class_frequency, _eligible(stats, config), max(config.pool, config.latents))
+    effect_FH = stats.strength[:, None] * stats.gate  # of *add* at alpha 1
+    latents = np.empty((len(pool), config.latents), np.int32)
+    weights = np.empty(latents.shape, np.float32)
+    for label, own in enumerate(pool):
+        push_H = wanted_push(stats.outcomes, label, config)
+        first = _smallest_weights(effect_FH[own], push_H)
+        best = np.argsort(-first * np.linalg.norm(effect_FH[own], axis=1), kind="stable")[: config.latents]
+        latents[label] = own[best]
+        weights[label] = _smallest_weights(effect_FH[own[best]], push_H)
+    return Choice(latents, weights)
+
+
+def _smallest_weights(effect_SH: np.ndarray, push_H: np.ndarray, ridge: float = 1e-2) -> np.ndarray:
+    """[S] w >= 0, small, for which sum_j w_j effect_j comes closest to the push: min |E^T w - p|^2 + ridge^2 |w|^2."""
+    count = len(effect_SH)
+    return nnls(
+        np.concatenate([effect_SH.T, ridge * np.eye(count)]), np.concatenate([push_H, np.zeros(count)]),
+        maxiter=100 * count,
+    )[0]  # fmt: skip
+
+
+def wanted_push(outcomes: tuple[Outcomes, Outcomes], label: int, config: SteerConfig) -> np.ndarray:
+    """[H] shift of the gate logits at alpha 1 that closes, opens or leaves each head, in the order of what it costs.
+
+    At strength alpha a head may cost `alpha * steer.price` of the class's accuracy for the whole layer's usage. A head
+    that is worth closing from some alpha of the grid on is pushed so far that it is closed there on every image seen;
+    one that is worth opening at the first alpha is opened likewise.
+    """
+    alphas = np.unique([alpha for alpha in config.alphas if alpha > 0])
+    heads = outcomes[0].gate_logits.shape[1]
+    if not len(alphas):
+        return np.zeros(heads)
+    path = np.zeros((len(alphas), heads), np.int8)
+    for a, alpha in enumerate(alphas):
+        path[a] = wanted_heads(outcomes, label, alpha * config.price, path[max(a - 1, 0)])
+    logits = np.concatenate([one.gate_logits[one.labels == label] for one in outcomes])
+    margin = 0.05 * np.abs(logits).mean() if len(logits) else 0.0
+    push = np.zeros(heads)
+    for head in range(heads):
+        closed = path[:, head] < 0
+        if closed[-1]:
+            since = alphas[len(alphas) - int(np.argmin(closed[::-1]))] if not closed.all() else alphas[0]
+            push[head] = -(max(logits[:, head].max(), 0.0) + margin) / since
+        elif path[0, head] > 0:
+            push[head] = (max(-logits[:, head].min(), 0.0) + margin) / alphas[0]
+    return push
+
+
+def wanted_heads(outcomes: tuple[Outcomes, Outcomes], label: int, price: float, start: np.ndarray) -> np.ndarray:
+    """[H] -1 close, 0 leave to the gate, 1 open: what is best for a class at a price of usage.
+
+    Maximises accuracy - price * usage, each the mean of its values on training and on validation images of the class,
+    one head at a time from `start` until no change of one head helps. That finds a near optimum, not always the
+    optimum: which is as well, as the best of all 3^H on so few images is best by chance.
+    """
+    heads = len(start)
+    own = [(one.gate_logits[one.labels == label] > 0, one.right[one.labels == label]) for one in outcomes]
+    own = [(on @ (1 << np.arange(heads)), right) for on, right in own if len(on)]
+    used_P = np.bitwise_count(np.arange(2**heads)) / heads
+
+    def worth(wish: np.ndarray) -> float:
+        opened, closed = (int((wish == sign) @ (1 << np.arange(heads))) for sign in (1, -1))
+        total = 0.0
+        for pattern_N, right_NP in own:
+            pattern_N = (pattern_N | opened) & ~closed
+            total += np.mean(right_NP[np.arange(len(pattern_N)), pattern_N]) - price * np.mean(used_P[pattern_N])
+        return total / max(len(own), 1)
+
+    best, value = start.copy(), worth(start)
+    while True:
+        before = value
+        for head in range(heads):
+            for state in (-1, 0, 1):
+                wish = best.copy()
+                wish[head] = state
+                if (other := worth(wish)) > value + 1e-12:
+                    best, value = wish, other
+        if value == before:
+            return best
+
+
 STRATEGIES: dict[str, Strategy] = {
     "class": class_frequent,
     "global": global_frequent,
     "random": random,
     "matched_random": matched_random,
+    "gate_aligned": gate_aligned,
 }
 
 

@@ -81,7 +81,9 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
         """The tensor of this name and shape, where None is any length."""
         name = prefix + name
         if name not in tensors:
-            raise HeadSteerError(f"{path}: there is no tensor {name!r}, which {layout.family}'s models of this kind have")
+            raise HeadSteerError(
+                f"{path}: there is no tensor {name!r}, which {layout.family}'s models of this kind have"
+            )
         tensor = tensors[name]
         fits = len(shape) == tensor.ndim and all(a in (b, None) for a, b in zip(shape, tensor.shape, strict=True))
         if not fits:
@@ -102,7 +104,10 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
         kernel_name, bias_name = (layout.name(module, leaf, layer) for leaf in ("kernel", "bias"))
         if layout.fused and module in ("query", "key", "value"):
             rows = slice(*(m.width * ("query", "key", "value").index(module) + np.array([0, m.width])))
-            return {"kernel": take(kernel_name, 3 * m.width, inputs)[rows].T, "bias": take(bias_name, 3 * m.width)[rows]}
+            return {
+                "kernel": take(kernel_name, 3 * m.width, inputs)[rows].T,
+                "bias": take(bias_name, 3 * m.width)[rows],
+            }
         if layout.flax and module in ("query", "key", "value"):
             kernel = take(kernel_name, inputs, heads, head_width).reshape(inputs, outputs)
             return {"kernel": kernel, "bias": take(bias_name, heads, head_width).reshape(outputs)}
@@ -180,7 +185,9 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
         prefix = "" if layout.modules["head"] + layout.leaves["bias"] in tensors else prefix  # beside the backbone
         new["head"] = dense("head", params["params"]["head"]["bias"].shape[0], m.width)
         if "pre_logits/kernel" in left:
-            raise HeadSteerError(f"{path}: its head has a layer 'pre_logits', ours has none; set model.pretrained_head off")
+            raise HeadSteerError(
+                f"{path}: its head has a layer 'pre_logits', ours has none; set model.pretrained_head off"
+            )
     else:
         ignored += ("head.", "head/", "classifier.", "head_dist.")
     surplus = [name for name in left if not name.startswith(ignored)]
@@ -225,5 +232,9 @@ def timm_tensors(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         for module in ("norm1", "out", "norm2", "mlp_in", "mlp_out"):
             put(module, block[module], layer)
         parts = [block[part] for part in ("query", "key", "value")]
-        put("query", {leaf: np.concatenate([part[leaf] for part in parts], axis=-1) for leaf in ("kernel", "bias")}, layer)
+        put(
+            "query",
+            {leaf: np.concatenate([part[leaf] for part in parts], axis=-1) for leaf in ("kernel", "bias")},
+            layer,
+        )
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

@@ -96,6 +96,19 @@ def accuracy_at_usage(usage: np.ndarray, accuracy: np.ndarray, wanted: float) ->
     return None
 
 
+def front(usage: np.ndarray, accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """[..., A] settings -> [..., L]: the best accuracy of a setting that uses at most so much; NaN where none does."""
+    allowed = usage[..., None, :] <= levels[:, None] + 1e-9
+    best = np.max(np.where(allowed, accuracy[..., None, :], -np.inf), axis=-1)
+    return np.where(np.isfinite(best), best, np.nan)
+
+
+def fewer(before: np.ndarray, after: np.ndarray) -> float:
+    """One-sided p-value that paired counts fell: Wilcoxon's signed-rank test (zeros after Pratt); 1 if none moved."""
+    change = np.asarray(after, np.float64) - before
+    return float(stats.wilcoxon(change, zero_method="pratt", alternative="less").pvalue) if change.any() else 1.0
+
+
 def controls(
     validation_table: np.ndarray, validation_labels: np.ndarray, test_table: np.ndarray, test_labels: np.ndarray,
     validation_gated: np.ndarray, classes: int, heads: int,

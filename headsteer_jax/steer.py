@@ -129,6 +129,7 @@ class Prefix(NamedTuple):
     """A split up to the steered layer, and all that its gates can lead to."""
 
     x: np.ndarray  # [N, D] float32 CLS residual that enters the layer
+    gate_logits: np.ndarray  # [N, H] float32, unsteered
     pattern: np.ndarray  # [N] int32, the unsteered gates
     table: np.ndarray  # [N, P] int32, the prediction under each pattern
 
@@ -148,9 +149,9 @@ def pattern_table(model: ViT, params: Any, split: Split, config: Config, what: s
             params, preprocess(images, config.data),
             method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
         )  # fmt: skip
-        gates_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits") > 0
+        m_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits")
         predictions_PB = jnp.argmax(pattern_logits(model, params, x_BTD, layer, patterns_P), axis=-1)
-        return x_BTD[:, 0], pattern_of(gates_BH), predictions_PB.T.astype(jnp.int32)
+        return x_BTD[:, 0], m_BH, pattern_of(m_BH > 0), predictions_PB.T.astype(jnp.int32)
 
     return Prefix(*over_split(functools.partial(run, params), split, config.steer.chunk, what))
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from headsteer_jax.config import Config
-from headsteer_jax.latents import STRATEGIES
 from headsteer_jax.stats import (
     accuracy_at_usage,
     benjamini_hochberg,
@@ -16,6 +15,8 @@ from headsteer_jax.stats import (
     bootstrap_weights,
     choose_alpha,
     controls,
+    fewer,
+    front,
     interval,
     mcnemar,
 )
@@ -171,7 +172,17 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
     }
     if "class" in names:
         g = names.index("class")
-        summary["classes"] = _class_table(arrays, g, int(chosen[g, 0]), before_C, class_usage, class_accuracy, config)
+        for name, key in (("class", "classes"), ("gate_aligned", "classes_gate_aligned")):
+            if name in names:
+                row = names.index(name)
+                summary[key] = _class_table(
+                    arrays, row, int(chosen[row, 0]), before_C, class_usage, class_accuracy, config
+                )
+                steering[name]["group"] = _group(arrays, row, int(chosen[row, 0]), summary[key], config)
+        if "related" in arrays:
+            summary["overlap"]["heads"] = _related_heads(arrays, g, int(chosen[g, 0]), config, rng)
+        if "gate_aligned" in names:
+            summary["fronts"] = _fronts(names, alphas, usage, accuracy, usage_R, accuracy_R, config)
         summary["claims"] = _claims(
             summary, names, alphas, zero, usage, accuracy, usage_R, accuracy_R, before_usage_R, chosen,
             validation_usage, config,
@@ -189,6 +200,27 @@ def _unsteered_prediction(arrays: Arrays, split: str) -> np.ndarray:
     return np.take_along_axis(arrays[f"{split}_table"], pattern, axis=1)[:, 0]
 
 
+def _by_relation(pairs: np.ndarray, related: np.ndarray, config: Config, rng: np.random.Generator) -> dict[str, Any]:
+    """Mean of a [C, C] measure over related and over other pairs of classes, with the interval of their difference.
+
+    Classes are resampled, not pairs: pairs of one class are not independent. Empty where one kind has no pair.
+    """
+    apart = ~np.eye(len(pairs), dtype=bool) & ~related
+    if not related.any() or not apart.any():
+        return {}
+    differences = []
+    for _ in range(config.steer.bootstrap):
+        weight = np.bincount(rng.integers(0, len(pairs), len(pairs)), minlength=len(pairs))
+        weight = np.outer(weight, weight)
+        if (weight * related).any() and (weight * apart).any():
+            differences.append(np.average(pairs, weights=weight * related) - np.average(pairs, weights=weight * apart))
+    return {
+        "related": float(pairs[related].mean()),
+        "unrelated": float(pairs[apart].mean()),
+        "related_minus_unrelated_ci": _pair(interval(np.array(differences), config.steer.confidence)),
+    }
+
+
 def _overlaps(arrays: Arrays, config: Config, rng: np.random.Generator) -> dict[str, Any]:
     """Mean shares of latents in common: global against class ([LH26]: 0.1641), and between two classes."""
     result: dict[str, Any] = {"global_class": None, "class_class": None}
@@ -196,40 +228,117 @@ def _overlaps(arrays: Arrays, config: Config, rng: np.random.Generator) -> dict[
         result["global_class"] = float(arrays["overlap_global_class"].mean())
     if "overlap_class_class" in arrays:
         pairs = arrays["overlap_class_class"].mean(axis=0)  # [C, C]
-        other = ~np.eye(len(pairs), dtype=bool)
-        result["class_class"] = float(pairs[other].mean())
-        if "related" in arrays and arrays["related"].any() and (other & ~arrays["related"]).any():
-            related, apart = arrays["related"], other & ~arrays["related"]
-            differences = []
-            for _ in range(config.steer.bootstrap):  # over classes: pairs of one class are not independent
-                weight = np.bincount(rng.integers(0, len(pairs), len(pairs)), minlength=len(pairs))
-                weight = np.outer(weight, weight)
-                if (weight * related).any() and (weight * apart).any():
-                    differences.append(
-                        np.average(pairs, weights=weight * related) - np.average(pairs, weights=weight * apart)
-                    )
-            result |= {
-                "related": float(pairs[related].mean()),
-                "unrelated": float(pairs[apart].mean()),
-                "related_minus_unrelated_ci": _pair(interval(np.array(differences), config.steer.confidence)),
-            }
+        result["class_class"] = float(pairs[~np.eye(len(pairs), dtype=bool)].mean())
+        if "related" in arrays:
+            result |= _by_relation(pairs, arrays["related"], config, rng)
     return result
+
+
+def _heads_after(arrays: Arrays, g: int, a: int) -> np.ndarray:
+    """[C, H] share of the class's images, over all seeds, on which each head runs under a setting, steered by label."""
+    seeds = arrays["test_heads_on"].shape[1]
+    return arrays["test_heads_on"][g, :, 0, a].sum(axis=0) / np.maximum(arrays["test_count"] * seeds, 1)[:, None]
+
+
+def _related_heads(arrays: Arrays, g: int, a: int, config: Config, rng: np.random.Generator) -> dict[str, Any]:
+    """Do related classes run the same heads? Jaccard index of the heads on for most images, before and after steering.
+
+    Two classes without any such head count as equal.
+    """
+    before = arrays["test_unsteered_heads_on"] / np.maximum(arrays["test_count"], 1)[:, None]
+    result = {}
+    for name, on in (("before", before > 0.5), ("after", _heads_after(arrays, g, a) > 0.5)):
+        shared = (on[:, None] & on).sum(axis=-1)
+        either = (on[:, None] | on).sum(axis=-1)
+        result[name] = _by_relation(
+            np.where(either > 0, shared / np.maximum(either, 1), 1.0), arrays["related"], config, rng
+        )
+    return result
+
+
+def _group(arrays: Arrays, g: int, a: int, table: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The saved classes together, and the classes that validation alone promised to be saved, all scored on test.
+
+    `saved_significantly`: saved classes whose fall in usage is significant (Wilcoxon, Benjamini-Hochberg over all
+    classes). `promised`: chosen without a look at test, so that their test figures are not the best of many; their
+    accuracy is compared by one exact McNemar test over all their images (first seed).
+    """
+    usage, accuracy = (values[g, 0, a] for values in _class_curves(arrays, "validation"))
+    promised_C = saved_classes(
+        usage, accuracy, _unsteered(arrays, "validation"), arrays["validation_count"], config.steer.saving
+    )
+    names = set(arrays["class_names"][promised_C].tolist())
+    rows = [row for row in table if row["name"] in names]
+    gained, lost = (int(arrays[f"test_{name}"][g, 0, 0, a][promised_C].sum()) for name in ("gained", "lost"))
+    images = np.array([row["images"] for row in rows], float)
+
+    def change(what: str) -> float | None:
+        differences = [row[f"{what}_after"] - row[f"{what}_before"] for row in rows]
+        return float(np.average(differences, weights=images)) if rows else None
+
+    return {
+        "saved_significantly": sum(row["saved"] and row["p_usage_adjusted"] < 0.05 for row in table),
+        "promised": {
+            "classes": len(rows), "saved": sum(row["saved"] for row in rows),
+            "usage_change": change("usage"), "accuracy_change": change("accuracy"),
+            "gained": gained, "lost": lost, "mcnemar_p": float(mcnemar(gained, lost)),
+        },
+    }  # fmt: skip
+
+
+def _fronts(
+    names: list[str], alphas: np.ndarray, usage: np.ndarray, accuracy: np.ndarray, usage_R: np.ndarray,
+    accuracy_R: np.ndarray, config: Config, points: int = 21,
+) -> dict[str, Any]:  # fmt: skip
+    """The best accuracy at or below each usage that both reach: `gate_aligned` against [LH26]'s `class`, alphas >= 0.
+
+    `lowest_difference`: where gate_aligned is least ahead, with its interval.
+    """
+    rising = alphas >= 0
+    rows = [names.index("class"), names.index("gate_aligned")]
+    reached = max(usage[row, 0, rising].min() for row in rows)
+    levels = np.linspace(reached, usage[rows[0], 0, np.flatnonzero(alphas == 0)[0]], points)
+    own, ours = (front(usage[row, 0, rising], accuracy[row, 0, rising], levels) for row in rows)
+    own_R, ours_R = (front(usage_R[:, row, 0, rising], accuracy_R[:, row, 0, rising], levels) for row in rows)
+    difference_R = ours_R - own_R
+    below = np.nanmin(difference_R[:, 1:], axis=1)  # at the lowest level a resampling may not get there
+    return {
+        "usage": _pair(levels),
+        "class": _pair(own),
+        "gate_aligned": _pair(ours),
+        "difference_ci": np.nanquantile(
+            difference_R, [(1 - config.steer.confidence) / 2, (1 + config.steer.confidence) / 2], axis=0
+        ).T.tolist(),
+        "lowest_difference": float(np.min(ours - own)),
+        "lowest_difference_ci": _pair(interval(below, config.steer.confidence)),
+    }
 
 
 def _class_table(
     arrays: Arrays, g: int, a: int, before: tuple[np.ndarray, np.ndarray], usage: np.ndarray, accuracy: np.ndarray,
     config: Config,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Each class under `class` steering at the common alpha, by saving; p: the first seed's exact McNemar test."""
+    """Each class under a strategy at the common alpha, by saving.
+
+    `p`: accuracy, the first seed's exact McNemar test; `p_usage`: heads in use fell, Wilcoxon's test over the class's
+    images, on means over seeds. Both with Benjamini-Hochberg over classes.
+    """
     gained, lost = (arrays[f"test_{name}"][g, 0, 0, a] for name in ("gained", "lost"))
     p = mcnemar(gained, lost)
     count = arrays["test_count"]
     adjusted = np.ones(len(p))
     adjusted[count > 0] = benjamini_hochberg(p[count > 0])
     saved = saved_classes(usage[g, 0, a], accuracy[g, 0, a], before, count, config.steer.saving)
-    seeds = arrays["test_heads_on"].shape[1]
+    heads = arrays["test_heads_on"].shape[-1]
+    used_P = gates_of(np.arange(2**heads), heads).sum(axis=1)
+    heads_before = used_P[arrays["test_pattern"]]
+    heads_after = used_P[arrays["test_steered_pattern"][g, :, 0, a]].mean(axis=0)
+    labels = arrays["test_labels"]
+    p_usage = np.array([fewer(heads_before[labels == c], heads_after[labels == c]) for c in range(len(count))])
+    adjusted_usage = np.ones(len(p))
+    adjusted_usage[count > 0] = benjamini_hochberg(p_usage[count > 0])
     on_before = arrays["test_unsteered_heads_on"] / np.maximum(count, 1)[:, None]
-    on_after = arrays["test_heads_on"][g, :, 0, a].sum(axis=0) / np.maximum(count * seeds, 1)[:, None]
+    on_after = _heads_after(arrays, g, a)
     rows = [
         {
             "name": str(arrays["class_names"][c]),
@@ -243,6 +352,8 @@ def _class_table(
             "saved": bool(saved[c]),
             "p": float(p[c]),
             "p_adjusted": float(adjusted[c]),
+            "p_usage": float(p_usage[c]),
+            "p_usage_adjusted": float(adjusted_usage[c]),
         }
         for c in range(len(count))
         if count[c]
@@ -283,7 +394,7 @@ def _claims(
     rising = np.arange(zero, len(alphas))  # from unsteered up
     own = rising[: chosen[g, 0] - zero + 1]
     for other, name in enumerate(names):
-        if name == "class" or name not in STRATEGIES:
+        if name not in ("global", "random", "matched_random"):
             continue
         claim: dict[str, Any] = {"claim": f"at equal usage, {name} is less accurate than class steering"}
         found = _gap_at_equal_usage(
@@ -312,6 +423,16 @@ def _claims(
             "holds": ci[0] > 0,
         }
     )
+    if "fronts" in summary:
+        lowest, ci = summary["fronts"]["lowest_difference"], summary["fronts"]["lowest_difference_ci"]
+        claims.append(
+            {
+                "claim": "gate_aligned's front lies above class steering's at every usage that both reach (least lead)",
+                "value": lowest,
+                "interval": ci,
+                "holds": ci[0] > 0,
+            }
+        )
     if (alphas < 0).any():
         a = int(np.argmax(np.where(alphas < 0, validation_usage[g, 0], -1.0)))
         ci = _pair(interval(usage_R[:, g, 0, a] - before_usage_R, steer.confidence))
@@ -323,14 +444,15 @@ def _claims(
                 "holds": ci[0] > 0,
             }
         )
-    if "related" in summary["overlap"]:
-        o = summary["overlap"]
-        claims.append(
-            {
-                "claim": "related classes share more latents than unrelated ones",
-                "value": o["related"] - o["unrelated"],
-                "interval": o["related_minus_unrelated_ci"],
-                "holds": o["related_minus_unrelated_ci"][0] > 0,
-            }
-        )
+    overlaps = {"latents": summary["overlap"], "heads": summary["overlap"].get("heads", {}).get("after", {})}
+    for what, o in overlaps.items():
+        if "related" in o:
+            claims.append(
+                {
+                    "claim": f"related classes share more {what} than unrelated ones",
+                    "value": o["related"] - o["unrelated"],
+                    "interval": o["related_minus_unrelated_ci"],
+                    "holds": o["related_minus_unrelated_ci"][0] > 0,
+                }
+            )
     return claims

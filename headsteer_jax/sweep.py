@@ -7,11 +7,12 @@ Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C cla
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.config import Config
+from headsteer_jax.config import Config, HeadSteerError
 from headsteer_jax.data import Dataset, Split, check_classes
-from headsteer_jax.latents import Choice, LatentStatistics, overlap, statistics, strategy
+from headsteer_jax.latents import Choice, LatentStatistics, Outcomes, overlap, statistics, strategy
 from headsteer_jax.progress import progress
 from headsteer_jax.sae import SAE, Scaling, encode_all
 from headsteer_jax.stats import class_counts
@@ -63,6 +64,65 @@ def _counts(split: str, prefix: Prefix, labels: np.ndarray, classes: int, heads:
     }
 
 
+def _folds(labels: np.ndarray) -> np.ndarray:
+    """[N] 0 or 1: every class's images in two halves, by turns."""
+    fold_N = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        fold_N[members] = np.arange(len(members)) % 2
+    return fold_N
+
+
+def _without_fold(stats: LatentStatistics, fold_N: np.ndarray, fold: int) -> LatentStatistics:
+    """What a strategy sees that is to be scored on one half of validation: that half is left out.
+
+    So alpha is chosen on images that did not choose the latents.
+    """
+    train, validation = stats.outcomes
+    return stats._replace(outcomes=(train, Outcomes(*(field[fold_N != fold] for field in validation))))
+
+
+def _check_validation(split: Split, config: Config, class_names: tuple[str, ...]) -> None:
+    """Raises HeadSteerError where a steered class has too few validation images for the choice of alpha."""
+    wanted = config.steer.classes or class_names
+    counts = np.bincount(split.labels, minlength=len(class_names))
+    for name in wanted:
+        count, least = counts[class_names.index(name)], config.steer.least_validation
+        if count < least:
+            raise HeadSteerError(
+                f"validation: {count} images of class {name!r} are too few to choose alpha on; raise "
+                f"data.validation_fraction, or lower steer.least_validation = {least}"
+            )
+
+
+def _outcomes(
+    config: Config, dataset: Dataset, model: ViT, params: Any, prefix: Prefix, validation: Split
+) -> tuple[Outcomes, Outcomes]:
+    """What gate_aligned looks at: steer.evidence training images of each class, and the validation split.
+
+    The training images are looked at only where the strategy is asked for.
+    """
+    labels = dataset.train.labels
+    aligned = "gate_aligned" in config.steer.strategies
+    some = np.concatenate(
+        [
+            np.flatnonzero(labels == label)[: config.steer.evidence * aligned]
+            for label in range(len(dataset.class_names))
+        ]
+    )
+    split = Split(dataset.train.images[some], labels[some])
+    heads = config.model.heads
+    if len(some):
+        seen = pattern_table(model, params, split, config, f"train: all {2**heads} gate patterns")
+        logits, right = seen.gate_logits, seen.table == split.labels[:, None]
+    else:
+        logits, right = np.zeros((0, heads), np.float32), np.zeros((0, 2**heads), bool)
+    return (
+        Outcomes(split.labels, logits, right),
+        Outcomes(validation.labels, prefix.gate_logits, prefix.table == validation.labels[:, None]),
+    )
+
+
 def run_sweep(
     config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAE, scaling: Scaling, x_train: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -87,25 +147,35 @@ def run_sweep(
     }
     if dataset.related is not None:
         arrays["related"] = dataset.related
+    _check_validation(splits["validation"], config, dataset.class_names)
     prefixes, sweeps = {}, {}
     for name, split in splits.items():
         prefixes[name] = pattern_table(model, params, split, config, f"{name}: all {2**heads} gate patterns")
         sweeps[name] = Sweep(model, params, split, prefixes[name], config)
         arrays |= _counts(name, prefixes[name], split.labels, classes, heads)
 
+    outcomes = _outcomes(config, dataset, model, params, prefixes["validation"], splits["validation"])
+    mean_D = jnp.asarray(scaling.mean)
+    gate_HD = jax.jacobian(lambda x_D: model.apply(params, x_D[None], config.sae_layer, method="gate_logits")[0])(
+        mean_D
+    )
     choices: list[list[Choice]] = []  # [S][G]
+    crossed: list[list[Choice]] = []  # the same with 2 C rows, for validation
+    fold_N = _folds(splits["validation"].labels)
     stats: list[LatentStatistics] = []
     for seed in range(config.sae.seeds):
         sae = seed_of(saes, seed)
         z_NF = encode_all(sae, scaling, x_train, config.sae.k)
         decoder = np.asarray(sae.W_d) / scaling.scale
-        stats.append(statistics(z_NF, dataset.train.labels, classes, decoder))
-        choices.append(
-            [
-                strategy(name)(stats[-1], steer, np.random.default_rng([config.seed, 3, seed, number]))
-                for number, name in enumerate(steer.strategies)
-            ]
-        )
+        stats.append(statistics(z_NF, dataset.train.labels, classes, decoder, np.asarray(gate_HD).T, outcomes))
+        seen = [stats[-1], *(_without_fold(stats[-1], fold_N, fold) for fold in (0, 1))]
+        choices.append([])
+        crossed.append([])
+        for number, name in enumerate(steer.strategies):
+            rngs = (np.random.default_rng([config.seed, 3, seed, number]) for _ in seen)
+            choice, *halves = (strategy(name)(one, steer, rng) for one, rng in zip(seen, rngs, strict=True))
+            choices[-1].append(choice)
+            crossed[-1].append(Choice(*(np.concatenate(part) for part in zip(*halves, strict=True))))
         if seed == 0:
             arrays["top_images"], arrays["top_activations"] = _top_images(z_NF, config.report.top_images)
             arrays["class_frequency"] = stats[0].class_frequency.astype(np.float32)
@@ -118,11 +188,13 @@ def run_sweep(
     with progress(settings, f"sweep of {len(alphas)} alphas", "setting") as bar:
         for name, split in splits.items():
             labels, prefix = split.labels, prefixes[name]
+            used, offset = (crossed, classes * fold_N) if name == "validation" else (choices, 0)
             patterns = np.zeros((*shape, len(labels)), np.uint16)
             predictions = np.zeros((*shape, len(labels)), np.int16)
             for g, s, y in np.ndindex(*shape[:3]):
+                steered_by = (labels if y == 0 else prefix.prediction) + offset
                 patterns[g, s, y], predictions[g, s, y] = sweeps[name](
-                    seed_of(saes, s), scaling, stats[s].strength, choices[s][g], labels if y == 0 else prefix.prediction
+                    seed_of(saes, s), scaling, stats[s].strength, used[s][g], steered_by
                 )
                 bar.update(1)
             right, before = predictions == labels, prefix.prediction == labels

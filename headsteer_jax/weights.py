@@ -46,7 +46,9 @@ TIMM = Layout(
     scales={"out": "blocks.{}.ls1.gamma", "mlp_out": "blocks.{}.ls2.gamma"},
     leaves=TORCH, fused=True, flax=False, ignored=("mask_token",),
 )  # fmt: skip
-DINOV2 = TIMM._replace(family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"})  # as its authors name them
+DINOV2 = TIMM._replace(
+    family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"}
+)  # as its authors name them
 HF_VIT = Layout(
     family="Hugging Face ViTModel",
     modules={
@@ -86,7 +88,15 @@ AUGREG = Layout(
     scales={},
     leaves={"kernel": "/kernel", "bias": "/bias", "scale": "/scale"}, fused=False, flax=True, ignored=("pre_logits/",),
 )  # fmt: skip
-PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "module.", "backbone.")  # of a model within a model
+PREFIXES = (
+    "",
+    "vit.",
+    "dinov2.",
+    "dinov2_with_registers.",
+    "deit.",
+    "module.",
+    "backbone.",
+)  # of a model within a model
 
 
 def find(where: str) -> Path:
@@ -182,6 +192,7 @@ def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, st
       HeadSteerError: a family that is not known.
     """
     for prefix in PREFIXES:
+
         def has(name: str, prefix: str = prefix) -> bool:
             return prefix + name in tensors
 
