@@ -1,6 +1,7 @@
 """HeadSteer's command line: train a gated vision transformer, learn its concepts, steer its heads, report.
 
-python run.py [--config=configs/NAME.py] [--workdir=DIR] [--stages=train,sae,steer,report] [--config.FIELD=VALUE ...]
+python run.py [--config=configs/NAME.py] [--workdir=DIR] [--stages=train,sae,steer,layers,report] [--export=FILE]
+              [--config.FIELD=VALUE ...]
 """
 
 import argparse
@@ -14,6 +15,7 @@ STAGES = {
     "train": "the vision transformer: dense, then with head gates, then a dense control of the same length",
     "sae": "the top-k sparse autoencoders of one layer's CLS residual",
     "steer": "every strategy, class and alpha on validation and test; the controls",
+    "layers": "class steering of every gated layer by itself, and of all at once",
     "report": "summary.json, figures/ and report.html",
 }
 
@@ -38,6 +40,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--workdir", help="where everything is written (default: runs/<config's name>)")
     parser.add_argument("--stages", default=",".join(STAGES), help="which stages to run (default: %(default)s)")
     parser.add_argument("--seed", help="short for --config.seed")
+    parser.add_argument(
+        "--export", help="afterwards write the trained backbone and head to FILE.safetensors, as timm's"
+    )
     parser.add_argument("--overwrite", action="store_true", help="make stages again whose config changed")
     flags, rest = parser.parse_known_args(arguments)
     overrides = {} if flags.seed is None else {"seed": flags.seed}
@@ -64,6 +69,9 @@ def main(arguments: list[str]) -> int:
         from headsteer_jax import stages  # JAX is imported only once the flags are known to be right
 
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
+        if flags.export:
+            stages.export(config, workdir, Path(flags.export))
+            print(flags.export)
         report = workdir / "report.html"
         if report.exists():
             print(report)

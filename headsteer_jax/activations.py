@@ -39,7 +39,7 @@ def padded_chunks(count: int, size: int) -> list[np.ndarray]:
 
 
 def over_split(
-    function: Callable[[np.ndarray], tuple[jax.Array, ...]], split: Split, size: int, what: str
+    function: Callable[..., tuple[jax.Array, ...]], split: Split, size: int, what: str, *, with_labels: bool = False
 ) -> list[np.ndarray]:
     """What a jitted function of images [B, height, width, channels] uint8 gives for a whole split, chunk by chunk.
 
@@ -47,6 +47,7 @@ def over_split(
       function: returns arrays whose first axis is B.
       size: B, images in a call.
       what: names the work in the progress.
+      with_labels: the function takes the images' labels [B] too.
 
     Returns:
       The arrays, with first axis N.
@@ -55,8 +56,9 @@ def over_split(
     chunks = padded_chunks(count, size)
     parts = []
     with progress(count, what, "image") as bar:
-        for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
-            parts.append(jax.device_get(function(images)))
+        for i, images in enumerate(prefetched(lambda i: gather(split.images, chunks[i]), len(chunks))):
+            labels = (split.labels[chunks[i]],) if with_labels else ()
+            parts.append(jax.device_get(function(images, *labels)))
             bar.update(min(len(images), count - bar.done))
     return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]
 

@@ -263,6 +263,21 @@ class SteerConfig(Section):
     """Images in one jitted call of the sweep."""
 
 
+class LayersConfig(Section):
+    """How steerable each gated layer is: `class` steering of every layer by itself, and of all at once."""
+
+    layers: tuple[int, ...] = ()
+    """Gated layers, each with its own autoencoder; negative counts from the end. Empty: all of them."""
+    epochs: PositiveInt = 20
+    """Passes of each layer's autoencoder, of one seed; the rest is as in `sae`."""
+    alphas: tuple[Finite, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    """Strengths; every one is a forward pass of the layers from the steered one on."""
+    per_class: NonNegativeInt = 20
+    """Validation and test images of each class; 0: all."""
+    chunk: PositiveInt = 250
+    """Images in one jitted call."""
+
+
 class ReportConfig(Section):
     """What the page shows."""
 
@@ -287,6 +302,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     sae: SAEConfig = SAEConfig()
     steer: SteerConfig = SteerConfig()
+    layers: LayersConfig = LayersConfig()
     report: ReportConfig = ReportConfig()
 
     @property
@@ -319,6 +335,13 @@ class Config(Section):
             ("sae.k", s.k, s.k <= self.latents, f"at most the {self.latents} latents (sae.expansion * model.width)"),
             ("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents"),
             ("steer.alphas", t.alphas, len(set(t.alphas)) == len(t.alphas) > 0, "at least one number, none twice"),
+            ("layers.layers", self.layers.layers,
+             all(-m.depth <= layer < m.depth and layer % m.depth in gated for layer in self.layers.layers)
+             and len({layer % m.depth for layer in self.layers.layers}) == len(self.layers.layers),
+             f"gated layers, none twice: {gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"),
+            ("layers.alphas", self.layers.alphas,
+             len(set(self.layers.alphas)) == len(self.layers.alphas) > 0 and 0 not in self.layers.alphas,
+             "at least one number, none twice, and not 0, which is always there"),
             ("steer.classes", t.classes, len(set(t.classes)) == len(t.classes), "no name twice"),
             ("steer.strategies", t.strategies, len(set(t.strategies)) == len(t.strategies) > 0,
              "at least one name, none twice"),

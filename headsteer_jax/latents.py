@@ -29,7 +29,7 @@ class LatentStatistics(NamedTuple):
     strength: np.ndarray  # [F] s_j: mean activation over the images on which it fires; 0 for a dead latent
     decoder: np.ndarray  # [F, D] in units of the residual stream
     gate: np.ndarray  # [F, H] what a unit of each latent adds to the gate logits: decoder rows times gate weights
-    outcomes: tuple[Outcomes, Outcomes]  # of training images (steer.evidence of each class), and of validation
+    outcomes: tuple[Outcomes, ...]  # of training images (steer.evidence of each class), and of validation
 
 
 class Choice(NamedTuple):
@@ -43,8 +43,8 @@ Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice
 
 
 def statistics(
-    z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray,
-    outcomes: tuple[Outcomes, Outcomes],
+    z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray | None = None,
+    outcomes: tuple[Outcomes, ...] = (),
 ) -> LatentStatistics:  # fmt: skip
     """Statistics of the training split's latents.
 
@@ -52,7 +52,8 @@ def statistics(
       z_NF: latents >= 0.
       labels: [N] classes.
       decoder_FD: decoder rows over the autoencoder's scale.
-      gate_DH: the gate's weights; with a LayerNorm before them, its derivative at the mean residual.
+      gate_DH: the gate's weights; with a LayerNorm before them, its derivative at the mean residual. None, like no
+        outcomes: for strategies that do not look at the gate.
     """
     fires_NF = z_NF > 0
     counts_C = np.bincount(labels, minlength=classes)
@@ -63,7 +64,7 @@ def statistics(
         frequency=fired_F / len(labels),
         strength=(z_NF.sum(axis=0, dtype=np.float64) / np.maximum(fired_F, 1)).astype(np.float32),
         decoder=decoder_FD,
-        gate=decoder_FD @ gate_DH,
+        gate=decoder_FD @ (np.zeros((decoder_FD.shape[1], 0)) if gate_DH is None else gate_DH),
         outcomes=outcomes,
     )
 
@@ -168,7 +169,7 @@ def _smallest_weights(effect_SH: np.ndarray, push_H: np.ndarray, ridge: float = 
     )[0]  # fmt: skip
 
 
-def wanted_push(outcomes: tuple[Outcomes, Outcomes], label: int, config: SteerConfig) -> np.ndarray:
+def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig) -> np.ndarray:
     """[H] shift of the gate logits at alpha 1 that closes, opens or leaves each head, in the order of what it costs.
 
     At strength alpha a head may cost `alpha * steer.price` of the class's accuracy for the whole layer's usage. A head
@@ -195,7 +196,7 @@ def wanted_push(outcomes: tuple[Outcomes, Outcomes], label: int, config: SteerCo
     return push
 
 
-def wanted_heads(outcomes: tuple[Outcomes, Outcomes], label: int, price: float, start: np.ndarray) -> np.ndarray:
+def wanted_heads(outcomes: tuple[Outcomes, ...], label: int, price: float, start: np.ndarray) -> np.ndarray:
     """[H] -1 close, 0 leave to the gate, 1 open: what is best for a class at a price of usage.
 
     Maximises accuracy - price * usage, each the mean of its values on training and on validation images of the class,

@@ -33,8 +33,14 @@ WIDTH = 9.5  # inches: at 96 pixels an inch the page's column
 MATRIX_CLASSES = 100  # rows that are legible at that width; of more classes both ends of the ranking are shown
 MONTAGE_CLASSES = 6
 TILE = 56  # pixels: images in the montage are no larger
-COLOURS = {"class": "#D55E00", "global": "#0072B2", "random": "#009E73", "matched_random": "#CC79A7"}  # Okabe-Ito
-MORE_COLOURS = ("#E69F00", "#56B4E9", "#8C6D31", "#666666", "#F0E442")  # for further strategies, in order
+COLOURS = {
+    "class": "#D55E00",
+    "global": "#0072B2",
+    "random": "#009E73",
+    "matched_random": "#CC79A7",
+    "gate_aligned": "#E69F00",
+}  # Okabe-Ito
+MORE_COLOURS = ("#56B4E9", "#8C6D31", "#666666", "#F0E442")  # for further strategies, in order
 PHASE_COLOURS = {"dense": "#7F7F7F", "gated": "#000000", "dense_control": "#E69F00"}
 INK, MUTED, PALE = "#222222", "#767676", "#B5B5B5"
 STYLE: dict[Any, Any] = {
@@ -483,6 +489,53 @@ def latents(m: Material) -> Figure:
     return figure
 
 
+def layers(m: Material) -> Figure | None:
+    """How steerable each gated layer is: usage and accuracy before and after, at the alpha chosen for it."""
+    found = m.summary["by_layer"]
+    if found is None:
+        return None
+    rows = [(f"layer {row['layer']}", row) for row in found["layers"]]
+    rows += [("all of them", found["together"])] if found["together"] else []
+    figure = Figure(figsize=(WIDTH, 1.4 + 0.3 * len(rows)), layout="constrained")
+    usage, accuracy = figure.subplots(1, 2, sharey=True)
+    colour = COLOURS["class"]
+    for place, (_, row) in enumerate(rows):
+        usage.plot([row["usage_before"], row["usage_after"]], [place] * 2, color=colour, linewidth=2.2, zorder=2)
+        usage.plot(row["usage_before"], place, "o", color=colour, markerfacecolor="white", markersize=7, zorder=3)
+        usage.plot(row["usage_after"], place, "o", color=colour, markersize=7, zorder=4)
+        usage.text(1.04, place, f"\N{GREEK SMALL LETTER ALPHA} {number(row['alpha'])}", va="center", fontsize=8.5)
+        change = row["accuracy_after"] - row["accuracy_before"]
+        accuracy.plot(row["accuracy_change_ci"], [place] * 2, color=colour, linewidth=2.2, zorder=2)
+        accuracy.plot(change, place, "o", color=colour, markersize=7, zorder=3)
+        if "all_off" in row:
+            off = row["all_off"] - row["accuracy_before"]
+            accuracy.plot(off, place, "x", color=INK, markersize=6, zorder=3)
+    usage.set_xlim(-0.03, 1.18)
+    usage.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    usage.set_title(f"Heads in use (test, n = {found['images']:,})")
+    accuracy.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    accuracy.set_title("Change of accuracy")
+    ticks(accuracy.xaxis, "accuracy")
+    for axes in (usage, accuracy):
+        axes.grid(False, axis="y")
+        axes.tick_params("y", length=0)
+        axes.spines["left"].set_visible(False)
+    usage.set_yticks(range(len(rows)), [label for label, _ in rows])
+    usage.set_ylim(len(rows) - 0.4, -0.6)
+
+    def mark(marker: str, ink: str, fill: str, label: str) -> Line2D:
+        return Line2D([], [], color=ink, marker=marker, markerfacecolor=fill, linestyle="none", label=label)
+
+    figure.legend(
+        handles=[
+            mark("o", colour, "white", "unsteered"), mark("o", colour, colour, "class steering (line: interval)"),
+            mark("x", INK, INK, "all of the layer's heads off"),
+        ],
+        loc="outside upper left", ncols=3,
+    )  # fmt: skip
+    return figure
+
+
 def _series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric in one phase."""
     found = [(row["step"] + offset, row[key]) for row in rows if row["phase"] == phase and key in row]
@@ -575,6 +628,7 @@ FIGURES: dict[str, Callable[[Material], Figure | None]] = {
     "heads": heads,
     "latents": latents,
     "overlap": overlap,
+    "layers": layers,
     "training": training,
     "sae": sae,
 }

@@ -1,4 +1,4 @@
-"""The four stages and their bookkeeping: each reads what the one before saved, and is done once.
+"""The stages and their bookkeeping: each reads what the one before saved, and is done once.
 
 A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. What of
 the config a stage depends on is in NEEDS; a finished or interrupted stage whose part of the config changed is not
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from headsteer_jax.activations import observer, over_split
 from headsteer_jax.augment import preprocess
@@ -29,10 +30,13 @@ from headsteer_jax.checkpoint import (
     read_arrays,
     read_json,
     write_arrays,
+    write_atomically,
     write_json,
 )
 from headsteer_jax.config import Config, HeadSteerError, flatten
 from headsteer_jax.data import Dataset, Split, load
+from headsteer_jax.layers import profile
+from headsteer_jax.pretrained import timm_tensors
 from headsteer_jax.progress import say
 from headsteer_jax.report import write_report
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, health, train_sae, uncentre
@@ -46,9 +50,11 @@ NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
     "sae": ("seed", "data", "model", "gate", "train", "sae"),
     "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
-    "report": ("seed", "data", "model", "gate", "train", "sae", "steer", "report"),
+    "layers": ("seed", "data", "model", "gate", "train", "sae", "steer", "layers"),
+    "report": ("seed", "data", "model", "gate", "train", "sae", "steer", "layers", "report"),
 }
 STAGES = tuple(NEEDS)
+OPTIONAL = ("layers",)  # what no later stage waits for
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -147,16 +153,28 @@ def steer_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     write_json(directory / "steering.json", numbers)
 
 
+def layers_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
+    """How steerable each gated layer is."""
+    model, params = trained(config, dataset, workdir / "train")
+    directory = make_directory(workdir / "layers")
+    write_json(directory / "layers.json", profile(config, dataset, model, params, directory))
+
+
 def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """summary.json, the figures and report.html."""
     test = read_json(workdir / "train" / "test.json")
-    records = {stage: read_json(workdir / stage / "done.json") for stage in STAGES[:-1]}
+    records = {
+        stage: read_json(workdir / stage / "done.json")
+        for stage in STAGES[:-1]
+        if stage not in OPTIONAL or (workdir / stage / "done.json").exists()
+    }
     sae = read_json(workdir / "sae" / "health.json")
     summary = {
         "dense_accuracy": test.get("dense"),
         "dense_control_accuracy": test.get("dense_control"),
         "layer_usage": test["usage"],
         **read_json(workdir / "steer" / "steering.json"),
+        "by_layer": read_json(workdir / "layers" / "layers.json") if "layers" in records else None,
         "sae": sae | {"layer": config.sae_layer, "k": config.sae.k, "latents": config.latents},
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
@@ -172,6 +190,7 @@ RUN: dict[str, Callable[[Config, Dataset, Path], None]] = {
     "train": train_stage,
     "sae": sae_stage,
     "steer": steer_stage,
+    "layers": layers_stage,
     "report": report_stage,
 }
 
@@ -208,8 +227,8 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _inputs(workdir: Path, stage: str) -> dict[str, str]:
     """When each stage before this one was finished: a stage made again makes this one stale."""
-    before = STAGES[: STAGES.index(stage)]
-    return {name: read_json(workdir / name / "done.json")["finished"] for name in before}
+    done = {name: workdir / name / "done.json" for name in STAGES[: STAGES.index(stage)]}
+    return {name: read_json(path)["finished"] for name, path in done.items() if name not in OPTIONAL or path.exists()}
 
 
 def _why_stale(config: Config, workdir: Path, stage: str) -> str:
@@ -240,6 +259,8 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
         finished = (directory / "done.json").exists()
         if stage not in stages:
             later = [name for name in stages if STAGES.index(name) > STAGES.index(stage)]
+            if stage in OPTIONAL and not finished:
+                continue
             if later and not finished:
                 raise HeadSteerError(f"{later[0]} needs {stage}, which is not done in {workdir}: add it to --stages")
             if later and (why := _why_stale(config, workdir, stage)):
@@ -274,6 +295,24 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
         }
         write_json(directory / "done.json", record)
         say(f"{stage}: done in {seconds:.0f} s")
+
+
+def export(config: Config, workdir: Path, file: Path) -> None:
+    """Write the gated model's weights under timm's names; the gates stay behind.
+
+    Raises:
+      HeadSteerError: the model is not trained, of another config, or the file cannot be written.
+    """
+    if file.suffix != ".safetensors":
+        raise HeadSteerError(f"--export={file}: allowed is a file that ends in .safetensors")
+    if not (workdir / "train" / "done.json").exists():
+        raise HeadSteerError(f"--export needs train, which is not done in {workdir}: add it to --stages")
+    if why := _why_stale(config, workdir, "train"):
+        raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
+    _, params = trained(config, load(config.data, config.seed), workdir / "train")
+    tensors = timm_tensors(params)
+    make_directory(file.parent)
+    write_atomically(file, lambda out: out.write(safetensors.numpy.save(tensors)))
 
 
 def peak_memory_bytes() -> int:

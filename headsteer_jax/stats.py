@@ -56,7 +56,7 @@ def interval(resampled: np.ndarray, confidence: float) -> np.ndarray:
     return np.quantile(resampled, [tail, 1 - tail], axis=0)
 
 
-def mcnemar(gained: np.ndarray, lost: np.ndarray) -> np.ndarray:
+def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
     """Two-sided exact McNemar p-values: of gained + lost discordant pairs, is the split even? (Binomial(n, 1/2).)"""
     gained, lost = np.asarray(gained), np.asarray(lost)
     return np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))

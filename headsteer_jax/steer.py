@@ -93,11 +93,11 @@ def suffix(
     Returns:
       [B, C] logits and [B, H] that layer's gates.
     """
-    if target == "residual":
-        x_BTD = x_BTD.at[:, 0].set(steered_BD)
 
     def run(m: ViT) -> tuple[jax.Array, jax.Array]:
-        last_BTD, out = m.blocks(x_BTD, layer, gate_input={layer: steered_BD})
+        last_BTD, out = m.blocks(
+            x_BTD, layer, gate_input={layer: lambda _: steered_BD}, steer_residual=target == "residual"
+        )
         return m.classify(last_BTD[:, 0]), out["gates"][layer]
 
     return model.apply(params, method=run)

@@ -8,7 +8,7 @@ Axes: B images, T tokens (CLS, registers, patches), D width, H heads, K head wid
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -156,7 +156,8 @@ class ViT(nn.Module):
         gating: Gating = "thresholded",
         noise_BAH: jax.Array | None = None,
         gates: Mapping[int, jax.Array] | None = None,
-        gate_input: Mapping[int, jax.Array] | None = None,
+        gate_input: Mapping[int, Callable[[jax.Array], jax.Array]] | None = None,
+        steer_residual: bool = False,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Layers `start` to `stop` (None: to the end), with their gates.
 
@@ -167,7 +168,8 @@ class ViT(nn.Module):
           gating: dense keeps every head; sampled is training's straight-through gate; thresholded is evaluation's.
           noise_BAH: for sampled gates: scaled logistic noise, one slice for each gated layer.
           gates: layer -> [B, H], gates to use there whatever the decision network says.
-          gate_input: layer -> [B, D], what the decision network reads there instead of the CLS residual.
+          gate_input: layer -> a function of the CLS residual [B, D]: what the decision network reads there instead.
+          steer_residual: the block computes on what `gate_input` gives as well.
 
         Returns:
           The residual after the last of these layers, and per layer, keyed by its number: `cls` (the CLS residual that
@@ -180,7 +182,10 @@ class ViT(nn.Module):
             out["cls"][layer] = x_BTD[:, 0]
             g_BH = None
             if layer >= first:
-                reads_BD = (gate_input or {}).get(layer, x_BTD[:, 0])
+                reads_BD = x_BTD[:, 0]
+                if gate_input is not None and layer in gate_input:
+                    reads_BD = gate_input[layer](reads_BD)
+                    x_BTD = x_BTD.at[:, 0].set(reads_BD) if steer_residual else x_BTD
                 m_BH = block.gate_logits(reads_BD)
                 if gates is not None and layer in gates:
                     g_BH = gates[layer]

@@ -3,9 +3,9 @@
 No pickle is ever executed: .safetensors and .npz hold none, and .pth goes through torch's weights-only loading.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -136,7 +136,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise HeadSteerError(f"config.model.pretrained = {path}: no such file")
-    readers = {".safetensors": load_file, ".npz": _read_npz, ".pth": _read_torch, ".pt": _read_torch}
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {
+        ".safetensors": load_file,
+        ".npz": _read_npz,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
+    }
     if path.suffix not in readers:
         raise HeadSteerError(f"config.model.pretrained = {path}: allowed is a file that ends in {', '.join(SUFFIXES)}")
     try:

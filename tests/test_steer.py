@@ -140,7 +140,7 @@ def test_sweep_by_table_equals_the_suffix(split):
         config.steer,
     )
     for a, x in enumerate(steered):
-        logits, out = model.apply(params, split.images / np.float32(255), gate_input={2: x})
+        logits, out = model.apply(params, split.images / np.float32(255), gate_input={2: lambda _, x=x: x})
         chex.assert_trees_all_equal(patterns[a].astype(np.int32), np.asarray(steer.pattern_of(out["gates"][2])))
         chex.assert_trees_all_equal(predictions[a].astype(np.int32), np.argmax(logits, axis=1).astype(np.int32))
 

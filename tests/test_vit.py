@@ -82,7 +82,7 @@ def test_gate_input_steers_the_gate_alone(images):
     config = tiny_config()
     model, params = vit.build(config, 7), random_params(config, 7)
     other = jnp.asarray(np.random.default_rng(1).standard_normal((5, 24)), jnp.float32)
-    steered, out = model.apply(params, images, gate_input={2: other})
+    steered, out = model.apply(params, images, gate_input={2: lambda _: other})
     gates = model.apply(params, other, 2, method="gate_logits") > 0
     chex.assert_trees_all_equal(out["gates"][2], gates.astype(jnp.float32))
     forced, _ = model.apply(params, images, gates={2: gates.astype(jnp.float32)})

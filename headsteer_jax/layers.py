@@ -1,0 +1,198 @@
+"""How steerable each gated layer is: class steering of every layer by itself, then of all of them at once.
+
+Every layer has its own autoencoder. Where several are steered, a later gate reads a residual that the earlier layers'
+changed heads have already changed. Axes: B, N images, A alphas, L steered layers, H heads, D width.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headsteer_jax.activations import over_split
+from headsteer_jax.augment import preprocess
+from headsteer_jax.config import Config
+from headsteer_jax.data import Dataset, Split
+from headsteer_jax.latents import Choice, class_frequent, statistics
+from headsteer_jax.progress import say
+from headsteer_jax.sae import SAE, Scaling, encode_all, health, train_sae
+from headsteer_jax.stats import bootstrap_means, bootstrap_weights, choose_alpha, interval
+from headsteer_jax.steer import steered_residuals
+from headsteer_jax.sweep import seed_of
+from headsteer_jax.vit import ViT, stack_gates
+
+
+class Steering(NamedTuple):
+    """One layer's autoencoder and what is changed in it."""
+
+    sae: SAE
+    scaling: Scaling
+    strength_F: np.ndarray  # [F] mean activation where a latent fires
+    choice: Choice
+
+
+def residuals(model: ViT, params: Any, split: Split, layers: tuple[int, ...], config: Config, what: str) -> Any:
+    """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
+
+    @jax.jit
+    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        _, out = model.apply(params, preprocess(images, config.data))
+        return tuple(out["cls"][layer] for layer in layers)
+
+    found = over_split(functools.partial(run, params), split, config.train.eval_batch, what)
+    return dict(zip(layers, found, strict=True))
+
+
+def steer_layers(
+    model: ViT, params: Any, split: Split, steered: Mapping[int, Steering], config: Config, what: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every alpha of config.layers.alphas, and 0 first, for some layers steered at once by the images' labels.
+
+    The layers before the first steered one are computed once.
+
+    Returns:
+      [A, N, L, H] bool gates of the steered layers, and [A, N] int32 predictions.
+    """
+    first, alphas_A = min(steered), jnp.asarray((0.0, *config.layers.alphas), jnp.float32)
+
+    def run(params: Any, images: jax.Array, class_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_BTD, _ = model.apply(
+            params, preprocess(images, config.data),
+            method=lambda m, images: m.blocks(m.embed(images), 0, stop=first),
+        )  # fmt: skip
+
+        def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def change(x_BD: jax.Array, one: Steering) -> jax.Array:
+                return steered_residuals(
+                    one.sae, one.scaling, jnp.asarray(one.strength_F), one.choice, x_BD, class_B, alpha[None],
+                    config.sae.k, config.steer,
+                )[0]  # fmt: skip
+
+            changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
+            whole = config.steer.target == "residual"
+
+            def suffix(m: ViT) -> tuple[jax.Array, Any]:
+                last_BTD, out = m.blocks(x_BTD, first, gate_input=changes, steer_residual=whole)
+                return m.classify(last_BTD[:, 0]), out["gates"]
+
+            logits_BC, gates = model.apply(params, method=suffix)
+            return stack_gates({layer: gates[layer] for layer in steered}) > 0, jnp.argmax(logits_BC, axis=-1)
+
+        gates_ABLH, prediction_AB = jax.lax.map(at, alphas_A)
+        return jnp.moveaxis(gates_ABLH, 0, 1), prediction_AB.T
+
+    gates_NALH, prediction_NA = over_split(
+        jax.jit(functools.partial(run, params)), split, config.layers.chunk, what, with_labels=True
+    )
+    return np.moveaxis(gates_NALH, 1, 0), prediction_NA.T
+
+
+def all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
+    """Accuracy when one layer drops every head."""
+
+    def run(images: jax.Array) -> tuple[jax.Array]:
+        closed = {layer: jnp.zeros((len(images), config.model.heads))}
+        logits_BC, _ = model.apply(params, preprocess(images, config.data), gates=closed)
+        return (jnp.argmax(logits_BC, axis=-1),)
+
+    (prediction_N,) = over_split(jax.jit(run), split, config.train.eval_batch, f"layer {layer} off")
+    return float(np.mean(prediction_N == split.labels))
+
+
+def _some(split: Split, per_class: int) -> Split:
+    """The first images of each class; 0: all."""
+    if not per_class:
+        return split
+    kept = np.sort(np.concatenate([np.flatnonzero(split.labels == c)[:per_class] for c in np.unique(split.labels)]))
+    return Split(split.images[kept], split.labels[kept])
+
+
+def _row(
+    validation: tuple[np.ndarray, np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray, np.ndarray],
+    config: Config,
+) -> dict[str, Any]:  # fmt: skip
+    """Curves on test, and the alpha chosen on validation; each split is (gates, predictions, labels)."""
+    alphas = np.array((0.0, *config.layers.alphas))
+
+    def curves(gates: np.ndarray, predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return gates.mean(axis=(2, 3), dtype=np.float32), predictions == labels  # [A, N] each
+
+    used, right = (values.mean(axis=1) for values in curves(*validation))
+    chosen = int(choose_alpha(alphas, used, right, right[0] - config.steer.tolerance))
+    used, right = curves(*test)
+    rng = np.random.default_rng([config.seed, 5])
+    weights = bootstrap_weights(test[2], config.steer.bootstrap, rng)
+    used_R, right_R = (bootstrap_means(values[None], weights, rng) for values in (used, right))
+
+    def change_ci(resampled: np.ndarray) -> list[float]:
+        return [float(end) for end in interval(resampled[:, chosen] - resampled[:, 0], config.steer.confidence)]
+
+    return {
+        "alphas": alphas.tolist(),
+        "usage": used.mean(axis=1, dtype=np.float64).tolist(),
+        "accuracy": right.mean(axis=1).tolist(),
+        "alpha": float(alphas[chosen]),
+        "usage_before": float(used[0].mean(dtype=np.float64)),
+        "usage_after": float(used[chosen].mean(dtype=np.float64)),
+        "usage_change_ci": change_ci(used_R),
+        "accuracy_before": float(right[0].mean()),
+        "accuracy_after": float(right[chosen].mean()),
+        "accuracy_change_ci": change_ci(right_R),
+    }
+
+
+def profile(config: Config, dataset: Dataset, model: ViT, params: Any, directory: Path) -> dict[str, Any]:
+    """Steer each of config.layers.layers by itself, then all of them together.
+
+    Latents are chosen on the training split, alpha on validation, figures are test's.
+
+    Returns:
+      `layers`: a row for each, and `together`, where there are several: usage there is the mean over these layers.
+      Each row: curves over `alphas`, figures before and after at the alpha chosen, their intervals; of a layer also its
+      number, the accuracy with all its heads off, and its autoencoder's explained variance and dead share.
+    """
+    depth = config.model.depth
+    layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
+    splits = {"validation": dataset.validation, "test": dataset.test}
+    splits = {name: _some(split, config.layers.per_class) for name, split in splits.items()}
+    x_train = residuals(model, params, dataset.train, layers, config, "train: residuals of every layer")
+    x_test = residuals(model, params, splits["test"], layers, config, "test: residuals of every layer")
+    steered: dict[int, Steering] = {}
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        say(f"layer {layer}: autoencoder")
+        sae_config = config.sae.model_copy(update={"layer": layer, "seeds": 1, "epochs": config.layers.epochs})
+        saes, scaling, _ = train_sae(
+            config.model_copy(update={"sae": sae_config}), x_train[layer], directory / str(layer)
+        )
+        sae = seed_of(saes, 0)
+        z_NF = encode_all(sae, scaling, x_train[layer], config.sae.k)
+        stats = statistics(z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale)
+        choice = class_frequent(stats, config.steer, np.random.default_rng(0))
+        steered[layer] = Steering(sae, scaling, stats.strength, choice)
+        on_test = health(sae, scaling, x_test[layer], encode_all(sae, scaling, x_test[layer], config.sae.k))
+        rows.append(
+            {
+                "layer": layer,
+                "explained_variance": on_test.explained_variance,
+                "dead_fraction": float(np.mean(stats.frequency == 0)),
+            }
+        )
+
+    def measured(some: Mapping[int, Steering], what: str) -> dict[str, Any]:
+        on = [
+            (*steer_layers(model, params, split, some, config, f"{name}: {what}"), split.labels)
+            for name, split in splits.items()
+        ]
+        return _row(on[0], on[1], config)
+
+    for row in rows:
+        layer = row["layer"]
+        row |= measured({layer: steered[layer]}, f"layer {layer} steered")
+        row["all_off"] = all_off(model, params, splits["test"], layer, config)
+    together = measured(steered, "all steered") if len(layers) > 1 else None
+    return {"layers": rows, "together": together, "images": len(splits["test"].labels)}
