@@ -28,8 +28,8 @@ class LatentStatistics(NamedTuple):
     frequency: np.ndarray  # [F] the same over all images
     strength: np.ndarray  # [F] s_j: mean activation over the images on which it fires; 0 for a dead latent
     decoder: np.ndarray  # [F, D] in units of the residual stream
-    gate: np.ndarray  # [F, H] what a unit of each latent adds to the gate logits: decoder rows times gate weights
-    outcomes: tuple[Outcomes, ...]  # of training images (steer.evidence of each class), and of validation
+    gate: np.ndarray = np.zeros((0, 0))  # [F, H] a unit of each latent in the gate logits: decoder times gate weights
+    outcomes: tuple[Outcomes, ...] = ()  # of training images (steer.evidence of each class), and of validation
 
 
 class Choice(NamedTuple):

@@ -189,7 +189,8 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
                 f"{path}: its head has a layer 'pre_logits', ours has none; set model.pretrained_head off"
             )
     else:
-        ignored += ("head.", "head/", "classifier.", "head_dist.")
+        heads_of = ("head.", "head/", "classifier.", "head_dist.")
+        ignored += heads_of + tuple(prefix + name for name in heads_of)  # inside of the backbone's module or beside it
     surplus = [name for name in left if not name.startswith(ignored)]
     if surplus:
         raise HeadSteerError(

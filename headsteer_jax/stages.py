@@ -122,6 +122,7 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         seeds.append(
             {
                 "mse": on_test.mse,
+                "mse_residual": on_test.mse / float(scaling.scale) ** 2,
                 "explained_variance": on_test.explained_variance,
                 "l0": on_test.l0,
                 "dead_fraction": float(np.mean(~fires_F)),

@@ -161,11 +161,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         if file.read(2) != b"PK":  # np.load would take another format for what it is
             raise ValueError("not a zip archive")
-    with np.load(path, allow_pickle=False) as file:
-        try:
+    try:
+        with np.load(path, allow_pickle=False) as file:
             return dict(file)
-        except Exception as error:  # zipfile and zlib have exceptions of their own
-            raise ValueError(str(error)) from None
+    except Exception as error:  # zipfile and zlib have exceptions of their own
+        raise ValueError(str(error)) from None
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -197,18 +197,15 @@ def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, st
       HeadSteerError: a family that is not known.
     """
     for prefix in PREFIXES:
-
-        def has(name: str, prefix: str = prefix) -> bool:
-            return prefix + name in tensors
-
-        if has("cls_token") and has("patch_embed.proj.weight"):
-            return DINOV2 if has("register_tokens") else TIMM, prefix
-        if has("embeddings.cls_token"):
-            return HF_VIT if has("encoder.layer.0.layernorm_before.weight") else HF_DINOV2, prefix
-        if has("cls") and has("embedding/kernel"):
+        if prefix + "patch_embed.proj.weight" in tensors:
+            return DINOV2 if prefix + "register_tokens" in tensors else TIMM, prefix
+        if prefix + "embeddings.patch_embeddings.projection.weight" in tensors:
+            of_vit = prefix + "encoder.layer.0.layernorm_before.weight" in tensors
+            return HF_VIT if of_vit else HF_DINOV2, prefix
+        if prefix + "embedding/kernel" in tensors:
             return AUGREG, prefix
     some = ", ".join(map(repr, sorted(tensors)[:3]))
     raise HeadSteerError(
-        f"{path}: no vision transformer with a CLS token under the names of timm, Hugging Face or "
+        f"{path}: no vision transformer under the names of timm, Hugging Face or "
         f"google-research/vision_transformer; its tensors begin with {some or 'none'}; choose another file"
     )

@@ -15,6 +15,7 @@ from scipy.special import softmax
 
 from headsteer_jax.config import Config, HeadSteerError, ModelConfig, load_config
 from headsteer_jax.pretrained import load_backbone, resample_patches, resample_positions
+from headsteer_jax.pretrained import timm_tensors as timm_export
 from headsteer_jax.train import initial_params
 from headsteer_jax.vit import build
 
@@ -120,13 +121,12 @@ def test_report_says_what_became_of_every_tensor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("grid", [2, 4, 9])
 def test_positions_are_resized_as_pillow_resizes(grid: int) -> None:
-    positions = np.random.default_rng(1).standard_normal((1, 1 + 36, 3)).astype(np.float32)
+    positions = np.random.default_rng(1).standard_normal((1, 36, 3)).astype(np.float32)
     ours = resample_positions(positions, grid)
-    np.testing.assert_array_equal(ours[:, 0], positions[:, 0])
     for channel in range(3):
-        plane = Image.fromarray(positions[0, 1:, channel].reshape(6, 6))
+        plane = Image.fromarray(positions[0, :, channel].reshape(6, 6))
         wanted = np.asarray(plane.resize((grid, grid), Image.Resampling.BICUBIC))
-        np.testing.assert_allclose(ours[0, 1:, channel].reshape(grid, grid), wanted, atol=1e-5)
+        np.testing.assert_allclose(ours[0, :, channel].reshape(grid, grid), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 7), (6, 6), (7, 4)])
@@ -165,7 +165,12 @@ def _with(name: str, value: np.ndarray) -> Callable[[dict[str, np.ndarray]], Non
     [
         (_without("blocks.1.attn.proj.bias"), ["no tensor 'blocks.1.attn.proj.bias'"]),
         (_without("cls_token"), ["no tensor 'cls_token'"]),
-        (_with("reg_token", np.zeros((1, 4, D), np.float32)), ["no place for the tensor 'reg_token'"]),
+        (_with("reg_token", np.zeros((1, 4, D), np.float32)), ["4 register tokens", "config.model.registers = 0"]),
+        (_with("dist_token", np.zeros((1, 1, D), np.float32)), ["no place for the tensor 'dist_token'"]),
+        (
+            _without("patch_embed.proj.weight"),
+            ["no vision transformer under the names of", "'blocks.0.attn.proj.bias'"],
+        ),
         (_with("blocks.2.norm1.bias", np.zeros(D, np.float32)), ["3 blocks", "config.model.depth = 2"]),
         (_with("norm.weight", np.zeros(D + 1, np.float32)), ["'norm.weight'", "[25]", "not [24]"]),
         (_with("patch_embed.proj.weight", np.zeros((D, 3, P, P), np.float32)), ["[24, 3, 4, 4]", "data.channels"]),
@@ -192,7 +197,7 @@ def test_a_truncated_file_is_one_clear_line(tmp_path: Path, kept: int, fresh: An
     path = save(tmp_path / "a.safetensors", timm_tensors())
     path.write_bytes(path.read_bytes()[:kept])
     config = config_for(path)
-    with pytest.raises(HeadSteerError, match=r"a\.safetensors: truncated or not a safetensors file") as error:
+    with pytest.raises(HeadSteerError, match=r"a\.safetensors: truncated or not a \.safetensors file") as error:
         load_backbone(fresh, config)
     assert "\n" not in str(error.value)
 
@@ -232,6 +237,141 @@ def test_hub_downloads_once_and_says_when_it_cannot(
     with pytest.raises(HeadSteerError, match=r"hf://owner/offline: cannot be downloaded .*no route\)") as error:
         load_backbone(fresh, config)
     assert "\n" not in str(error.value)
+
+
+GOLDENS = Path(__file__).parent / "goldens"  # made by timm and transformers themselves: make_goldens.py
+ANSWERS = dict(np.load(GOLDENS / "outputs.npz"))
+
+
+def golden_config(file: str, **model: Any) -> Config:
+    data = tiny_config().data.model_copy(update={"image_size": 8, "channels": 3, "mean": (0.0,) * 3, "std": (1.0,) * 3})
+    config = config_for(GOLDENS / file, width=12, registers=2 if "_reg." in file else 0, **model)
+    return config.model_copy(update={"data": data})
+
+
+@pytest.mark.parametrize(
+    ("file", "family"),
+    [
+        ("timm_vit.safetensors", "timm"),
+        ("timm_dinov2.safetensors", "timm"),
+        ("timm_reg.safetensors", "timm"),
+        ("augreg.npz", "google-research/vision_transformer"),
+        ("hf_vit.safetensors", "Hugging Face ViTModel"),
+        ("hf_classifier.safetensors", "Hugging Face ViTModel"),
+        ("hf_dinov2.safetensors", "Hugging Face Dinov2Model"),
+        ("hf_reg.safetensors", "Hugging Face Dinov2Model"),
+    ],
+)
+def test_features_and_logits_are_the_publishers(file: str, family: str) -> None:
+    name = file.partition(".")[0]
+    has_head = f"{name}_logits" in ANSWERS
+    config = golden_config(file, pretrained_head=has_head)
+    model = build(config, 7)
+    params, report = load_backbone(initial_params(model, config_without(config), 0), config)
+    assert report.family == family
+    wanted = ANSWERS[name]
+    assert np.abs(features(params, config, ANSWERS["images"]) - wanted).max() <= 2e-6 * np.abs(wanted).max()
+    assert ("head.kernel" in report.random) != has_head
+    if has_head:
+        logits, _ = model.apply(params, ANSWERS["images"], gating="dense")
+        wanted = ANSWERS[f"{name}_logits"]
+        assert np.abs(logits - wanted).max() <= 2e-6 * np.abs(wanted).max()
+    unknown = [random for random in report.random if not random.startswith("head") and "decide" not in random]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("file", ["timm_vit.safetensors", "timm_reg.safetensors", "augreg.npz"])
+def test_what_leaves_under_timms_names_is_what_came(tmp_path: Path, file: str) -> None:
+    config = golden_config(file, pretrained_head=True)
+    params = initial_params(build(config, 7), config, 0)
+    out = save(tmp_path / "out.safetensors", timm_export(params))
+    again = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": str(out)})})
+    back, report = load_backbone(initial_params(build(config, 7), config_without(config), 1), again)
+    assert report.ignored == report.folded == report.resampled == []
+    np.testing.assert_allclose(
+        features(back, config, ANSWERS["images"]), features(params, config, ANSWERS["images"]), rtol=0, atol=1e-6
+    )
+    if file == "timm_vit.safetensors":  # no LayerScale to fold: the very tensors
+        original = load_file(GOLDENS / file)
+        assert original.keys() == load_file(out).keys()
+        for name, tensor in load_file(out).items():
+            np.testing.assert_array_equal(tensor, original[name])
+
+
+def test_a_kept_head_must_fit() -> None:
+    config = golden_config("timm_vit.safetensors", pretrained_head=True)
+    with pytest.raises(HeadSteerError, match=r"'head\.weight' has the shape \[7, 12\], not \[5, 12\]"):
+        load_backbone(initial_params(build(config, 5), config_without(config), 0), config)
+
+
+def test_a_prefix_is_seen_through(tmp_path: Path) -> None:
+    """DataParallel's `module.`, for one."""
+    tensors = {f"module.{name}": value for name, value in load_file(GOLDENS / "timm_vit.safetensors").items()}
+    config = golden_config(str(save(tmp_path / "a.safetensors", tensors)))
+    params = initial_params(build(config, 5), config, 0)
+    wanted = ANSWERS["timm_vit"]
+    assert np.abs(features(params, config, ANSWERS["images"]) - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.npz", b"no zip", "truncated or not a .npz file"),
+        ("a.npz", (GOLDENS / "augreg.npz").read_bytes()[:9000], "truncated or not a .npz file"),
+        ("a.npz", (GOLDENS / "timm_vit.safetensors").read_bytes(), "truncated or not a .npz file"),
+        ("a.safetensors", (GOLDENS / "augreg.npz").read_bytes(), "truncated or not a .safetensors file"),
+        ("a.bin", b"", "allowed is a file that ends in .safetensors, .pth, .pt, .npz"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says(tmp_path: Path, name: str, content: bytes, says: str, fresh: Any) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(HeadSteerError) as error:
+        load_backbone(fresh, config_for(tmp_path / name))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_npz_of_pickles_is_refused(tmp_path: Path, fresh: Any) -> None:
+    np.savez(tmp_path / "a.npz", cls=np.array([object()]))
+    with pytest.raises(HeadSteerError, match=r"truncated or not a \.npz file"):
+        load_backbone(fresh, config_for(tmp_path / "a.npz"))
+
+
+def test_pth_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: Any) -> None:
+    (tmp_path / "a.pth").write_bytes(b"PK")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(HeadSteerError, match=r"a\.pth: a \.pth file needs the extra torch"):
+        load_backbone(fresh, config_for(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("wrapped", [None, "model", "state_dict"])
+def test_pth(tmp_path: Path, wrapped: str | None) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensors = {name: torch.tensor(value) for name, value in load_file(GOLDENS / "timm_vit.safetensors").items()}
+    torch.save({wrapped: tensors, "epoch": 3} if wrapped else tensors, tmp_path / "a.pth")
+    config = golden_config(str(tmp_path / "a.pth"))
+    params = initial_params(build(config, 5), config, 0)
+    wanted = ANSWERS["timm_vit"]
+    assert np.abs(features(params, config, ANSWERS["images"]) - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
+def test_pth_executes_nothing(tmp_path: Path, fresh: Any) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"model": Trap()}, tmp_path / "a.pth")
+    with pytest.raises(HeadSteerError, match="nothing but tensors"):
+        load_backbone(fresh, config_for(tmp_path / "a.pth"))
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "b.pth").write_bytes(b"no torch file")
+    with pytest.raises(HeadSteerError):
+        load_backbone(fresh, config_for(tmp_path / "b.pth"))
+    torch.save([1, 2], tmp_path / "c.pth")
+    with pytest.raises(HeadSteerError, match="no state_dict"):
+        load_backbone(fresh, config_for(tmp_path / "c.pth"))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
