@@ -48,11 +48,11 @@ def get_config() -> Config:
             ),
         ),
         model=ModelConfig.of_size("S", patch=8),
-        gate=GateConfig(target=0.75),
+        gate=GateConfig(target=0.8, noise=0.3, loss="squared", weight=10.0, anneal=0.5, learning_rate_scale=5.0),
         train=TrainConfig(
             batch=128,
             dense=PhaseConfig(steps=5 * STEPS_PER_EPOCH, learning_rate=8e-5),
-            gated=PhaseConfig(steps=2 * STEPS_PER_EPOCH, learning_rate=1e-4),
+            gated=PhaseConfig(steps=round(2.5 * STEPS_PER_EPOCH), learning_rate=1e-4),
             eval_batch=250,
             steps_per_call=10,
             eval_every=250,

@@ -144,6 +144,9 @@ class GateConfig(Section):
     """|usage - target| ([AdaViT]'s code) or its square ([AdaViT]'s paper)."""
     weight: NonNegativeFloat = 2.0
     """Weight of the usage loss."""
+    learning_rate_scale: PositiveFloat = 1.0
+    """Learning rate of the gates over that of all else. Above 1 where the rest is pretrained and learns slowly: a gate
+    moves in proportion to its input, and early residuals are small."""
     anneal: Fraction = 0.62
     """Over this first share of the gated phase the noise falls linearly to 0 and the target from 1 to its value. What
     is left trains thresholded gates: sampled and thresholded gates are two different models."""

@@ -68,6 +68,15 @@ def optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransformatio
     )
 
 
+def scale_gates(updates: Any, scale: float) -> Any:
+    """The optimizer's updates with those of the decision networks times `scale`: a learning rate of their own."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        return update * scale if any(getattr(key, "key", None) == "decide" for key in path) else update
+
+    return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(one, updates)
+
+
 def loss_and_metrics(
     model: ViT, params: Any, images_BHWC: jax.Array, targets_BC: jax.Array, progress: jax.Array, key: jax.Array,
     config: Config, gated: bool,
@@ -124,6 +133,7 @@ def make_steps(model: ViT, config: Config, phase: PhaseConfig, gated: bool) -> C
             has_aux=True,
         )(state.params)
         updates, opt = tx.update(grads, state.optimizer, state.params)
+        updates = scale_gates(updates, config.gate.learning_rate_scale)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:

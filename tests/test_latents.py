@@ -1,5 +1,7 @@
 """Which latents are chosen: each strategy against a brute-force version in plain Python."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,11 +11,14 @@ from headsteer_jax.config import HeadSteerError, SteerConfig
 from headsteer_jax.latents import (
     STRATEGIES,
     LatentStatistics,
+    Outcomes,
     overlap,
     random,
     shift_norm,
     statistics,
     strategy,
+    wanted_heads,
+    wanted_push,
 )
 
 N, F, C, D = 60, 20, 4, 5
@@ -142,3 +147,86 @@ def test_too_few_latents() -> None:
 def test_unknown_strategy() -> None:
     with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'klass'; allowed are class, "):
         strategy("klass")
+
+
+def outcomes(seed: int, heads: int = 3, count: int = 40) -> Outcomes:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % C
+    return Outcomes(labels, rng.standard_normal((count, heads)) + 0.7, rng.random((count, 2**heads)) < 0.6)
+
+
+def worth(seen: tuple[Outcomes, ...], label: int, wish: tuple[int, ...], price: float) -> float:
+    """accuracy - price * usage of a wish, image by image, the mean over the splits of their means."""
+    total = 0.0
+    for one in seen:
+        values = []
+        for i in np.flatnonzero(one.labels == label):
+            gates = [(m > 0) if w == 0 else (w > 0) for m, w in zip(one.gate_logits[i], wish, strict=True)]
+            pattern = sum(1 << head for head, on in enumerate(gates) if on)
+            values.append(one.right[i, pattern] - price * np.mean(gates))
+        total += float(np.mean(values))
+    return total / len(seen)
+
+
+@given(st.integers(0, 500), st.sampled_from([0.0, 0.02, 0.3, 2.0]))
+@settings(max_examples=25, deadline=None)
+def test_wanted_heads_cannot_be_bettered_by_changing_one(seed: int, price: float) -> None:
+    seen, label = (outcomes(seed), outcomes(seed + 1000)), seed % C
+    wish = wanted_heads(seen, label, price, np.zeros(3, np.int8))
+    own = worth(seen, label, tuple(wish), price)
+    assert own >= worth(seen, label, (0, 0, 0), price) - 1e-9
+    for head, state in itertools.product(range(3), (-1, 0, 1)):
+        other = tuple(state if h == head else w for h, w in enumerate(wish))
+        assert own >= worth(seen, label, other, price) - 1e-9
+    if price == 2.0:  # no accuracy is worth a head
+        assert (wish == -1).all()
+
+
+def test_the_push_flips_the_wanted_heads_on_every_image_seen() -> None:
+    """From the alpha on at which a head is to be closed, it is closed on all of the class's images."""
+    seen = (outcomes(0), outcomes(1))
+    config = SteerConfig(alphas=(0.5, 1.0, 2.0, 4.0), price=0.1)
+    moved = 0
+    for label in range(C):
+        push = wanted_push(seen, label, config)
+        start = np.zeros(3, np.int8)
+        path = []
+        for alpha in config.alphas:
+            start = wanted_heads(seen, label, alpha * config.price, start)
+            path.append(start)
+        logits = np.concatenate([one.gate_logits[one.labels == label] for one in seen])
+        for head in range(3):
+            closed = [bool(wish[head] < 0) for wish in path]
+            if closed[-1]:
+                since = config.alphas[max((i + 1 for i, c in enumerate(closed) if not c), default=0)]
+                assert (logits[:, head] + since * push[head] < 0).all()
+                assert push[head] < 0
+                moved += 1
+            elif path[0][head] > 0:
+                assert (logits[:, head] + config.alphas[0] * push[head] > 0).all()
+            else:
+                assert push[head] == 0
+    assert moved > 3
+
+
+def test_gate_aligned_realises_the_push() -> None:
+    """sum_j w_j s_j (d_j W) is the wanted push; the latents are the class's own, the weights >= 0."""
+    rng = np.random.default_rng(5)
+    frequency = rng.uniform(0.05, 0.9, 400)
+    gate = rng.standard_normal((400, 3))
+    stats = LatentStatistics(
+        np.stack([rng.permutation(frequency) for _ in range(C)]), frequency, rng.uniform(0.5, 2, 400),
+        rng.standard_normal((400, D)), gate, (outcomes(0), outcomes(1)),
+    )  # fmt: skip
+    config = SteerConfig(latents=16, pool=64, price=0.1, alphas=(0.5, 1.0, 2.0))
+    choice = STRATEGIES["gate_aligned"](stats, config, rng)
+    assert choice.latents.shape == choice.weights.shape == (C, 16)
+    assert (choice.weights >= 0).all()
+    for label in range(C):
+        own, weights = choice.latents[label], choice.weights[label]
+        most = np.argsort(-stats.class_frequency[label], kind="stable")[:64]
+        assert len(set(own.tolist())) == 16
+        assert set(own.tolist()) <= set(most.tolist())
+        push = wanted_push(stats.outcomes, label, config)
+        reached = (weights * stats.strength[own]) @ gate[own]
+        np.testing.assert_allclose(reached, push, atol=2e-3 * max(np.abs(push).max(), 1))
