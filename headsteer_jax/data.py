@@ -227,7 +227,11 @@ def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]
     for name in names:
         if name not in class_names:
             close = difflib.get_close_matches(name, class_names, n=1)
-            some = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(class_names[:8])}, ..."
+            some = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"it has {', '.join(class_names[:8])}{', ...' * (len(class_names) > 8)}"
+            )
             raise HeadSteerError(f"{field}: the dataset has no class {name!r}; {some}")
         if list(names).count(name) > 1:
             raise HeadSteerError(f"{field}: {name!r} is named twice; name it once")

@@ -21,7 +21,16 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from headsteer_jax import data
 from headsteer_jax.config import DataConfig, HeadSteerError
-from headsteer_jax.data import LazyImages, Split, batch_indices, gather, load, prefetched, stratified_cut
+from headsteer_jax.data import (
+    LazyImages,
+    Split,
+    batch_indices,
+    gather,
+    load,
+    prefetched,
+    related_pairs,
+    stratified_cut,
+)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -699,3 +708,29 @@ def test_prefetched_raises_the_error_itself_in_its_turn() -> None:
         next(items)
     one_line(error, "three.png: unreadable")
     assert type(error.value) is HeadSteerError
+
+
+NAMES = ("cat", "dog", "plate", "wok")
+
+
+def test_related_groups_become_pairs() -> None:
+    found = related_pairs(("pets=cat|dog", "kitchen=plate|wok|dog"), NAMES)
+    wanted = {("cat", "dog"), ("plate", "wok"), ("plate", "dog"), ("wok", "dog")}
+    pairs = {(NAMES[i], NAMES[j]) for i, j in zip(*np.nonzero(found), strict=True)}
+    assert pairs == wanted | {(b, a) for a, b in wanted}
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ("cat|dog", "a group is"),
+        ("pets=cat", "a group is"),
+        ("pets=cat|dogs", "no class 'dogs'; did you mean 'dog'?"),
+        ("pets=cat|zebra", "no class 'zebra'; it has cat, dog"),
+        ("pets=cat|dog|cat", "'cat' is named twice"),
+    ],
+)
+def test_bad_groups_are_named(group: str, says: str) -> None:
+    with pytest.raises(HeadSteerError) as error:
+        related_pairs((group,), NAMES)
+    one_line(error, "config.data.related", says)

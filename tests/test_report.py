@@ -28,10 +28,27 @@ HOSTILE = (
 LONG = tuple(f"great crested something number {c}, also called the thing" for c in range(1000))
 
 
+def made_layers() -> dict[str, Any]:
+    """What layers.json holds, of three layers that never were."""
+    rows = [
+        {
+            "layer": layer, "alphas": [0.0, 1.0, 4.0], "usage": [0.8, 0.7, 0.6], "accuracy": [0.9, 0.9, 0.88],
+            "alpha": float(layer), "usage_before": 0.8, "usage_after": 0.8 - 0.05 * layer, "accuracy_before": 0.9,
+            "usage_change_ci": [-0.06 * layer, -0.04 * layer], "accuracy_after": 0.9 - 0.002 * layer,
+            "accuracy_change_ci": [-0.01, 0.005], "all_off": 0.3 * layer, "explained_variance": 0.9,
+            "dead_fraction": 0.01,
+        }
+        for layer in (1, 2, 3)
+    ]  # fmt: skip
+    whole = {key: value for key, value in rows[0].items() if key not in ("layer", "all_off", "explained_variance")}
+    whole.pop("dead_fraction")
+    return {"layers": rows, "together": whole, "images": 200}
+
+
 def made_run(
     classes: int = 10, heads: int = 6, seeds: int = 3, per_class: int = 6, strategies: tuple[str, ...] = (),
     alphas: tuple[float, ...] = (-2.0, 0.5, 1.0, 2.0, 4.0), only: int = 0, related: bool = True, channels: int = 1,
-    rows: bool = True, names: tuple[str, ...] = (), bootstrap: int = 40, lazy: bool = False,
+    rows: bool = True, names: tuple[str, ...] = (), bootstrap: int = 40, lazy: bool = False, by_layer: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """A run that never was: gates and answers drawn so that `class` saves heads, `global` loses accuracy.
 
@@ -48,7 +65,7 @@ def made_run(
         model=ModelConfig(width=8 * heads, heads=heads),
         sae=SAEConfig(seeds=seeds, expansion=4, k=4),
         steer=SteerConfig(
-            strategies=strategies or ("class", "global", "random", "matched_random"),
+            strategies=strategies or ("class", "global", "random", "matched_random", "gate_aligned"),
             alphas=alphas, latents=4, bootstrap=bootstrap, classes=class_names[:only], tolerance=0.02,
         ),
         report=ReportConfig(top_images=5, dpi=60),
@@ -57,7 +74,11 @@ def made_run(
     important = rng.normal(0.6, 0.5, (classes, heads))  # what each head adds to the class's answer
     important[:, 0] = 0.9
     open_by = rng.normal(1.2, 0.5, (classes, heads)) + 0.5 * important
-    pull = {"class": important - 1.1, "global": rng.normal(-0.6, 0.8, heads) * np.ones((classes, 1))}
+    pull = {
+        "class": important - 1.1,
+        "gate_aligned": 1.4 * (important - 0.9),
+        "global": rng.normal(-0.6, 0.8, heads) * np.ones((classes, 1)),
+    }
     arrays: dict[str, np.ndarray] = {
         "strategies": np.array(config.steer.strategies), "named_by": np.array(("true", "predicted")),
         "alphas": alphas_A, "class_names": np.array(class_names),
@@ -134,12 +155,13 @@ def made_run(
             arrays["overlap_global_class"] = np.einsum("SF,SCF->SC", by_name["global"][:, 0], by_name["class"]) / 4
     numbers, extra = summarise(arrays, config)
     health = {"mse": 0.0512, "explained_variance": 0.912, "l0": 3.9, "dead_fraction": 0.034}
-    health |= {"gate_agreement": 0.97, "accuracy": 0.91}
+    health |= {"gate_agreement": 0.97, "accuracy": 0.91, "mse_residual": 0.0312}
     summary = {
         "dense_accuracy": 0.923, "dense_control_accuracy": 0.931, "layer_usage": [0.8, 0.7, 0.75], **numbers,
-        "sae": health | {"accuracy_unreplaced": 0.92, "seeds": [health] * seeds},
+        "sae": health | {"latents": latents, "k": 4, "layer": config.sae_layer, "seeds": [health] * seeds},
         "seconds": {"train": 120.25, "sae": 31.5, "steer": 12.0}, "peak_memory_bytes": 3 * 2**30,
-        "versions": {"python": "3.12.0", "jax": "0.10.2"}, "config": config.model_dump(),
+        "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
+        "by_layer": made_layers() if by_layer else None,
     }  # fmt: skip
     split = Split(held, train)
     return {

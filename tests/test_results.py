@@ -29,7 +29,10 @@ def test_the_embedded_default(tmp_path: Path) -> None:
     assert saved >= 0.2
     assert steering["class"]["accuracy"] >= steering["unsteered"]["accuracy"] - 0.01
     assert steering["class"]["classes_saved"] >= 30
-    assert all(claim["holds"] for claim in found["claims"])
+    assert all(claim["holds"] for claim in found["claims"] if "gate_aligned" not in claim["claim"])
+    aligned = steering["gate_aligned"]
+    assert aligned["usage"] < steering["class"]["usage"] - 0.1
+    assert aligned["accuracy"] >= steering["unsteered"]["accuracy"] - 0.01
     assert found["sae"]["explained_variance"] >= 0.9
     assert found["sae"]["dead_fraction"] <= 0.01
     assert found["peak_memory_bytes"] <= 4 * 2**30

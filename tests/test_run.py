@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from conftest import tiny_config
 def get_config():
     config = tiny_config()
     data = config.data.model_copy(update={"image_size": 16, "train_per_class": 3, "eval_per_class": 2})
-    return config.model_copy(update={"data": data})
+    steer = config.steer.model_copy(update={"least_validation": 1})
+    return config.model_copy(update={"data": data, "steer": steer})
 """
 
 
@@ -61,11 +63,16 @@ def test_every_headline_number(finished):
     assert {"usage", "all_on", "all_off", "best_fixed", "oracle"} <= summary["last_layer"].keys()
     assert {"mse", "explained_variance", "dead_fraction", "gate_agreement", "accuracy"} <= summary["sae"].keys()
     assert {"global_class", "class_class"} <= summary["overlap"].keys()
-    assert summary["steering"].keys() == {"unsteered", "class", "global", "random", "matched_random"}
+    strategies = {"class", "global", "random", "matched_random", "gate_aligned"}
+    assert summary["steering"].keys() == {"unsteered", *strategies}
     for result in summary["steering"].values():
         assert {"alpha", "usage", "accuracy", "usage_ci", "accuracy_ci", "classes_saved"} <= result.keys()
         assert result["usage_ci"][0] - 1e-9 <= result["usage"] <= result["usage_ci"][1] + 1e-9
-    assert summary["seconds"].keys() >= {"train", "sae", "steer"}
+    assert summary["seconds"].keys() == {"train", "sae", "steer", "layers"}
+    assert [row["layer"] for row in summary["by_layer"]["layers"]] == [1, 2]
+    for row in (*summary["by_layer"]["layers"], summary["by_layer"]["together"]):
+        assert row["alphas"][0] == 0
+        assert row["usage"][row["alphas"].index(row["alpha"])] == row["usage_after"]
     assert summary["peak_memory_bytes"] > 1e8
     assert summary["config"]["model"]["width"] == 24
     assert summary["versions"]["jax"]
@@ -180,3 +187,60 @@ def test_help_lists_stages_and_fields():
     assert result.returncode == 0
     for text in ("train", "sae", "steer", "report", "--config.gate.target", "Share of heads to keep."):
         assert text in result.stdout
+
+
+def test_the_stage_layers_may_be_left_out(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "layers")
+    (tmp_path / "w" / "report" / "done.json").unlink()
+    result = run(f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=report", "--overwrite")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["by_layer"] is None
+    assert not (tmp_path / "w" / "figures" / "layers.png").exists()
+    assert "the stage “layers” was not run" in (tmp_path / "w" / "report.html").read_text()
+
+
+def test_export_is_the_trained_model_under_timms_names(finished, tmp_path):
+    from safetensors.numpy import load_file
+
+    config, workdir = finished
+    file = tmp_path / "new" / "vit.safetensors"
+    result = run(f"--config={config}", f"--workdir={workdir}", f"--export={file}")
+    assert result.returncode == 0, result.stderr
+    tensors = load_file(file)
+    assert tensors["blocks.2.attn.qkv.weight"].shape == (72, 24)
+    assert tensors["head.weight"].shape == (100, 24)
+    assert not any("decide" in name for name in tensors)
+    again = run(
+        f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=train", f"--config.model.pretrained={file}",
+        "--config.model.pretrained_head=true",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"{file} (timm): loaded {len(tensors)} tensors; resampled none" in again.stderr
+    refused(run(f"--config={config}", f"--workdir={workdir}", "--export=a.bin"), "--export=a.bin", ".safetensors")
+    refused(
+        run(f"--config={config}", f"--workdir={tmp_path / 'none'}", "--stages=sae", "--export=a.safetensors"), "sae"
+    )
+
+
+def test_results_page(finished, tmp_path):
+    config, workdir = finished
+    page = tmp_path / "docs" / "tiny.md"
+    command = [sys.executable, "-m", "headsteer_jax.results", str(workdir), str(page), str(config)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    text = page.read_text()
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert f"| {summary['overlap']['global_class']:.4f} |" in text
+    for claim in summary["claims"]:
+        assert claim["claim"] in text
+    for name in re.findall(r"\]\(tiny/(\w+\.png)\)", text):
+        assert (tmp_path / "docs" / "tiny" / name).stat().st_size > 1000
+    assert len(re.findall(r"!\[", text)) == 9
+    command[3] = str(tmp_path)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path}: there is no summary.json")

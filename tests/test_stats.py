@@ -14,6 +14,8 @@ from headsteer_jax.stats import (
     choose_alpha,
     class_counts,
     controls,
+    fewer,
+    front,
     interval,
     mcnemar,
 )
@@ -185,3 +187,24 @@ def test_controls_by_trying_every_subset(seed: int) -> None:
     best = int(np.argmax(validation))
     assert found["best_fixed"]["heads"] == [h for h in range(heads) if best >> h & 1]
     assert found["best_fixed"]["accuracy"] == pytest.approx((tables["test"][:, best] == labels["test"]).mean())
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_front_is_the_best_at_or_below_each_usage(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    usage, accuracy = rng.random((3, 8)), rng.random((3, 8))
+    levels = np.append(rng.random(5), usage[0, 0])
+    found = front(usage, accuracy, levels)
+    for row, (u, a) in enumerate(zip(usage, accuracy, strict=True)):
+        for i, level in enumerate(levels):
+            allowed = [float(x) for x, y in zip(a, u, strict=True) if y <= level]
+            assert found[row, i] == max(allowed) if allowed else np.isnan(found[row, i])
+
+
+def test_fewer_is_one_sided() -> None:
+    before = np.array([4, 5, 3, 6, 5, 4, 2, 5])
+    assert fewer(before, before) == 1
+    # all eight fall: of 2^8 ways to sign the differences one is as extreme
+    assert fewer(before, before - np.array([1, 2, 3, 4, 5, 6, 7, 8]) / 4) == pytest.approx(1 / 256)
+    assert fewer(before, before + 1) > 0.9

@@ -130,7 +130,7 @@ def test_claims_follow_their_intervals(run: dict[str, Any]) -> None:
     for one in summary["claims"]:
         if one["holds"] is not None:
             assert one["interval"][0] <= one["value"] <= one["interval"][1]
-    related = claim(summary, "related classes")
+    related = claim(summary, "share more latents")
     overlap = run["arrays"]["overlap_class_class"].mean(axis=0)
     pairs, off = run["arrays"]["related"], ~np.eye(8, dtype=bool)
     assert related["value"] == pytest.approx(overlap[pairs].mean() - overlap[off & ~pairs].mean())
@@ -177,3 +177,58 @@ def test_suppression_is_judged_at_the_alpha_below_0_that_uses_most_on_validation
     found = claim(summary, f"suppression (alpha {arrays['alphas'][wanted]:g},")
     after = per_image(arrays, "test")[1][0, :, 0, wanted].mean()
     assert found["value"] == pytest.approx(after - unsteered(arrays, "test")[1].mean())
+
+
+def test_fronts_compare_the_best_at_or_below_each_usage(run: dict[str, Any]) -> None:
+    arrays = run["arrays"]
+    summary, _ = summarise(arrays, run["config"])
+    found = summary["fronts"]
+    right, used = per_image(arrays, "test")
+    names = [str(name) for name in arrays["strategies"]]
+    settings = np.flatnonzero(arrays["alphas"] >= 0)
+    for name in ("class", "gate_aligned"):
+        g = names.index(name)
+        points = [(used[g, :, 0, a].mean(), right[g, :, 0, a].mean()) for a in settings]
+        for level, best in zip(found["usage"], found[name], strict=True):
+            assert best == pytest.approx(max(y for x, y in points if x <= level + 1e-6))
+    gaps = np.subtract(found["gate_aligned"], found["class"])
+    assert found["lowest_difference"] == pytest.approx(gaps.min())
+    assert claim(summary, "gate_aligned's front")["value"] == found["lowest_difference"]
+
+
+def test_the_promised_group_is_chosen_on_validation(run: dict[str, Any]) -> None:
+    arrays, config = run["arrays"], run["config"]
+    summary, extra = summarise(arrays, config)
+    a = int(extra["chosen"][0, 0])
+    (right, used), (right_0, used_0) = per_image(arrays, "validation"), unsteered(arrays, "validation")
+    labels, promised = arrays["validation_labels"], []
+    for c in range(8):
+        own = labels == c
+        falls = used_0[own].mean() - used[0, :, 0, a][:, own].mean() >= config.steer.saving - 1e-9
+        if falls and right[0, :, 0, a][:, own].mean() >= right_0[own].mean() - 1e-9:
+            promised.append(c)
+    group = summary["steering"]["class"]["group"]
+    assert group["promised"]["classes"] == len(promised) > 0
+    own = np.isin(arrays["test_labels"], promised)
+    (right, used), (right_0, used_0) = per_image(arrays, "test"), unsteered(arrays, "test")
+    assert group["promised"]["usage_change"] == pytest.approx(used[0, :, 0, a][:, own].mean() - used_0[own].mean())
+    assert group["promised"]["accuracy_change"] == pytest.approx(right[0, :, 0, a][:, own].mean() - right_0[own].mean())
+    gained, lost = (right[0, 0, 0, a] & ~right_0)[own].sum(), (~right[0, 0, 0, a] & right_0)[own].sum()
+    assert (group["promised"]["gained"], group["promised"]["lost"]) == (gained, lost)
+    rows = [row for row in summary["classes"] if row["saved"] and row["p_usage_adjusted"] < 0.05]
+    assert group["saved_significantly"] == len(rows)
+
+
+def test_related_classes_share_heads_by_jaccard(run: dict[str, Any]) -> None:
+    arrays = run["arrays"]
+    summary, extra = summarise(arrays, run["config"])
+    a, labels = int(extra["chosen"][0, 0]), arrays["test_labels"]
+    gates = gates_of(arrays["test_steered_pattern"][0, :, 0, a], 4)
+    on = [set(np.flatnonzero(gates[:, labels == c].mean(axis=(0, 1)) > 0.5).tolist()) for c in range(8)]
+    kinds: dict[bool, list[float]] = {True: [], False: []}
+    for i, j in itertools.permutations(range(8), 2):
+        kinds[bool(arrays["related"][i, j])].append(len(on[i] & on[j]) / len(on[i] | on[j]) if on[i] | on[j] else 1.0)
+    found = summary["overlap"]["heads"]["after"]
+    assert found["related"] == pytest.approx(np.mean(kinds[True]))
+    assert found["unrelated"] == pytest.approx(np.mean(kinds[False]))
+    assert claim(summary, "share more heads")["value"] == pytest.approx(found["related"] - found["unrelated"])

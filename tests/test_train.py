@@ -182,3 +182,11 @@ def test_missing_checkpoint(dataset, tmp_path):
     shutil.rmtree(tmp_path / "gated" / "last")
     with pytest.raises(HeadSteerError, match="no checkpoint"):
         t.trained(with_train(dense_control=False), dataset, tmp_path)
+
+
+def test_gates_have_a_learning_rate_of_their_own():
+    updates = {"params": {"layers_1": {"decide": {"linear": {"kernel": jnp.ones(2)}}, "out": {"kernel": jnp.ones(2)}}}}
+    scaled = t.scale_gates(updates, 5.0)["params"]["layers_1"]
+    assert scaled["decide"]["linear"]["kernel"].tolist() == [5, 5]
+    assert scaled["out"]["kernel"].tolist() == [1, 1]
+    assert t.scale_gates(updates, 1.0) is updates

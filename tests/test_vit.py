@@ -135,3 +135,31 @@ def test_positions_start_as_sines_and_cosines_of_column_and_row(width):
             waves = [wave(place * w) for place in (column, row) for wave in (np.sin, np.cos) for w in omega]
             np.testing.assert_allclose(found[1 + 3 * row + column, : 4 * quarter], waves, atol=1e-6)
     assert not found[:, 4 * quarter :].any()
+
+
+def test_registers_are_tokens_without_positions(images):
+    """CLS and patches keep their positions, and the registers are attended to."""
+    config = with_model(tiny_config(), registers=2)
+    model, params = vit.build(config, 7), random_params(config, 7)
+    plain = {"params": {name: value for name, value in params["params"].items() if name != "registers"}}
+    x, without = (
+        m.apply(p, images, method="embed")
+        for m, p in ((model, params), (vit.build(with_model(config, registers=0), 7), plain))
+    )
+    assert x.shape == (5, 1 + 2 + 4, 24)
+    chex.assert_trees_all_equal(x[:, [0, 3, 4, 5, 6]], without)
+    chex.assert_trees_all_equal(x[:, 1:3], jnp.broadcast_to(params["params"]["registers"], (5, 2, 24)))
+    logits, _ = model.apply(params, images, gating="dense")
+    other = {"params": params["params"] | {"registers": params["params"]["registers"][:, :, ::-1]}}
+    assert np.abs(logits - model.apply(other, images, gating="dense")[0]).max() > 1e-3
+
+
+def test_steer_residual_lets_the_block_compute_on_it(images):
+    config = tiny_config()
+    model, params = vit.build(config, 7), random_params(config, 7)
+    other = jnp.asarray(np.random.default_rng(1).standard_normal((5, 24)), jnp.float32)
+    steered, _ = model.apply(params, images, gate_input={1: lambda x: x + other}, steer_residual=True)
+    x_BTD, _ = model.apply(params, images, method=lambda m, images: m.blocks(m.embed(images), 0, stop=1))
+    x_BTD = x_BTD.at[:, 0].add(other)
+    logits = model.apply(params, x_BTD, method=lambda m, x: m.classify(m.blocks(x, 1)[0][:, 0]))
+    chex.assert_trees_all_close(steered, logits, rtol=1e-6)
