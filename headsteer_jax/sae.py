@@ -95,11 +95,13 @@ def aux_k_loss(sae: SAE, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array
     """AuxK [TopK, A.2]: the dead latents' top k_aux reconstruct what the living ones leave.
 
     The residual e = u - u_hat is detached, the reconstruction has no decoder bias, and the error is relative to e's
-    variance in the batch. 0 where no latent is dead.
+    variance in the batch. 0 where no latent is dead. Of more than 2 k_aux dead latents the first 2 k_aux have their turn:
+    so the work does not grow with F, and the others follow as these revive.
     """
     e_BD = jax.lax.stop_gradient(u_BD - u_hat_BD)
-    a_BF = jax.nn.relu((u_BD - jax.lax.stop_gradient(sae.b_d)) @ sae.W_e + sae.b_e)
-    e_hat_BD = top_k(jnp.where(dead_F, a_BF, 0.0), k_aux) @ sae.W_d
+    dead_M, index_M = jax.lax.top_k(dead_F.astype(jnp.float32), min(2 * k_aux, dead_F.shape[0]))
+    a_BM = jax.nn.relu((u_BD - jax.lax.stop_gradient(sae.b_d)) @ sae.W_e[:, index_M] + sae.b_e[index_M])
+    e_hat_BD = top_k(a_BM * dead_M, k_aux) @ sae.W_d[index_M]
     variance = jnp.sum((e_BD - e_BD.mean(axis=0)) ** 2)
     return jnp.where(jnp.any(dead_F), jnp.sum((e_BD - e_hat_BD) ** 2) / jnp.maximum(variance, 1e-12), 0.0)
 

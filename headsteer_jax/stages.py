@@ -42,7 +42,7 @@ from headsteer_jax.report import write_report
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, health, train_sae, uncentre
 from headsteer_jax.steer import suffix
 from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import check_names, run_sweep, seed_of
+from headsteer_jax.sweep import check_names, check_validation, run_sweep, seed_of
 from headsteer_jax.train import GATING, PHASES, read_log, train, trained
 from headsteer_jax.vit import ViT
 
@@ -287,6 +287,7 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
         if dataset is None:
             dataset = load(config.data, config.seed)
             check_names(config, dataset.class_names)
+            check_validation(dataset.validation, config, dataset.class_names)
         RUN[stage](config, dataset, workdir)
         seconds = time.monotonic() - began
         record |= {

@@ -82,7 +82,7 @@ def _without_fold(stats: LatentStatistics, fold_N: np.ndarray, fold: int) -> Lat
     return stats._replace(outcomes=(train, Outcomes(*(field[fold_N != fold] for field in validation))))
 
 
-def _check_validation(split: Split, config: Config, class_names: tuple[str, ...]) -> None:
+def check_validation(split: Split, config: Config, class_names: tuple[str, ...]) -> None:
     """Raises HeadSteerError where a steered class has too few validation images for the choice of alpha."""
     wanted = config.steer.classes or class_names
     counts = np.bincount(split.labels, minlength=len(class_names))
@@ -147,7 +147,6 @@ def run_sweep(
     }
     if dataset.related is not None:
         arrays["related"] = dataset.related
-    _check_validation(splits["validation"], config, dataset.class_names)
     prefixes, sweeps = {}, {}
     for name, split in splits.items():
         prefixes[name] = pattern_table(model, params, split, config, f"{name}: all {2**heads} gate patterns")

@@ -112,14 +112,20 @@ def write_tfds(
     coarse: tuple[int, ...] = (),
     file_format: str = "array_record",
     train_images: list[bytes] | None = None,
+    train: tuple[Any, Any] | None = None,
+    tested: tuple[Any, Any] | None = None,
+    names: tuple[str, ...] = (),
 ) -> Path:
-    """A prepared TFDS directory with the images above, as TFDS itself writes it."""
+    """A prepared TFDS directory, as TFDS itself writes it: of the images above, or of `train` and `tested`."""
     directory = root / name / "1.0.0"
     directory.mkdir(parents=True)
     image_key, label_key = supervised or ("image", "label")
     features = features or {image_key: IMAGE, label_key: LABEL} | ({"coarse_label": LABEL} if coarse else {})
     splits = []
-    for split, images, labels in (("train", TRAIN, TRAIN_LABELS), (test, TEST, TEST_LABELS)):
+    for split, (images, labels) in (
+        ("train", train or (TRAIN, TRAIN_LABELS)),
+        (test, tested or (TEST, TEST_LABELS)),
+    ):
         encoded = (split == "train" and train_images) or [png(image) for image in images]
         writer = ArrayRecordWriter(str(directory / f"{name}-{split}.{file_format}-00000-of-00001"), "group_size:1")
         for content, label in zip(encoded, labels, strict=True):
@@ -140,7 +146,7 @@ def write_tfds(
     (directory / "features.json").write_text(
         json.dumps({"featuresDict": {"features": features}, "pythonClassName": kind})
     )
-    (directory / f"{label_key}.labels.txt").write_text("\n".join(CLASSES) + "\n")
+    (directory / f"{label_key}.labels.txt").write_text("\n".join(names or CLASSES) + "\n")
     return root
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_data import write_tfds
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -154,7 +155,7 @@ def test_damaged_checkpoint(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, steer, report"]),
+        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, steer, layers, report"]),
         (["--config.model.depht=3"], ["config.model.depht", "did you mean config.model.depth?"]),
         (["--config.model.depth=four"], ["config.model.depth = 'four'"]),
         (["--config.model.heads=5"], ["model.heads = 5", "a divisor of model.width"]),
@@ -164,6 +165,10 @@ def test_damaged_checkpoint(finished, tmp_path):
         (["--config.gate.target=1.5"], ["config.gate.target = '1.5'"]),
         (["--config.steer.strategies=class,best"], ["'best'", "matched_random"]),
         (["--config.steer.classes=00,dog"], ["no class 'dog'"]),
+        (["--config.steer.classes=00,00"], ["steer.classes", "no name twice"]),
+        (["--config.data.related=tens=10|11|dog"], ["config.data.related: tens", "no class 'dog'"]),
+        (["--config.data.train_per_class=4", "--config.data.eval_per_class=2"], ["too few to choose alpha on"]),
+        (["--config.model.pretrained=nowhere.npz"], ["nowhere.npz: no such file"]),
         (
             ["--config.data.source=tfds", "--config.data.name=cifar100", "--config.data.path=/nowhere"],
             ["cifar100", "/nowhere"],
@@ -244,3 +249,41 @@ def test_results_page(finished, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}: there is no summary.json")
+
+
+def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
+    """configs/cifar100_vit_s.py through every stage: TFDS's own format, a pretrained backbone, a model of tiny size."""
+    rng = np.random.default_rng(0)
+    hue = rng.integers(0, 256, (100, 1, 1, 3))
+
+    def made(per_class):
+        labels = np.tile(np.arange(100), per_class)
+        noise = rng.integers(-40, 40, (len(labels), 32, 32, 3))
+        return np.clip(hue[labels] + noise, 0, 255).astype(np.uint8), labels.tolist()
+
+    write_tfds(
+        tmp_path, name="cifar100", coarse=tuple(np.arange(100) // 5), train=made(4), tested=made(2),
+        names=tuple(f"thing {c}" for c in range(100)),
+    )  # fmt: skip
+    golden = ROOT / "tests" / "goldens" / "timm_vit.safetensors"
+    command = [
+        "--config=configs/cifar100_vit_s.py", f"--workdir={tmp_path / 'w'}", f"--config.data.path={tmp_path}",
+        "--config.data.validation_fraction=0.25", f"--config.model.pretrained={golden}", "--config.model.depth=2",
+        "--config.model.width=12", "--config.model.heads=3", "--config.train.batch=50", "--config.train.dense.steps=4",
+        "--config.train.gated.steps=4", "--config.train.steps_per_call=2", "--config.train.eval_every=4",
+        "--config.train.eval_batch=100", "--config.sae.epochs=3", "--config.sae.batch=100", "--config.sae.k=4",
+        "--config.steer.latents=3", "--config.steer.bootstrap=20", "--config.steer.chunk=100",
+        "--config.steer.alphas=1,4", "--config.steer.least_validation=1", "--config.layers.epochs=1",
+        "--config.layers.per_class=1", "--config.layers.alphas=2",
+    ]  # fmt: skip
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "resampled 1 (pos_embed)" in result.stderr
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["config"]["data"]["name"] == "cifar100"
+    assert {"related", "unrelated"} <= summary["overlap"].keys()  # from the coarse labels
+    assert summary["overlap"]["heads"]["after"].keys() >= {"related", "unrelated"}
+    assert (tmp_path / "w" / "report.html").stat().st_size > 100_000
+    refused(
+        run(*command[:1], f"--workdir={tmp_path / 'x'}", f"--config.data.path={tmp_path / 'none'}"), "cifar100", "none"
+    )

@@ -6,7 +6,7 @@ import pytest
 from headsteer_jax.config import Config, HeadSteerError, SteerConfig
 from headsteer_jax.data import Split
 from headsteer_jax.latents import LatentStatistics, Outcomes
-from headsteer_jax.sweep import _check_validation, _folds, _top_images, _without_fold, check_names
+from headsteer_jax.sweep import _folds, _top_images, _without_fold, check_names, check_validation
 
 
 @pytest.mark.parametrize(("images", "latents", "count"), [(50, 300, 4), (3, 5, 8), (7, 128, 7)])
@@ -31,12 +31,12 @@ def test_names_are_checked_before_anything_is_computed() -> None:
 
 def test_a_class_with_too_few_validation_images_is_named() -> None:
     split = Split(np.zeros((7, 1, 1, 1), np.uint8), np.array([0, 0, 0, 1, 1, 2, 2], np.int32))
-    _check_validation(split, Config(steer=SteerConfig(least_validation=2)), ("a", "b", "c"))
-    _check_validation(split, Config(steer=SteerConfig(least_validation=3, classes=("a",))), ("a", "b", "c"))
+    check_validation(split, Config(steer=SteerConfig(least_validation=2)), ("a", "b", "c"))
+    check_validation(split, Config(steer=SteerConfig(least_validation=3, classes=("a",))), ("a", "b", "c"))
     with pytest.raises(
         HeadSteerError, match=r"validation: 2 images of class 'b' are too few .*data\.validation_fraction"
     ):
-        _check_validation(split, Config(steer=SteerConfig(least_validation=3)), ("a", "b", "c"))
+        check_validation(split, Config(steer=SteerConfig(least_validation=3)), ("a", "b", "c"))
 
 
 def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
