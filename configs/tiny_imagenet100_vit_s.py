@@ -8,6 +8,7 @@ from headsteer_jax.config import (
     Config,
     DataConfig,
     GateConfig,
+    LayersConfig,
     ModelConfig,
     PhaseConfig,
     SAEConfig,
@@ -59,4 +60,5 @@ def get_config() -> Config:
         ),
         sae=SAEConfig(expansion=8, k=32, epochs=100),
         steer=SteerConfig(latents=16, chunk=250),
+        layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
     )

@@ -95,8 +95,8 @@ def aux_k_loss(sae: SAE, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array
     """AuxK [TopK, A.2]: the dead latents' top k_aux reconstruct what the living ones leave.
 
     The residual e = u - u_hat is detached, the reconstruction has no decoder bias, and the error is relative to e's
-    variance in the batch. 0 where no latent is dead. Of more than 2 k_aux dead latents the first 2 k_aux have their turn:
-    so the work does not grow with F, and the others follow as these revive.
+    variance in the batch. 0 where no latent is dead. Of more than 2 k_aux dead latents the first 2 k_aux have their
+    turn, so that the work does not grow with F; the others follow as these revive.
     """
     e_BD = jax.lax.stop_gradient(u_BD - u_hat_BD)
     dead_M, index_M = jax.lax.top_k(dead_F.astype(jnp.float32), min(2 * k_aux, dead_F.shape[0]))

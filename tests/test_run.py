@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import write_tfds
+from test_data import feature, write_tfds
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -264,6 +264,11 @@ def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
     write_tfds(
         tmp_path, name="cifar100", coarse=tuple(np.arange(100) // 5), train=made(4), tested=made(2),
         names=tuple(f"thing {c}" for c in range(100)),
+        features={
+            "image": feature("image", dtype="uint8", encodingFormat="png", shape={"dimensions": ["32", "32", "3"]}),
+            "label": feature("classLabel", numClasses="100"),
+            "coarse_label": feature("classLabel", numClasses="20"),
+        },
     )  # fmt: skip
     golden = ROOT / "tests" / "goldens" / "timm_vit.safetensors"
     command = [
