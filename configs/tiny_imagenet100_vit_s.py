@@ -59,6 +59,10 @@ def get_config() -> Config:
             eval_every=250,
         ),
         sae=SAEConfig(expansion=8, k=32, epochs=100),
-        steer=SteerConfig(latents=16, chunk=250),
+        steer=SteerConfig(
+            latents=16,
+            alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
+            chunk=250,
+        ),
         layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
     )

@@ -50,11 +50,32 @@ NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
     "sae": ("seed", "data", "model", "gate", "train", "sae"),
     "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
-    "layers": ("seed", "data", "model", "gate", "train", "sae", "steer", "layers"),
+    "layers": (
+        "seed",
+        "data",
+        "model",
+        "gate",
+        "train",
+        "sae",
+        "steer.latents",
+        "steer.max_frequency",
+        "steer.mode",
+        "steer.form",
+        "steer.target",
+        "steer.tolerance",
+        "steer.bootstrap",
+        "steer.confidence",
+        "layers",
+    ),
     "report": ("seed", "data", "model", "gate", "train", "sae", "steer", "layers", "report"),
 }
 STAGES = tuple(NEEDS)
 OPTIONAL = ("layers",)  # what no later stage waits for
+FROM = {
+    "sae": ("train",),
+    "steer": ("train", "sae"),
+    "layers": ("train",),
+}  # what a stage reads; the report: everything
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -226,9 +247,14 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
+def _reads(stage: str) -> tuple[str, ...]:
+    """The stages whose results a stage reads."""
+    return FROM.get(stage, STAGES[: STAGES.index(stage)])
+
+
 def _inputs(workdir: Path, stage: str) -> dict[str, str]:
-    """When each stage before this one was finished: a stage made again makes this one stale."""
-    done = {name: workdir / name / "done.json" for name in STAGES[: STAGES.index(stage)]}
+    """When each stage that this one reads was finished: a stage made again makes this one stale."""
+    done = {name: workdir / name / "done.json" for name in _reads(stage)}
     return {name: read_json(path)["finished"] for name, path in done.items() if name not in OPTIONAL or path.exists()}
 
 
@@ -259,7 +285,7 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
         directory = workdir / stage
         finished = (directory / "done.json").exists()
         if stage not in stages:
-            later = [name for name in stages if STAGES.index(name) > STAGES.index(stage)]
+            later = [name for name in stages if stage in _reads(name)]
             if stage in OPTIONAL and not finished:
                 continue
             if later and not finished:
