@@ -101,7 +101,7 @@ def test_a_finished_stage_is_not_done_again(finished):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     result = run(f"--config={config}", f"--workdir={workdir}")
     assert result.returncode == 0
-    assert result.stderr.count("done before") == 4
+    assert result.stderr.count("done before") == 5
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
 
 
@@ -129,7 +129,7 @@ def test_same_seed_same_numbers(finished, tmp_path):
 def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):
     config, workdir = finished
     refused(run(f"--config={config}", f"--workdir={tmp_path}", "--stages=sae"), "sae needs train")
-    for stage in ("train", "sae", "steer,report"):
+    for stage in ("train", "layers", "sae", "steer,report"):
         result = run(f"--config={config}", f"--workdir={tmp_path}", f"--stages={stage}")
         assert result.returncode == 0, result.stderr
     first, second = (json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path))
