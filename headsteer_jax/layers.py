@@ -86,7 +86,7 @@ def steer_layers(
         return jnp.moveaxis(gates_ABLH, 0, 1), prediction_AB.T
 
     gates_NALH, prediction_NA = over_split(
-        jax.jit(functools.partial(run, params)), split, config.layers.chunk, what, with_labels=True
+        functools.partial(jax.jit(run), params), split, config.layers.chunk, what, with_labels=True
     )
     return np.moveaxis(gates_NALH, 1, 0), prediction_NA.T
 
@@ -94,12 +94,14 @@ def steer_layers(
 def all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
     """Accuracy when one layer drops every head."""
 
-    def run(images: jax.Array) -> tuple[jax.Array]:
+    def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
         closed = {layer: jnp.zeros((len(images), config.model.heads))}
         logits_BC, _ = model.apply(params, preprocess(images, config.data), gates=closed)
         return (jnp.argmax(logits_BC, axis=-1),)
 
-    (prediction_N,) = over_split(jax.jit(run), split, config.train.eval_batch, f"layer {layer} off")
+    (prediction_N,) = over_split(
+        functools.partial(jax.jit(run), params), split, config.train.eval_batch, f"layer {layer} off"
+    )
     return float(np.mean(prediction_N == split.labels))
 
 

@@ -179,7 +179,7 @@ def make_epoch(config: Config, steps_per_epoch: int) -> Callable[..., Any]:
             jax.vmap(functools.partial(step, aux_weight=weight), in_axes=(axes, None), out_axes=(axes, 0))
             for weight in (c.aux_weight, 0.0)
         )
-        # AuxK is 0 where nothing is dead, and takes half of a step or more: outside of vmap the branch skips it
+        # AuxK is 0 where nothing is dead; outside of vmap the branch skips its work
         return jax.lax.cond(jnp.any(state.silent >= window), with_aux, without, state, u_BD)
 
     @functools.partial(jax.jit, donate_argnums=0)

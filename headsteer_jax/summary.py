@@ -182,7 +182,8 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
         if "related" in arrays:
             summary["overlap"]["heads"] = _related_heads(arrays, g, int(chosen[g, 0]), config, rng)
         if "gate_aligned" in names:
-            summary["fronts"] = _fronts(names, alphas, usage, accuracy, usage_R, accuracy_R, config)
+            fronts = _fronts(names, alphas, usage, accuracy, usage_R, accuracy_R, config)
+            summary |= {"fronts": fronts} if fronts else {}
         summary["claims"] = _claims(
             summary, names, alphas, zero, usage, accuracy, usage_R, accuracy_R, before_usage_R, chosen,
             validation_usage, config,
@@ -289,10 +290,10 @@ def _group(arrays: Arrays, g: int, a: int, table: list[dict[str, Any]], config: 
 def _fronts(
     names: list[str], alphas: np.ndarray, usage: np.ndarray, accuracy: np.ndarray, usage_R: np.ndarray,
     accuracy_R: np.ndarray, config: Config, points: int = 21,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any] | None:  # fmt: skip
     """The best accuracy at or below each usage that both reach: `gate_aligned` against [LH26]'s `class`, alphas >= 0.
 
-    `lowest_difference`: where gate_aligned is least ahead, with its interval.
+    `lowest_difference`: where gate_aligned is least ahead, with its interval. None where they have no usage in common.
     """
     rising = alphas >= 0
     rows = [names.index("class"), names.index("gate_aligned")]
@@ -301,7 +302,12 @@ def _fronts(
     own, ours = (front(usage[row, 0, rising], accuracy[row, 0, rising], levels) for row in rows)
     own_R, ours_R = (front(usage_R[:, row, 0, rising], accuracy_R[:, row, 0, rising], levels) for row in rows)
     difference_R = ours_R - own_R
-    below = np.nanmin(difference_R[:, 1:], axis=1)  # at the lowest level a resampling may not get there
+    reached_L = np.isfinite(difference_R).any(axis=0)  # a resampling may use more, and not come down to a level
+    levels, own, ours, difference_R = levels[reached_L], own[reached_L], ours[reached_L], difference_R[:, reached_L]
+    inner_R = difference_R[:, 1:][np.isfinite(difference_R[:, 1:]).any(axis=1)]  # the lowest level is an edge
+    if not len(inner_R):
+        return None
+    below = np.nanmin(inner_R, axis=1)
     return {
         "usage": _pair(levels),
         "class": _pair(own),

@@ -1,6 +1,7 @@
 """From counts to headline numbers: chosen on validation, scored on test, each number again by hand from the images."""
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -232,3 +233,16 @@ def test_related_classes_share_heads_by_jaccard(run: dict[str, Any]) -> None:
     assert found["related"] == pytest.approx(np.mean(kinds[True]))
     assert found["unrelated"] == pytest.approx(np.mean(kinds[False]))
     assert claim(summary, "share more heads")["value"] == pytest.approx(found["related"] - found["unrelated"])
+
+
+def test_fronts_where_steering_never_lowers_usage(run: dict[str, Any]) -> None:
+    """Whatever is left in common is compared, without NaN; where nothing is, there is no front."""
+    arrays = dict(run["arrays"])
+    patterns = arrays["test_steered_pattern"].copy()
+    patterns[:] = arrays["test_pattern"]
+    heads_on = arrays["test_heads_on"].copy()
+    heads_on[:] = arrays["test_unsteered_heads_on"]
+    summary, _ = summarise(arrays | {"test_steered_pattern": patterns, "test_heads_on": heads_on}, run["config"])
+    json.dumps(summary, allow_nan=False)
+    if "fronts" in summary:
+        assert np.isfinite(summary["fronts"]["lowest_difference_ci"]).all()
