@@ -46,9 +46,8 @@ TIMM = Layout(
     scales={"out": "blocks.{}.ls1.gamma", "mlp_out": "blocks.{}.ls2.gamma"},
     leaves=TORCH, fused=True, flax=False, ignored=("mask_token",),
 )  # fmt: skip
-DINOV2 = TIMM._replace(
-    family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"}
-)  # as its authors name them
+# the authors' own files; those of the model without registers are the same in both
+DINOV2 = TIMM._replace(family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"})
 HF_VIT = Layout(
     family="Hugging Face ViTModel",
     modules={
@@ -88,15 +87,8 @@ AUGREG = Layout(
     scales={},
     leaves={"kernel": "/kernel", "bias": "/bias", "scale": "/scale"}, fused=False, flax=True, ignored=("pre_logits/",),
 )  # fmt: skip
-PREFIXES = (
-    "",
-    "vit.",
-    "dinov2.",
-    "dinov2_with_registers.",
-    "deit.",
-    "module.",
-    "backbone.",
-)  # of a model within a model
+# of a model within a model
+PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "module.", "backbone.")
 
 
 def find(where: str) -> Path:
