@@ -25,7 +25,7 @@ from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from headsteer_jax.checkpoint import make_directory, write_atomically, write_text
+from headsteer_jax.checkpoint import make_directory, write_bytes, write_text
 from headsteer_jax.config import Config, flatten
 from headsteer_jax.data import Dataset, gather
 
@@ -683,7 +683,7 @@ def write_report(
             if files is None:
                 path.unlink(missing_ok=True)  # from an earlier report
             else:
-                write_atomically(path, lambda file, data=files[kind]: file.write(data))  # type: ignore[misc]
+                write_bytes(path, files[kind])
         if files is not None:
             images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from headsteer_jax.checkpoint import make_directory, read_json, write_atomically, write_text
+from headsteer_jax.checkpoint import make_directory, read_json, write_bytes, write_text
 from headsteer_jax.config import Config, HeadSteerError, flatten, load_config
 from headsteer_jax.report import heads_text, number, signed
 
@@ -73,8 +73,7 @@ def write_page(workdir: Path, file: Path, config_file: str) -> None:
     made_by = run_command(config, file.stem, load_config(Path(config_file), {}), config_file)
     folder = make_directory(file.parent / file.stem)
     for figure in sorted((workdir / "figures").glob("*.png")):
-        content = figure.read_bytes()
-        write_atomically(folder / figure.name, lambda out, content=content: out.write(content))  # type: ignore[misc]
+        write_bytes(folder / figure.name, figure.read_bytes())
     write_text(file, page(summary, file.stem, command, made_by))
 
 

@@ -30,7 +30,7 @@ from headsteer_jax.checkpoint import (
     read_arrays,
     read_json,
     write_arrays,
-    write_atomically,
+    write_bytes,
     write_json,
 )
 from headsteer_jax.config import Config, HeadSteerError, flatten
@@ -340,7 +340,7 @@ def export(config: Config, workdir: Path, file: Path) -> None:
     _, params = trained(config, load(config.data, config.seed), workdir / "train")
     tensors = timm_tensors(params)
     make_directory(file.parent)
-    write_atomically(file, lambda out: out.write(safetensors.numpy.save(tensors)))
+    write_bytes(file, safetensors.numpy.save(tensors))
 
 
 def peak_memory_bytes() -> int:
