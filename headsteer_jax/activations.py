@@ -1,18 +1,17 @@
-"""One forward pass over a split: what the model predicts, which heads it runs, and the CLS residual of a layer."""
+"""Forward passes over a split, on all devices: what the model predicts, which heads it runs, a layer's CLS residual."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headsteer_jax.augment import preprocess
-from headsteer_jax.config import Config
+from headsteer_jax.config import Config, HeadSteerError
 from headsteer_jax.data import Split, gather, prefetched
 from headsteer_jax.progress import progress
-from headsteer_jax.vit import Gating, ViT, stack_gates
+from headsteer_jax.vit import Gating, ViT, answer, stack_gates
 
 
 class Observed(NamedTuple):
@@ -28,37 +27,131 @@ class Observed(NamedTuple):
 
 
 Observe = Callable[[Any, Split, str], Observed]
+Function = Callable[..., tuple[jax.Array, ...]]  # (params, images [B, height, width, channels] uint8, ...) -> arrays
 
 
-def padded_chunks(count: int, size: int) -> list[np.ndarray]:
-    """Indices of `count` images in chunks of one size, for one compiled program: the last is filled with image 0."""
-    size = min(size, count)
+class Program(NamedTuple):
+    """A function of images, made ready for every device.
+
+    Each device has `size` images in a call, whatever the number of devices: so results do not depend on that number.
+    """
+
+    run: Function
+    size: int
+
+
+def mesh() -> Mesh:
+    """All devices in a row; the images of a split are dealt out along it."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def dealt() -> NamedSharding:
+    """Where an array with leading axis B lives: dealt out over the devices."""
+    return NamedSharding(mesh(), PartitionSpec("data"))
+
+
+def replicated(tree: Any) -> Any:
+    """The same on every device."""
+    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+
+
+def per_image(function: Function, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
+    """A function of which each image is computed by itself, for all devices.
+
+    Args:
+      function: takes `fixed` pytrees that are the same for all images, the parameters first, then `arrays` arrays with
+        leading axis B; returns arrays with that axis.
+      size: B.
+    """
+    spec = ([PartitionSpec()] * fixed) + ([PartitionSpec("data")] * arrays)
+    sharded = jax.shard_map(
+        function, mesh=mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
+    )
+    return Program(jax.jit(sharded), size)
+
+
+class Fit(NamedTuple):
+    """A compiled program and how much it takes at once; 0: not even one fits, which needs `needed` bytes."""
+
+    run: Any
+    size: int
+    needed: int
+
+
+def largest(compile_for: Callable[[int], Any], most: int, memory: int) -> Fit:
+    """The program for the largest number, at most `most`, that stays within a budget.
+
+    Args:
+      compile_for: number -> compiled program.
+      memory: MiB of a device, beside the parameters, for what XLA plans as results and intermediates.
+    """
+    size = most
+    while True:
+        compiled = compile_for(size)
+        plan = compiled.memory_analysis()
+        needed = plan.temp_size_in_bytes + plan.output_size_in_bytes
+        if needed <= memory * 2**20:
+            return Fit(compiled, size, needed)
+        if size == 1:
+            return Fit(None, 0, needed)
+        size = max(1, min(size - 1, int(0.95 * size * memory * 2**20 / needed)))
+
+
+def too_small(fit: Fit, memory: int, what: str) -> HeadSteerError:
+    return HeadSteerError(f"config.steer.memory = {memory}: too small, as {what} needs {-(-fit.needed // 2**20)} MiB")
+
+
+def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
+    """The program compiled for this split, with as many images in a call as fit a budget, at most program.size.
+
+    Args:
+      memory: see `largest`.
+
+    Raises:
+      HeadSteerError: not even one image fits.
+    """
+
+    def compile_for(size: int) -> Any:
+        shape = (size * jax.device_count(), *split.images.shape[1:])
+        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
+        return program.run.lower(replicated(params), images).compile()  # type: ignore[attr-defined]
+
+    fit = largest(compile_for, min(program.size, len(split.labels)), memory)
+    if not fit.size:
+        raise too_small(fit, memory, "one image")
+    return Program(fit.run, fit.size)
+
+
+def padded_chunks(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
+    """Indices of `count` images in chunks of one size, for one compiled program: the last is filled with image 0.
+
+    A device's part of a chunk is `size` images, or all there are.
+    """
+    size = min(size, count) * devices
     filled = np.zeros(-(-count // size) * size, np.int64)
     filled[:count] = np.arange(count)
     return list(filled.reshape(-1, size))
 
 
 def over_split(
-    function: Callable[..., tuple[jax.Array, ...]], split: Split, size: int, what: str, *, with_labels: bool = False
+    program: Program, params: Any, split: Split, what: str, *, with_labels: bool = False
 ) -> list[np.ndarray]:
-    """What a jitted function of images [B, height, width, channels] uint8 gives for a whole split, chunk by chunk.
+    """What a program gives for a whole split, chunk by chunk.
 
     Args:
-      function: returns arrays whose first axis is B.
-      size: B, images in a call.
       what: names the work in the progress.
       with_labels: the function takes the images' labels [B] too.
 
     Returns:
       The arrays, with first axis N.
     """
-    count = len(split.labels)
-    chunks = padded_chunks(count, size)
+    count, params = len(split.labels), replicated(params)
+    chunks = padded_chunks(count, program.size, jax.device_count())
     parts = []
     with progress(count, what, "image") as bar:
         for i, images in enumerate(prefetched(lambda i: gather(split.images, chunks[i]), len(chunks))):
             labels = (split.labels[chunks[i]],) if with_labels else ()
-            parts.append(jax.device_get(function(images, *labels)))
+            parts.append(jax.device_get(program.run(params, *(jax.device_put(a, dealt()) for a in (images, *labels)))))
             bar.update(min(len(images), count - bar.done))
     return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]
 
@@ -73,13 +166,9 @@ def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
       layer: whose CLS residual and gate logits are kept; a gated layer.
     """
 
-    @jax.jit
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         logits_BC, out = model.apply(params, preprocess(images, config.data), gating=gating)
-        prediction = jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
-        return prediction, stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
+        return answer(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
 
-    def observe(params: Any, split: Split, what: str) -> Observed:
-        return Observed(*over_split(functools.partial(forward, params), split, config.train.eval_batch, what))
-
-    return observe
+    program = per_image(forward, config.train.eval_batch)
+    return lambda params, split, what: Observed(*over_split(program, params, split, what))

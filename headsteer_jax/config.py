@@ -29,6 +29,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+MOST_HEADS = 12  # of a layer whose 2^H head subsets are all tried
+
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
 
 
@@ -229,7 +231,8 @@ class SteerConfig(Section):
     """Which latents are changed, how, and by how much."""
 
     strategies: tuple[str, ...] = ("class", "global", "random", "matched_random", "gate_aligned")
-    """Ways to choose latents: names in headsteer_jax.latents.STRATEGIES."""
+    """Ways to choose latents: names in headsteer_jax.latents.STRATEGIES, or `module:function` of your own, which is
+    called as function(latent statistics, class) and returns the latents and their weights."""
     latents: PositiveInt = 16
     """Latents that a strategy chooses for each class, |S| (not known in [LH26])."""
     max_frequency: Share = 1.0
@@ -250,6 +253,8 @@ class SteerConfig(Section):
     """policy: only the gate reads the steered x' ([LH26]'s); residual: the block computes on it too."""
     alphas: tuple[Finite, ...] = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     """Strengths; 0, the unsteered model, is added where it is missing."""
+    wanted_usage: tuple[Fraction, ...] = (0.75, 0.5, 0.25)
+    """Usages for which the smallest alpha that reaches them is found, where alpha is exact."""
     classes: tuple[str, ...] = ()
     """Steer and score only images of these classes; empty: all."""
     least_validation: PositiveInt = 5
@@ -262,8 +267,13 @@ class SteerConfig(Section):
     """Resamplings behind each confidence interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Level of the intervals."""
-    chunk: PositiveInt = 1000
-    """Images in one jitted call of the sweep."""
+    memory: PositiveInt = 1024
+    """MiB of a device that one call of the sweep may use beside the parameters: it takes fewer images, or alphas, at
+    once where they would not fit."""
+    chunk: PositiveInt = 250
+    """Images of a device in one call, at most; few stay in a CPU's cache, a GPU takes more."""
+    subsets: Annotated[int, Field(ge=64)] = 512
+    """Above 12 heads not all 2^H head subsets can be tried: the controls try so many of them, of every size."""
 
 
 class LayersConfig(Section):
@@ -278,7 +288,7 @@ class LayersConfig(Section):
     per_class: NonNegativeInt = 20
     """Validation and test images of each class; 0: all."""
     chunk: PositiveInt = 250
-    """Images in one jitted call."""
+    """Images of a device in one call, at most (see steer.memory)."""
 
 
 class ReportConfig(Section):
@@ -330,7 +340,9 @@ class Config(Section):
             ("data.name", d.name, d.source != "tfds" or d.name, "a TFDS dataset's name, as data.source is 'tfds'"),
             ("data.path", d.path, d.source not in ("folder", "npz") or d.path, f"a path, as source is {d.source!r}"),
             ("gate.first_layer", self.gate.first_layer, len(gated) > 0, f"below model.depth = {m.depth}"),
-            ("model.heads", m.heads, m.heads <= 12, "at most 12: the controls try every one of the 2^heads subsets"),
+            ("model.heads", m.heads, m.heads <= 30, "at most 30"),
+            ("steer.strategies", t.strategies, "gate_aligned" not in t.strategies or m.heads <= MOST_HEADS,
+             f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {m.heads}, above {MOST_HEADS}"),
             ("train.eval_every", self.train.eval_every, self.train.eval_every % self.train.steps_per_call == 0,
              f"a multiple of train.steps_per_call = {self.train.steps_per_call}"),
             ("sae.layer", s.layer, -m.depth <= s.layer < m.depth and self.sae_layer in gated,
@@ -355,7 +367,7 @@ class Config(Section):
         return self
 
 
-def _one_line(error: ValidationError, prefix: str = "") -> str:
+def one_line(error: ValidationError, prefix: str = "") -> str:
     """The first fault of a validation, as `config.FIELD = VALUE: what is allowed`."""
     fault = error.errors(include_url=False)[0]
     path = ".".join([prefix, *map(str, fault["loc"])] if prefix else map(str, fault["loc"]))
@@ -453,7 +465,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
             raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}, not a Config")
     except ValidationError as error:
         section = error.title.removesuffix("Config").lower()
-        raise HeadSteerError(f"{_one_line(error, section)} (in {path})") from None
+        raise HeadSteerError(f"{one_line(error, section)} (in {path})") from None
     except KeyError:
         raise HeadSteerError(f"--config={path}: the file defines no get_config()") from None
     except HeadSteerError:
@@ -465,7 +477,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
     try:  # the overrides were put in without the checks across fields
         return Config.model_validate(config.model_dump())
     except ValidationError as error:
-        raise HeadSteerError(_one_line(error)) from None
+        raise HeadSteerError(one_line(error)) from None
 
 
 def help_text() -> str:

@@ -1,11 +1,13 @@
 """Which latents to change: a strategy looks at how latents fire on the training split and names some for each class.
 
-A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names those that the command line knows.
+A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names ours. A user's own is simpler,
+`(statistics, class) -> latents, weights`, and is named by its import path: `per_class` makes a strategy of it.
 Axes: C classes, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit h is head h).
 """
 
+import pkgutil
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -30,6 +32,7 @@ class LatentStatistics(NamedTuple):
     decoder: np.ndarray  # [F, D] in units of the residual stream
     gate: np.ndarray = np.zeros((0, 0))  # [F, H] a unit of each latent in the gate logits: decoder times gate weights
     outcomes: tuple[Outcomes, ...] = ()  # of training images (steer.evidence of each class), and of validation
+    class_names: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -40,11 +43,12 @@ class Choice(NamedTuple):
 
 
 Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice]
+ClassStrategy = Callable[[LatentStatistics, int], tuple[Any, Any]]  # -> [S] latents, [S] weights of one class
 
 
 def statistics(
     z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray | None = None,
-    outcomes: tuple[Outcomes, ...] = (),
+    outcomes: tuple[Outcomes, ...] = (), class_names: tuple[str, ...] = (),
 ) -> LatentStatistics:  # fmt: skip
     """Statistics of the training split's latents.
 
@@ -66,6 +70,7 @@ def statistics(
         decoder=decoder_FD,
         gate=decoder_FD @ (np.zeros((decoder_FD.shape[1], 0)) if gate_DH is None else gate_DH),
         outcomes=outcomes,
+        class_names=class_names,
     )
 
 
@@ -239,10 +244,66 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def strategy(name: str) -> Strategy:
-    """Raises HeadSteerError for a name that is not known."""
-    if name not in STRATEGIES:
-        raise HeadSteerError(f"config.steer.strategies: there is no {name!r}; allowed are {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    """One of ours, or a user's own by its import path, `module:function`.
+
+    Raises:
+      HeadSteerError: the name is not known, or the path leads to nothing that can be called.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    if ":" not in name:
+        raise HeadSteerError(
+            f"config.steer.strategies: there is no {name!r}; allowed are {', '.join(STRATEGIES)}, or module:function"
+        )
+    try:
+        function = pkgutil.resolve_name(name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise HeadSteerError(f"config.steer.strategies: {name!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise HeadSteerError(f"config.steer.strategies: {name!r} is no function")
+    return per_class(function, name)
+
+
+def per_class(function: ClassStrategy, name: str) -> Strategy:
+    """A strategy that asks a user's function about every class.
+
+    Its errors name the strategy, the class and what it returned: latents that do not exist or occur twice, weights
+    that are not finite, or arrays that are not of one length, the same for every class.
+    """
+
+    def every_class(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+        chosen = [function(stats, label) for label in range(len(stats.class_frequency))]
+        length = None
+        for label, pair in enumerate(chosen):
+            own = f" ({stats.class_names[label]!r})" if stats.class_names else ""
+            where = f"strategy {name!r}, class {label}{own}"
+            try:
+                latents, weights = (np.asarray(part) for part in pair)
+                latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
+                weights = weights.astype(np.float64)
+            except (TypeError, ValueError):
+                raise HeadSteerError(
+                    f"{where}: it must return two arrays, of latents (integers) and of weights (numbers)"
+                ) from None
+            length = len(latents) if length is None and latents.ndim == 1 else length
+            if latents.shape != (length,) or weights.shape != (length,) or not length:
+                raise HeadSteerError(
+                    f"{where}: latents of shape {latents.shape} and weights of shape {weights.shape}; allowed are two "
+                    "of the same length, at least 1 and the same for every class"
+                )
+            count = len(stats.frequency)
+            if latents.min() < 0 or latents.max() >= count:
+                wrong = latents[(latents < 0) | (latents >= count)][0]
+                raise HeadSteerError(f"{where}: there is no latent {wrong}; allowed are 0 to {count - 1}")
+            if len(np.unique(latents)) < length:
+                twice = next(latent for latent in latents if (latents == latent).sum() > 1)
+                raise HeadSteerError(f"{where}: latent {twice} twice; each may be chosen once")
+            if not np.isfinite(weights).all():
+                raise HeadSteerError(f"{where}: a weight is {weights[~np.isfinite(weights)][0]}; allowed are numbers")
+        latents_CS, weights_CS = (np.array([np.asarray(pair[part]) for pair in chosen]) for part in (0, 1))
+        return Choice(latents_CS.astype(np.int32), weights_CS.astype(np.float32))
+
+    return every_class
 
 
 def overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:

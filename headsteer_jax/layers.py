@@ -7,88 +7,33 @@ changed heads have already changed. Axes: B, N images, A alphas, L steered layer
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.activations import over_split
+from headsteer_jax.activations import over_split, per_image
 from headsteer_jax.augment import preprocess
 from headsteer_jax.config import Config
 from headsteer_jax.data import Dataset, Split
-from headsteer_jax.latents import Choice, class_frequent, statistics
+from headsteer_jax.latents import class_frequent, statistics
 from headsteer_jax.progress import say
-from headsteer_jax.sae import SAE, Scaling, encode_all, health, train_sae
+from headsteer_jax.sae import encode_all, health, train_sae
 from headsteer_jax.stats import bootstrap_means, bootstrap_weights, choose_alpha, interval
-from headsteer_jax.steer import steered_residuals
+from headsteer_jax.steer import Steering, run_suffix
 from headsteer_jax.sweep import seed_of
-from headsteer_jax.vit import ViT, stack_gates
-
-
-class Steering(NamedTuple):
-    """One layer's autoencoder and what is changed in it."""
-
-    sae: SAE
-    scaling: Scaling
-    strength_F: np.ndarray  # [F] mean activation where a latent fires
-    choice: Choice
+from headsteer_jax.vit import ViT, answer
 
 
 def residuals(model: ViT, params: Any, split: Split, layers: tuple[int, ...], config: Config, what: str) -> Any:
     """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
 
-    @jax.jit
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         _, out = model.apply(params, preprocess(images, config.data))
         return tuple(out["cls"][layer] for layer in layers)
 
-    found = over_split(functools.partial(run, params), split, config.train.eval_batch, what)
-    return dict(zip(layers, found, strict=True))
-
-
-def steer_layers(
-    model: ViT, params: Any, split: Split, steered: Mapping[int, Steering], config: Config, what: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every alpha of config.layers.alphas, and 0 first, for some layers steered at once by the images' labels.
-
-    The layers before the first steered one are computed once.
-
-    Returns:
-      [A, N, L, H] bool gates of the steered layers, and [A, N] int32 predictions.
-    """
-    first, alphas_A = min(steered), jnp.asarray((0.0, *config.layers.alphas), jnp.float32)
-
-    def run(params: Any, images: jax.Array, class_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_BTD, _ = model.apply(
-            params, preprocess(images, config.data),
-            method=lambda m, images: m.blocks(m.embed(images), 0, stop=first),
-        )  # fmt: skip
-
-        def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def change(x_BD: jax.Array, one: Steering) -> jax.Array:
-                return steered_residuals(
-                    one.sae, one.scaling, jnp.asarray(one.strength_F), one.choice, x_BD, class_B, alpha[None],
-                    config.sae.k, config.steer,
-                )[0]  # fmt: skip
-
-            changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
-            whole = config.steer.target == "residual"
-
-            def suffix(m: ViT) -> tuple[jax.Array, Any]:
-                last_BTD, out = m.blocks(x_BTD, first, gate_input=changes, steer_residual=whole)
-                return m.classify(last_BTD[:, 0]), out["gates"]
-
-            logits_BC, gates = model.apply(params, method=suffix)
-            return stack_gates({layer: gates[layer] for layer in steered}) > 0, jnp.argmax(logits_BC, axis=-1)
-
-        gates_ABLH, prediction_AB = jax.lax.map(at, alphas_A)
-        return jnp.moveaxis(gates_ABLH, 0, 1), prediction_AB.T
-
-    gates_NALH, prediction_NA = over_split(
-        functools.partial(jax.jit(run), params), split, config.layers.chunk, what, with_labels=True
-    )
-    return np.moveaxis(gates_NALH, 1, 0), prediction_NA.T
+    return dict(zip(layers, over_split(per_image(run, config.train.eval_batch), params, split, what), strict=True))
 
 
 def all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
@@ -97,11 +42,9 @@ def all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -
     def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
         closed = {layer: jnp.zeros((len(images), config.model.heads))}
         logits_BC, _ = model.apply(params, preprocess(images, config.data), gates=closed)
-        return (jnp.argmax(logits_BC, axis=-1),)
+        return (answer(logits_BC),)
 
-    (prediction_N,) = over_split(
-        functools.partial(jax.jit(run), params), split, config.train.eval_batch, f"layer {layer} off"
-    )
+    (prediction_N,) = over_split(per_image(run, config.train.eval_batch), params, split, f"layer {layer} off")
     return float(np.mean(prediction_N == split.labels))
 
 
@@ -128,7 +71,9 @@ def _row(
     used, right = curves(*test)
     rng = np.random.default_rng([config.seed, 5])
     weights = bootstrap_weights(test[2], config.steer.bootstrap, rng)
-    used_R, right_R = (bootstrap_means(values[None], weights, rng) for values in (used, right))
+    used_R, right_R = (
+        bootstrap_means(functools.partial(lambda own, _: own, own), 1, weights, rng) for own in (used, right)
+    )
 
     def change_ci(resampled: np.ndarray) -> list[float]:
         return [float(end) for end in interval(resampled[:, chosen] - resampled[:, 0], config.steer.confidence)]
@@ -186,10 +131,13 @@ def profile(config: Config, dataset: Dataset, model: ViT, params: Any, directory
         )
 
     def measured(some: Mapping[int, Steering], what: str) -> dict[str, Any]:
-        on = [
-            (*steer_layers(model, params, split, some, config, f"{name}: {what}"), split.labels)
-            for name, split in splits.items()
-        ]
+        alphas, on = np.array((0.0, *config.layers.alphas)), []
+        for name, split in splits.items():
+            setting = [(some, split.labels)]
+            gates, predictions = run_suffix(
+                model, params, split, setting, alphas, config, config.layers.chunk, f"{name}: {what}"
+            )
+            on.append((gates[0], predictions[0], split.labels))
         return _row(on[0], on[1], config)
 
     for row in rows:

@@ -1,6 +1,6 @@
 """What a run looks like: the figures, and one HTML page that holds them, the tables and how to read both.
 
-Everything is drawn from summary.json, sweep.npz and metrics.jsonl; nothing is computed here that they do not hold.
+Everything is drawn from summary.json, sweep.nc and metrics.jsonl; nothing is computed here that they do not hold.
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, C classes, H heads, F latents.
 """
 
@@ -670,7 +670,7 @@ def write_report(
     Args:
       name: the run's, for the title.
       summary: all of summary.json.
-      arrays: all of sweep.npz.
+      arrays: all of sweep.nc.
       rows: metrics.jsonl.
     """
     m = Material(config, dataset, summary, arrays, rows)

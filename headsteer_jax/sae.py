@@ -269,8 +269,13 @@ def explained_variance(u_ND: np.ndarray, u_hat_ND: np.ndarray) -> float:
 
 def encode_all(sae: SAE, scaling: Scaling, x_ND: np.ndarray, k: int, chunk: int = 4096) -> np.ndarray:
     """[N, F] float32 latents of one autoencoder for a whole split, in chunks."""
-    run = jax.jit(lambda x_BD: encode(sae, centre(scaling, x_BD), k))
-    return np.concatenate([np.asarray(run(x_ND[i : i + chunk])) for i in range(0, len(x_ND), chunk)])
+    parts = (x_ND[i : i + chunk] for i in range(0, len(x_ND), chunk))
+    return np.concatenate([np.asarray(_encode_residuals(sae, scaling, x_BD, k)) for x_BD in parts])
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _encode_residuals(sae: SAE, scaling: Scaling, x_BD: jax.Array, k: int) -> jax.Array:
+    return encode(sae, centre(scaling, x_BD), k)
 
 
 def health(sae: SAE, scaling: Scaling, x_ND: np.ndarray, z_NF: np.ndarray) -> Health:

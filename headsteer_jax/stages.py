@@ -6,7 +6,7 @@ touched unless --overwrite says so. A stage that was made again makes those afte
 """
 
 import datetime
-import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from headsteer_jax.activations import observer, over_split
+from headsteer_jax.activations import observer, over_split, per_image
 from headsteer_jax.augment import preprocess
 from headsteer_jax.checkpoint import (
+    MEND,
     make_directory,
     read_arrays,
     read_json,
@@ -35,6 +36,8 @@ from headsteer_jax.checkpoint import (
 )
 from headsteer_jax.config import Config, HeadSteerError, flatten
 from headsteer_jax.data import Dataset, Split, load
+from headsteer_jax.labelled import labelled, plain, read_sweep, write_sweep
+from headsteer_jax.latents import strategy
 from headsteer_jax.layers import profile
 from headsteer_jax.pretrained import timm_tensors
 from headsteer_jax.progress import say
@@ -42,9 +45,9 @@ from headsteer_jax.report import write_report
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, health, train_sae, uncentre
 from headsteer_jax.steer import suffix
 from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import check_names, check_validation, run_sweep, seed_of
+from headsteer_jax.sweep import Arrays, check_names, check_validation, run_sweep, seed_of
 from headsteer_jax.train import GATING, PHASES, read_log, train, trained
-from headsteer_jax.vit import ViT
+from headsteer_jax.vit import ViT, answer
 
 NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
@@ -71,6 +74,7 @@ NEEDS = {
 }
 STAGES = tuple(NEEDS)
 OPTIONAL = ("layers",)  # what no later stage waits for
+SIZES = ("steer.memory", "steer.chunk", "layers.chunk")  # how much is done at once: no figure depends on it
 FROM = {
     "sae": ("train",),
     "steer": ("train", "sae"),
@@ -100,8 +104,8 @@ def _reconstructed(
     """Gate agreement and accuracy, [S] each, when every autoencoder's reconstruction replaces x in the gate."""
     layer, k = config.sae_layer, config.sae.k
 
-    @jax.jit
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    def run(given: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        params, saes = given
         x_BTD, _ = model.apply(
             params, preprocess(images, config.data),
             method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
@@ -112,14 +116,13 @@ def _reconstructed(
         def one(sae: SAE) -> tuple[jax.Array, jax.Array]:
             x_hat_BD = uncentre(scaling, decode(sae, encode(sae, centre(scaling, x_BD), k)))
             logits_BC, gates_BH = suffix(model, params, x_BTD, x_hat_BD, layer, "policy")
-            return jnp.mean((gates_BH > 0) == own_BH, axis=1), jnp.argmax(logits_BC, axis=-1)
+            return jnp.mean((gates_BH > 0) == own_BH, axis=1), answer(logits_BC)
 
         agreement_SB, prediction_SB = jax.lax.map(one, saes)
         return agreement_SB.T, prediction_SB.T
 
-    agreement_NS, prediction_NS = over_split(
-        functools.partial(run, params), split, config.train.eval_batch, "test: reconstructed residuals"
-    )
+    program = per_image(run, config.train.eval_batch)
+    agreement_NS, prediction_NS = over_split(program, (params, saes), split, "test: reconstructed residuals")
     accuracy = (prediction_NS == split.labels[:, None]).mean(axis=0)
     return agreement_NS.mean(axis=0, dtype=np.float64), accuracy
 
@@ -153,6 +156,7 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         )
     arrays = {f"sae_{name}": values for name, values in saes._asdict().items()}
     arrays |= {"mean": scaling.mean, "scale": scaling.scale, "x_train": x["train"]}
+    arrays |= {"layer": np.array(config.sae_layer), "model": np.array(fingerprint(params))}
     write_arrays(directory / "autoencoders.npz", arrays | {f"curve_{name}": values for name, values in curves.items()})
     write_json(
         directory / "health.json",
@@ -160,18 +164,43 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     )
 
 
+def autoencoders(config: Config, params: Any, workdir: Path) -> tuple[SAE, Scaling, np.ndarray, Arrays]:
+    """What the stage sae made: autoencoders with leading axis S, scaling, training residuals, and training curves.
+
+    Raises:
+      HeadSteerError: the file is missing or damaged, or of another layer or model.
+    """
+    path = workdir / "sae" / "autoencoders.npz"
+    stored = read_arrays(path)
+    names = {"layer", "model", "mean", "scale", "x_train", *(f"sae_{name}" for name in SAE._fields)}
+    if missing := sorted(names - set(stored)):
+        raise HeadSteerError(f"{path}: it has no {missing[0]!r}, as if an older version made it; {MEND}")
+    if int(stored["layer"]) != config.sae_layer:
+        raise HeadSteerError(f"{path}: made for layer {stored['layer']}, not for {config.sae_layer}; {MEND}")
+    if str(stored["model"]) != fingerprint(params):
+        raise HeadSteerError(f"{path}: made from another model's residuals than {workdir / 'train'} holds; {MEND}")
+    saes = SAE(*(jnp.asarray(stored[f"sae_{name}"]) for name in SAE._fields))
+    curves = {f"sae_{name}": stored[f"curve_{name}"] for name in ("mse", "dead")}
+    return saes, Scaling(stored["mean"], stored["scale"]), stored["x_train"], curves
+
+
+def fingerprint(params: Any) -> str:
+    """Of a model's parameters: their names and bits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def steer_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """The sweep and its headline numbers."""
     directory = make_directory(workdir / "steer")
     model, params = trained(config, dataset, workdir / "train")
-    stored = read_arrays(workdir / "sae" / "autoencoders.npz")
-    saes = SAE(*(jnp.asarray(stored[f"sae_{name}"]) for name in SAE._fields))
-    arrays = run_sweep(
-        config, dataset, model, params, saes, Scaling(stored["mean"], stored["scale"]), stored["x_train"]
-    )
-    numbers, extra = summarise(arrays, config)
-    curves = {f"sae_{name}": stored[f"curve_{name}"] for name in ("mse", "dead")}
-    write_arrays(workdir / "sweep.npz", arrays | extra | curves)
+    saes, scaling, x_train, curves = autoencoders(config, params, workdir)
+    strategies = {name: strategy(name) for name in config.steer.strategies}
+    arrays, steps = run_sweep(config, dataset, model, params, saes, scaling, x_train, strategies)
+    numbers, extra = summarise(arrays, config, steps)
+    write_sweep(workdir / "sweep.nc", labelled(arrays | extra | curves))
     write_json(directory / "steering.json", numbers)
 
 
@@ -205,7 +234,7 @@ def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     }
     write_json(workdir / "summary.json", summary)
     rows = read_log(workdir / "train" / "metrics.jsonl")
-    write_report(config, workdir.name, dataset, summary, read_arrays(workdir / "sweep.npz"), rows, workdir)
+    write_report(config, workdir.name, dataset, summary, plain(read_sweep(workdir / "sweep.nc")), rows, workdir)
 
 
 RUN: dict[str, Callable[[Config, Dataset, Path], None]] = {
@@ -233,7 +262,7 @@ def needed(config: Config, stage: str) -> dict[str, Any]:
     return {
         path: value
         for path, value in flatten(config).items()
-        if any(path == need or path.startswith(f"{need}.") for need in NEEDS[stage])
+        if path not in SIZES and any(path == need or path.startswith(f"{need}.") for need in NEEDS[stage])
     }
 
 

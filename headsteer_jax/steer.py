@@ -1,38 +1,40 @@
-"""What changed latents do to a layer's gates and to the answer: the sweep.
+"""What changed latents do: the steered residual, the gates that follow from it, and the model from there on.
 
-Under the *policy* target steering changes one layer's gates and nothing else, so an image's answer depends only on
-which of the 2^H gate patterns it gets: `pattern_table` computes all of them once and every setting is a look-up.
-Under the *residual* target the block itself computes on the steered residual, so the suffix runs for every setting.
+Under the *policy* target steering changes one layer's gates and nothing else: `gate_patterns` gives them, and the table
+(`table.py`) the answers. Under the *residual* target, with several steered layers or with more heads than a table can
+hold, the layers from the first steered one on run for every setting: `run_suffix`.
 
-Axes: B, N images, D width, F latents, S chosen latents, H heads, P = 2^H gate patterns, A alphas, C classes.
+Axes: B, N images, D width, F latents, S chosen latents, H heads, L steered layers, A alphas, C classes.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.activations import over_split, padded_chunks
+from headsteer_jax.activations import dealt, largest, padded_chunks, per_image, replicated, too_small
 from headsteer_jax.augment import preprocess
 from headsteer_jax.config import Config, SteerConfig
 from headsteer_jax.data import Split, gather
 from headsteer_jax.latents import Choice
+from headsteer_jax.progress import progress
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, uncentre
-from headsteer_jax.vit import ViT
+from headsteer_jax.table import pattern_of
+from headsteer_jax.vit import ViT, answer, stack_gates
 
 Mode = Literal["add", "scale", "clamp", "ablate"]
 
 
-def pattern_of(g_BH: jax.Array) -> jax.Array:
-    """[..., H] gates -> [...] int32 pattern, whose bit h is head h."""
-    return jnp.sum((g_BH > 0) << jnp.arange(g_BH.shape[-1]), axis=-1, dtype=jnp.int32)
+class Steering(NamedTuple):
+    """One layer's autoencoder and what is changed in it."""
 
-
-def gates_of(pattern: np.ndarray, heads: int) -> np.ndarray:
-    """[...] patterns -> [..., H] bool gates."""
-    return (np.asarray(pattern)[..., None] >> np.arange(heads)) & 1 > 0
+    sae: SAE
+    scaling: Scaling
+    strength: np.ndarray  # [F] mean activation where a latent fires
+    choice: Choice
 
 
 def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.Array, mode: Mode) -> jax.Array:
@@ -44,6 +46,7 @@ def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: ja
       z_BS: their activations.
       s_BS: their mean activations where they fire.
       w_BS: the strategy's weights.
+      alpha: a scalar, or [B, 1].
 
     Returns:
       [B, S] activations, never below 0.
@@ -59,30 +62,25 @@ def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: ja
     return jnp.maximum(z_BS, 0.0)
 
 
-def steered_residuals(
-    sae: SAE, scaling: Scaling, s_F: jax.Array, choice: Choice, x_BD: jax.Array, class_B: jax.Array,
-    alphas_A: jax.Array, k: int, config: SteerConfig,
-) -> jax.Array:  # fmt: skip
-    """x' for every alpha, [A, B, D].
+def steered_residual(
+    one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, k: int, config: SteerConfig
+) -> jax.Array:
+    """x' [B, D].
 
     delta: x' = x + decode(z') - decode(z), so that alpha 0 gives x bit for bit; replace: x' = decode(z').
 
     Args:
-      s_F: each latent's mean activation where it fires.
-      choice: the latents and weights of each class.
       class_B: the class by which each image is steered.
+      alpha: one for all images, or [B].
     """
-    z_BF = encode(sae, centre(scaling, x_BD), k)
-    latents_BS, w_BS = jnp.asarray(choice.latents)[class_B], jnp.asarray(choice.weights)[class_B]
+    z_BF = encode(one.sae, centre(one.scaling, x_BD), k)
+    latents_BS, w_BS = jnp.asarray(one.choice.latents)[class_B], jnp.asarray(one.choice.weights)[class_B]
     z_BS = jnp.take_along_axis(z_BF, latents_BS, axis=1)
-    rows_BSD = sae.W_d[latents_BS] / scaling.scale
-    base_BD = x_BD if config.form == "delta" else uncentre(scaling, decode(sae, z_BF))
-
-    def at(alpha: jax.Array) -> jax.Array:
-        change_BS = steered_latents(z_BS, jnp.asarray(s_F)[latents_BS], w_BS, alpha, config.mode) - z_BS
-        return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
-
-    return jax.vmap(at)(alphas_A)
+    rows_BSD = one.sae.W_d[latents_BS] / one.scaling.scale
+    base_BD = x_BD if config.form == "delta" else uncentre(one.scaling, decode(one.sae, z_BF))
+    s_BS = jnp.asarray(one.strength)[latents_BS]
+    change_BS = steered_latents(z_BS, s_BS, w_BS, jnp.reshape(alpha, (-1, 1)), config.mode) - z_BS
+    return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
 
 
 def suffix(
@@ -103,120 +101,125 @@ def suffix(
     return model.apply(params, method=run)
 
 
-def pattern_logits(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patterns_P: jax.Array) -> jax.Array:
-    """[P, B, C] logits that follow when `layer` runs each pattern's heads, whatever its gate says.
+class GateProgram:
+    """The patterns that a layer's steered gates choose, as the model itself computes them; compiled once.
 
-    In the last layer only the CLS query is needed, and attention does not depend on the gates: the heads are computed
-    once, and each pattern costs a projection and an MLP of one token.
+    The residual is made and the gate reads it, for any mode, form and gate. One alpha at a time, not as a vmap: with
+    the shapes that the plain model has, so that a logit at 0 is rounded as it is there.
     """
-    count, heads, last = x_BTD.shape[0], model.model.heads, layer == model.model.depth - 1
 
-    def run(m: ViT) -> jax.Array:
-        parts = m.last_heads(x_BTD) if last else None
+    def __init__(self, model: ViT, params: Any, config: Config) -> None:
+        layer, k, steer = config.sae_layer, config.sae.k, config.steer
+        self._chunk = steer.chunk
 
-        def logits(pattern: jax.Array) -> jax.Array:
-            g_BH = jnp.broadcast_to((pattern >> jnp.arange(heads)) & 1, (count, heads)).astype(jnp.float32)
-            if parts is not None:
-                return m.last_finish(x_BTD[:, :1], *parts, g_BH)
-            return m.classify(m.blocks(x_BTD, layer, gates={layer: g_BH})[0][:, 0])
+        def pattern(params: Any, one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array) -> jax.Array:
+            steered_BD = steered_residual(one, x_BD, class_B, alpha, k, steer)
+            return pattern_of(model.apply(params, steered_BD, layer, method="gate_logits"))
 
-        return jax.lax.map(logits, patterns_P)
-
-    return model.apply(params, method=run)
-
-
-class Prefix(NamedTuple):
-    """A split up to the steered layer, and all that its gates can lead to."""
-
-    x: np.ndarray  # [N, D] float32 CLS residual that enters the layer
-    gate_logits: np.ndarray  # [N, H] float32, unsteered
-    pattern: np.ndarray  # [N] int32, the unsteered gates
-    table: np.ndarray  # [N, P] int32, the prediction under each pattern
-
-    @property
-    def prediction(self) -> np.ndarray:
-        """[N] the unsteered model's."""
-        return np.take_along_axis(self.table, self.pattern[:, None], axis=1)[:, 0]
-
-
-def pattern_table(model: ViT, params: Any, split: Split, config: Config, what: str) -> Prefix:
-    """One pass over a split: the residual at the steered layer, its gates, and the answer under all 2^H patterns."""
-    layer, patterns_P = config.sae_layer, jnp.arange(2**config.model.heads)
-
-    @jax.jit
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        x_BTD, _ = model.apply(
-            params, preprocess(images, config.data),
-            method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
-        )  # fmt: skip
-        m_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits")
-        predictions_PB = jnp.argmax(pattern_logits(model, params, x_BTD, layer, patterns_P), axis=-1)
-        return x_BTD[:, 0], m_BH, pattern_of(m_BH > 0), predictions_PB.T.astype(jnp.int32)
-
-    return Prefix(*over_split(functools.partial(run, params), split, config.steer.chunk, what))
-
-
-class Sweep:
-    """Steering of one split: compiled once, then called for every seed, strategy and way to name the class."""
-
-    def __init__(self, model: ViT, params: Any, split: Split, prefix: Prefix, config: Config) -> None:
-        self._params, self._split, self._prefix, self._config = params, split, prefix, config
-        layer, steer = config.sae_layer, config.steer
-        self._chunks = padded_chunks(len(split.labels), steer.chunk)
-        self._alphas = jnp.asarray(alpha_grid(steer), jnp.float32)
-
-        def steered(sae: SAE, scaling: Scaling, s_F: Any, choice: Choice, x_BD: Any, class_B: Any) -> jax.Array:
-            return steered_residuals(sae, scaling, s_F, choice, x_BD, class_B, self._alphas, config.sae.k, steer)
-
-        @jax.jit
-        def policy(params: Any, *args: Any) -> jax.Array:
-            steered_ABD = steered(*args)
-            gate = jax.vmap(lambda x_BD: model.apply(params, x_BD, layer, method="gate_logits"))
-            return pattern_of(gate(steered_ABD) > 0)
-
-        @jax.jit
-        def residual(params: Any, images: jax.Array, *args: Any) -> tuple[jax.Array, jax.Array]:
-            x_BTD, _ = model.apply(
-                params, preprocess(images, config.data),
-                method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
-            )  # fmt: skip
-
-            def one(steered_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
-                logits_BC, gates_BH = suffix(model, params, x_BTD, steered_BD, layer, "residual")
-                return pattern_of(gates_BH), jnp.argmax(logits_BC, axis=-1).astype(jnp.int32)
-
-            return jax.lax.map(one, steered(*args))
-
-        self._policy, self._residual = policy, residual
+        self._one_each = jax.jit(pattern)
+        self._all = jax.jit(
+            lambda *given: jax.lax.map(lambda alpha: pattern(*given[:-1], jnp.full(len(given[2]), alpha)), given[-1])
+        )
+        self._params = params
 
     def __call__(
-        self, sae: SAE, scaling: Scaling, strength_F: np.ndarray, choice: Choice, class_N: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Every alpha for one choice of latents.
-
-        Args:
-          class_N: the class by which each image is steered.
-
-        Returns:
-          [A, N] uint16 gate patterns and [A, N] int32 predictions.
-        """
-        patterns, predictions = [], []
-        for indices in self._chunks:
-            x_BD, class_B = self._prefix.x[indices], class_N[indices]
-            if self._config.steer.target == "policy":
-                pattern_AB = np.asarray(self._policy(self._params, sae, scaling, strength_F, choice, x_BD, class_B))
-                prediction_AB = self._prefix.table[indices[None, :], pattern_AB]
-            else:
-                images = gather(self._split.images, indices)
-                pattern_AB, prediction_AB = jax.device_get(
-                    self._residual(self._params, images, sae, scaling, strength_F, choice, x_BD, class_B)
-                )
-            patterns.append(pattern_AB.astype(np.uint16))
-            predictions.append(prediction_AB)
-        count = len(class_N)
-        return np.concatenate(patterns, axis=1)[:, :count], np.concatenate(predictions, axis=1)[:, :count]
+        self, one: Steering, x_RD: np.ndarray, class_R: np.ndarray, alphas: np.ndarray, *, each: bool = False
+    ) -> np.ndarray:
+        """[A, R] int32 patterns of every row under every alpha; with `each`, [R]: row r under alphas[r]."""
+        found, count, alphas = [], len(x_RD), np.asarray(alphas, np.float32)
+        if not count:
+            return np.zeros((0,) if each else (len(alphas), 0), np.int32)
+        size = self._chunk  # always the same, so that there is one program
+        for begin in range(0, count, size):
+            rows = np.minimum(np.arange(begin, begin + size), count - 1)
+            run, alpha = (self._one_each, alphas[rows]) if each else (self._all, alphas)
+            found.append(np.asarray(run(self._params, one, x_RD[rows], class_R[rows], alpha)))
+        return np.concatenate(found, axis=-1)[..., :count]
 
 
-def alpha_grid(config: SteerConfig) -> np.ndarray:
-    """[A] float64, sorted, with 0: the unsteered model is part of every sweep."""
-    return np.unique(np.array([0.0, *config.alphas]))
+def run_suffix(
+    model: ViT, params: Any, split: Split, settings: Sequence[tuple[Mapping[int, Steering], np.ndarray]],
+    alphas: np.ndarray, config: Config, chunk: int, what: str,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Every setting and alpha by the layers from the first steered one on; those before it run once for an image.
+
+    Alphas are a vmap, as many at once as fit config.steer.memory.
+
+    Args:
+      settings: the steered layers, the same ones in each, and the class [N] by which each image is steered.
+      chunk: images of a device in one call, at most.
+
+    Returns:
+      [V, A, N, L, H] bool gates of the steered layers, and [V, A, N] int32 predictions, of V settings.
+
+    Raises:
+      HeadSteerError: the memory budget is too small for one image under one alpha.
+    """
+    layers, count = sorted(settings[0][0]), len(split.labels)
+    tokens = model.positions_count + model.model.registers
+
+    def before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return (
+            model.apply(
+                params, preprocess(images, config.data),
+                method=lambda m, images: m.blocks(m.embed(images), 0, stop=layers[0])[0],
+            ),
+        )  # fmt: skip
+
+    def after(
+        params: Any, steered: Mapping[int, Steering], alphas_A: jax.Array, x_BTD: jax.Array, class_B: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def change(x_BD: jax.Array, one: Steering) -> jax.Array:
+                return steered_residual(one, x_BD, class_B, alpha, config.sae.k, config.steer)
+
+            changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
+            whole = config.steer.target == "residual"
+
+            def rest(m: ViT) -> tuple[jax.Array, Any]:
+                last_BTD, out = m.blocks(x_BTD, layers[0], gate_input=changes, steer_residual=whole)
+                return answer(m.classify(last_BTD[:, 0])), out["gates"]
+
+            prediction_B, gates = model.apply(params, method=rest)
+            return stack_gates({layer: gates[layer] for layer in layers}) > 0, prediction_B
+
+        return jax.vmap(at, out_axes=1)(alphas_A)
+
+    size, params = min(chunk, count), replicated(params)
+    program = per_image(after, size, arrays=2, fixed=3).run
+    while True:  # as many alphas at once as fit; where not even one does, fewer images
+        images = size * jax.device_count()
+
+        def compile_for(at_once: int, images: int = images) -> Any:
+            x_BTD = jax.ShapeDtypeStruct((images, tokens, config.model.width), jnp.float32, sharding=dealt())
+            class_B = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=dealt())
+            return program.lower(  # type: ignore[attr-defined]
+                params, replicated(settings[0][0]), replicated(np.zeros(at_once, np.float32)), x_BTD, class_B
+            ).compile()
+
+        found = largest(compile_for, len(alphas), config.steer.memory)
+        if found.size:
+            break
+        if size == 1:
+            raise too_small(found, config.steer.memory, "one image under one alpha")
+        size = max(1, size // 2)
+    prefix = per_image(before, size).run
+    shape = (len(settings), len(alphas), count)
+    gates = np.zeros((*shape, len(layers), config.model.heads), bool)
+    predictions = np.zeros(shape, np.int32)
+    steered_V = [replicated(steered) for steered, _ in settings]
+    with progress(len(settings) * count, what, "image") as bar:
+        for indices in padded_chunks(count, size, jax.device_count()):
+            (x_BTD,) = prefix(params, gather(split.images, indices))
+            kept = min(len(indices), count - indices[0])
+            for v, (_, class_N) in enumerate(settings):
+                class_B = jax.device_put(class_N[indices].astype(np.int32), dealt())
+                for begin in range(0, len(alphas), found.size):
+                    which = np.minimum(np.arange(begin, begin + found.size), len(alphas) - 1)
+                    alphas_A = replicated(np.asarray(alphas, np.float32)[which])
+                    parts = jax.device_get(found.run(params, steered_V[v], alphas_A, x_BTD, class_B))
+                    here = slice(indices[0], indices[0] + kept)
+                    gates[v, which, here] = np.moveaxis(parts[0][:kept], 1, 0)
+                    predictions[v, which, here] = parts[1][:kept].T
+                bar.update(kept)
+    return gates, predictions

@@ -3,11 +3,13 @@
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, R resamplings.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from headsteer_jax.config import Config
+from headsteer_jax.flips import Steps, best_alpha, least_alpha, unpacked
 from headsteer_jax.stats import (
     accuracy_at_usage,
     benjamini_hochberg,
@@ -20,7 +22,7 @@ from headsteer_jax.stats import (
     interval,
     mcnemar,
 )
-from headsteer_jax.steer import gates_of
+from headsteer_jax.table import gates_of
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,13 +67,18 @@ def _pair(values: np.ndarray) -> list[float]:
     return [float(value) for value in values]
 
 
-def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
+def summarise(
+    arrays: Arrays, config: Config, steps: Mapping[str, Mapping[str, Steps]] | None = None
+) -> tuple[dict[str, Any], Arrays]:
     """Headline numbers of the sweep.
 
+    Args:
+      steps: split -> strategy -> accuracy and usage as exact functions of alpha; None or empty where they are not.
+
     Returns:
-      `last_layer`, `overlap`, `steering`, `classes` and `claims` of summary.json, and further arrays for sweep.npz:
-      `chosen` [G, Y] and `class_chosen` [G, Y, C], the indices of the alphas chosen on validation; `usage`, `accuracy`
-      [G, Y, A] and their intervals [2, G, Y, A] on test.
+      `last_layer`, `overlap`, `steering`, `classes` and `claims` of summary.json, and further arrays for sweep.nc:
+      `chosen` [G, Y] and `class_chosen` [G, Y, C], the indices of the alphas chosen on validation; on test `usage`,
+      `accuracy` [G, Y, A], their intervals [2, G, Y, A], `class_usage`, `class_accuracy` [G, Y, A, C].
     """
     steer = config.steer
     names, alphas = [str(name) for name in arrays["strategies"]], arrays["alphas"]
@@ -90,18 +97,18 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
     )  # [G, Y, C]
 
     # scored on test
-    before_pattern = arrays["test_pattern"]
-    before_right = (
-        np.take_along_axis(arrays["test_table"], before_pattern[:, None].astype(np.int64), axis=1)[:, 0] == labels
-    )
-    used_of = gates_of(np.arange(2**heads), heads).mean(axis=1).astype(np.float32)  # [P]
-    right = np.moveaxis(arrays["test_steered_prediction"] == labels, 1, 0)  # [S, G, Y, A, N]
-    used = used_of[np.moveaxis(arrays["test_steered_pattern"], 1, 0)]
+    before_right = arrays["test_prediction"] == labels
+    before_used = gates_of(arrays["test_pattern"], heads).sum(axis=1)
     weights = bootstrap_weights(labels, steer.bootstrap, rng)
-    seeds_rng = rng.integers(2**32)  # usage and accuracy draw the same seeds
-    usage_R = bootstrap_means(used, weights, np.random.default_rng(seeds_rng))  # [R, G, Y, A]
-    accuracy_R = bootstrap_means(right, weights, np.random.default_rng(seeds_rng))
-    before_usage_R = (weights @ used_of[before_pattern]) / len(labels)
+    seeds, seeds_rng = arrays["test_right"].shape[1], rng.integers(2**32)  # usage and accuracy draw the same seeds
+    usage_R, accuracy_R = (
+        bootstrap_means(values, seeds, weights, np.random.default_rng(seeds_rng))  # [R, G, Y, A]
+        for values in (
+            lambda seed: unpacked(arrays["test_gates"][:, seed], len(labels)).sum(axis=-2, dtype=np.uint8) / heads,
+            lambda seed: unpacked(arrays["test_right"][:, seed], len(labels)),
+        )
+    )
+    before_usage_R = (weights @ before_used.astype(np.float32)) / (len(labels) * heads)
     before_accuracy_R = (weights @ before_right.astype(np.float32)) / len(labels)
     usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "test"))
     usage_ci, accuracy_ci = interval(usage_R, steer.confidence), interval(accuracy_R, steer.confidence)
@@ -138,9 +145,11 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
         arrays["validation_labels"],
         arrays["test_table"],
         labels,
-        _unsteered_prediction(arrays, "validation"),
+        arrays["validation_prediction"],
+        arrays["subset"],
         classes,
         heads,
+        arrays.get("related"),
     )
     steering: dict[str, Any] = {
         "unsteered": {
@@ -166,7 +175,7 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
     summary: dict[str, Any] = {
         "gated_accuracy": steering["unsteered"]["accuracy"],
         "last_layer": {"usage": steering["unsteered"]["usage"], "layer": config.sae_layer}
-        | {name: value for name, value in control.items() if name != "class_patterns"},
+        | {name: value for name, value in control.items() if not name.endswith("patterns")},
         "steering": steering,
         "overlap": _overlaps(arrays, config, rng),
     }
@@ -188,17 +197,77 @@ def summarise(arrays: Arrays, config: Config) -> tuple[dict[str, Any], Arrays]:
             summary, names, alphas, zero, usage, accuracy, usage_R, accuracy_R, before_usage_R, chosen,
             validation_usage, config,
         )  # fmt: skip
+    _against_oracle(
+        steering, names, arrays, alphas, control["size_patterns"], usage, accuracy, usage_R, accuracy_R, weights, config
+    )
     extra = {
         "chosen": chosen, "class_chosen": class_chosen, "usage": usage, "accuracy": accuracy,
         "usage_ci": usage_ci, "accuracy_ci": accuracy_ci, "oracle_patterns": control["class_patterns"],
+        "class_usage": class_usage, "class_accuracy": class_accuracy,
     }  # fmt: skip
+    if steps:
+        for name in names:
+            steering[name]["exact"] = _exact(steps["validation"][name], steps["test"][name], floor, config)
+        extra |= _exact_curves(alphas, [steps["test"][name] for name in names])
     return summary, extra
 
 
-def _unsteered_prediction(arrays: Arrays, split: str) -> np.ndarray:
-    """[N] what the unsteered model answers."""
-    pattern = arrays[f"{split}_pattern"][:, None].astype(np.int64)
-    return np.take_along_axis(arrays[f"{split}_table"], pattern, axis=1)[:, 0]
+def _exact(validation: Steps, test: Steps, floor: float, config: Config) -> dict[str, Any]:
+    """Alphas chosen on validation among all there are, scored on test: the best one, and those for wanted usages.
+
+    Args:
+      floor: validation accuracy that the best alpha keeps.
+    """
+
+    def scored(alpha: float | None) -> dict[str, Any]:
+        if alpha is None:
+            return {"alpha": None, "usage": None, "accuracy": None}
+        at = test.at(alpha)
+        return {"alpha": alpha, "usage": float(test.usage[at]), "accuracy": float(test.accuracy[at])}
+
+    return scored(best_alpha(validation, floor)) | {
+        "steps": len(test.alpha),
+        "for_usage": [{"wanted": u} | scored(least_alpha(validation, u)) for u in config.steer.wanted_usage],
+    }
+
+
+def _exact_curves(alphas: np.ndarray, steps: Sequence[Steps], points: int = 501) -> Arrays:
+    """The exact functions at many alphas over the grid's range, dense around 0: for plots."""
+    unit = np.abs(alphas[alphas != 0]).min() if len(alphas) > 1 else 1.0
+    dense = unit * np.sinh(np.linspace(np.arcsinh(alphas[0] / unit), np.arcsinh(alphas[-1] / unit), points))
+    return {
+        "exact_alphas": dense,
+        "exact_usage": np.stack([one.usage[one.at(dense)] for one in steps]),
+        "exact_accuracy": np.stack([one.accuracy[one.at(dense)] for one in steps]),
+    }
+
+
+def _against_oracle(
+    steering: dict[str, Any], names: list[str], arrays: Arrays, alphas: np.ndarray, patterns_KC: np.ndarray,
+    usage: np.ndarray, accuracy: np.ndarray, usage_R: np.ndarray, accuracy_R: np.ndarray, weights: np.ndarray,
+    config: Config,
+) -> None:  # fmt: skip
+    """Every strategy's front against the best subset of each class, at each number of heads: `oracle` of its entry.
+
+    Args:
+      patterns_KC: the oracle's subsets of each size and class, chosen on validation.
+    """
+    labels, rising = arrays["test_labels"], alphas >= 0
+    place_KN = np.searchsorted(arrays["subset"], patterns_KC[:, labels])
+    right_KN = np.take_along_axis(arrays["test_table"].T, place_KN, axis=0) == labels
+    oracle_R = (weights @ right_KN.T.astype(np.float32)) / len(labels)
+    levels = np.arange(len(patterns_KC)) / (len(patterns_KC) - 1)
+    for g, name in enumerate(names):
+        reached = front(usage[g, 0, rising], accuracy[g, 0, rising], levels)
+        difference_R = front(usage_R[:, g, 0, rising], accuracy_R[:, g, 0, rising], levels) - oracle_R
+        tail = (1 - config.steer.confidence) / 2
+        steering[name]["against_oracle"] = [
+            {
+                "usage": float(levels[k]), "front": float(reached[k]), "oracle": float(right_KN[k].mean()),
+                "difference_ci": _pair(np.nanquantile(difference_R[:, k], [tail, 1 - tail])),
+            }
+            for k in np.flatnonzero(np.isfinite(reached))
+        ]  # fmt: skip
 
 
 def _by_relation(pairs: np.ndarray, related: np.ndarray, config: Config, rng: np.random.Generator) -> dict[str, Any]:
@@ -336,10 +405,9 @@ def _class_table(
     adjusted[count > 0] = benjamini_hochberg(p[count > 0])
     saved = saved_classes(usage[g, 0, a], accuracy[g, 0, a], before, count, config.steer.saving)
     heads = arrays["test_heads_on"].shape[-1]
-    used_P = gates_of(np.arange(2**heads), heads).sum(axis=1)
-    heads_before = used_P[arrays["test_pattern"]]
-    heads_after = used_P[arrays["test_steered_pattern"][g, :, 0, a]].mean(axis=0)
     labels = arrays["test_labels"]
+    heads_before = gates_of(arrays["test_pattern"], heads).sum(axis=1)
+    heads_after = unpacked(arrays["test_gates"][g, :, 0, a], len(labels)).sum(axis=1).mean(axis=0)
     p_usage = np.array([fewer(heads_before[labels == c], heads_after[labels == c]) for c in range(len(count))])
     adjusted_usage = np.ones(len(p))
     adjusted_usage[count > 0] = benjamini_hochberg(p_usage[count > 0])

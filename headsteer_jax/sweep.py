@@ -1,25 +1,89 @@
-"""The steering experiment: every strategy, seed and alpha on the validation and the test split, as arrays of counts.
+"""The steering experiment: every strategy, seed and alpha on the validation and the test split, as counts and bits.
 
-Latents are chosen on the training split. Nothing is chosen here: `summary` does, on validation alone.
-Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, H heads, F latents.
+Latents are chosen on the training split. Nothing is chosen here: `summary` does, on validation alone. How a setting's
+gates and answers are found is decided by `way`, and said.
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, R rows (an image with the class that steers
+it), C classes, H heads, F latents.
 """
 
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse import csr_array
 
-from headsteer_jax.config import Config, HeadSteerError
+from headsteer_jax.activations import Program
+from headsteer_jax.config import MOST_HEADS, Config, HeadSteerError, SteerConfig
 from headsteer_jax.data import Dataset, Split, check_classes
-from headsteer_jax.latents import Choice, LatentStatistics, Outcomes, overlap, statistics, strategy
-from headsteer_jax.progress import progress
+from headsteer_jax.flips import (
+    Answers,
+    Flips,
+    GateEffect,
+    Rows,
+    Steps,
+    Tally,
+    exact_steps,
+    find_flips,
+    gate_effect,
+    is_affine,
+    look_up,
+    on_grid,
+    packed,
+    tally_of,
+)
+from headsteer_jax.latents import (
+    Choice,
+    LatentStatistics,
+    Outcomes,
+    Strategy,
+    gate_aligned,
+    overlap,
+    statistics,
+    strategy,
+)
+from headsteer_jax.progress import progress, say
 from headsteer_jax.sae import SAE, Scaling, encode_all
 from headsteer_jax.stats import class_counts
-from headsteer_jax.steer import Prefix, Sweep, alpha_grid, gates_of, pattern_table
+from headsteer_jax.steer import GateProgram, Steering, run_suffix
+from headsteer_jax.table import Table, fill_table, gates_of, listed_patterns, table_program
 from headsteer_jax.vit import ViT
 
 NAMED_BY = ("true", "predicted")  # the class that steers an image: its label, or what the unsteered model says
+Arrays = dict[str, np.ndarray]
+Way = Literal["flips", "gates", "suffix"]
+
+
+def way(config: Config) -> Way:
+    """How settings are evaluated: the cheapest way that is exact for this config.
+
+    flips: the gates' flips in closed form, answers from the table; gates: the steered residual goes through the gate
+    for every alpha, answers from the table; suffix: the layers from the steered one on run for every setting.
+    """
+    if config.steer.target == "residual" or config.model.heads > MOST_HEADS:
+        return "suffix"
+    return "flips" if is_affine(config.steer, config.gate.layer_norm) else "gates"
+
+
+def why(config: Config) -> str:
+    """The way that was chosen, for the log."""
+    heads, steer = config.model.heads, config.steer
+    if way(config) == "suffix":
+        reason = "target is residual" if steer.target == "residual" else f"{heads} heads are too many for a table"
+        return f"sweep: the layers from {config.sae_layer} on run for every setting, as {reason}"
+    table = f"sweep: one pass, then look-ups among 2^{heads} = {2**heads} gate patterns"
+    if way(config) == "flips":
+        return f"{table}; exact in alpha"
+    reason = "the gate has a LayerNorm" if config.gate.layer_norm else f"{steer.mode} in {steer.form} form"
+    return f"{table}; the gate is computed for every alpha ({reason})"
+
+
+def alpha_grid(config: SteerConfig) -> np.ndarray:
+    """[A] float64, sorted, with 0: the unsteered model is part of every sweep."""
+    return np.unique(np.array([0.0, *config.alphas]))
 
 
 def check_names(config: Config, class_names: tuple[str, ...]) -> None:
@@ -52,15 +116,15 @@ def _top_images(z_NF: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return top_KF.T.astype(np.int32), np.take_along_axis(z_NF, top_KF, axis=0).T
 
 
-def _counts(split: str, prefix: Prefix, labels: np.ndarray, classes: int, heads: int) -> dict[str, np.ndarray]:
-    right = prefix.prediction == labels
+def _unsteered(split: str, table: Table, labels: np.ndarray, classes: int, heads: int) -> Arrays:
     return {
         f"{split}_labels": labels.astype(np.int32),
         f"{split}_count": np.bincount(labels, minlength=classes),
-        f"{split}_pattern": prefix.pattern.astype(np.uint16),
-        f"{split}_table": prefix.table.astype(np.int16),
-        f"{split}_unsteered_correct": class_counts(right, labels, classes),
-        f"{split}_unsteered_heads_on": class_counts(gates_of(prefix.pattern, heads).T, labels, classes).T,
+        f"{split}_pattern": table.pattern,
+        f"{split}_prediction": table.prediction,
+        f"{split}_table": table.answers,
+        f"{split}_unsteered_correct": class_counts(table.prediction == labels, labels, classes),
+        f"{split}_unsteered_heads_on": class_counts(gates_of(table.pattern, heads).T, labels, classes).T,
     }
 
 
@@ -78,6 +142,8 @@ def _without_fold(stats: LatentStatistics, fold_N: np.ndarray, fold: int) -> Lat
 
     So alpha is chosen on images that did not choose the latents.
     """
+    if not stats.outcomes:
+        return stats
     train, validation = stats.outcomes
     return stats._replace(outcomes=(train, Outcomes(*(field[fold_N != fold] for field in validation))))
 
@@ -95,122 +161,275 @@ def check_validation(split: Split, config: Config, class_names: tuple[str, ...])
             )
 
 
-def _outcomes(
-    config: Config, dataset: Dataset, model: ViT, params: Any, prefix: Prefix, validation: Split
-) -> tuple[Outcomes, Outcomes]:
+def _evidence(
+    config: Config, wanted: bool, dataset: Dataset, program: Program, params: Any, table: Table, validation: Split
+) -> tuple[Outcomes, ...]:
     """What gate_aligned looks at: steer.evidence training images of each class, and the validation split.
 
-    The training images are looked at only where the strategy is asked for.
+    The training images are looked at only where it is wanted; with more heads than a table holds there is nothing.
     """
-    labels = dataset.train.labels
-    aligned = "gate_aligned" in config.steer.strategies
-    some = np.concatenate(
-        [
-            np.flatnonzero(labels == label)[: config.steer.evidence * aligned]
-            for label in range(len(dataset.class_names))
-        ]
-    )
+    labels, heads = dataset.train.labels, config.model.heads
+    if heads > MOST_HEADS:
+        return ()
+    count = config.steer.evidence * wanted
+    some = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(dataset.class_names))])
     split = Split(dataset.train.images[some], labels[some])
-    heads = config.model.heads
     if len(some):
-        seen = pattern_table(model, params, split, config, f"train: all {2**heads} gate patterns")
-        logits, right = seen.gate_logits, seen.table == split.labels[:, None]
+        seen = fill_table(program, params, split, config, "train: every gate pattern")
+        logits, right = seen.gate_logits, seen.answers == split.labels[:, None]
     else:
         logits, right = np.zeros((0, heads), np.float32), np.zeros((0, 2**heads), bool)
     return (
         Outcomes(split.labels, logits, right),
-        Outcomes(validation.labels, prefix.gate_logits, prefix.table == validation.labels[:, None]),
+        Outcomes(validation.labels, table.gate_logits, table.answers == validation.labels[:, None]),
     )
 
 
+class Job(NamedTuple):
+    """One split and everything that steers it."""
+
+    name: str  # of the split
+    split: Split
+    table: Table
+    rows: Rows  # each image by its label, then by its predicted class where that is another one
+    used: tuple[np.ndarray, np.ndarray]  # [R] bool: the rows of each way to name the class, one for each image
+    steered: list[list[Steering]]  # [S][G]
+
+    def class_of(self, y: int) -> np.ndarray:
+        """[N] what steers each image, as a row of the choices."""
+        used = np.flatnonzero(self.used[y])
+        steered_by = np.empty(len(self.split.labels), np.int64)
+        steered_by[self.rows.image[used]] = self.rows.steered_by[used]
+        return steered_by
+
+    @property
+    def answers(self) -> Answers:
+        labels = self.split.labels
+        return Answers(labels, self.table.pattern.astype(np.int64), self.table.answers == labels[:, None])
+
+
+def make_job(
+    name: str, split: Split, table: Table, steered: list[list[Steering]], offset: np.ndarray | int, size_NH: np.ndarray
+) -> Job:
+    """
+    Args:
+      offset: added to each image's class: the row of the choices that steers it.
+      size_NH: |x| |W| + |b|.
+    """
+    count, labels = len(split.labels), split.labels
+    other = np.flatnonzero(table.prediction != labels)
+    image = np.concatenate([np.arange(count), other])
+    steered_by = np.concatenate([labels, table.prediction[other]]) + np.broadcast_to(offset, count)[image]
+    true = np.arange(len(image)) < count
+    predicted = ~true
+    predicted[:count] = table.prediction == labels
+    none = np.zeros(0, np.int64)
+    rows = Rows(image, steered_by, table.gate_logits[image], size_NH[image], (none, none, none))
+    return Job(name, split, table, rows, (true, predicted), steered)
+
+
+def active_latents(
+    sae: SAE, scaling: Scaling, x_ND: np.ndarray, image: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, latent and activation wherever a latent is active in one of the rows; rows ascend."""
+    z_RF = csr_array(encode_all(sae, scaling, x_ND, k, chunk=1000))[image]
+    return np.repeat(np.arange(len(image)), np.diff(z_RF.indptr)), z_RF.indices, z_RF.data
+
+
+Swept = Iterator[tuple[int, int, list[Tally], Flips | None]]  # seed, strategy, a tally for each way to name the class
+
+
+def by_flips(
+    job: Job, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], k: int, classes: int
+) -> Swept:
+    """Every setting from the closed form; what lies within float32's rounding is decided by the model itself."""
+    answers = job.answers
+    rows = [
+        job.rows._replace(active=active_latents(row[0].sae, row[0].scaling, job.table.x, job.rows.image, k))
+        for row in job.steered
+    ]
+
+    def one(place: tuple[int, int]) -> tuple[list[Tally], Flips]:
+        s, g = place
+        steering = job.steered[s][g]
+        flips = find_flips(rows[s], steering.choice, steering.strength, effects[s])
+        grid = on_grid(flips, alphas)
+        decided = program(
+            steering, job.table.x[job.rows.image[grid.unsure_row]], job.rows.steered_by[grid.unsure_row],
+            alphas[grid.unsure_place], each=True,
+        )  # fmt: skip
+        return [look_up(grid, decided, rows[s], used, answers, alphas, classes) for used in job.used], flips
+
+    places = list(np.ndindex(len(job.steered), len(job.steered[0])))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for (s, g), (tallies, flips) in zip(places, threads.map(one, places), strict=True):
+            yield s, g, tallies, flips
+
+
+def by_gates(job: Job, alphas: np.ndarray, program: GateProgram, classes: int) -> Swept:
+    """Every setting by the gate itself, and the table."""
+    heads, labels, rows = job.rows.gate_logits.shape[1], job.split.labels, job.rows
+    was = job.table.prediction == labels
+    for s, row in enumerate(job.steered):
+        for g, steering in enumerate(row):
+            pattern_AR = program(steering, job.table.x[rows.image], rows.steered_by, alphas)
+            tallies = []
+            for used in job.used:
+                own = np.flatnonzero(used)
+                own = own[np.argsort(rows.image[own])]
+                right_AN = job.table.answers[rows.image[own], pattern_AR[:, own]] == labels
+                tallies.append(tally_of(gates_of(pattern_AR[:, own], heads), right_AN, was, labels, classes))
+            yield s, g, tallies, None
+
+
+def by_suffix(job: Job, alphas: np.ndarray, model: ViT, params: Any, config: Config, classes: int) -> Swept:
+    """Every setting by the layers from the steered one on."""
+    labels, was = job.split.labels, job.table.prediction == job.split.labels
+    by_class = [job.class_of(y) for y in range(len(NAMED_BY))]
+    strategies = range(len(job.steered[0]))
+    widths = {g: job.steered[0][g].choice.latents.shape[1] for g in strategies}
+    for width in sorted(set(widths.values())):  # programs differ by the number of latents
+        own = [(s, g) for s in range(len(job.steered)) for g in strategies if widths[g] == width]
+        settings = [({config.sae_layer: job.steered[s][g]}, by_class[y]) for s, g in own for y in range(len(NAMED_BY))]
+        gates, predictions = run_suffix(
+            model, params, job.split, settings, alphas, config, config.steer.chunk, f"{job.name}: every setting"
+        )
+        for number, (s, g) in enumerate(own):
+            tallies = []
+            for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY)):
+                tallies.append(tally_of(gates[v, :, :, 0], predictions[v] == labels, was, labels, classes))
+            yield s, g, tallies, None
+
+
 def run_sweep(
-    config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAE, scaling: Scaling, x_train: np.ndarray
-) -> dict[str, np.ndarray]:
-    """All arrays of sweep.npz; docs/outputs.md names each.
+    config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAE, scaling: Scaling, x_train: np.ndarray,
+    strategies: Mapping[str, Strategy],
+) -> tuple[Arrays, dict[str, dict[str, Steps]]]:  # fmt: skip
+    """The whole sweep.
 
     Args:
       saes: the autoencoders, leading axis S.
       x_train: [N, D] residuals of the training split.
+      strategies: by the names that they have in the result.
+
+    Returns:
+      The arrays of sweep.nc (docs/outputs.md names each), and, where alpha is exact, for each split and strategy
+      accuracy and usage as functions of it, over all seeds, steered by the label.
     """
-    check_names(config, dataset.class_names)
-    steer, classes, heads = config.steer, len(dataset.class_names), config.model.heads
-    alphas = alpha_grid(steer)
+    steer, classes, heads, how = config.steer, len(dataset.class_names), config.model.heads, way(config)
+    alphas, names = alpha_grid(steer), tuple(strategies)
+    say(why(config))
+    if 0 not in steer.alphas:
+        say("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
     splits = {
         "validation": _scored(dataset.validation, config, dataset.class_names),
         "test": _scored(dataset.test, config, dataset.class_names),
     }
-    arrays: dict[str, np.ndarray] = {
-        "strategies": np.array(steer.strategies),
-        "named_by": np.array(NAMED_BY),
-        "alphas": alphas,
-        "class_names": np.array(dataset.class_names),
-    }
+    arrays: Arrays = {
+        "strategies": np.array(names), "named_by": np.array(NAMED_BY), "alphas": alphas,
+        "class_names": np.array(dataset.class_names), "subset": listed_patterns(config),
+    }  # fmt: skip
     if dataset.related is not None:
         arrays["related"] = dataset.related
-    prefixes, sweeps = {}, {}
+    program = table_program(model, config)
+    tables = {
+        name: fill_table(program, params, split, config, f"{name}: every gate pattern")
+        for name, split in splits.items()
+    }
     for name, split in splits.items():
-        prefixes[name] = pattern_table(model, params, split, config, f"{name}: all {2**heads} gate patterns")
-        sweeps[name] = Sweep(model, params, split, prefixes[name], config)
-        arrays |= _counts(name, prefixes[name], split.labels, classes, heads)
+        arrays |= _unsteered(name, tables[name], split.labels, classes, heads)
 
-    outcomes = _outcomes(config, dataset, model, params, prefixes["validation"], splits["validation"])
-    mean_D = jnp.asarray(scaling.mean)
-    gate_HD = jax.jacobian(lambda x_D: model.apply(params, x_D[None], config.sae_layer, method="gate_logits")[0])(
-        mean_D
-    )
-    choices: list[list[Choice]] = []  # [S][G]
-    crossed: list[list[Choice]] = []  # the same with 2 C rows, for validation
+    aligned = any(one is gate_aligned for one in strategies.values())
+    evidence = _evidence(config, aligned, dataset, program, params, tables["validation"], splits["validation"])
+    gate_DH = _gate_weights(model, params, config, scaling)
     fold_N = _folds(splits["validation"].labels)
-    stats: list[LatentStatistics] = []
+    chosen: list[list[Steering]] = []  # [S][G]
+    crossed: list[list[Steering]] = []  # the same with 2 C rows of choices, for validation
+    effects, frequencies = [], []
     for seed in range(config.sae.seeds):
         sae = seed_of(saes, seed)
         z_NF = encode_all(sae, scaling, x_train, config.sae.k)
         decoder = np.asarray(sae.W_d) / scaling.scale
-        stats.append(statistics(z_NF, dataset.train.labels, classes, decoder, np.asarray(gate_HD).T, outcomes))
-        seen = [stats[-1], *(_without_fold(stats[-1], fold_N, fold) for fold in (0, 1))]
-        choices.append([])
+        stats = statistics(z_NF, dataset.train.labels, classes, decoder, gate_DH, evidence, dataset.class_names)
+        seen = [stats, *(_without_fold(stats, fold_N, fold) for fold in (0, 1))]
+        chosen.append([])
         crossed.append([])
-        for number, name in enumerate(steer.strategies):
+        for number, choose in enumerate(strategies.values()):
             rngs = (np.random.default_rng([config.seed, 3, seed, number]) for _ in seen)
-            choice, *halves = (strategy(name)(one, steer, rng) for one, rng in zip(seen, rngs, strict=True))
-            choices[-1].append(choice)
-            crossed[-1].append(Choice(*(np.concatenate(part) for part in zip(*halves, strict=True))))
+            choice, *halves = (choose(one, steer, rng) for one, rng in zip(seen, rngs, strict=True))
+            both = Choice(*(np.concatenate(part) for part in zip(*halves, strict=True)))
+            chosen[-1].append(Steering(sae, scaling, stats.strength, choice))
+            crossed[-1].append(Steering(sae, scaling, stats.strength, both))
+        effects.append(gate_effect(decoder, gate_DH, max(one.choice.latents.shape[1] for one in chosen[-1])))
+        frequencies.append(stats.frequency)
         if seed == 0:
             arrays["top_images"], arrays["top_activations"] = _top_images(z_NF, config.report.top_images)
-            arrays["class_frequency"] = stats[0].class_frequency.astype(np.float32)
-    arrays["latents"] = np.stack([[c.latents for c in row] for row in choices], axis=1)
-    arrays["weights"] = np.stack([[c.weights for c in row] for row in choices], axis=1)
-    arrays["frequency"] = np.stack([s.frequency for s in stats])
+            arrays["class_frequency"] = stats.class_frequency.astype(np.float32)
+    arrays |= {"frequency": np.stack(frequencies)} | _choices(chosen)
 
-    shape = (len(steer.strategies), config.sae.seeds, len(NAMED_BY), len(alphas))
-    settings = int(np.prod(shape[:3])) * len(splits)
-    with progress(settings, f"sweep of {len(alphas)} alphas", "setting") as bar:
-        for name, split in splits.items():
-            labels, prefix = split.labels, prefixes[name]
-            used, offset = (crossed, classes * fold_N) if name == "validation" else (choices, 0)
-            patterns = np.zeros((*shape, len(labels)), np.uint16)
-            predictions = np.zeros((*shape, len(labels)), np.int16)
-            for g, s, y in np.ndindex(*shape[:3]):
-                steered_by = (labels if y == 0 else prefix.prediction) + offset
-                patterns[g, s, y], predictions[g, s, y] = sweeps[name](
-                    seed_of(saes, s), scaling, stats[s].strength, used[s][g], steered_by
-                )
+    gates = GateProgram(model, params, config)
+    steps: dict[str, dict[str, Steps]] = {}
+    for name, split in splits.items():
+        steered, offset = (crossed, classes * fold_N) if name == "validation" else (chosen, 0)
+        size_NH = np.zeros_like(tables[name].gate_logits)
+        if how == "flips":
+            linear = jax.tree.map(np.asarray, params["params"][f"layers_{config.sae_layer}"]["decide"]["linear"])
+            size_NH = np.abs(tables[name].x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
+        job = make_job(name, split, tables[name], steered, offset, size_NH)
+        if how == "flips":
+            swept = by_flips(job, alphas, gates, effects, config.sae.k, classes)
+        elif how == "gates":
+            swept = by_gates(job, alphas, gates, classes)
+        else:
+            swept = by_suffix(job, alphas, model, params, config, classes)
+        shape = (len(names), config.sae.seeds, len(NAMED_BY))
+        found: Arrays = {}
+        flips: dict[tuple[int, int], Flips] = {}
+        with progress(shape[0] * shape[1], f"{name}: sweep of {len(alphas)} alphas", "setting") as bar:
+            for s, g, tallies, own in swept:
+                for y, tally in enumerate(tallies):
+                    for field, values in tally._asdict().items():
+                        key = f"{name}_{field}"
+                        if key not in found:
+                            found[key] = np.zeros((*shape, *values.shape), values.dtype)
+                        found[key][g, s, y] = values
+                if own is not None:
+                    flips[g, s] = own
                 bar.update(1)
-            right, before = predictions == labels, prefix.prediction == labels
-            arrays |= {
-                f"{name}_steered_pattern": patterns,
-                f"{name}_steered_prediction": predictions,
-                f"{name}_correct": class_counts(right, labels, classes),
-                f"{name}_gained": class_counts(right & ~before, labels, classes),
-                f"{name}_lost": class_counts(~right & before, labels, classes),
-                f"{name}_heads_on": np.stack(
-                    [class_counts((patterns >> head) & 1, labels, classes) for head in range(heads)], axis=-1
-                ),
+        before = packed(tables[name].prediction == split.labels)
+        lost = arrays[f"{name}_unsteered_correct"] + found[f"{name}_gained"] - found[f"{name}_correct"]
+        arrays |= found | {f"{name}_lost": lost, f"{name}_unsteered_right": before}
+        if flips:
+            steps[name] = {
+                one: exact_steps([(flips[g, s], job.rows, job.used[0], job.answers) for s in range(config.sae.seeds)])
+                for g, one in enumerate(names)
             }
-    by_name = {name: arrays["latents"][g] for g, name in enumerate(steer.strategies)}  # [S, C, K]
+    by_name = {one: arrays["latents"][g] for g, one in enumerate(names)}  # [S, C, K]
     if "class" in by_name:
         arrays["overlap_class_class"] = np.stack([overlap(one, one) for one in by_name["class"]])
     if "class" in by_name and "global" in by_name:
         pairs = zip(by_name["global"], by_name["class"], strict=True)
         arrays["overlap_global_class"] = np.stack([overlap(g[:1], c)[0] for g, c in pairs])
-    return arrays
+    return arrays, steps
+
+
+def _gate_weights(model: ViT, params: Any, config: Config, scaling: Scaling) -> np.ndarray:
+    """[D, H] derivative of the gate logits at the mean residual: the gate's weights, unless it has a LayerNorm."""
+    gate = jax.jacobian(lambda x_D: model.apply(params, x_D[None], config.sae_layer, method="gate_logits")[0])
+    return np.asarray(gate(jnp.asarray(scaling.mean))).T
+
+
+def _choices(chosen: list[list[Steering]]) -> Arrays:
+    """latents and weights [G, S, C, most]: strategies that choose fewer latents are filled with -1 and 0."""
+    most = max(one.choice.latents.shape[1] for one in chosen[0])
+    filled: Arrays = {}
+    for part, (name, rest) in enumerate((("latents", -1), ("weights", 0))):
+        rows = [[one.choice[part] for one in row] for row in chosen]
+        filled[name] = np.stack(
+            [
+                np.stack([np.pad(a, ((0, 0), (0, most - a.shape[1])), constant_values=rest) for a in row])
+                for row in rows
+            ],
+            axis=1,
+        )
+    return filled

@@ -63,10 +63,34 @@ class Block(nn.Module):
             y_BQHK = y_BQHK * g_B1H1
             if self.gate.dropped == "identity":
                 y_BQHK = y_BQHK + v_BQHK * (1 - g_B1H1)
-        x_BQD = x_BQD + _rows(self.out, y_BQHK.reshape(x_BQD.shape))
+        return self.feed_forward(x_BQD + _rows(self.out, y_BQHK.reshape(x_BQD.shape)))
+
+    def feed_forward(self, x_BQD: jax.Array) -> jax.Array:
+        """The MLP and what it is added to."""
         gelu = exact_gelu if self.model.gelu == "exact" else nn.gelu
         hidden_BQM = gelu(_rows(self.mlp_in, self.norm2(x_BQD)))
         return x_BQD + _rows(self.mlp_out, hidden_BQM)
+
+    def contributions(self, y_BHK: jax.Array, v_BHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The projection of `finish`, head by head, for one token: what each head adds when it runs.
+
+        Returns:
+          [B, D] what is added whatever runs, but for the bias, and [B, H, D], both float32.
+        """
+        heads = self.model.heads
+        kernel_HKD = self.out.variables["params"]["kernel"].reshape(heads, -1, self.model.width)
+        kernel_HKD = kernel_HKD.astype(y_BHK.dtype).astype(jnp.float32)  # rounded as `finish` rounds it
+        identity = self.gate is not None and self.gate.dropped == "identity"
+        part_BHD, passed_BHD = (
+            jnp.einsum("BHK,HKD->BHD", heads_BHK.astype(jnp.float32), kernel_HKD)
+            for heads_BHK in (y_BHK, v_BHK if identity else jnp.zeros_like(v_BHK))
+        )
+        return passed_BHD.sum(axis=1), part_BHD - passed_BHD
+
+    def finish_sum(self, x_BD: jax.Array, added_BD: jax.Array) -> jax.Array:
+        """`finish` of one token, from a sum of contributions."""
+        bias_D, dtype = self.out.variables["params"]["bias"], jnp.dtype(self.model.dtype)
+        return self.feed_forward((x_BD + (added_BD.astype(dtype) + bias_D.astype(dtype)))[:, None])[:, 0]
 
     def _split(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, H, K]."""
@@ -139,13 +163,14 @@ class ViT(nn.Module):
         """[B, D] -> [B, H]: what layer `layer`'s decision network makes of it."""
         return self.layers[layer].gate_logits(x_BD)
 
-    def last_heads(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The last layer's head outputs and values for the CLS query, [B, 1, H, K] each."""
-        return self.layers[-1].heads(x_BTD, queries=1)
+    def last_contributions(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the last layer's heads add to the CLS residual: [B, D] in any case, [B, H, D] each when it runs."""
+        y_B1HK, v_B1HK = self.layers[-1].heads(x_BTD, queries=1)
+        return self.layers[-1].contributions(y_B1HK[:, 0], v_B1HK[:, 0])
 
-    def last_finish(self, x_B1D: jax.Array, y_B1HK: jax.Array, v_B1HK: jax.Array, g_BH: jax.Array | None) -> jax.Array:
-        """The logits [B, C] that follow when the last layer runs the heads `g_BH`."""
-        return self.classify(self.layers[-1].finish(x_B1D, y_B1HK, v_B1HK, g_BH)[:, 0])
+    def last_logits(self, x_BD: jax.Array, added_BD: jax.Array) -> jax.Array:
+        """The logits [B, C] that follow when the last layer's heads add so much to the CLS residual."""
+        return self.classify(self.layers[-1].finish_sum(x_BD, added_BD))
 
     def blocks(
         self,
@@ -205,6 +230,15 @@ class ViT(nn.Module):
         """Normalised images -> logits [B, C] and everything by layer (see `blocks`, which the keywords go to)."""
         x_BTD, out = self.blocks(self.embed(images_BHWC), 0, **kwargs)
         return self.classify(x_BTD[:, 0]), out
+
+
+def answer(logits_BC: jax.Array) -> jax.Array:
+    """[..., C] -> [...] int32 class of the largest logit; of equals the first.
+
+    The place of the maximum instead of `argmax`, which XLA's CPU compiler makes one scalar loop.
+    """
+    classes = jnp.arange(logits_BC.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(logits_BC == logits_BC.max(axis=-1, keepdims=True), classes, classes[-1]), axis=-1)
 
 
 def build(config: Config, classes: int) -> ViT:

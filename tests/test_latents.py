@@ -13,6 +13,7 @@ from headsteer_jax.latents import (
     LatentStatistics,
     Outcomes,
     overlap,
+    per_class,
     random,
     shift_norm,
     statistics,
@@ -230,3 +231,60 @@ def test_gate_aligned_realises_the_push() -> None:
         push = wanted_push(stats.outcomes, label, config)
         reached = (weights * stats.strength[own]) @ gate[own]
         np.testing.assert_allclose(reached, push, atol=2e-3 * max(np.abs(push).max(), 1))
+
+
+def strongest(stats: LatentStatistics, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """A user's strategy: found by its import path."""
+    latents = np.argsort(-stats.class_frequency[label] * stats.strength)[:3]
+    return latents, stats.strength[latents]
+
+
+def test_a_users_strategy_by_its_import_path() -> None:
+    _, _, stats = made()
+    choice = strategy("test_latents:strongest")(stats, SteerConfig(), np.random.default_rng(0))
+    for label in range(C):
+        worth = (stats.class_frequency[label] * stats.strength).tolist()
+        wanted = sorted(range(F), key=lambda j: -worth[j])[:3]
+        assert choice.latents[label].tolist() == wanted
+        assert choice.weights[label] == pytest.approx(stats.strength[wanted])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("best", r"there is no 'best'; allowed are class, .*, or module:function$"),
+        ("nowhere.at_all:f", "'nowhere.at_all:f' cannot be imported: No module named 'nowhere'"),
+        ("test_latents:missing", "'test_latents:missing' cannot be imported"),
+        ("test_latents:C", "'test_latents:C' is no function"),
+    ],
+)
+def test_strategies_that_do_not_exist(name: str, says: str) -> None:
+    with pytest.raises(HeadSteerError, match=rf"^config\.steer\.strategies: {says}"):
+        strategy(name)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (([0, F], [1, 1]), rf"there is no latent {F}; allowed are 0 to {F - 1}"),
+        (([0, -1], [1, 1]), "there is no latent -1"),
+        (([3, 4, 3], [1, 1, 1]), "latent 3 twice"),
+        (([1, 2], [1, np.nan]), "a weight is nan"),
+        (([1, 2], [1, np.inf]), "a weight is inf"),
+        (([1, 2], [1]), r"latents of shape \(2,\) and weights of shape \(1,\)"),
+        (([[1, 2]], [[1, 1]]), r"latents of shape \(1, 2\)"),
+        (([], []), r"latents of shape \(0,\)"),
+        (([1.5], [1]), "it must return two arrays"),
+        (([1], ["a"]), "it must return two arrays"),
+        (7, "it must return two arrays"),
+        ((1, 2), r"latents of shape \(\)"),
+    ],
+)
+def test_what_a_users_strategy_may_not_return(returned: object, says: str) -> None:
+    _, _, stats = made()
+    stats = stats._replace(class_names=("ant", "bee", "cat", "dog"))
+    function = lambda _, label: returned if label == 2 else ([0], [1])  # noqa: E731
+    if isinstance(returned, tuple) and np.ndim(returned[0]) == 1 and len(returned[0]):
+        function = lambda _, label: returned if label == 2 else (range(len(returned[0])), [1.0] * len(returned[0]))  # noqa: E731
+    with pytest.raises(HeadSteerError, match=rf"^strategy 'mine', class 2 \('cat'\): {says}"):
+        per_class(function, "mine")(stats, SteerConfig(), np.random.default_rng(0))

@@ -12,6 +12,7 @@ from headsteer_jax.config import Config, HeadSteerError, load_config
 from headsteer_jax.data import Split
 from headsteer_jax.latents import Choice
 from headsteer_jax.sae import Scaling
+from headsteer_jax.steer import Steering, run_suffix
 from headsteer_jax.vit import build
 
 CLASSES, K = 7, 4
@@ -27,17 +28,17 @@ def config_of(**steer: object) -> Config:
     )
 
 
-def steering(seed: int) -> layers.Steering:
+def steering(seed: int) -> Steering:
     rng = np.random.default_rng(seed)
     chosen = np.stack([rng.choice(48, 3, replace=False) for _ in range(CLASSES)]).astype(np.int32)
     scaling = Scaling(rng.standard_normal(24).astype(np.float32), np.float32(0.7))
     strength = rng.uniform(0.5, 2, 48).astype(np.float32)
     choice = Choice(chosen, rng.uniform(0.5, 2, chosen.shape).astype(np.float32))
-    return layers.Steering(random_sae(seed, 24, 48), scaling, strength, choice)
+    return Steering(random_sae(seed, 24, 48), scaling, strength, choice)
 
 
 def by_hand(
-    params: object, image: np.ndarray, label: int, steered: dict[int, layers.Steering], alpha: float, config: Config
+    params: object, image: np.ndarray, label: int, steered: dict[int, Steering], alpha: float, config: Config
 ) -> tuple[dict[int, np.ndarray], int]:
     """The model layer by layer: every steered gate reads its own steered residual."""
     p, m = params["params"], config.model
@@ -59,7 +60,7 @@ def by_hand(
                 one = steered[layer]
                 exact = type(one.sae)(*(np.asarray(a, np.float64) for a in one.sae))
                 reads = reference.steered(
-                    exact, one.scaling.mean.astype(np.float64), float(one.scaling.scale), reads, one.strength_F,
+                    exact, one.scaling.mean.astype(np.float64), float(one.scaling.scale), reads, one.strength,
                     (one.choice.latents[label], one.choice.weights[label]), alpha, config.sae.k, "add", "delta",
                 )  # fmt: skip
                 if config.steer.target == "residual":
@@ -71,6 +72,13 @@ def by_hand(
     return gates, int(np.argmax(answer))
 
 
+def steered_at(model, params, split: Split, steered: dict[int, Steering], config: Config):  # type: ignore[no-untyped-def]
+    """Gates and predictions at alpha 0, 8 and -20, by the labels."""
+    alphas = np.array([0.0, 8.0, -20.0])
+    gates, predictions = run_suffix(model, params, split, [(steered, split.labels)], alphas, config, 4, "test")
+    return gates[0], predictions[0]
+
+
 @pytest.mark.parametrize("target", ["policy", "residual"])
 @pytest.mark.parametrize("which", [(1,), (2,), (1, 2)], ids=str)
 def test_steered_layers_match_reference(which: tuple[int, ...], target: str) -> None:
@@ -79,9 +87,7 @@ def test_steered_layers_match_reference(which: tuple[int, ...], target: str) -> 
     images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     labels = np.random.default_rng(2).integers(0, CLASSES, 6).astype(np.int32)
     steered = {layer: steering(layer) for layer in which}
-    gates, predictions = layers.steer_layers(
-        build(config, CLASSES), params, Split(images, labels), steered, config, "test"
-    )
+    gates, predictions = steered_at(build(config, CLASSES), params, Split(images, labels), steered, config)
     assert gates.shape == (3, 6, len(which), 3)
     exact = reference.in_float64(jax.device_get(params))
     differs = 0
@@ -100,7 +106,7 @@ def test_alpha_0_is_the_unsteered_model() -> None:
     params, model = random_params(config, CLASSES), build(config, CLASSES)
     images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     split = Split(images, np.zeros(6, np.int32))
-    gates, predictions = layers.steer_layers(model, params, split, {1: steering(0), 2: steering(1)}, config, "test")
+    gates, predictions = steered_at(model, params, split, {1: steering(0), 2: steering(1)}, config)
     logits, out = model.apply(params, images.astype(np.float32) / 255)
     np.testing.assert_array_equal(predictions[0], np.argmax(logits, axis=1))
     for place, layer in enumerate((1, 2)):

@@ -15,9 +15,11 @@ from PIL import Image
 from headsteer_jax import report
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
 from headsteer_jax.data import Dataset, LazyImages, Split
+from headsteer_jax.flips import packed
 from headsteer_jax.stats import class_counts
-from headsteer_jax.steer import alpha_grid, gates_of, pattern_of
 from headsteer_jax.summary import summarise
+from headsteer_jax.sweep import alpha_grid
+from headsteer_jax.table import gates_of, pattern_of
 
 HOSTILE = (
     '<b>bold</b> & "quoted"',
@@ -81,7 +83,7 @@ def made_run(
     }
     arrays: dict[str, np.ndarray] = {
         "strategies": np.array(config.steer.strategies), "named_by": np.array(("true", "predicted")),
-        "alphas": alphas_A, "class_names": np.array(class_names),
+        "alphas": alphas_A, "class_names": np.array(class_names), "subset": np.arange(2**heads),
     }  # fmt: skip
     for split in ("validation", "test"):
         labels = np.repeat(np.arange(only or classes), per_class).astype(np.int32)
@@ -110,12 +112,14 @@ def made_run(
         arrays |= {
             f"{split}_labels": labels,
             f"{split}_count": np.bincount(labels, minlength=classes),
-            f"{split}_pattern": pattern.astype(np.uint16),
+            f"{split}_pattern": pattern,
+            f"{split}_prediction": before,
             f"{split}_table": table,
             f"{split}_unsteered_correct": count(was),
             f"{split}_unsteered_heads_on": count(gates_of(pattern, heads).T).T,
-            f"{split}_steered_pattern": steered,
-            f"{split}_steered_prediction": predictions,
+            f"{split}_unsteered_right": packed(was),
+            f"{split}_right": packed(right),
+            f"{split}_gates": packed(np.moveaxis(gates_of(steered, heads), -1, -2)),
             f"{split}_correct": count(right),
             f"{split}_gained": count(right & ~was),
             f"{split}_lost": count(~right & was),

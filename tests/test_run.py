@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray
 from test_data import feature, write_tfds
+
+from headsteer_jax.flips import unpacked
+from headsteer_jax.labelled import read_sweep
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -82,18 +86,29 @@ def test_every_headline_number(finished):
 def test_sweep_agrees_with_the_summary(finished):
     _, workdir = finished
     summary = json.loads((workdir / "summary.json").read_text())
-    with np.load(workdir / "sweep.npz") as sweep:
-        zero = int(np.flatnonzero(sweep["alphas"] == 0)[0])
-        right = sweep["test_correct"][:, :, :, zero].sum(axis=-1)
-        assert (right == sweep["test_unsteered_correct"].sum()).all()  # alpha 0 is the unsteered model
-        assert summary["gated_accuracy"] == pytest.approx(right[0, 0, 0] / sweep["test_count"].sum())
-        predictions, labels = sweep["test_steered_prediction"], sweep["test_labels"]
-        for label in range(100):
-            assert (
-                sweep["test_correct"][..., label] == (predictions[..., labels == label] == label).sum(axis=-1)
-            ).all()
-        before = sweep["test_unsteered_correct"]
-        assert (sweep["test_correct"] == before + sweep["test_gained"] - sweep["test_lost"]).all()
+    sweep = read_sweep(workdir / "sweep.nc")
+    right = sweep.test_correct.sel(alpha=0).sum("class")
+    assert (right == sweep.test_unsteered_correct.sum()).all()  # alpha 0 is the unsteered model
+    assert summary["gated_accuracy"] == pytest.approx(right.values[0, 0, 0] / sweep.test_count.values.sum())
+    labels = sweep.test_labels.values
+    answers = unpacked(sweep.test_right.values, len(labels))
+    gates = unpacked(sweep.test_gates.values, len(labels))
+    was = unpacked(sweep.test_unsteered_right.values, len(labels))
+    for label in range(100):
+        own = labels == label
+        assert (sweep.test_correct[..., label] == answers[..., own].sum(axis=-1)).all()
+        assert (sweep.test_gained[..., label] == (answers & ~was)[..., own].sum(axis=-1)).all()
+        assert (sweep.test_lost[..., label] == (~answers & was)[..., own].sum(axis=-1)).all()
+        assert (sweep.test_heads_on[..., label, :] == gates[..., own].sum(axis=-1)).all()
+    # the answers are the table's under the gates
+    patterns = np.moveaxis(gates, -2, -1) @ (1 << np.arange(3))
+    table = sweep.test_table.values
+    assert ((table[np.arange(len(labels)), patterns] == labels) == answers).all()
+    # one line: a class's curve
+    curve = sweep.class_accuracy.sel({"strategy": "class", "named_by": "true", "class": "07"})
+    assert curve.dims == ("alpha",)
+    expected = answers[0, :, 0][..., labels == 7].mean(axis=(0, 2))
+    np.testing.assert_allclose(curve, expected)
 
 
 def test_a_finished_stage_is_not_done_again(finished):
@@ -120,10 +135,7 @@ def test_a_changed_field_is_named_and_overwrite_redoes_what_depends_on_it(finish
 def test_same_seed_same_numbers(finished, tmp_path):
     config, workdir = finished
     assert run(f"--config={config}", f"--workdir={tmp_path}").returncode == 0
-    with np.load(workdir / "sweep.npz") as first, np.load(tmp_path / "sweep.npz") as second:
-        assert first.files == second.files
-        for name in first.files:
-            np.testing.assert_array_equal(first[name], second[name], name)
+    xarray.testing.assert_identical(read_sweep(workdir / "sweep.nc"), read_sweep(tmp_path / "sweep.nc"))
 
 
 def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):

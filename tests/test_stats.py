@@ -67,7 +67,7 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one() -> None:
     rng = np.random.default_rng(1)
     values = rng.random(2000) < 0.3
     weights = bootstrap_weights(np.zeros(2000, np.int64), 4000, rng)
-    low, high = interval(bootstrap_means(values[None], weights, rng), 0.95)
+    low, high = interval(bootstrap_means(lambda _: values, 1, weights, rng), 0.95)
     error = np.sqrt(values.mean() * (1 - values.mean()) / 2000)
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
@@ -78,7 +78,8 @@ def test_bootstrap_over_seeds_has_their_variance() -> None:
     seeds = np.array([0.1, 0.2, 0.6])
     values = np.repeat(seeds[:, None, None], 50, axis=2)  # [S, 1, N]
     rng = np.random.default_rng(2)
-    found = bootstrap_means(values, bootstrap_weights(np.zeros(50, np.int64), 20_000, rng), rng)
+    weights = bootstrap_weights(np.zeros(50, np.int64), 20_000, rng)
+    found = bootstrap_means(values.__getitem__, 3, weights, rng)
     assert found.shape == (20_000, 1)
     assert found.mean() == pytest.approx(seeds.mean(), abs=0.005)
     assert found.std() == pytest.approx(seeds.std() / np.sqrt(3), rel=0.02)
@@ -88,7 +89,7 @@ def test_settings_share_the_resampled_images() -> None:
     """A difference between two settings is paired: of equal settings it is exactly 0."""
     rng = np.random.default_rng(3)
     values = np.repeat((rng.random((2, 1, 30)) < 0.5), 2, axis=1)  # [S, two equal settings, N]
-    found = bootstrap_means(values, bootstrap_weights(np.arange(30) % 3, 100, rng), rng)
+    found = bootstrap_means(values.__getitem__, 2, bootstrap_weights(np.arange(30) % 3, 100, rng), rng)
     np.testing.assert_array_equal(found[:, 0], found[:, 1])
     assert found.std() > 0.02
 
@@ -123,7 +124,9 @@ def test_accuracy_at_usage_is_linear_between_settings() -> None:
     assert accuracy_at_usage(np.array([0.8, 0.9, 0.5]), np.array([0.9, 0.7, 0.5]), 0.7) == pytest.approx(0.6)
 
 
-def brute_controls(tables: dict, labels: dict, gated: np.ndarray, classes: int, heads: int) -> dict:
+def brute_controls(
+    tables: dict, labels: dict, gated: np.ndarray, classes: int, heads: int, related: np.ndarray
+) -> dict:
     """Every subset, class by class, in loops."""
     sizes = [bin(p).count("1") for p in range(2**heads)]
 
@@ -138,6 +141,14 @@ def brute_controls(tables: dict, labels: dict, gated: np.ndarray, classes: int, 
         members = [p for p in range(2**heads) if sizes[p] == size]
         fixed = max(members, key=lambda p: (right("validation", p, None), -p))
         best = [max(members, key=lambda p: (right("validation", p, c), -p)) for c in range(classes)]
+
+        def of_family(p: int, c: int) -> int:
+            family = [d for d in range(classes) if d == c or related[c, d]]
+            answers = zip(tables["validation"], labels["validation"], strict=True)
+            return sum(t[p] == y for t, y in answers if y in family)
+
+        shared = [max(members, key=lambda p: (of_family(p, c), -p)) for c in range(classes)]
+        any_right = [any(t[p] == y for p in members) for t, y in zip(tables["test"], labels["test"], strict=True)]
         by_size.append(
             {
                 "usage": size / heads,
@@ -145,6 +156,8 @@ def brute_controls(tables: dict, labels: dict, gated: np.ndarray, classes: int, 
                 "heads": [h for h in range(heads) if fixed >> h & 1],
                 "random": np.mean([right("test", p, None) for p in members]),
                 "oracle": sum(share[c] * right("test", best[c], c) for c in range(classes)),
+                "superclass": sum(share[c] * right("test", shared[c], c) for c in range(classes)),
+                "image": np.mean(any_right),
             }
         )
     oracle = []
@@ -173,8 +186,11 @@ def test_controls_by_trying_every_subset(seed: int) -> None:
         for name, y in labels.items()
     }
     gated = tables["validation"][np.arange(22), rng.integers(0, 2**heads, 22)]
-    found = controls(tables["validation"], labels["validation"], tables["test"], labels["test"], gated, classes, heads)
-    wanted = brute_controls(tables, labels, gated, classes, heads)
+    related = np.arange(classes)[:, None] // 2 == np.arange(classes) // 2
+    related &= ~np.eye(classes, dtype=bool)
+    split_up = (tables["validation"], labels["validation"], tables["test"], labels["test"], gated)
+    found = controls(*split_up, np.arange(2**heads), classes, heads, related)
+    wanted = brute_controls(tables, labels, gated, classes, heads, related)
     assert found["all_on"] == pytest.approx(wanted["all_on"])
     assert found["all_off"] == pytest.approx(wanted["all_off"])
     for ours, theirs in zip(found["by_size"], wanted["by_size"], strict=True):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from test_report import made_run
 
+from headsteer_jax.flips import packed, unpacked
 from headsteer_jax.stats import mcnemar
-from headsteer_jax.steer import gates_of
 from headsteer_jax.summary import saved_classes, summarise
+from headsteer_jax.table import gates_of
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +21,8 @@ def run() -> dict[str, Any]:
 
 def per_image(arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
     """[G, S, Y, A, N]: was the answer right, and the share of heads that ran."""
-    heads = arrays[f"{split}_heads_on"].shape[-1]
-    right = arrays[f"{split}_steered_prediction"] == arrays[f"{split}_labels"]
-    return right, gates_of(arrays[f"{split}_steered_pattern"], heads).mean(axis=-1)
+    count = len(arrays[f"{split}_labels"])
+    return unpacked(arrays[f"{split}_right"], count), unpacked(arrays[f"{split}_gates"], count).mean(axis=-2)
 
 
 def unsteered(arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +74,7 @@ def test_test_images_do_not_decide_anything(run: dict[str, Any]) -> None:
     arrays = dict(run["arrays"])
     _, before = summarise(arrays, run["config"])
     rng = np.random.default_rng(0)
-    for name in ("test_steered_prediction", "test_table"):
+    for name in ("test_right", "test_table"):
         arrays[name] = rng.permuted(arrays[name], axis=-1)
     _, after = summarise(arrays, run["config"])
     for name in ("chosen", "class_chosen", "oracle_patterns"):
@@ -99,7 +99,7 @@ def test_the_table_of_classes(run: dict[str, Any]) -> None:
         assert row["usage_after"] == pytest.approx(used[g, :, 0, a][:, own].mean())
         assert row["accuracy_before"] == pytest.approx(right_0[own].mean())
         assert row["accuracy_after"] == pytest.approx(right[g, :, 0, a][:, own].mean())
-        heads = gates_of(arrays["test_steered_pattern"][g, :, 0, a][:, own], 4).mean(axis=(0, 1))
+        heads = unpacked(arrays["test_gates"][g, :, 0, a], len(own))[..., own].mean(axis=(0, 2))
         assert row["heads_after"] == np.flatnonzero(heads > 0.5).tolist()
         drop = round(row["usage_before"] - row["usage_after"], 9)
         keeps = right[g, :, 0, a][:, own].sum() >= 2 * right_0[own].sum()  # two seeds
@@ -224,8 +224,8 @@ def test_related_classes_share_heads_by_jaccard(run: dict[str, Any]) -> None:
     arrays = run["arrays"]
     summary, extra = summarise(arrays, run["config"])
     a, labels = int(extra["chosen"][0, 0]), arrays["test_labels"]
-    gates = gates_of(arrays["test_steered_pattern"][0, :, 0, a], 4)
-    on = [set(np.flatnonzero(gates[:, labels == c].mean(axis=(0, 1)) > 0.5).tolist()) for c in range(8)]
+    gates = unpacked(arrays["test_gates"][0, :, 0, a], len(labels))  # [S, H, N]
+    on = [set(np.flatnonzero(gates[..., labels == c].mean(axis=(0, 2)) > 0.5).tolist()) for c in range(8)]
     kinds: dict[bool, list[float]] = {True: [], False: []}
     for i, j in itertools.permutations(range(8), 2):
         kinds[bool(arrays["related"][i, j])].append(len(on[i] & on[j]) / len(on[i] | on[j]) if on[i] | on[j] else 1.0)
@@ -238,11 +238,11 @@ def test_related_classes_share_heads_by_jaccard(run: dict[str, Any]) -> None:
 def test_fronts_where_steering_never_lowers_usage(run: dict[str, Any]) -> None:
     """Whatever is left in common is compared, without NaN; where nothing is, there is no front."""
     arrays = dict(run["arrays"])
-    patterns = arrays["test_steered_pattern"].copy()
-    patterns[:] = arrays["test_pattern"]
+    gates = arrays["test_gates"].copy()
+    gates[:] = packed(gates_of(arrays["test_pattern"], 4).T)
     heads_on = arrays["test_heads_on"].copy()
     heads_on[:] = arrays["test_unsteered_heads_on"]
-    summary, _ = summarise(arrays | {"test_steered_pattern": patterns, "test_heads_on": heads_on}, run["config"])
+    summary, _ = summarise(arrays | {"test_gates": gates, "test_heads_on": heads_on}, run["config"])
     json.dumps(summary, allow_nan=False)
     if "fronts" in summary:
         assert np.isfinite(summary["fronts"]["lowest_difference_ci"]).all()

@@ -2,11 +2,31 @@
 
 import numpy as np
 import pytest
+from conftest import random_params, tiny_config
+from test_steer import CLASSES, setting, split  # noqa: F401  (split is a fixture)
 
 from headsteer_jax.config import Config, HeadSteerError, SteerConfig
 from headsteer_jax.data import Split
+from headsteer_jax.flips import gate_effect
 from headsteer_jax.latents import LatentStatistics, Outcomes
-from headsteer_jax.sweep import _folds, _top_images, _without_fold, check_names, check_validation
+from headsteer_jax.steer import GateProgram, Steering
+from headsteer_jax.sweep import (
+    Job,
+    _folds,
+    _top_images,
+    _without_fold,
+    alpha_grid,
+    by_flips,
+    by_gates,
+    by_suffix,
+    check_names,
+    check_validation,
+    make_job,
+    way,
+    why,
+)
+from headsteer_jax.table import fill_table, table_program
+from headsteer_jax.vit import build
 
 
 @pytest.mark.parametrize(("images", "latents", "count"), [(50, 300, 4), (3, 5, 8), (7, 128, 7)])
@@ -30,13 +50,13 @@ def test_names_are_checked_before_anything_is_computed() -> None:
 
 
 def test_a_class_with_too_few_validation_images_is_named() -> None:
-    split = Split(np.zeros((7, 1, 1, 1), np.uint8), np.array([0, 0, 0, 1, 1, 2, 2], np.int32))
-    check_validation(split, Config(steer=SteerConfig(least_validation=2)), ("a", "b", "c"))
-    check_validation(split, Config(steer=SteerConfig(least_validation=3, classes=("a",))), ("a", "b", "c"))
+    few = Split(np.zeros((7, 1, 1, 1), np.uint8), np.array([0, 0, 0, 1, 1, 2, 2], np.int32))
+    check_validation(few, Config(steer=SteerConfig(least_validation=2)), ("a", "b", "c"))
+    check_validation(few, Config(steer=SteerConfig(least_validation=3, classes=("a",))), ("a", "b", "c"))
     with pytest.raises(
         HeadSteerError, match=r"validation: 2 images of class 'b' are too few .*data\.validation_fraction"
     ):
-        check_validation(split, Config(steer=SteerConfig(least_validation=3)), ("a", "b", "c"))
+        check_validation(few, Config(steer=SteerConfig(least_validation=3)), ("a", "b", "c"))
 
 
 def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
@@ -51,3 +71,86 @@ def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
         seen = _without_fold(stats, folds, fold).outcomes
         assert seen[0] is train
         assert set(seen[1].gate_logits[:, 0] // 3) == set(np.flatnonzero(folds != fold))
+
+
+def config_of(**steer: object) -> Config:
+    config = tiny_config()
+    return config.model_copy(update={"steer": config.steer.model_copy(update=steer)})
+
+
+def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[Job, object, object, list]:  # noqa: F811
+    """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
+    model, params = build(config, CLASSES), random_params(config, CLASSES)
+    table = fill_table(table_program(model, config), params, split, config, "table")
+    steered = []
+    for seed in (0, 10):
+        one, other = setting(seed, weights), setting(seed + 1, weights)
+        two = Steering(one.sae, one.scaling, other.strength, type(one.choice)(*(part[:, :2] for part in other.choice)))
+        steered.append([one, two])
+    linear = params["params"]["layers_2"]["decide"]["linear"]
+    effects = [gate_effect(np.asarray(row[0].sae.W_d) / row[0].scaling.scale, linear["kernel"], 3) for row in steered]
+    size = np.abs(table.x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
+    labels = np.where(np.arange(90) % 3, table.prediction, split.labels).astype(np.int32)  # some right, some wrong
+    job = make_job("test", Split(split.images, labels), table, steered, 0, np.asarray(size))
+    return job, model, params, effects
+
+
+@pytest.mark.parametrize("weights", [(0.5, 2.0), (-2.0, 2.0)])
+@pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
+def test_every_way_gives_the_same_outcomes(split, mode, weights):  # noqa: F811
+    """In closed form, by the gate itself, and by the layers from the steered one on: bit for bit, count for count."""
+    config = config_of(mode=mode)
+    job, model, params, effects = jobs(config, split, weights)
+    gates = GateProgram(model, params, config)
+    alphas = np.unique(np.concatenate([np.linspace(-6, 6, 13), [0.25, -0.25]]))
+    found = [list(by_gates(job, alphas, gates, CLASSES)), list(by_suffix(job, alphas, model, params, config, CLASSES))]
+    if mode == "add":
+        found.append(list(by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)))
+    wanted = {(s, g): tallies for s, g, tallies, _ in found[0]}
+    assert sorted(wanted) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for swept in found[1:]:
+        assert sorted((s, g) for s, g, *_ in swept) == sorted(wanted)
+        for s, g, tallies, _ in swept:
+            for ours, theirs in zip(tallies, wanted[s, g], strict=True):
+                for field, values in ours._asdict().items():
+                    np.testing.assert_array_equal(values, getattr(theirs, field), field)
+    by_label, by_prediction = wanted[0, 0]
+    assert not np.array_equal(by_label.gates, by_prediction.gates)
+    assert len({row.tobytes() for row in by_label.gates}) > 2
+
+
+def test_the_model_decides_at_the_flips_themselves(split):  # noqa: F811
+    """On a grid made of flips, rounded to float32, the closed form knows nothing; the result is still the gate's."""
+    config = config_of()
+    job, model, params, effects = jobs(config, split, (-2.0, 2.0))
+    gates = GateProgram(model, params, config)
+    *_, flips = next(by_flips(job, np.array([0.0, 1.0]), gates, effects, config.sae.k, CLASSES))
+    alphas = np.unique(np.concatenate([[0.0], np.float32(flips.alpha[np.abs(flips.alpha) < 50][:150])]).astype(float))
+    assert len(alphas) > 100
+    s, g, tallies, _ = next(by_flips(job, alphas, gates, effects, config.sae.k, CLASSES))
+    s_, g_, wanted, _ = next(by_gates(job, alphas, gates, CLASSES))
+    assert (s, g) == (s_, g_)
+    for ours, theirs in zip(tallies, wanted, strict=True):
+        for field, values in ours._asdict().items():
+            np.testing.assert_array_equal(values, getattr(theirs, field), field)
+
+
+def test_the_way_is_chosen_and_said() -> None:
+    assert way(config_of()) == "flips"
+    assert why(config_of()).endswith("look-ups among 2^3 = 8 gate patterns; exact in alpha")
+    assert way(config_of(mode="clamp")) == "gates"
+    assert "the gate is computed for every alpha (clamp in delta form)" in why(config_of(mode="clamp"))
+    assert way(config_of(target="residual")) == "suffix"
+    assert "the layers from 2 on run for every setting, as target is residual" in why(config_of(target="residual"))
+    many = config_of()
+    many = many.model_copy(update={"model": many.model.model_copy(update={"heads": 13, "width": 26})})
+    assert way(many) == "suffix"
+    assert "13 heads are too many for a table" in why(many)
+    normed = config_of()
+    normed = normed.model_copy(update={"gate": normed.gate.model_copy(update={"layer_norm": True})})
+    assert way(normed) == "gates"
+    assert "the gate has a LayerNorm" in why(normed)
+
+
+def test_zero_is_added_to_the_grid() -> None:
+    np.testing.assert_array_equal(alpha_grid(config_of(alphas=(3.0, -1.0)).steer), [-1, 0, 3])

@@ -1,0 +1,138 @@
+"""A finished run in Python: load it, sweep any strategy over it.
+
+run = headsteer_jax.load_run("runs/double_digits")
+sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4, 16, 401))
+sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray
+from pydantic import ValidationError
+
+from headsteer_jax.checkpoint import read_json
+from headsteer_jax.config import Config, HeadSteerError, one_line
+from headsteer_jax.data import Dataset, load
+from headsteer_jax.flips import Steps
+from headsteer_jax.labelled import labelled
+from headsteer_jax.latents import ClassStrategy, Strategy, per_class, strategy
+from headsteer_jax.sae import SAE, Scaling
+from headsteer_jax.stages import autoencoders
+from headsteer_jax.summary import summarise
+from headsteer_jax.sweep import check_names, check_validation, run_sweep
+from headsteer_jax.train import trained
+from headsteer_jax.vit import ViT
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages train and sae made, in memory."""
+
+    config: Config
+    dataset: Dataset
+    model: ViT
+    params: Any
+    saes: SAE  # leading axis S
+    scaling: Scaling
+    x_train: np.ndarray  # [N, D] residuals of the training split
+
+    def sweep(self, strategies: "Strategies", **steer: Any) -> xarray.Dataset:
+        """Steer validation and test with some strategies.
+
+        Args:
+          strategies: names of ours, or `module:function`; or names of your own choice -> one of those, or a function
+            `(latent statistics, class) -> latents, weights`. A random strategy under two names is drawn twice.
+          steer: fields of config.steer to change, for instance `alphas`.
+
+        Returns:
+          The dataset of sweep.nc (docs/outputs.md), with `accuracy` and `usage` on test.
+
+        Raises:
+          HeadSteerError: a field, strategy or class that is not right.
+        """
+        return self._swept(strategies, steer)[0]
+
+    def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> Steps:
+        """Accuracy and usage as exact functions of alpha on a split, over all autoencoder seeds, steered by label.
+
+        Raises:
+          HeadSteerError: as `sweep`; or alpha is not exact for this config.
+        """
+        _, steps = self._swept({"asked": choose}, steer | {"alphas": (1.0,)})
+        if not steps:
+            raise HeadSteerError(
+                "alpha is exact for steer.mode = 'add', form = 'delta', target = 'policy', a gate without LayerNorm, "
+                "and a layer whose gate patterns fit a table"
+            )
+        if split not in steps:
+            raise HeadSteerError(f"there is no split {split!r} to steer; allowed are {', '.join(steps)}")
+        return steps[split]["asked"]
+
+    def _swept(
+        self, strategies: "Strategies", steer: Mapping[str, Any]
+    ) -> tuple[xarray.Dataset, dict[str, dict[str, Steps]]]:
+        named = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
+        chosen = {name: _strategy(choose, name) for name, choose in named.items()}
+        if not chosen:
+            raise HeadSteerError("no strategy to sweep; give at least one")
+        config = self.config.model_dump()
+        config["steer"] |= {name: _tuples(value) for name, value in steer.items()} | {"strategies": ("class",)}
+        try:
+            checked = Config.model_validate(config)
+        except ValidationError as error:
+            raise HeadSteerError(one_line(error)) from None
+        check_names(checked, self.dataset.class_names)
+        check_validation(self.dataset.validation, checked, self.dataset.class_names)
+        arrays, steps = run_sweep(
+            checked, self.dataset, self.model, self.params, self.saes, self.scaling, self.x_train, chosen
+        )
+        _, extra = summarise(arrays, checked, steps)
+        return labelled(arrays | extra), steps
+
+
+Strategies = Sequence[str] | Mapping[str, str | ClassStrategy]
+
+
+def _strategy(choose: "str | Callable[..., Any]", name: str) -> Strategy:
+    return strategy(choose) if isinstance(choose, str) else per_class(choose, name)
+
+
+def _tuples(value: Any) -> Any:
+    """Arrays and lists as the config has them."""
+    return tuple(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray)) else value
+
+
+def load_run(workdir: str | Path) -> Run:
+    """A run whose stages train and sae are done, with the config they were made with.
+
+    Raises:
+      HeadSteerError: a stage is missing or damaged, or the data are no longer there.
+    """
+    workdir = Path(workdir)
+    for stage in ("train", "sae"):
+        if not (workdir / stage / "done.json").exists():
+            raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --workdir={workdir} makes it")
+    started = [workdir / stage / "done.json" for stage in ("steer", "sae")]
+    record = read_json(next(path for path in started if path.exists()))["config"]
+    config = _nested(record)
+    dataset = load(config.data, config.seed)
+    model, params = trained(config, dataset, workdir / "train")
+    saes, scaling, x_train, _ = autoencoders(config, params, workdir)
+    return Run(config, dataset, model, params, saes, scaling, x_train)
+
+
+def _nested(record: Mapping[str, Any]) -> Config:
+    """A stage's record of dotted paths -> the config; fields that it did not depend on have their defaults."""
+    sections: dict[str, Any] = {}
+    for path, value in record.items():
+        *parents, name = path.split(".")
+        node = sections
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return Config.model_validate_json(json.dumps(sections))
