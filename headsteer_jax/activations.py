@@ -38,6 +38,7 @@ class Program(NamedTuple):
 
     run: Function
     size: int
+    compiled: bool = False  # for exactly this size: a smaller split is filled up to it
 
 
 def mesh() -> Mesh:
@@ -102,7 +103,7 @@ def too_small(fit: Fit, memory: int, what: str) -> HeadSteerError:
 
 
 def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
-    """The program compiled for this split, with as many images in a call as fit a budget, at most program.size.
+    """The program compiled for images like a split's, with as many in a call as fit a budget, at most program.size.
 
     Args:
       memory: see `largest`.
@@ -119,15 +120,15 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
     fit = largest(compile_for, min(program.size, len(split.labels)), memory)
     if not fit.size:
         raise too_small(fit, memory, "one image")
-    return Program(fit.run, fit.size)
+    return Program(fit.run, fit.size, compiled=True)
 
 
 def padded_chunks(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     """Indices of `count` images in chunks of one size, for one compiled program: the last is filled with image 0.
 
-    A device's part of a chunk is `size` images, or all there are.
+    A device's part of a chunk is `size` images.
     """
-    size = min(size, count) * devices
+    size *= devices
     filled = np.zeros(-(-count // size) * size, np.int64)
     filled[:count] = np.arange(count)
     return list(filled.reshape(-1, size))
@@ -146,13 +147,18 @@ def over_split(
       The arrays, with first axis N.
     """
     count, params = len(split.labels), replicated(params)
-    chunks = padded_chunks(count, program.size, jax.device_count())
-    parts = []
+    size = program.size if program.compiled else min(program.size, count)
+    chunks = padded_chunks(count, size, jax.device_count())
+    parts, running = [], None
     with progress(count, what, "image") as bar:
         for i, images in enumerate(prefetched(lambda i: gather(split.images, chunks[i]), len(chunks))):
             labels = (split.labels[chunks[i]],) if with_labels else ()
-            parts.append(jax.device_get(program.run(params, *(jax.device_put(a, dealt()) for a in (images, *labels)))))
+            now = program.run(params, *(jax.device_put(array, dealt()) for array in (images, *labels)))
+            if running is not None:  # fetched while the device works on the next
+                parts.append(jax.device_get(running))
+            running = now
             bar.update(min(len(images), count - bar.done))
+        parts.append(jax.device_get(running))
     return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]
 
 

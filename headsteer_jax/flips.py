@@ -41,11 +41,12 @@ class GateEffect(NamedTuple):
 def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int) -> GateEffect:
     """For decoder rows in the residual's units, and `latents` of them changed at once.
 
-    A float32 inner product of n terms is off by about sqrt(n) roundings of its absolute terms (Higham & Mary 2019,
-    doi:10.1137/18M1226312); four times that, for each of two ways to compute it, is allowed.
+    A float32 inner product of n terms is off by sqrt(n) roundings of its absolute terms at most, but for a tiny
+    probability (Higham & Mary 2019, doi:10.1137/18M1226312). That is allowed for each of two ways to compute it, and
+    `find_flips` doubles it.
     """
     decoder_FD, gate_DH = np.asarray(decoder_FD, np.float64), np.asarray(gate_DH, np.float64)
-    slack = 8 * np.sqrt(decoder_FD.shape[1] + latents) * ROUNDING
+    slack = 2 * np.sqrt(decoder_FD.shape[1] + latents) * ROUNDING
     return GateEffect(decoder_FD @ gate_DH, np.abs(decoder_FD) @ np.abs(gate_DH), float(slack))
 
 
@@ -97,33 +98,45 @@ def find_flips(rows: Rows, choice: Choice, strength_F: np.ndarray, effect: GateE
     return Flips(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def _reach(bound: np.ndarray, slope: np.ndarray, doubt: np.ndarray) -> np.ndarray:
-    """How far on from a place the logit stays within `bound` of 0, its slope being off by `doubt` at most."""
-    least = np.maximum(np.abs(slope) - doubt, 0.0)
-    return np.divide(bound, least, out=np.full(np.shape(bound), np.inf), where=least > 0)
+def _doubt(
+    value: np.ndarray, slope: np.ndarray, bound: np.ndarray, growth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """From and to how far on a logit may be rounded to the other side of 0: |value + t slope| <= bound + t growth.
+
+    Args:
+      value, slope: of a logit that goes to 0, or is near it.
+      bound, growth: how far off it may be at t = 0, and how much more for a unit of t.
+    """
+    begin = np.maximum(np.abs(value) - bound, 0.0) / np.maximum(np.abs(slope) + growth, 1e-300)
+    left = np.abs(slope) - growth
+    end = np.divide(np.abs(value) + bound, left, out=np.full(np.shape(value), np.inf), where=left > 0)
+    return begin, end
 
 
 def _straight(
     rows: Rows, which: np.ndarray, rise_CH: np.ndarray, reach_CH: np.ndarray, slack: float, sign: float
 ) -> Flips:
     """Flips of rows whose logits are affine on a ray: at most one for each head."""
+    if not rise_CH.any():  # nothing moves
+        none = np.zeros(0, np.int64)
+        return Flips(none, none, np.zeros(0), none, np.zeros(0), np.zeros(0))
     m_RH, by_R = rows.gate_logits[which], rows.steered_by[which]
     rise_RH = rise_CH[by_R]
     at, head = np.nonzero(np.where(m_RH > 0, rise_RH < 0, rise_RH > 0))
     slope, reach = rise_RH[at, head], reach_CH[by_R[at], head]
-    t = -m_RH[at, head].astype(np.float64) / slope
-    near = _reach(2 * slack * (rows.size[which[at], head] + t * reach), slope, 2 * slack * reach)
+    m = m_RH[at, head].astype(np.float64)
+    low, high = _doubt(m, slope, 2 * slack * rows.size[which[at], head], 2 * slack * reach)
     # heads that do not flip, but begin near 0
     zero, idle = np.nonzero(np.abs(m_RH) <= 2 * slack * rows.size[which])
     moved = reach_CH[by_R[zero], idle] > 0
     zero, idle = zero[moved], idle[moved]
-    reach = reach_CH[by_R[zero], idle]
-    until = _reach(4 * slack * rows.size[which[zero], idle], rise_RH[zero, idle], 2 * slack * reach)
+    bound, growth = 2 * slack * rows.size[which[zero], idle], 2 * slack * reach_CH[by_R[zero], idle]
+    _, until = _doubt(m_RH[zero, idle], rise_RH[zero, idle], bound, growth)
     return Flips(
-        which[at], head, sign * t,
+        which[at], head, sign * (-m / slope),
         np.concatenate([which[at], which[zero]]),
-        sign * np.concatenate([np.maximum(t - near, 0.0), np.zeros(len(zero))]),
-        sign * np.concatenate([t + near, until]),
+        sign * np.concatenate([low, np.zeros(len(zero))]),
+        sign * np.concatenate([high, until]),
     )  # fmt: skip
 
 
@@ -181,22 +194,23 @@ def _kinked(
     crosses_QK[:, most] = on_QK[:, most] != np.where(rise_Q != 0, rise_Q > 0, on_QK[:, most])
     q, segment = np.nonzero(crosses_QK)
     slope = slope_QK[q, segment]
-    t = t_QK[q, segment] - value_QK[q, segment] / slope
-    size_Q, reach_Q = rows.size[which[at_Q], head_Q], reach_CH[by_R[at_Q], head_Q]
-    near = _reach(2 * slack * (size_Q[q] + t * reach_Q[q]), slope, 2 * slack * reach_Q[q])
-    # places where the logit bends near 0, as far as it may stay there on either side
-    bound_QK = 2 * slack * (size_Q[:, None] + t_QK * reach_Q[:, None])
+    begin, value = t_QK[q, segment], value_QK[q, segment]
+    growth_Q = 2 * slack * reach_CH[by_R[at_Q], head_Q]
+    bound_QK = 2 * slack * rows.size[which[at_Q], head_Q][:, None] + t_QK * growth_Q[:, None]
+    low, high = _doubt(value, slope, bound_QK[q, segment], growth_Q[q])
+    # places where the logit bends near 0: as far as it may stay there on either side
     p, bend = np.nonzero(np.abs(value_QK) <= bound_QK)
-    bound, doubt, here = 2 * bound_QK[p, bend], 2 * slack * reach_Q[p], t_QK[p, bend]
-    back = _reach(bound, slope_QK[p, np.maximum(bend - 1, 0)], doubt)
-    on = _reach(bound, slope_QK[p, bend], doubt)
-    low = np.maximum(here - back, t_QK[p, np.maximum(bend - 1, 0)])
-    high = np.minimum(here + on, np.where(bend < most, t_QK[p, np.minimum(bend + 1, most)], np.inf))
+    back, on = np.maximum(bend - 1, 0), np.minimum(bend + 1, most)
+    near = value_QK[p, bend], bound_QK[p, bend], growth_Q[p]
+    _, before = _doubt(near[0], slope_QK[p, back], *near[1:])
+    _, after = _doubt(near[0], slope_QK[p, bend], *near[1:])
     return Flips(
-        which[at_Q[q]], head_Q[q], sign * t,
+        which[at_Q[q]], head_Q[q], sign * (begin - value / slope),
         which[np.concatenate([at_Q[q], at_Q[p]])],
-        sign * np.concatenate([np.maximum(t - near, 0.0), low]),
-        sign * np.concatenate([t + near, high]),
+        sign * np.concatenate([begin + low, np.maximum(t_QK[p, bend] - before, t_QK[p, back])]),
+        sign * np.concatenate(
+            [begin + high, np.minimum(t_QK[p, bend] + after, np.where(bend < most, t_QK[p, on], np.inf))]
+        ),
     )  # fmt: skip
 
 
@@ -215,16 +229,14 @@ def on_grid(flips: Flips, alphas: np.ndarray) -> Grid:
     """Where on a sorted grid that holds 0 each flip takes effect; those beyond its ends are left out."""
     zero = int(np.searchsorted(alphas, 0.0))
     rises = ~np.signbit(flips.alpha)
-    index = np.where(
-        rises,
-        np.maximum(np.searchsorted(alphas, flips.alpha), zero + 1),
-        np.minimum(np.searchsorted(alphas, flips.alpha, side="right"), zero) - 1,
-    )
+    index = np.searchsorted(alphas, flips.alpha)  # exactly at an alpha: it is unsure, and decided there
+    index = np.where(rises, np.maximum(index, zero + 1), np.minimum(index, zero) - 1)
     inside = np.flatnonzero((index >= 0) & (index < len(alphas)))
     low, high = np.minimum(flips.unsure_from, flips.unsure_to), np.maximum(flips.unsure_from, flips.unsure_to)
-    since, until = np.searchsorted(alphas, low), np.searchsorted(alphas, high, side="right")
-    some = np.flatnonzero(until > since)
-    lengths = (until - since)[some]
+    since = np.searchsorted(alphas, low)
+    some = np.flatnonzero(np.append(alphas, np.inf)[since] <= high)
+    some = some[since[some] < len(alphas)]
+    lengths = np.searchsorted(alphas, high[some], side="right") - since[some]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     place = np.repeat(since[some], lengths) + within
     key = np.unique((np.repeat(flips.unsure_row[some], lengths) * len(alphas) + place)[place != zero])

@@ -5,7 +5,6 @@ sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4
 sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ import numpy as np
 import xarray
 from pydantic import ValidationError
 
-from headsteer_jax.checkpoint import read_json
 from headsteer_jax.config import Config, HeadSteerError, one_line
 from headsteer_jax.data import Dataset, load
 from headsteer_jax.flips import Steps
 from headsteer_jax.labelled import labelled
 from headsteer_jax.latents import ClassStrategy, Strategy, per_class, strategy
 from headsteer_jax.sae import SAE, Scaling
-from headsteer_jax.stages import autoencoders
+from headsteer_jax.stages import autoencoders, why_stale
 from headsteer_jax.summary import summarise
 from headsteer_jax.sweep import check_names, check_validation, run_sweep
 from headsteer_jax.train import trained
@@ -108,31 +106,24 @@ def _tuples(value: Any) -> Any:
 
 
 def load_run(workdir: str | Path) -> Run:
-    """A run whose stages train and sae are done, with the config they were made with.
+    """A run whose stages train and sae are done, with the config that its last command had.
 
     Raises:
       HeadSteerError: a stage is missing or damaged, or the data are no longer there.
     """
     workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise HeadSteerError(
+            f"{workdir}: there is no config.json, so no run was started here; run.py --workdir makes one"
+        )
+    config = Config.model_validate_json(path.read_text())
     for stage in ("train", "sae"):
         if not (workdir / stage / "done.json").exists():
-            raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --workdir={workdir} makes it")
-    started = [workdir / stage / "done.json" for stage in ("steer", "sae")]
-    record = read_json(next(path for path in started if path.exists()))["config"]
-    config = _nested(record)
+            raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --stages=train,sae makes it")
+        if reason := why_stale(config, workdir, stage):
+            raise HeadSteerError(f"{workdir / stage}: not of this run's config.json ({reason}); run.py makes it again")
     dataset = load(config.data, config.seed)
     model, params = trained(config, dataset, workdir / "train")
     saes, scaling, x_train, _ = autoencoders(config, params, workdir)
     return Run(config, dataset, model, params, saes, scaling, x_train)
-
-
-def _nested(record: Mapping[str, Any]) -> Config:
-    """A stage's record of dotted paths -> the config; fields that it did not depend on have their defaults."""
-    sections: dict[str, Any] = {}
-    for path, value in record.items():
-        *parents, name = path.split(".")
-        node = sections
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return Config.model_validate_json(json.dumps(sections))

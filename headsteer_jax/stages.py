@@ -287,7 +287,7 @@ def _inputs(workdir: Path, stage: str) -> dict[str, str]:
     return {name: read_json(path)["finished"] for name, path in done.items() if name not in OPTIONAL or path.exists()}
 
 
-def _why_stale(config: Config, workdir: Path, stage: str) -> str:
+def why_stale(config: Config, workdir: Path, stage: str) -> str:
     """Why what is there of a stage is not this config's, or an empty text."""
     for name in ("done.json", "started.json"):
         path = workdir / stage / name
@@ -319,13 +319,13 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
                 continue
             if later and not finished:
                 raise HeadSteerError(f"{later[0]} needs {stage}, which is not done in {workdir}: add it to --stages")
-            if later and (why := _why_stale(config, workdir, stage)):
+            if later and (why := why_stale(config, workdir, stage)):
                 raise HeadSteerError(
                     f"{later[0]} needs {stage}, but {directory} is of another config ({why}); "
                     f"add {stage} to --stages and pass --overwrite, or choose another --workdir"
                 )
             continue
-        why = _why_stale(config, workdir, stage)
+        why = why_stale(config, workdir, stage)
         if why and not overwrite:
             raise HeadSteerError(f"{directory} is of another config ({why}); pass --overwrite or another --workdir")
         if why:
@@ -338,6 +338,7 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
         make_directory(directory)
         record: dict[str, Any] = {"config": needed(config, stage), "inputs": _inputs(workdir, stage)}
         write_json(directory / "started.json", record)
+        write_json(workdir / "config.json", json.loads(config.model_dump_json()))
         began = time.monotonic()
         if dataset is None:
             dataset = load(config.data, config.seed)
@@ -364,7 +365,7 @@ def export(config: Config, workdir: Path, file: Path) -> None:
         raise HeadSteerError(f"--export={file}: allowed is a file that ends in .safetensors")
     if not (workdir / "train" / "done.json").exists():
         raise HeadSteerError(f"--export needs train, which is not done in {workdir}: add it to --stages")
-    if why := _why_stale(config, workdir, "train"):
+    if why := why_stale(config, workdir, "train"):
         raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
     _, params = trained(config, load(config.data, config.seed), workdir / "train")
     tensors = timm_tensors(params)

@@ -118,7 +118,9 @@ class GateProgram:
 
         self._one_each = jax.jit(pattern)
         self._all = jax.jit(
-            lambda *given: jax.lax.map(lambda alpha: pattern(*given[:-1], jnp.full(len(given[2]), alpha)), given[-1])
+            lambda params, one, x_BD, class_B, alphas_A: jax.lax.map(
+                lambda alpha: pattern(params, one, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
+            )
         )
         self._params = params
 

@@ -175,7 +175,7 @@ def _evidence(
     some = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(dataset.class_names))])
     split = Split(dataset.train.images[some], labels[some])
     if len(some):
-        seen = fill_table(program, params, split, config, "train: every gate pattern")
+        seen = fill_table(program, params, split, "train: every gate pattern")
         logits, right = seen.gate_logits, seen.answers == split.labels[:, None]
     else:
         logits, right = np.zeros((0, heads), np.float32), np.zeros((0, 2**heads), bool)
@@ -331,11 +331,8 @@ def run_sweep(
     }  # fmt: skip
     if dataset.related is not None:
         arrays["related"] = dataset.related
-    program = table_program(model, config)
-    tables = {
-        name: fill_table(program, params, split, config, f"{name}: every gate pattern")
-        for name, split in splits.items()
-    }
+    program = table_program(model, params, splits["test"], config)
+    tables = {name: fill_table(program, params, split, f"{name}: every gate pattern") for name, split in splits.items()}
     for name, split in splits.items():
         arrays |= _unsteered(name, tables[name], split.labels, classes, heads)
 

@@ -19,7 +19,7 @@ from headsteer_jax.config import MOST_HEADS, Config
 from headsteer_jax.data import Split
 from headsteer_jax.vit import ViT, answer
 
-BLOCK = 64  # patterns whose logits are computed at once
+BLOCK = 2048  # rows of the products that fill the table: more leave a CPU's cache
 
 
 def pattern_of(g_BH: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def pattern_answers(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patte
                 added_BD = always_BD + jnp.einsum("H,BHD->BD", g_H, each_BHD, precision=jax.lax.Precision.HIGHEST)
                 return answer(m.last_logits(x_BTD[:, 0], added_BD))
 
-            return jax.lax.map(summed, gates_PH, batch_size=BLOCK)
+            return jax.lax.map(summed, gates_PH, batch_size=max(1, BLOCK // count))
 
         def forced(g_H: jax.Array) -> jax.Array:
             last_BTD, _ = m.blocks(x_BTD, layer, gates={layer: jnp.broadcast_to(g_H, (count, heads))})
@@ -90,8 +90,12 @@ class Table(NamedTuple):
     answers: np.ndarray  # [N, P] int32, the prediction under each listed pattern
 
 
-def table_program(model: ViT, config: Config) -> Program:
-    """The pass that fills a table; one program for every split."""
+def table_program(model: ViT, params: Any, split: Split, config: Config) -> Program:
+    """The pass that fills a table, compiled within the memory budget for images like a split's.
+
+    Raises:
+      HeadSteerError: the budget is too small for one image.
+    """
     layer, listed_P = config.sae_layer, jnp.asarray(listed_patterns(config), jnp.int32)
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -109,13 +113,9 @@ def table_program(model: ViT, config: Config) -> Program:
             own_B = answer(model.apply(params, last_BTD[:, 0], method="classify"))
         return x_BTD[:, 0], m_BH, pattern_B, own_B, answers_BP
 
-    return per_image(run, config.steer.chunk)
+    return fitted(per_image(run, config.steer.chunk), params, split, config.steer.memory)
 
 
-def fill_table(program: Program, params: Any, split: Split, config: Config, what: str) -> Table:
-    """One pass over a split, within the memory budget.
-
-    Raises:
-      HeadSteerError: the budget is too small for one image.
-    """
-    return Table(*over_split(fitted(program, params, split, config.steer.memory), params, split, what))
+def fill_table(program: Program, params: Any, split: Split, what: str) -> Table:
+    """One pass over a split."""
+    return Table(*over_split(program, params, split, what))

@@ -16,10 +16,12 @@ from headsteer_jax.vit import build
 @given(st.integers(1, 100), st.integers(1, 30))
 def test_chunks_cover_every_image_once_in_one_size(count: int, size: int) -> None:
     chunks = padded_chunks(count, size)
-    assert {len(chunk) for chunk in chunks} == {min(size, count)}
+    assert {len(chunk) for chunk in chunks} == {size}
     flat = np.concatenate(chunks)
     assert flat[:count].tolist() == list(range(count))
-    assert len(flat) - count < min(size, count)
+    assert len(flat) - count < size
+    assert np.array_equal(np.concatenate(padded_chunks(count, size, devices=3))[:count], np.arange(count))
+    assert {len(chunk) for chunk in padded_chunks(count, size, devices=3)} == {3 * size}
     assert not flat[count:].any()
 
 

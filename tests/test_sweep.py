@@ -81,7 +81,7 @@ def config_of(**steer: object) -> Config:
 def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[Job, object, object, list]:  # noqa: F811
     """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
     model, params = build(config, CLASSES), random_params(config, CLASSES)
-    table = fill_table(table_program(model, config), params, split, config, "table")
+    table = fill_table(table_program(model, params, split, config), params, split, "table")
     steered = []
     for seed in (0, 10):
         one, other = setting(seed, weights), setting(seed + 1, weights)

@@ -26,7 +26,7 @@ def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **
 
 def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:  # noqa: F811
     model, params = vit.build(config, CLASSES), random_params(config, CLASSES)
-    return model, params, table.fill_table(table.table_program(model, config), params, split, config, "table")
+    return model, params, table.fill_table(table.table_program(model, params, split, config), params, split, "table")
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
@@ -65,8 +65,8 @@ def test_contributions_of_a_bfloat16_model(split):  # noqa: F811
 def test_a_smaller_budget_changes_nothing(split, memory):  # noqa: F811
     _, _, whole = filled(config_of(), split)
     model = vit.build(config_of(), CLASSES)
-    program = table.table_program(model, config_of(memory=memory))
-    assert table.fitted(program, random_params(config_of(), CLASSES), split, memory).size <= 64
+    program = table.table_program(model, random_params(config_of(), CLASSES), split, config_of(memory=memory))
+    assert program.size <= 64
     _, _, found = filled(config_of(memory=memory, chunk=7), split)
     chex.assert_trees_all_equal(found.answers, whole.answers)
     chex.assert_trees_all_equal(found.pattern, whole.pattern)
