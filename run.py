@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> int:
         flags, overrides = parse(arguments)
         config = configs.load_config(_found(flags.config), overrides)
         workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)
+        sys.path.append(os.getcwd())  # a strategy `module:function` may be where the command is given
         from headsteer_jax import stages  # JAX is imported only once the flags are known to be right
 
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)

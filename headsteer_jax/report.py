@@ -201,7 +201,11 @@ def steering(m: Material) -> Figure:
             curve = result["curve"]
             low, high = np.transpose(curve[f"{what}_ci"])
             axes.fill_between(curve["alpha"], low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(curve["alpha"], curve[what], color=colour, marker="o", markersize=2.5)
+            exact = "exact_alphas" in m.arrays
+            axes.plot(curve["alpha"], curve[what], "o" if exact else "o-", color=colour, markersize=2.5)
+            if exact:
+                row = list(m.colours).index(name)
+                axes.plot(m.arrays["exact_alphas"], m.arrays[f"exact_{what}"][row], color=colour, linewidth=1.4)
             axes.plot(
                 result["alpha"], result[what], "o", color=colour, markerfacecolor="white", markersize=8, zorder=3,
                 markeredgewidth=1.8,
@@ -230,14 +234,17 @@ def front(m: Material) -> Figure:
     whole, near = figure.subplots(1, 2)
     for axes in (whole, near):
         for key, label, line, colour in (
+            ("image", "some subset is right, image by image (a bound)", (0, (1, 3)), INK),
             ("oracle", "best subset of each class, by size", (0, (1, 1.2)), INK),
+            ("superclass", "best subset of each superclass, by size", (0, (6, 1.5, 1, 1.5)), INK),
             ("fixed", "best fixed subset, by size", "-", MUTED),
             ("random", "random subsets, by size", (0, (4, 2)), MUTED),
         ):
-            axes.plot(
-                usage, [row[key] for row in sizes], color=colour, linestyle=line, marker="s", markersize=3,
-                linewidth=1.2, label=label,
-            )  # fmt: skip
+            if sizes[0][key] is not None:  # superclasses are not always known
+                axes.plot(
+                    usage, [row[key] for row in sizes], color=colour, linestyle=line, marker="s", markersize=3,
+                    linewidth=1.2, label=label,
+                )  # fmt: skip
         axes.plot(
             layer["oracle"]["usage"], layer["oracle"]["accuracy"], "*", color=INK, markersize=11, linestyle="none",
             label="smallest subset that keeps each class's accuracy",

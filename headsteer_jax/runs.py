@@ -114,9 +114,7 @@ def load_run(workdir: str | Path) -> Run:
     workdir = Path(workdir)
     path = workdir / "config.json"
     if not path.exists():
-        raise HeadSteerError(
-            f"{workdir}: there is no config.json, so no run was started here; run.py --workdir makes one"
-        )
+        raise HeadSteerError(f"{path}: there is none, so no run was started here; run.py --workdir={workdir} makes one")
     config = Config.model_validate_json(path.read_text())
     for stage in ("train", "sae"):
         if not (workdir / stage / "done.json").exists():

@@ -13,8 +13,11 @@ import pytest
 import xarray
 from test_data import feature, write_tfds
 
+from headsteer_jax.checkpoint import read_arrays, write_arrays
+from headsteer_jax.config import HeadSteerError
 from headsteer_jax.flips import unpacked
 from headsteer_jax.labelled import read_sweep
+from headsteer_jax.runs import load_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -304,3 +307,139 @@ def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
     refused(
         run(*command[:1], f"--workdir={tmp_path / 'x'}", f"--config.data.path={tmp_path / 'none'}"), "cifar100", "none"
     )
+
+
+def test_a_run_in_python(finished):
+    """Loaded, swept with a user's own strategy, exact in alpha: the same numbers as the stages'."""
+    _, workdir = finished
+    loaded = load_run(workdir)
+
+    def strongest(statistics, label):
+        latents = np.argsort(-statistics.class_frequency[label] * statistics.strength)[:2]
+        return latents, np.ones(2)
+
+    named = {"class": "class", "mine": strongest, "first": "random", "second": "random"}
+    sweep = loaded.sweep(named, alphas=[-1.0, 0.5, 2.0], bootstrap=20)
+    whole = read_sweep(workdir / "sweep.nc")
+    for name in ("test_right", "test_gates", "test_heads_on", "validation_correct"):
+        xarray.testing.assert_equal(sweep[name].sel(strategy="class"), whole[name].sel(strategy="class"))
+    assert sweep.alpha.values.tolist() == [-1, 0, 0.5, 2]
+    assert not sweep.latents.sel(strategy="first").equals(sweep.latents.sel(strategy="second"))
+    assert (sweep.latents.sel(strategy="mine")[..., 2] == -1).all()  # two latents, where the others have three
+    curve = sweep.usage.sel(strategy="mine", named_by="true")
+    heads = sweep.test_heads_on.sel(strategy="mine", named_by="true").sum(("seed", "class", "head"))
+    np.testing.assert_allclose(curve, heads / (2 * sweep.test_count.sum() * 3))
+
+    steps = loaded.exact("class")
+    for alpha in (-1.0, 0.5, 2.0):
+        at = whole.sel(strategy="class", named_by="true", alpha=alpha)
+        assert steps.heads_on[steps.at(alpha)] == at.test_heads_on.sum()
+        assert steps.correct[steps.at(alpha)] == at.test_correct.sum()
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steering"]["class"]["exact"]["steps"] == len(steps.alpha)
+
+    whole_residual = loaded.sweep(["class"], target="residual", bootstrap=20)
+    assert whole_residual.test_correct.sel(alpha=0).equals(sweep.test_correct.sel(alpha=0, strategy=["class"]))
+
+
+@pytest.mark.parametrize(
+    ("strategies", "fields", "says"),
+    [
+        (["class"], {"alphas": [1.0, np.nan]}, r"config\.steer\.alphas\.1 = nan: input should be a finite number"),
+        (["class"], {"alphas": [np.inf]}, r"config\.steer\.alphas\.0 = inf"),
+        (["class"], {"alphas": []}, r"steer\.alphas = \(\): allowed is at least one number"),
+        (["class"], {"alpha": [1.0]}, r"config\.steer\.alpha: there is no such field; did you mean"),
+        (["best"], {}, "there is no 'best'"),
+        ([], {}, "no strategy to sweep"),
+        (
+            {"mine": lambda stats, label: ([10_000], [1.0])},
+            {},
+            r"^strategy 'mine', class 0 \('00'\): there is no latent",
+        ),
+        (["class"], {"classes": ["dog"]}, "has no class 'dog'"),
+    ],
+)
+def test_what_a_sweep_in_python_refuses(finished, strategies, fields, says):
+    with pytest.raises(HeadSteerError, match=says):
+        load_run(finished[1]).sweep(strategies, **fields)
+
+
+def test_runs_that_cannot_be_loaded(finished, tmp_path):
+    _, workdir = finished
+    with pytest.raises(HeadSteerError, match=r"config\.json: there is none, so no run was started here"):
+        load_run(tmp_path)
+    shutil.copytree(workdir, tmp_path / "w")
+    loaded = load_run(tmp_path / "w")
+    with pytest.raises(HeadSteerError, match=r"^alpha is exact for steer\.mode = 'add'"):
+        loaded.exact("class", mode="clamp")
+    with pytest.raises(HeadSteerError, match=r"^there is no split 'train'"):
+        loaded.exact("class", "train")
+    (tmp_path / "w" / "sae" / "done.json").unlink()
+    with pytest.raises(HeadSteerError, match="its stage sae is not done"):
+        load_run(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layer": np.array(1)}, ["made for layer 1, not for 2"]),
+        ({"model": np.array("another")}, ["made from another model's residuals"]),
+        ({"layer": None}, ["it has no 'layer'", "older version"]),
+    ],
+)
+def test_autoencoders_of_something_else(finished, tmp_path, change, says):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    path = tmp_path / "w" / "sae" / "autoencoders.npz"
+    stored = {name: value for name, value in (read_arrays(path) | change).items() if value is not None}
+    write_arrays(path, stored)
+    (tmp_path / "w" / "steer" / "done.json").unlink()
+    result = run(f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=steer")
+    refused(result, "autoencoders.npz", *says, "--overwrite")
+
+
+def test_a_users_strategy_from_the_command_line(finished, tmp_path):
+    """Its module is found where the command is given."""
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    (tmp_path / "mine.py").write_text(
+        "def last(stats, label):\n    return range(5 + label % 2, 7 + label % 2), [1, 2]\n"
+    )
+    command = (f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=steer,report", "--overwrite")
+    result = run(*command, "--config.steer.strategies=class,mine:last", "--config.steer.alphas=0.5,2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "alpha 0, the unsteered model, is added" in result.stderr
+    assert "exact in alpha" in result.stderr
+    sweep = read_sweep(tmp_path / "w" / "sweep.nc")
+    assert sweep.latents.sel(strategy="mine:last")[0, 1].values.tolist() == [6, 7, -1]
+    assert "mine:last" in (tmp_path / "w" / "report.html").read_text()
+    (tmp_path / "mine.py").write_text("def last(stats, label):\n    return [1, 1], [1, 2]\n")
+    result = run(*command, "--config.steer.strategies=class,mine:last", "--config.steer.latents=2", cwd=tmp_path)
+    refused(result, "strategy 'mine:last', class 0 ('00'): latent 1 twice")
+
+
+def test_more_heads_than_a_table_holds(finished, tmp_path):
+    """Thirteen: steering runs the suffix, the controls try a sample of the subsets, and the report is whole."""
+    command = (
+        f"--config={finished[0]}", f"--workdir={tmp_path}", "--config.model.heads=13", "--config.model.width=26",
+        "--config.steer.strategies=class,random", "--config.steer.subsets=64", "--stages=train,sae,steer,report",
+    )  # fmt: skip
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "the layers from 2 on run for every setting, as 13 heads are too many for a table" in result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["last_layer"]["by_size"]) == 14
+    assert "exact" not in summary["steering"]["class"]
+    sweep = read_sweep(tmp_path / "sweep.nc")
+    assert sweep.sizes["subset"] >= 64
+    assert (sweep.test_correct.sel(alpha=0).sum("class") == sweep.test_unsteered_correct.sum()).all()
+
+
+def test_a_budget_too_small_is_one_line_and_may_be_raised_without_overwrite(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    (tmp_path / "w" / "steer" / "done.json").unlink()
+    command = (f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=steer")
+    refused(run(*command, "--config.steer.memory=0"), "config.steer.memory = '0'")
+    assert run(*command, "--config.steer.memory=2").returncode == 0
+    xarray.testing.assert_identical(read_sweep(tmp_path / "w" / "sweep.nc"), read_sweep(workdir / "sweep.nc"))

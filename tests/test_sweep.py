@@ -1,5 +1,10 @@
 """The sweep's own small parts; its whole is tested by running it (test_run) and by its pieces (test_steer)."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import random_params, tiny_config
@@ -154,3 +159,47 @@ def test_the_way_is_chosen_and_said() -> None:
 
 def test_zero_is_added_to_the_grid() -> None:
     np.testing.assert_array_equal(alpha_grid(config_of(alphas=(3.0, -1.0)).steer), [-1, 0, 3])
+
+
+DIGEST = """
+import hashlib, sys
+import jax, numpy as np
+from test_steer import setting
+from test_sweep import CLASSES, config_of, jobs
+from headsteer_jax.data import Split
+from headsteer_jax.steer import GateProgram
+from headsteer_jax.sweep import by_flips, by_suffix
+
+assert jax.device_count() == int(sys.argv[1])
+rng = np.random.default_rng(3)
+labels = (np.arange(90) % CLASSES).astype(np.int32)
+split = Split(rng.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8), labels)
+config = config_of(chunk=16)
+job, model, params, effects = jobs(config, split, (-2.0, 2.0))
+alphas, digest = np.linspace(-6, 6, 13), hashlib.sha256(job.table.x.tobytes() + job.table.answers.tobytes())
+gates = GateProgram(model, params, config)
+ways = [by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)]
+ways.append(by_suffix(job, alphas, model, params, config, CLASSES))
+for swept in ways:
+    for _, _, tallies, _ in swept:
+        for tally in tallies:
+            for values in tally:
+                digest.update(values.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_results_do_not_depend_on_the_number_of_devices() -> None:
+    """One and three simulated devices, the last chunk not full: the same bits."""
+    found = []
+    for devices in (1, 3):
+        here = Path(__file__).parent
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+        }  # fmt: skip
+        command = [sys.executable, "-c", DIGEST, str(devices)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        found.append(result.stdout)
+    assert found[0] == found[1]
