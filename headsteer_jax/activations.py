@@ -79,18 +79,19 @@ class Fit(NamedTuple):
     needed: int
 
 
-def largest(compile_for: Callable[[int], Any], most: int, memory: int) -> Fit:
+def largest(compile_for: Callable[[int], Any], most: int, memory: int, calls: int = 1) -> Fit:
     """The program for the largest number, at most `most`, that stays within a budget.
 
     Args:
       compile_for: number -> compiled program.
       memory: MiB of a device, beside the parameters, for what XLA plans as results and intermediates.
+      calls: how many are under way at once.
     """
     size = most
     while True:
         compiled = compile_for(size)
         plan = compiled.memory_analysis()
-        needed = plan.temp_size_in_bytes + plan.output_size_in_bytes
+        needed = calls * (plan.temp_size_in_bytes + plan.output_size_in_bytes)
         if needed <= memory * 2**20:
             return Fit(compiled, size, needed)
         if size == 1:
@@ -117,7 +118,7 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
         images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
         return program.run.lower(replicated(params), images).compile()  # type: ignore[attr-defined]
 
-    fit = largest(compile_for, min(program.size, len(split.labels)), memory)
+    fit = largest(compile_for, min(program.size, len(split.labels)), memory, calls=2)  # as over_split has them
     if not fit.size:
         raise too_small(fit, memory, "one image")
     return Program(fit.run, fit.size, compiled=True)
@@ -134,29 +135,20 @@ def padded_chunks(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     return list(filled.reshape(-1, size))
 
 
-def over_split(
-    program: Program, params: Any, split: Split, what: str, *, with_labels: bool = False
-) -> list[np.ndarray]:
-    """What a program gives for a whole split, chunk by chunk.
+def over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
+    """What a program gives for a whole split, chunk by chunk: its arrays, with first axis N.
 
-    Args:
-      what: names the work in the progress.
-      with_labels: the function takes the images' labels [B] too.
-
-    Returns:
-      The arrays, with first axis N.
+    `what` names the work in the progress.
     """
     count, params = len(split.labels), replicated(params)
     size = program.size if program.compiled else min(program.size, count)
     chunks = padded_chunks(count, size, jax.device_count())
     parts, running = [], None
     with progress(count, what, "image") as bar:
-        for i, images in enumerate(prefetched(lambda i: gather(split.images, chunks[i]), len(chunks))):
-            labels = (split.labels[chunks[i]],) if with_labels else ()
-            now = program.run(params, *(jax.device_put(array, dealt()) for array in (images, *labels)))
-            if running is not None:  # fetched while the device works on the next
-                parts.append(jax.device_get(running))
-            running = now
+        for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
+            earlier, running = running, program.run(params, jax.device_put(images, dealt()))
+            if earlier is not None:  # fetched while the device works on the next
+                parts.append(jax.device_get(earlier))
             bar.update(min(len(images), count - bar.done))
         parts.append(jax.device_get(running))
     return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]

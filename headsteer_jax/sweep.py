@@ -397,8 +397,9 @@ def run_sweep(
         lost = arrays[f"{name}_unsteered_correct"] + found[f"{name}_gained"] - found[f"{name}_correct"]
         arrays |= found | {f"{name}_lost": lost, f"{name}_unsteered_right": before}
         if flips:
+            answers = job.answers
             steps[name] = {
-                one: exact_steps([(flips[g, s], job.rows, job.used[0], job.answers) for s in range(config.sae.seeds)])
+                one: exact_steps([(flips[g, s], job.rows, job.used[0], answers) for s in range(config.sae.seeds)])
                 for g, one in enumerate(names)
             }
     by_name = {one: arrays["latents"][g] for g, one in enumerate(names)}  # [S, C, K]

@@ -260,6 +260,10 @@ def test_results_page(finished, tmp_path):
     for name in re.findall(r"\]\(tiny/(\w+\.png)\)", text):
         assert (tmp_path / "docs" / "tiny" / name).stat().st_size > 1000
     assert len(re.findall(r"!\[", text)) == 9
+    assert "| strategy | best alpha | usage | accuracy | alpha for usage 0.75 |" in text
+    html = (workdir / "report.html").read_text()
+    assert 'id="exact"' in html
+    assert 'id="against-oracle"' in html
     command[3] = str(tmp_path)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_report import made_run
 
-from headsteer_jax.flips import packed, unpacked
+from headsteer_jax.flips import Steps, packed, unpacked
 from headsteer_jax.stats import mcnemar
 from headsteer_jax.summary import saved_classes, summarise
 from headsteer_jax.table import gates_of
@@ -246,3 +246,55 @@ def test_fronts_where_steering_never_lowers_usage(run: dict[str, Any]) -> None:
     json.dumps(summary, allow_nan=False)
     if "fronts" in summary:
         assert np.isfinite(summary["fronts"]["lowest_difference_ci"]).all()
+
+
+def test_fronts_against_the_best_subset_of_each_class(run: dict[str, Any]) -> None:
+    arrays = run["arrays"]
+    summary, _ = summarise(arrays, run["config"])
+    right, used = per_image(arrays, "test")
+    rising, labels = np.flatnonzero(arrays["alphas"] >= 0), arrays["test_labels"]
+    compared = 0
+    for g, name in enumerate(arrays["strategies"]):
+        points = [(used[g, :, 0, a].mean(), right[g, :, 0, a].mean()) for a in rising]
+        for row in summary["steering"][str(name)]["against_oracle"]:
+            size = round(row["usage"] * 4)
+            subsets = [p for p in range(16) if bin(p).count("1") == size]
+            hits = 0
+            for c in range(8):
+                held = arrays["validation_table"][arrays["validation_labels"] == c]
+                best = max(subsets, key=lambda p: ((held[:, p] == c).mean(), -p))
+                hits += (arrays["test_table"][labels == c][:, best] == c).sum()
+            assert row["oracle"] == pytest.approx(hits / len(labels))
+            assert row["front"] == pytest.approx(max(y for x, y in points if x <= row["usage"] + 1e-6))
+            low, high = row["difference_ci"]
+            assert low <= row["front"] - row["oracle"] + 0.05
+            assert high >= row["front"] - row["oracle"] - 0.05
+            compared += 1
+    assert compared > 5
+
+
+def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(run: dict[str, Any]) -> None:
+    """Steps of one strategy, made by hand: 10 images of 4 heads."""
+    arrays, config = run["arrays"], run["config"]
+    names = [str(name) for name in arrays["strategies"]]
+    # alpha      ..-1  -1..0  0..1   1..2   2..4   4..
+    alpha = np.array([-1.0, 0.5, 1.0, 2.0, 4.0])
+    validation = Steps(alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), 10, 4)
+    test = Steps(alpha, np.array([1, 8, 8, 7, 6, 5]), np.array([40, 37, 35, 31, 19, 5]), 10, 4)
+    steps = {"validation": dict.fromkeys(names, validation), "test": dict.fromkeys(names, test)}
+    summary, extra = summarise(arrays, config, steps)
+    floor = unsteered(arrays, "validation")[0].mean() - config.steer.tolerance
+    assert 0.8 < floor < 1
+    found = summary["steering"]["class"]["exact"]
+    wanted = 3.0 if floor <= 0.9 else 1.5  # the middle of the interval of lowest usage whose accuracy is high enough
+    at = {3.0: (19 / 40, 0.6), 1.5: (31 / 40, 0.7)}[wanted]
+    assert (found["alpha"], found["usage"], found["accuracy"]) == (wanted, *at)
+    assert found["steps"] == 5
+    rows = {row["wanted"]: row for row in found["for_usage"]}
+    assert rows[0.75]["alpha"] == 1.0
+    assert (rows[0.75]["usage"], rows[0.75]["accuracy"]) == (31 / 40, 0.7)
+    assert rows[0.5]["alpha"] == 2.0
+    assert rows[0.25]["alpha"] == 4.0
+    for dense, usage in zip(extra["exact_alphas"], extra["exact_usage"][0], strict=True):
+        assert usage == test.usage[np.searchsorted(alpha, dense, side="right")]
+    assert extra["exact_alphas"][[0, -1]].tolist() == pytest.approx([arrays["alphas"][0], arrays["alphas"][-1]])
