@@ -31,9 +31,10 @@ from headsteer_jax.config import Config
 from headsteer_jax.data import Split, gather
 from headsteer_jax.flips import gate_effect, unpacked
 from headsteer_jax.latents import Choice, LatentStatistics, Outcomes, per_class, statistics, strategy
+from headsteer_jax.progress import progress
 from headsteer_jax.runs import Run, load_run
 from headsteer_jax.sae import encode_all
-from headsteer_jax.steer import GateProgram, Steering
+from headsteer_jax.steer import GateProgram, Steering, steered_residual
 from headsteer_jax.sweep import Job, by_flips, by_gates, make_job, seed_of
 from headsteer_jax.table import Table, fill_table, pattern_of, table_program
 
@@ -120,7 +121,6 @@ def with_steer(config: Config, **fields: Any) -> Config:
 
 def plain(run: Run, config: Config) -> Callable[..., Any]:
     """The plain way: the whole gated model on steered images, [B] patterns and [B] predictions."""
-    from headsteer_jax.steer import steered_residual
 
     @jax.jit
     def forward(params: Any, images: jax.Array, one: Steering, class_B: jax.Array, alpha: jax.Array) -> Any:
@@ -246,31 +246,29 @@ def identity(bench: Bench, settings: int, batch: int) -> dict[str, Any]:
         for sign in [1 if n // (len(STRATEGIES) * len(MODES)) % 2 == 0 else -1]
     ]
     differ = {"gates": 0, "predictions": 0, "settings": 0}
-    for mode in MODES:
-        config = with_steer(bench.config, mode=mode)
-        forward, program = plain(bench.run, config), GateProgram(bench.run.model, bench.run.params, config)
-        for g, own_mode, alpha in drawn:
-            if own_mode != mode:
-                continue
-            one = bench.steered[g]
-            alphas = np.array(sorted([0.0, float(np.float32(alpha))]))
-            place = int(np.flatnonzero(alphas)[0])
-            single = job._replace(steered=[[one]])
-            if mode == "add":
-                swept = by_flips(single, alphas, program, bench.effects, config.sae.k, bench.classes)
-            else:
-                swept = by_gates(single, alphas, program, bench.classes)
-            _, _, (tally, _), _ = next(swept)
-            patterns, predictions = over(forward, bench.run, bench.split, batch, one, alpha)
-            ours = unpacked(tally.gates[place], count).T @ (1 << np.arange(heads))
-            answers = job.table.answers[np.arange(count), ours]
-            assert (unpacked(tally.right[place], count) == (answers == labels)).all()
-            wrong = int((ours != patterns).sum()), int((answers != predictions).sum())
-            differ["gates"] += wrong[0]
-            differ["predictions"] += wrong[1]
-            differ["settings"] += 1
-            if any(wrong):
-                print(f"  {STRATEGIES[g]}, {mode}, alpha {alpha:.4g}: {wrong[0]} patterns, {wrong[1]} answers differ")
+    with progress(settings, "settings against the plain way", "setting") as bar:
+        for mode in MODES:
+            config = with_steer(bench.config, mode=mode)
+            forward, program = plain(bench.run, config), GateProgram(bench.run.model, bench.run.params, config)
+            for g, _, alpha in (one for one in drawn if one[1] == mode):
+                alphas = np.array(sorted([0.0, float(np.float32(alpha))]))
+                place, single = int(np.flatnonzero(alphas)[0]), job._replace(steered=[[bench.steered[g]]])
+                if mode == "add":
+                    swept = by_flips(single, alphas, program, bench.effects, config.sae.k, bench.classes)
+                else:
+                    swept = by_gates(single, alphas, program, bench.classes)
+                _, _, (tally, _), _ = next(swept)
+                patterns, predictions = over(forward, bench.run, bench.split, batch, bench.steered[g], alpha)
+                ours = unpacked(tally.gates[place], count).T @ (1 << np.arange(heads))
+                answers = job.table.answers[np.arange(count), ours]
+                assert (unpacked(tally.right[place], count) == (answers == labels)).all()
+                wrong = int((ours != patterns).sum()), int((answers != predictions).sum())
+                differ["gates"] += wrong[0]
+                differ["predictions"] += wrong[1]
+                differ["settings"] += 1
+                bar.update(1, f"{differ['gates']} patterns and {differ['predictions']} answers differ")
+                if any(wrong):
+                    print(f"  {STRATEGIES[g]}, {mode}, alpha {alpha:.4g}: {wrong} patterns and answers differ")
     return differ | {"images": count}
 
 
@@ -299,7 +297,8 @@ def main() -> None:
     by_batch = {batch: seconds(functools.partial(one_pass, batch), repeats) for batch in (50, 100, 125, 250, 500)}
     batch = min(by_batch, key=by_batch.__getitem__)
     forward = by_batch[batch]
-    steered = seconds(lambda: over(plain(run, config), run, bench.split, batch, bench.steered[0], 2.0), 1)
+    one_setting = plain(run, config)
+    steered = seconds(lambda: over(one_setting, run, bench.split, batch, bench.steered[0], 2.0), repeats)
     print(f"one plain pass {forward:.3f} s at batch {batch} ({by_batch}); a steered one {steered:.3f} s")
 
     whole = seconds(lambda: bench.sweep(alphas), repeats)
