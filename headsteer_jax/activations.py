@@ -1,6 +1,7 @@
 """Forward passes over a split, on all devices: what the model predicts, which heads it runs, a layer's CLS residual."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headsteer_jax.augment import preprocess
 from headsteer_jax.config import Config, HeadSteerError
-from headsteer_jax.data import Split, gather, prefetched
+from headsteer_jax.data import Split, gather
 from headsteer_jax.progress import progress
 from headsteer_jax.vit import Gating, ViT, answer, stack_gates
+
+CALLS = 2  # under way at once: while one waits for its images, or has work for one core only, the other goes on
 
 
 class Observed(NamedTuple):
@@ -118,7 +121,7 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
         images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
         return program.run.lower(replicated(params), images).compile()  # type: ignore[attr-defined]
 
-    fit = largest(compile_for, min(program.size, len(split.labels)), memory, calls=2)  # as over_split has them
+    fit = largest(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS)
     if not fit.size:
         raise too_small(fit, memory, "one image")
     return Program(fit.run, fit.size, compiled=True)
@@ -143,14 +146,15 @@ def over_split(program: Program, params: Any, split: Split, what: str) -> list[n
     count, params = len(split.labels), replicated(params)
     size = program.size if program.compiled else min(program.size, count)
     chunks = padded_chunks(count, size, jax.device_count())
-    parts, running = [], None
-    with progress(count, what, "image") as bar:
-        for images in prefetched(lambda i: gather(split.images, chunks[i]), len(chunks)):
-            earlier, running = running, program.run(params, jax.device_put(images, dealt()))
-            if earlier is not None:  # fetched while the device works on the next
-                parts.append(jax.device_get(earlier))
-            bar.update(min(len(images), count - bar.done))
-        parts.append(jax.device_get(running))
+
+    def one(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
+        return jax.device_get(program.run(params, jax.device_put(gather(split.images, chunk), dealt())))
+
+    parts = []
+    with progress(count, what, "image") as bar, ThreadPoolExecutor(CALLS) as threads:
+        for part in threads.map(one, chunks):
+            parts.append(part)
+            bar.update(min(len(part[0]), count - bar.done))
     return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]
 
 
