@@ -104,10 +104,11 @@ def summarise(
     usage_R, accuracy_R = (
         bootstrap_means(values, seeds, weights, np.random.default_rng(seeds_rng))  # [R, G, Y, A]
         for values in (
-            lambda seed: unpacked(arrays["test_gates"][:, seed], len(labels)).sum(axis=-2, dtype=np.uint8) / heads,
+            lambda seed: unpacked(arrays["test_gates"][:, seed], len(labels)).sum(axis=-2, dtype=np.uint8),
             lambda seed: unpacked(arrays["test_right"][:, seed], len(labels)),
         )
     )
+    usage_R = usage_R / heads
     before_usage_R = (weights @ before_used.astype(np.float32)) / (len(labels) * heads)
     before_accuracy_R = (weights @ before_right.astype(np.float32)) / len(labels)
     usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "test"))
