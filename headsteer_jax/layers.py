@@ -4,7 +4,6 @@ Every layer has its own autoencoder. Where several are steered, a later gate rea
 changed heads have already changed. Axes: B, N images, A alphas, L steered layers, H heads, D width.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,8 @@ def _row(
     used, right = curves(*test)
     rng = np.random.default_rng([config.seed, 5])
     weights = bootstrap_weights(test[2], config.steer.bootstrap, rng)
-    used_R, right_R = (
-        bootstrap_means(functools.partial(lambda own, _: own, own), 1, weights, rng) for own in (used, right)
-    )
+    used_R = bootstrap_means(lambda _: used, 1, weights, rng)
+    right_R = bootstrap_means(lambda _: right, 1, weights, rng)
 
     def change_ci(resampled: np.ndarray) -> list[float]:
         return [float(end) for end in interval(resampled[:, chosen] - resampled[:, 0], config.steer.confidence)]
