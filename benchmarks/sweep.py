@@ -217,7 +217,7 @@ def child(workdir: str, memory: int) -> None:
     before = resident("VmRSS")
     reset_peak()
     swept = bench.sweep(grid(41))
-    plan = bench.program.run.memory_analysis()  # type: ignore[attr-defined]
+    plan = bench.program.run.memory_analysis()
     figures = {
         "devices": jax.device_count(), "memory": memory, "images_at_once": bench.program.size,
         "planned_mib": (plan.temp_size_in_bytes + plan.output_size_in_bytes) / 2**20,

@@ -39,7 +39,7 @@ class Program(NamedTuple):
     Each device has `size` images in a call, whatever the number of devices: so results do not depend on that number.
     """
 
-    run: Function
+    run: Any  # a jitted or a compiled Function
     size: int
     compiled: bool = False  # for exactly this size: a smaller split is filled up to it
 
@@ -119,7 +119,7 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
     def compile_for(size: int) -> Any:
         shape = (size * jax.device_count(), *split.images.shape[1:])
         images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
-        return program.run.lower(replicated(params), images).compile()  # type: ignore[attr-defined]
+        return program.run.lower(replicated(params), images).compile()
 
     fit = largest(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS)
     if not fit.size:

@@ -195,7 +195,7 @@ def run_suffix(
         def compile_for(at_once: int, images: int = images) -> Any:
             x_BTD = jax.ShapeDtypeStruct((images, tokens, config.model.width), jnp.float32, sharding=dealt())
             class_B = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=dealt())
-            return program.lower(  # type: ignore[attr-defined]
+            return program.lower(
                 params, replicated(settings[0][0]), replicated(np.zeros(at_once, np.float32)), x_BTD, class_B
             ).compile()
 
