@@ -272,7 +272,7 @@ class SteerConfig(Section):
     once where they would not fit."""
     chunk: PositiveInt = 250
     """Images of a device in one call, at most; few stay in a CPU's cache, a GPU takes more."""
-    subsets: Annotated[int, Field(ge=64)] = 512
+    subsets: Annotated[int, Field(ge=64, le=4096)] = 512
     """Above 12 heads not all 2^H head subsets can be tried: the controls try so many of them, of every size."""
 
 

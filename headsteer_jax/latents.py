@@ -280,7 +280,7 @@ def per_class(function: ClassStrategy, name: str) -> Strategy:
             try:
                 latents, weights = (np.asarray(part) for part in pair)
                 latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
-                weights = weights.astype(np.float64)
+                weights = weights.astype(np.float32)  # as they are used: what overflows is infinite
             except (TypeError, ValueError):
                 raise HeadSteerError(
                     f"{where}: it must return two arrays, of latents (integers) and of weights (numbers)"

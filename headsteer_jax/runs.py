@@ -1,6 +1,6 @@
 """A finished run in Python: load it, sweep any strategy over it.
 
-run = headsteer_jax.load_run("runs/double_digits")
+run = load_run("runs/double_digits")
 sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4, 16, 401))
 sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
 """
@@ -22,7 +22,7 @@ from headsteer_jax.latents import ClassStrategy, Strategy, per_class, strategy
 from headsteer_jax.sae import SAE, Scaling
 from headsteer_jax.stages import autoencoders, why_stale
 from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import check_names, check_validation, run_sweep
+from headsteer_jax.sweep import Arrays, check_names, check_validation, run_sweep
 from headsteer_jax.train import trained
 from headsteer_jax.vit import ViT
 
@@ -53,7 +53,8 @@ class Run:
         Raises:
           HeadSteerError: a field, strategy or class that is not right.
         """
-        return self._swept(strategies, steer)[0]
+        config, arrays, steps = self._swept(strategies, steer)
+        return labelled(arrays | summarise(arrays, config, steps)[1])
 
     def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> Steps:
         """Accuracy and usage as exact functions of alpha on a split, over all autoencoder seeds, steered by label.
@@ -61,7 +62,7 @@ class Run:
         Raises:
           HeadSteerError: as `sweep`; or alpha is not exact for this config.
         """
-        _, steps = self._swept({"asked": choose}, steer | {"alphas": (1.0,)})
+        *_, steps = self._swept({"asked": choose}, steer | {"alphas": (1.0,)})
         if not steps:
             raise HeadSteerError(
                 "alpha is exact for steer.mode = 'add', form = 'delta', target = 'policy', a gate without LayerNorm, "
@@ -73,7 +74,10 @@ class Run:
 
     def _swept(
         self, strategies: "Strategies", steer: Mapping[str, Any]
-    ) -> tuple[xarray.Dataset, dict[str, dict[str, Steps]]]:
+    ) -> tuple[Config, Arrays, dict[str, dict[str, Steps]]]:
+        """The config that it was made with, the arrays and the steps."""
+        if isinstance(strategies, str):
+            strategies = [strategies]
         named = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
         chosen = {name: _strategy(choose, name) for name, choose in named.items()}
         if not chosen:
@@ -86,14 +90,11 @@ class Run:
             raise HeadSteerError(one_line(error)) from None
         check_names(checked, self.dataset.class_names)
         check_validation(self.dataset.validation, checked, self.dataset.class_names)
-        arrays, steps = run_sweep(
-            checked, self.dataset, self.model, self.params, self.saes, self.scaling, self.x_train, chosen
-        )
-        _, extra = summarise(arrays, checked, steps)
-        return labelled(arrays | extra), steps
+        made = self.dataset, self.model, self.params, self.saes, self.scaling, self.x_train
+        return checked, *run_sweep(checked, *made, chosen)
 
 
-Strategies = Sequence[str] | Mapping[str, str | ClassStrategy]
+Strategies = str | Sequence[str] | Mapping[str, str | ClassStrategy]
 
 
 def _strategy(choose: "str | Callable[..., Any]", name: str) -> Strategy:
@@ -115,7 +116,12 @@ def load_run(workdir: str | Path) -> Run:
     path = workdir / "config.json"
     if not path.exists():
         raise HeadSteerError(f"{path}: there is none, so no run was started here; run.py --workdir={workdir} makes one")
-    config = Config.model_validate_json(path.read_text())
+    try:
+        config = Config.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise HeadSteerError(
+            f"{path}: damaged, or of another version: {one_line(error)}"
+        ) from None
     for stage in ("train", "sae"):
         if not (workdir / stage / "done.json").exists():
             raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --stages=train,sae makes it")

@@ -106,10 +106,7 @@ def _reconstructed(
 
     def run(given: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         params, saes = given
-        x_BTD, _ = model.apply(
-            params, preprocess(images, config.data),
-            method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
-        )  # fmt: skip
+        x_BTD = model.apply(params, preprocess(images, config.data), layer, method="before")
         x_BD = x_BTD[:, 0]
         own_BH = model.apply(params, x_BD, layer, method="gate_logits") > 0
 

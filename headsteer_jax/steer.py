@@ -1,6 +1,6 @@
 """What changed latents do: the steered residual, the gates that follow from it, and the model from there on.
 
-Under the *policy* target steering changes one layer's gates and nothing else: `gate_patterns` gives them, and the table
+Under the *policy* target steering changes one layer's gates and nothing else: `GateProgram` gives them, and the table
 (`table.py`) the answers. Under the *residual* target, with several steered layers or with more heads than a table can
 hold, the layers from the first steered one on run for every setting: `run_suffix`.
 
@@ -161,12 +161,7 @@ def run_suffix(
     tokens = model.positions_count + model.model.registers
 
     def before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        return (
-            model.apply(
-                params, preprocess(images, config.data),
-                method=lambda m, images: m.blocks(m.embed(images), 0, stop=layers[0])[0],
-            ),
-        )  # fmt: skip
+        return (model.apply(params, preprocess(images, config.data), layers[0], method="before"),)
 
     def after(
         params: Any, steered: Mapping[int, Steering], alphas_A: jax.Array, x_BTD: jax.Array, class_B: jax.Array

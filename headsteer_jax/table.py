@@ -48,7 +48,7 @@ def listed_patterns(config: Config) -> np.ndarray:
     while len(found) < wanted:  # far fewer than the 2^13 or more there are
         for size in range(2, heads - 1):
             found.add(int(singles[rng.permutation(heads)[:size]].sum()))
-    return np.sort(np.array(sorted(found)))
+    return np.array(sorted(found))
 
 
 def pattern_answers(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patterns_P: jax.Array) -> jax.Array:
@@ -99,10 +99,7 @@ def table_program(model: ViT, params: Any, split: Split, config: Config) -> Prog
     layer, listed_P = config.sae_layer, jnp.asarray(listed_patterns(config), jnp.int32)
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        x_BTD, _ = model.apply(
-            params, preprocess(images, config.data),
-            method=lambda m, images: m.blocks(m.embed(images), 0, stop=layer),
-        )  # fmt: skip
+        x_BTD = model.apply(params, preprocess(images, config.data), layer, method="before")
         m_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits")
         answers_BP = pattern_answers(model, params, x_BTD, layer, listed_P).T
         pattern_B = pattern_of(m_BH)

@@ -155,6 +155,10 @@ class ViT(nn.Module):
             x_BTD = jnp.concatenate([x_BTD[:, :1], registers_BRD, x_BTD[:, 1:]], axis=1)
         return x_BTD
 
+    def before(self, images_BHWC: jax.Array, layer: int) -> jax.Array:
+        """[B, height, width, channels] normalised images -> [B, T, D] the residual that enters `layer`."""
+        return self.blocks(self.embed(images_BHWC), 0, stop=layer)[0]
+
     def classify(self, x_BD: jax.Array) -> jax.Array:
         """[B, D] CLS residual after the last block -> [B, C] float32 logits."""
         return self.head(self.norm(x_BD))

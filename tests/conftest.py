@@ -27,6 +27,7 @@ from headsteer_jax.config import (
     SteerConfig,
     TrainConfig,
 )
+from headsteer_jax.data import Split
 from headsteer_jax.vit import build
 
 
@@ -49,6 +50,16 @@ def tiny_config(**gate: object) -> Config:
         layers=LayersConfig(epochs=3, alphas=(2.0,), per_class=1),
         report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
     )
+
+
+CLASSES = 7
+
+
+@pytest.fixture(scope="session")
+def split() -> Split:
+    """90 images of 8x8 in CLASSES classes."""
+    rng = np.random.default_rng(3)
+    return Split(rng.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8), (np.arange(90) % CLASSES).astype(np.int32))
 
 
 def random_params(config: Config, classes: int, seed: int = 0) -> object:

@@ -271,6 +271,7 @@ def test_strategies_that_do_not_exist(name: str, says: str) -> None:
         (([3, 4, 3], [1, 1, 1]), "latent 3 twice"),
         (([1, 2], [1, np.nan]), "a weight is nan"),
         (([1, 2], [1, np.inf]), "a weight is inf"),
+        (([1, 2], [1, 1e39]), "a weight is inf"),
         (([1, 2], [1]), r"latents of shape \(2,\) and weights of shape \(1,\)"),
         (([[1, 2]], [[1, 1]]), r"latents of shape \(1, 2\)"),
         (([], []), r"latents of shape \(0,\)"),
@@ -283,8 +284,10 @@ def test_strategies_that_do_not_exist(name: str, says: str) -> None:
 def test_what_a_users_strategy_may_not_return(returned: object, says: str) -> None:
     _, _, stats = made()
     stats = stats._replace(class_names=("ant", "bee", "cat", "dog"))
-    function = lambda _, label: returned if label == 2 else ([0], [1])  # noqa: E731
-    if isinstance(returned, tuple) and np.ndim(returned[0]) == 1 and len(returned[0]):
-        function = lambda _, label: returned if label == 2 else (range(len(returned[0])), [1.0] * len(returned[0]))  # noqa: E731
+    length = len(returned[0]) if isinstance(returned, tuple) and np.ndim(returned[0]) == 1 else 1
+
+    def function(_: LatentStatistics, label: int) -> object:
+        return returned if label == 2 else (range(max(length, 1)), np.ones(max(length, 1)))
+
     with pytest.raises(HeadSteerError, match=rf"^strategy 'mine', class 2 \('cat'\): {says}"):
         per_class(function, "mine")(stats, SteerConfig(), np.random.default_rng(0))

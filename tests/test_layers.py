@@ -4,18 +4,14 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import random_params, tiny_config
-from test_sae import random_sae
+from conftest import CLASSES, random_params, tiny_config
+from test_steer import setting
 
 from headsteer_jax import layers
 from headsteer_jax.config import Config, HeadSteerError, load_config
 from headsteer_jax.data import Split
-from headsteer_jax.latents import Choice
-from headsteer_jax.sae import Scaling
 from headsteer_jax.steer import Steering, run_suffix
-from headsteer_jax.vit import build
-
-CLASSES, K = 7, 4
+from headsteer_jax.vit import ViT, build
 
 
 def config_of(**steer: object) -> Config:
@@ -26,15 +22,6 @@ def config_of(**steer: object) -> Config:
             "layers": config.layers.model_copy(update={"alphas": (8.0, -20.0), "chunk": 4, "per_class": 0}),
         }
     )
-
-
-def steering(seed: int) -> Steering:
-    rng = np.random.default_rng(seed)
-    chosen = np.stack([rng.choice(48, 3, replace=False) for _ in range(CLASSES)]).astype(np.int32)
-    scaling = Scaling(rng.standard_normal(24).astype(np.float32), np.float32(0.7))
-    strength = rng.uniform(0.5, 2, 48).astype(np.float32)
-    choice = Choice(chosen, rng.uniform(0.5, 2, chosen.shape).astype(np.float32))
-    return Steering(random_sae(seed, 24, 48), scaling, strength, choice)
 
 
 def by_hand(
@@ -72,7 +59,9 @@ def by_hand(
     return gates, int(np.argmax(answer))
 
 
-def steered_at(model, params, split: Split, steered: dict[int, Steering], config: Config):  # type: ignore[no-untyped-def]
+def steered_at(
+    model: ViT, params: object, split: Split, steered: dict[int, Steering], config: Config
+) -> tuple[np.ndarray, np.ndarray]:
     """Gates and predictions at alpha 0, 8 and -20, by the labels."""
     alphas = np.array([0.0, 8.0, -20.0])
     gates, predictions = run_suffix(model, params, split, [(steered, split.labels)], alphas, config, 4, "test")
@@ -86,7 +75,7 @@ def test_steered_layers_match_reference(which: tuple[int, ...], target: str) -> 
     params = random_params(config, CLASSES)
     images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     labels = np.random.default_rng(2).integers(0, CLASSES, 6).astype(np.int32)
-    steered = {layer: steering(layer) for layer in which}
+    steered = {layer: setting(layer) for layer in which}
     gates, predictions = steered_at(build(config, CLASSES), params, Split(images, labels), steered, config)
     assert gates.shape == (3, 6, len(which), 3)
     exact = reference.in_float64(jax.device_get(params))
@@ -106,7 +95,7 @@ def test_alpha_0_is_the_unsteered_model() -> None:
     params, model = random_params(config, CLASSES), build(config, CLASSES)
     images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     split = Split(images, np.zeros(6, np.int32))
-    gates, predictions = steered_at(model, params, split, {1: steering(0), 2: steering(1)}, config)
+    gates, predictions = steered_at(model, params, split, {1: setting(0), 2: setting(1)}, config)
     logits, out = model.apply(params, images.astype(np.float32) / 255)
     np.testing.assert_array_equal(predictions[0], np.argmax(logits, axis=1))
     for place, layer in enumerate((1, 2)):

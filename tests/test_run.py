@@ -378,8 +378,12 @@ def test_runs_that_cannot_be_loaded(finished, tmp_path):
         loaded.exact("class", mode="clamp")
     with pytest.raises(HeadSteerError, match=r"^there is no split 'train'"):
         loaded.exact("class", "train")
+    assert loaded.sweep("class", bootstrap=20).strategy.values.tolist() == ["class"]
     (tmp_path / "w" / "sae" / "done.json").unlink()
     with pytest.raises(HeadSteerError, match="its stage sae is not done"):
+        load_run(tmp_path / "w")
+    (tmp_path / "w" / "config.json").write_text("{")
+    with pytest.raises(HeadSteerError, match=r"config\.json: damaged, or of another version"):
         load_run(tmp_path / "w")
 
 

@@ -6,17 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import random_params, tiny_config
+from conftest import CLASSES, random_params, tiny_config
 from test_sae import random_sae
 
 from headsteer_jax import steer, vit
 from headsteer_jax.config import Config, HeadSteerError
-from headsteer_jax.data import Split
 from headsteer_jax.latents import Choice
 from headsteer_jax.sae import Scaling
 from headsteer_jax.table import pattern_of
 
-K, CLASSES = 4, 7
+K = 4
 
 
 def steering(**fields: object) -> Config:
@@ -69,12 +68,6 @@ def test_alpha_0_in_delta_form_is_the_residual_bit_for_bit(mode):
     run = jax.jit(lambda x, alpha: steer.steered_residual(setting(), x, classes, alpha, K, config))
     chex.assert_trees_all_equal(run(x, 0.0), x)
     assert not np.array_equal(run(x, 1.0), x)
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    rng = np.random.default_rng(3)
-    return Split(rng.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8), (np.arange(90) % CLASSES).astype(np.int32))
 
 
 @pytest.mark.parametrize("layer", [-1, -2])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_params, tiny_config
-from test_steer import CLASSES, setting, split  # noqa: F401  (split is a fixture)
+from conftest import CLASSES, random_params, tiny_config
+from test_steer import setting
 
 from headsteer_jax.config import Config, HeadSteerError, SteerConfig
 from headsteer_jax.data import Split
@@ -83,7 +83,7 @@ def config_of(**steer: object) -> Config:
     return config.model_copy(update={"steer": config.steer.model_copy(update=steer)})
 
 
-def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[Job, object, object, list]:  # noqa: F811
+def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[Job, object, object, list]:
     """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
     model, params = build(config, CLASSES), random_params(config, CLASSES)
     table = fill_table(table_program(model, params, split, config), params, split, "table")
@@ -102,7 +102,7 @@ def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[Jo
 
 @pytest.mark.parametrize("weights", [(0.5, 2.0), (-2.0, 2.0)])
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
-def test_every_way_gives_the_same_outcomes(split, mode, weights):  # noqa: F811
+def test_every_way_gives_the_same_outcomes(split, mode, weights):
     """In closed form, by the gate itself, and by the layers from the steered one on: bit for bit, count for count."""
     config = config_of(mode=mode)
     job, model, params, effects = jobs(config, split, weights)
@@ -124,7 +124,7 @@ def test_every_way_gives_the_same_outcomes(split, mode, weights):  # noqa: F811
     assert len({row.tobytes() for row in by_label.gates}) > 2
 
 
-def test_the_model_decides_at_the_flips_themselves(split):  # noqa: F811
+def test_the_model_decides_at_the_flips_themselves(split):
     """On a grid made of flips, rounded to float32, the closed form knows nothing; the result is still the gate's."""
     config = config_of()
     job, model, params, effects = jobs(config, split, (-2.0, 2.0))
@@ -165,7 +165,8 @@ DIGEST = """
 import hashlib, sys
 import jax, numpy as np
 from test_steer import setting
-from test_sweep import CLASSES, config_of, jobs
+from conftest import CLASSES
+from test_sweep import config_of, jobs
 from headsteer_jax.data import Split
 from headsteer_jax.steer import GateProgram
 from headsteer_jax.sweep import by_flips, by_suffix

@@ -5,8 +5,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import random_params, tiny_config
-from test_steer import CLASSES, split  # noqa: F401  (a fixture)
+from conftest import CLASSES, random_params, tiny_config
 
 from headsteer_jax import table, vit
 from headsteer_jax.config import Config, HeadSteerError
@@ -24,14 +23,14 @@ def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **
     )
 
 
-def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:  # noqa: F811
+def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:
     model, params = vit.build(config, CLASSES), random_params(config, CLASSES)
     return model, params, table.fill_table(table.table_program(model, params, split, config), params, split, "table")
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("dropped", ["zero", "identity"])
-def test_table_is_the_model_under_every_pattern(split, layer, dropped):  # noqa: F811
+def test_table_is_the_model_under_every_pattern(split, layer, dropped):
     """Also for a layer before the last, where later gates react to what the earlier one changed."""
     config = config_of(layer, dropped)
     model, params, found = filled(config, split)
@@ -48,7 +47,7 @@ def test_table_is_the_model_under_every_pattern(split, layer, dropped):  # noqa:
     assert len(np.unique(found.answers)) > 2
 
 
-def test_contributions_of_a_bfloat16_model(split):  # noqa: F811
+def test_contributions_of_a_bfloat16_model(split):
     """Each head's contribution is summed in float32, and rounded where the model itself rounds."""
     config = config_of(dtype="bfloat16")
     model, params, found = filled(config, split)
@@ -62,7 +61,7 @@ def test_contributions_of_a_bfloat16_model(split):  # noqa: F811
 
 
 @pytest.mark.parametrize("memory", [1, 2])
-def test_a_smaller_budget_changes_nothing(split, memory):  # noqa: F811
+def test_a_smaller_budget_changes_nothing(split, memory):
     _, _, whole = filled(config_of(), split)
     model = vit.build(config_of(), CLASSES)
     program = table.table_program(model, random_params(config_of(), CLASSES), split, config_of(memory=memory))
@@ -72,7 +71,7 @@ def test_a_smaller_budget_changes_nothing(split, memory):  # noqa: F811
     chex.assert_trees_all_equal(found.pattern, whole.pattern)
 
 
-def test_more_heads_than_a_table_holds(split):  # noqa: F811
+def test_more_heads_than_a_table_holds(split):
     """Above 12 heads a sample of the subsets: its answers are the model's, and the unsteered one is its own pass."""
     config = config_of(subsets=64)
     config = config.model_copy(update={"model": config.model.model_copy(update={"width": 26, "heads": 13})})
@@ -92,7 +91,7 @@ def test_more_heads_than_a_table_holds(split):  # noqa: F811
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
 
 
-def test_a_budget_that_one_image_does_not_fit_is_one_line(split):  # noqa: F811
+def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
     config = config_of(memory=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
     with pytest.raises(HeadSteerError, match=r"^config\.steer\.memory = 1: too small, as one image needs \d+ MiB$"):
