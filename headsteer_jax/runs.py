@@ -119,9 +119,7 @@ def load_run(workdir: str | Path) -> Run:
     try:
         config = Config.model_validate_json(path.read_text())
     except ValidationError as error:
-        raise HeadSteerError(
-            f"{path}: damaged, or of another version: {one_line(error)}"
-        ) from None
+        raise HeadSteerError(f"{path}: damaged, or of another version: {one_line(error)}") from None
     for stage in ("train", "sae"):
         if not (workdir / stage / "done.json").exists():
             raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --stages=train,sae makes it")
