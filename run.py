@@ -13,7 +13,8 @@ from headsteer_jax import config as configs
 
 STAGES = {
     "train": "the vision transformer: dense, then with head gates, then a dense control of the same length",
-    "sae": "the top-k sparse autoencoders of one layer's CLS residual",
+    "sae": "the sparse autoencoders of one layer's residual",
+    "grid": "autoencoders of several k and learning rates side by side (only where it is named)",
     "steer": "every strategy, class and alpha on validation and test; the controls",
     "layers": "class steering of every gated layer by itself, and of all at once",
     "report": "summary.json, figures/ and report.html",
@@ -38,7 +39,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_argument("--config", default="configs/double_digits.py", help="the experiment (default: %(default)s)")
     parser.add_argument("--workdir", help="where everything is written (default: runs/<config's name>)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which stages to run (default: %(default)s)")
+    usual = ",".join(stage for stage in STAGES if stage != "grid")
+    parser.add_argument("--stages", default=usual, help="which stages to run (default: %(default)s)")
     parser.add_argument("--seed", help="short for --config.seed")
     parser.add_argument(
         "--export", help="afterwards write the trained backbone and head to FILE.safetensors, as timm's"

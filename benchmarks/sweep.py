@@ -33,9 +33,9 @@ from headsteer_jax.flips import gate_effect, unpacked
 from headsteer_jax.latents import Choice, LatentStatistics, Outcomes, per_class, statistics, strategy
 from headsteer_jax.progress import progress
 from headsteer_jax.runs import Run, load_run
-from headsteer_jax.sae import encode_all
+from headsteer_jax.sae import encode_all, seed_of
 from headsteer_jax.steer import GateProgram, Steering, steered_residual
-from headsteer_jax.sweep import Job, by_flips, by_gates, make_job, seed_of
+from headsteer_jax.sweep import Job, by_flips, by_gates, make_job
 from headsteer_jax.table import Table, fill_table, pattern_of, table_program
 
 STRATEGIES = ("class", "global", "random", "matched_random", "gate_aligned", "strongest")
@@ -75,7 +75,7 @@ class Bench:
 
     def _choices(self, decoder: np.ndarray) -> list[Choice]:
         run, labels = self.run, self.run.dataset.train.labels
-        z_NF = encode_all(self.sae, run.scaling, run.x_train, self.config.sae.k)
+        z_NF = encode_all(self.sae, run.scaling, run.x_train, self.config.sae.inference_k)
         some = np.concatenate([np.flatnonzero(labels == label)[:20] for label in range(self.classes)])
         train = Split(gather(run.dataset.train.images, some), labels[some])
         seen = fill_table(self.program, run.params, train, "train")
@@ -102,7 +102,7 @@ class Bench:
         if not both:
             count = len(job.split.labels)
             job = job._replace(used=(job.used[0][:count],), rows=by_label(job))
-        return list(by_flips(job, alphas, self.gates, self.effects, self.config.sae.k, self.classes))
+        return list(by_flips(job, alphas, self.gates, self.effects, self.config.sae.inference_k, self.classes))
 
     def sweep(self, alphas: np.ndarray, both: bool = False, split: Split | None = None) -> list[Any]:
         """From images to counts and bits."""
@@ -125,7 +125,7 @@ def plain(run: Run, config: Config) -> Callable[..., Any]:
     @jax.jit
     def forward(params: Any, images: jax.Array, one: Steering, class_B: jax.Array, alpha: jax.Array) -> Any:
         def changed(x_BD: jax.Array) -> jax.Array:
-            return steered_residual(one, x_BD, class_B, alpha, config.sae.k, config.steer)
+            return steered_residual(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
 
         logits, out = run.model.apply(params, preprocess(images, config.data), gate_input={config.sae_layer: changed})
         return pattern_of(out["gates"][config.sae_layer]), jnp.argmax(logits, axis=-1)
@@ -254,7 +254,7 @@ def identity(bench: Bench, settings: int, batch: int) -> dict[str, Any]:
                 alphas = np.array(sorted([0.0, float(np.float32(alpha))]))
                 place, single = int(np.flatnonzero(alphas)[0]), job._replace(steered=[[bench.steered[g]]])
                 if mode == "add":
-                    swept = by_flips(single, alphas, program, bench.effects, config.sae.k, bench.classes)
+                    swept = by_flips(single, alphas, program, bench.effects, config.sae.inference_k, bench.classes)
                 else:
                     swept = by_gates(single, alphas, program, bench.classes)
                 _, _, (tally, _), _ = next(swept)
@@ -309,7 +309,7 @@ def main() -> None:
     filling = seconds(lambda: bench.table(bench.split), repeats)
     looking = seconds(lambda: bench.look_up(job, alphas), repeats)
     looking_long = seconds(lambda: bench.look_up(job, grid(401)), repeats)
-    encoding = seconds(lambda: encode_all(bench.sae, run.scaling, table.x, config.sae.k, chunk=1000), repeats)
+    encoding = seconds(lambda: encode_all(bench.sae, run.scaling, table.x, config.sae.inference_k, chunk=1000), repeats)
     half = Split(bench.split.images[: count // 2], bench.split.labels[: count // 2])
     half_time = seconds(lambda: bench.sweep(alphas, split=half), repeats)
     settings = choices * len(alphas)

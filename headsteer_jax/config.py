@@ -199,32 +199,90 @@ class TrainConfig(Section):
 
 
 class SAEConfig(Section):
-    """The top-k sparse autoencoder of the CLS residual that enters one layer [TopK]."""
+    """The sparse autoencoder of the residual that enters one layer."""
 
     layer: int = -1
     """The layer whose input it reads; negative counts from the end (-1: the last, [LH26]'s)."""
+    tokens: Literal["cls", "patches", "all"] = "cls"
+    """Whose residuals it is trained on: the CLS token's, which the gate reads, every patch's, or both. Steering
+    changes the CLS residual whichever it is."""
     expansion: PositiveInt = 8
     """Latents over width: F = expansion * D ([LH26]: 384 -> 3072)."""
+    activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = "topk"
+    """topk: the k largest of each image (arXiv:2406.04093); batch_topk: the B k largest of a batch, and a threshold
+    afterwards (arXiv:2412.06410); jumprelu: above a threshold that each latent learns (arXiv:2407.14435); relu: the
+    baseline, with an L1 penalty. Latents are never negative."""
     k: PositiveInt = 32
-    """Active latents for each image (not known in [LH26])."""
+    """Active latents for each image (not known in [LH26]): exactly (topk), on average (batch_topk), as a target
+    (jumprelu); relu has none."""
+    prefixes: tuple[Share, ...] = ()
+    """Matryoshka (arXiv:2503.17547): the first of so large shares of the latents must reconstruct by themselves as
+    well, for instance 0.0625,0.25. Empty: off."""
     seeds: PositiveInt = 3
     """Autoencoders trained side by side from different initialisations; every steering figure is made with each."""
     epochs: PositiveInt = 100
     """Passes over the training split's residuals."""
     batch: PositiveInt = 1024
-    """Residuals in a step; at most one for each training image."""
+    """Residuals in a step; at most one for each training residual."""
     learning_rate: PositiveFloat = 4e-4
     """Adam's peak."""
     warmup: Fraction = 0.05
     """Share of all steps for the rise."""
     decay: Fraction = 0.2
     """Share of all steps, the last ones, over which the learning rate falls linearly to 0."""
+    init: Literal["tied", "data", "untied"] = "tied"
+    """The start: random decoder rows and the encoder equal to them; rows that are training residuals, likewise; or an
+    encoder drawn by itself."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """unit: rows of norm 1, made so after each step, whose gradient has no radial part; free: neither."""
+    centre: bool = True
+    """Subtract the training mean first. Without it most latents die."""
+    scale: bool = True
+    """Divide by one number, so that the mean norm is sqrt(D)."""
+    k_start: NonNegativeInt = 0
+    """topk, batch_topk: active latents at the start, annealed linearly to k; 0: k throughout."""
+    k_anneal: Fraction = 0.2
+    """Share of all steps for that."""
     aux_k: NonNegativeInt = 0
     """Dead latents that reconstruct the residual in AuxK; 0: D / 2."""
     aux_weight: NonNegativeFloat = 1 / 32
     """Weight of AuxK's loss; 0: off."""
     dead_window: PositiveInt = 3
     """Epochs without firing after which a latent counts as dead."""
+    dense_frequency: Share = 0.1
+    """A latent that fires on more than this share of the images counts as dense."""
+    l1_weight: NonNegativeFloat = 0.05
+    """relu: weight of the latents' sum, each times its decoder row's norm, over sqrt(D)."""
+    l0_weight: NonNegativeFloat = 1.0
+    """jumprelu: weight of (L0 / k - 1)^2."""
+    bandwidth: PositiveFloat = 0.5
+    """jumprelu: width of the kernel by which the thresholds' gradient is estimated, in the scaled input's units."""
+    control: bool = True
+    """Train one more, from the first seed's initialisation on another order of the data: how alike two autoencoders
+    are that began as one, beside which the likeness of different seeds is read."""
+    memory: PositiveInt = 4096
+    """MiB of residuals that are held at once; of more, shards in a new random order each epoch are."""
+    cache: str = ""
+    """Where residuals are kept: a directory, or gs://bucket/path. Other runs of the same model and data read them
+    too. Empty: activations in the workdir."""
+
+    @property
+    def inference_k(self) -> int | None:
+        """The k of TopK; None where thresholds decide."""
+        return self.k if self.activation == "topk" else None
+
+
+class GridConfig(Section):
+    """The stage `grid`: autoencoders of several k and learning rates, trained together as one program."""
+
+    k: tuple[PositiveInt, ...] = ()
+    """Each with every learning rate. Empty: half of sae.k, sae.k and twice sae.k, where there are as many latents."""
+    learning_rates: tuple[PositiveFloat, ...] = ()
+    """Peaks; empty: sae.learning_rate."""
+    seeds: PositiveInt = 2
+    """Of each."""
+    epochs: NonNegativeInt = 0
+    """Passes; 0: sae.epochs."""
 
 
 class SteerConfig(Section):
@@ -300,6 +358,8 @@ class ReportConfig(Section):
     """Latents shown for each of those classes."""
     top_images: PositiveInt = 8
     """Images shown for each latent."""
+    inside: PositiveInt = 500
+    """Latents that latents.html shows with their images, the most class-selective; the others with numbers only."""
     dpi: Annotated[int, Field(ge=50, le=600)] = 110
     """Resolution of the PNG figures."""
 
@@ -314,6 +374,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     train: TrainConfig = TrainConfig()
     sae: SAEConfig = SAEConfig()
+    grid: GridConfig = GridConfig()
     steer: SteerConfig = SteerConfig()
     layers: LayersConfig = LayersConfig()
     report: ReportConfig = ReportConfig()
@@ -348,6 +409,15 @@ class Config(Section):
             ("sae.layer", s.layer, -m.depth <= s.layer < m.depth and self.sae_layer in gated,
              f"a gated layer: {gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"),
             ("sae.k", s.k, s.k <= self.latents, f"at most the {self.latents} latents (sae.expansion * model.width)"),
+            ("sae.k_start", s.k_start, s.k_start <= self.latents, f"at most the {self.latents} latents"),
+            ("sae.aux_k", s.aux_k, s.aux_k <= self.latents, f"at most the {self.latents} latents"),
+            ("sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, none twice"),
+            ("sae.warmup", s.warmup, s.warmup + s.decay <= 1, f"at most 1 - sae.decay = {1 - s.decay:g}"),
+            ("grid.k", self.grid.k,
+             len(set(self.grid.k)) == len(self.grid.k) and all(k <= self.latents for k in self.grid.k),
+             f"no number twice, each at most the {self.latents} latents"),
+            ("grid.learning_rates", self.grid.learning_rates,
+             len(set(self.grid.learning_rates)) == len(self.grid.learning_rates), "no number twice"),
             ("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents"),
             ("steer.alphas", t.alphas, len(set(t.alphas)) == len(t.alphas) > 0, "at least one number, none twice"),
             ("layers.layers", self.layers.layers,

@@ -14,14 +14,16 @@ import numpy as np
 
 from headsteer_jax.activations import over_split, per_image
 from headsteer_jax.augment import preprocess
+from headsteer_jax.cache import Held
 from headsteer_jax.config import Config
 from headsteer_jax.data import Dataset, Split
 from headsteer_jax.latents import class_frequent, statistics
 from headsteer_jax.progress import say
-from headsteer_jax.sae import encode_all, health, train_sae
+from headsteer_jax.sae import encode_all, seed_of
+from headsteer_jax.sae_metrics import health
+from headsteer_jax.sae_train import seeds, train_members
 from headsteer_jax.stats import bootstrap_means, bootstrap_weights, choose_alpha, interval
 from headsteer_jax.steer import Steering, run_suffix
-from headsteer_jax.sweep import seed_of
 from headsteer_jax.vit import ViT, answer
 
 
@@ -110,16 +112,17 @@ def profile(config: Config, dataset: Dataset, model: ViT, params: Any, directory
     rows: list[dict[str, Any]] = []
     for layer in layers:
         say(f"layer {layer}: autoencoder")
-        sae_config = config.sae.model_copy(update={"layer": layer, "seeds": 1, "epochs": config.layers.epochs})
-        saes, scaling, _ = train_sae(
-            config.model_copy(update={"sae": sae_config}), x_train[layer], directory / str(layer)
+        one = config.sae.model_copy(
+            update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs}
         )
-        sae = seed_of(saes, 0)
-        z_NF = encode_all(sae, scaling, x_train[layer], config.sae.k)
+        of_layer = config.model_copy(update={"sae": one})
+        trained = train_members(of_layer, seeds(one), Held(x_train[layer]), directory / str(layer))
+        sae, scaling = seed_of(trained.saes, 0), trained.scaling
+        z_NF = encode_all(sae, scaling, x_train[layer], config.sae.inference_k)
         stats = statistics(z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale)
         choice = class_frequent(stats, config.steer, np.random.default_rng(0))
         steered[layer] = Steering(sae, scaling, stats.strength, choice)
-        on_test = health(sae, scaling, x_test[layer], encode_all(sae, scaling, x_test[layer], config.sae.k))
+        on_test = health(sae, scaling, [x_test[layer]], config.sae.inference_k)
         rows.append(
             {
                 "layer": layer,

@@ -1,55 +1,65 @@
-"""The top-k sparse autoencoder of the CLS residual [TopK], several seeds trained side by side by vmap.
+"""The sparse autoencoder of a layer's residual: TopK, BatchTopK, JumpReLU or ReLU with L1, any of them Matryoshka.
 
-    u = (x - mean) * scale;  z = TopK_k(ReLU((u - b_d) W_e + b_e));  u_hat = z W_d + b_d
+    u = (x - mean) * scale;  a = ReLU(W_e (u - b_d) + b_e);  z = a where large enough, else 0;  u_hat = W_d^T z + b_d
 
-with unit-norm decoder rows. Axes: N, B residuals, D width, F latents, S seeds.
+What is large enough is all that the variants differ in, and the config says it: there is one `encode`, one `decode` and
+one `loss`. Axes: B, N residuals, D width, F latents, K places for active latents, M dead latents, S autoencoders.
 """
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.scipy.stats import norm
 
-from headsteer_jax.checkpoint import Checkpoints
-from headsteer_jax.config import Config, HeadSteerError, SAEConfig
-from headsteer_jax.progress import progress, say
+from headsteer_jax import sparse
+from headsteer_jax.config import HeadSteerError, SAEConfig
+
+MOST = 4  # times k: active latents of one residual under BatchTopK, at most; room for them is set aside
 
 
 class SAE(NamedTuple):
-    """One autoencoder's parameters, or with a leading axis S those of several seeds."""
+    """One autoencoder's parameters, or with a leading axis S those of several. A row of W_e and W_d is a latent's."""
 
-    W_e: jax.Array  # [D, F] encoder
+    W_e: jax.Array  # [F, D] encoder
     b_e: jax.Array  # [F]
-    W_d: jax.Array  # [F, D] decoder, rows of norm 1
+    W_d: jax.Array  # [F, D] decoder
     b_d: jax.Array  # [D]
+    threshold: jax.Array  # [F] not above it a latent is 0: JumpReLU's theta, BatchTopK's one number; TopK, ReLU: 0
 
 
 class Scaling(NamedTuple):
     """How residuals become the autoencoder's input: saved with it."""
 
-    mean: np.ndarray  # [D] float32, over the training split
-    scale: np.ndarray  # [] float32: the mean norm of (x - mean) * scale is sqrt(D)
+    mean: np.ndarray  # [D] float32, over the training split; 0 without centring
+    scale: np.ndarray  # [] float32: the mean norm of (x - mean) * scale is sqrt(D); 1 without scaling
 
 
-def fit_scaling(x_ND: np.ndarray) -> Scaling:
+def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Scaling:
     """Centre and scale from the training split, accumulated in float64.
+
+    Args:
+      chunks: gives the split's residuals from the beginning, [n, D] at a time.
 
     Raises:
       HeadSteerError: the residuals are not finite, or all the same.
     """
-    x_ND = np.asarray(x_ND, np.float64)
-    if not np.isfinite(x_ND).all():
+    total, count = 0.0, 0
+    for x_nD in chunks():
+        total, count = total + x_nD.sum(axis=0, dtype=np.float64), count + len(x_nD)
+    if not np.isfinite(total).all():
         raise HeadSteerError("the residuals hold NaN or infinity: the model's training went wrong; train it again")
-    mean = x_ND.mean(axis=0)
-    norm = np.linalg.norm(x_ND - mean, axis=1).mean()
-    if norm < 1e-6 * (1.0 + np.linalg.norm(mean)):
+    centre_D = np.asarray(total / count)
+    spread = sum(np.linalg.norm(x_nD - centre_D, axis=1).sum() for x_nD in chunks()) / count
+    if spread < 1e-6 * (1.0 + np.linalg.norm(centre_D)):
         raise HeadSteerError("the residuals are the same for every image: there is nothing to decompose at this layer")
-    return Scaling(mean.astype(np.float32), np.asarray(np.sqrt(x_ND.shape[1]) / norm, np.float32))
+    mean_D = centre_D if c.centre else np.zeros_like(centre_D)
+    length = sum(np.linalg.norm(x_nD - mean_D, axis=1).sum() for x_nD in chunks()) / count if c.scale else 1.0
+    scale = np.sqrt(len(mean_D)) / length if c.scale else 1.0
+    return Scaling(mean_D.astype(np.float32), np.asarray(scale, np.float32))
 
 
 def centre(scaling: Scaling, x_BD: jax.Array | np.ndarray) -> jax.Array:
@@ -62,33 +72,115 @@ def uncentre(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
     return u_BD / scaling.scale + scaling.mean
 
 
-def init(key: jax.Array, width: int, latents: int) -> SAE:
-    """Tied start: random unit decoder rows, the encoder their transpose, no biases (the input is centred)."""
-    W_d = _unit_rows(jax.random.normal(key, (latents, width), jnp.float32))
-    return SAE(W_d.T, jnp.zeros(latents), W_d, jnp.zeros(width))
+def init(key: jax.Array, u_ND: jax.Array, c: SAEConfig, F: int) -> SAE:
+    """The start of training; biases are 0, as the input is centred.
+
+    tied: random unit decoder rows, and the encoder equal to them. data: rows are training residuals made unit,
+    likewise. untied: encoder and decoder drawn apart.
+
+    Args:
+      u_ND: training residuals, of which `data` draws.
+    """
+    decoder_key, encoder_key = jax.random.split(key)
+    D = u_ND.shape[1]
+    if c.init == "data":
+        rows = jax.random.choice(decoder_key, len(u_ND), (F,), replace=len(u_ND) < F)
+        W_d = unit_rows(u_ND[rows])
+    else:
+        W_d = unit_rows(jax.random.normal(decoder_key, (F, D), jnp.float32))
+    W_e = unit_rows(jax.random.normal(encoder_key, (F, D), jnp.float32)) if c.init == "untied" else W_d
+    # JumpReLU begins with L0 = k, if pre-activations are standard normal
+    theta = norm.ppf(1.0 - c.k / F) if c.activation == "jumprelu" and c.k < F else 0.0
+    return SAE(W_e, jnp.zeros(F), W_d, jnp.zeros(D), jnp.full(F, theta, jnp.float32))
 
 
-def top_k(a_BF: jax.Array, k: int) -> jax.Array:
+def top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """TopK_k: the k largest of each row stay, the rest become 0.
 
     Of values that tie with the k-th, all stay: among float32 activations that are not 0 this does not happen in
     practice, and it spares a scatter.
+
+    Args:
+      k: how many; where it is not known while compiling, `most` is what it can be at most.
     """
-    if k >= a_BF.shape[-1]:
-        return a_BF
+    if isinstance(k, int):
+        most = k
+        if k >= a_BF.shape[-1]:
+            return a_BF
+    assert most is not None
+    best_BK = jax.lax.top_k(jax.lax.stop_gradient(a_BF), min(most, a_BF.shape[-1]))[0]
+    best_BK = jnp.where(jnp.arange(best_BK.shape[-1]) < k, best_BK, jnp.inf)
     # the least of the k, not their last: XLA's CPU compiler would turn the slice into a sort of the whole row
-    kth_B1 = jnp.min(jax.lax.top_k(jax.lax.stop_gradient(a_BF), k)[0], axis=-1, keepdims=True)
-    return jnp.where(a_BF >= kth_B1, a_BF, 0.0)
+    return jnp.where(a_BF >= jnp.min(best_BK, axis=-1, keepdims=True), a_BF, 0.0)
 
 
-def encode(sae: SAE, u_BD: jax.Array, k: int) -> jax.Array:
-    """z = TopK_k(ReLU((u - b_d) W_e + b_e)), [B, F] >= 0 [TopK, eq. 3]."""
-    return top_k(jax.nn.relu((u_BD - sae.b_d) @ sae.W_e + sae.b_e), k)
+def batch_threshold(a: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count`-th largest of activations >= 0 (BatchTopK keeps all from there on), by halving the range of floats.
+
+    Floats >= 0 are in the order of their bits, so 31 comparisons with everything find it exactly, without a sort.
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(a), jnp.int32)
+
+    def halve(bit: jax.Array, low: jax.Array) -> jax.Array:
+        middle = low | (1 << (30 - bit))
+        return jnp.where(jnp.sum(bits >= middle) >= count, middle, low)
+
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, jnp.int32(0)), jnp.float32)
+
+
+def pre_activations(sae: SAE, u_BD: jax.Array) -> jax.Array:
+    """a = ReLU(W_e (u - b_d) + b_e), [B, F]."""
+    return jax.nn.relu((u_BD - sae.b_d) @ sae.W_e.T + sae.b_e)
+
+
+def encode(sae: SAE, u_BD: jax.Array, k: int | None) -> jax.Array:
+    """z, [B, F] >= 0.
+
+    Args:
+      k: TopK's [TopK, eq. 3]; None: what is above the thresholds (BatchTopK, JumpReLU, ReLU).
+    """
+    a_BF = pre_activations(sae, u_BD)
+    return jnp.where(a_BF > sae.threshold, a_BF, 0.0) if k is None else top_k(a_BF, k)
 
 
 def decode(sae: SAE, z_BF: jax.Array) -> jax.Array:
-    """u_hat = z W_d + b_d, [B, D]."""
+    """u_hat = W_d^T z + b_d, [B, D]."""
     return z_BF @ sae.W_d + sae.b_d
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def jump(a_BF: jax.Array, theta_F: jax.Array, bandwidth: float) -> tuple[jax.Array, jax.Array]:
+    """JumpReLU, a 1[a > theta], and the step 1[a > theta] itself (arXiv:2407.14435, eq. 11, 12).
+
+    Their gradients by theta are straight-through estimates with a rectangular kernel: -theta / bandwidth and
+    -1 / bandwidth where |a - theta| < bandwidth / 2, else 0.
+    """
+    on_BF = (a_BF > theta_F).astype(a_BF.dtype)
+    return a_BF * on_BF, on_BF
+
+
+def _jump(a_BF, theta_F, bandwidth):  # type: ignore[no-untyped-def]
+    return jump(a_BF, theta_F, bandwidth), (a_BF, theta_F)
+
+
+def _jump_vjp(bandwidth, kept, cotangents):  # type: ignore[no-untyped-def]
+    a_BF, theta_F = kept
+    g_z_BF, g_on_BF = cotangents
+    near_BF = jnp.abs(a_BF - theta_F) < bandwidth / 2
+    by_theta_BF = jnp.where(near_BF, -(theta_F * g_z_BF + g_on_BF) / bandwidth, 0.0)
+    return jnp.where(a_BF > theta_F, g_z_BF, 0.0), by_theta_BF.sum(axis=0)
+
+
+jump.defvjp(_jump, _jump_vjp)
+
+
+class Measured(NamedTuple):
+    """What a training step says beside its loss."""
+
+    mse: jax.Array  # mean squared error per component of u
+    fired: jax.Array  # [F] how many of the batch each latent fires on
+    l0: jax.Array  # mean number of active latents
+    threshold: jax.Array  # BatchTopK: the smallest activation that stayed
 
 
 def aux_k_loss(sae: SAE, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array, k_aux: int) -> jax.Array:
@@ -100,30 +192,70 @@ def aux_k_loss(sae: SAE, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array
     """
     e_BD = jax.lax.stop_gradient(u_BD - u_hat_BD)
     dead_M, index_M = jax.lax.top_k(dead_F.astype(jnp.float32), min(2 * k_aux, dead_F.shape[0]))
-    a_BM = jax.nn.relu((u_BD - jax.lax.stop_gradient(sae.b_d)) @ sae.W_e[:, index_M] + sae.b_e[index_M])
-    e_hat_BD = top_k(a_BM * dead_M, k_aux) @ sae.W_d[index_M]
+    a_BM = jax.nn.relu((u_BD - jax.lax.stop_gradient(sae.b_d)) @ sae.W_e[index_M].T + sae.b_e[index_M])
+    e_hat_BD = top_k(a_BM * dead_M, min(k_aux, len(index_M))) @ sae.W_d[index_M]
     variance = jnp.sum((e_BD - e_BD.mean(axis=0)) ** 2)
     return jnp.where(jnp.any(dead_F), jnp.sum((e_BD - e_hat_BD) ** 2) / jnp.maximum(variance, 1e-12), 0.0)
 
 
+def prefix_lengths(c: SAEConfig, F: int) -> list[int]:
+    """How many latents each Matryoshka prefix has, all of them last."""
+    return sorted({max(1, round(share * F)) for share in c.prefixes} | {F})
+
+
 def loss(
-    sae: SAE, u_BD: jax.Array, dead_F: jax.Array, k: int, k_aux: int, aux_weight: float
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Squared error relative to the batch's variance, plus AuxK.
+    sae: SAE, u_BD: jax.Array, dead_F: jax.Array, k: jax.Array, c: SAEConfig, most: int, k_aux: int, fast: bool
+) -> tuple[jax.Array, Measured]:
+    """Squared error relative to the batch's variance, the mean over prefixes; plus AuxK; plus the sparsity's price.
 
-    Returns:
-      The loss, and (mean squared error per component of u, [F] how many of the batch each latent fires on).
+    The price is 0 for TopK and BatchTopK; l0_weight (L0 / k - 1)^2 for JumpReLU (arXiv:2407.19200's target);
+    l1_weight times the mean of sum_j z_j |d_j| / sqrt(D) for ReLU.
+
+    Args:
+      dead_F: bool.
+      k: int32 scalar, at most `most`.
+      k_aux: of AuxK; 0: without it.
+      fast: TopK and BatchTopK by `sparse`, which must be available: the same but for rounding.
     """
-    z_BF = encode(sae, u_BD, k)
-    u_hat_BD = decode(sae, z_BF)
-    error = jnp.sum((u_BD - u_hat_BD) ** 2)
-    total = error / jnp.sum((u_BD - u_BD.mean(axis=0)) ** 2)
-    if aux_weight > 0:
-        total += aux_weight * aux_k_loss(sae, u_BD, u_hat_BD, dead_F, k_aux)
-    return total, (error / u_BD.size, jnp.sum(z_BF > 0, axis=0))
+    price, threshold = jnp.zeros(()), jnp.zeros(())
+    F = len(sae.b_e)
+    if c.activation in ("topk", "batch_topk"):
+        room = most if c.activation == "topk" else min(MOST * most, F)
+        asked = k if c.activation == "topk" else jnp.minimum(MOST * k, F)
+        if fast:
+            z, latents_BK = sparse.encode(u_BD, sae.W_e, sae.b_e - sae.W_e @ sae.b_d, asked, room)
+        else:
+            z = top_k(pre_activations(sae, u_BD), asked, room)
+        if c.activation == "batch_topk":
+            z = jnp.where(z >= batch_threshold(z, len(u_BD) * k), z, 0.0)
+            threshold = jnp.min(jnp.where(z > 0, z, jnp.inf))
+    else:
+        z, on_BF = jump(pre_activations(sae, u_BD), sae.threshold, c.bandwidth)
+        if c.activation == "jumprelu":
+            price = c.l0_weight * (jnp.sum(on_BF) / len(u_BD) / k - 1.0) ** 2
+        else:
+            length_F = jnp.linalg.norm(sae.W_d, axis=1)
+            price = c.l1_weight * jnp.mean(z @ length_F) / u_BD.shape[1] ** 0.5
+        fast = False
+
+    error, u_hat_BD, begin = jnp.zeros(()), jnp.broadcast_to(sae.b_d, u_BD.shape), 0
+    lengths = prefix_lengths(c, F)
+    for end in lengths:
+        if fast:
+            inside = z if len(lengths) == 1 else jnp.where((latents_BK >= begin) & (latents_BK < end), z, 0.0)
+            u_hat_BD = u_hat_BD + sparse.sum_rows(inside, latents_BK, sae.W_d)
+        else:
+            u_hat_BD = u_hat_BD + z[:, begin:end] @ sae.W_d[begin:end]
+        last, begin = jnp.sum((u_BD - u_hat_BD) ** 2), end
+        error += last / len(lengths)
+    total = error / jnp.sum((u_BD - u_BD.mean(axis=0)) ** 2) + price
+    if k_aux:
+        total += c.aux_weight * aux_k_loss(sae, u_BD, u_hat_BD, dead_F, k_aux)
+    fired_F = sparse.fired(z, latents_BK, F) if fast else jnp.sum(z > 0, axis=0, dtype=jnp.float32)
+    return total, Measured(last / u_BD.size, fired_F, fired_F.sum() / len(u_BD), threshold)
 
 
-def _unit_rows(W_FD: jax.Array) -> jax.Array:
+def unit_rows(W_FD: jax.Array) -> jax.Array:
     return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
@@ -133,158 +265,30 @@ def without_radial(grads: SAE, sae: SAE) -> SAE:
     return grads._replace(W_d=grads.W_d - radial_F1 * sae.W_d)
 
 
-class SAEState(NamedTuple):
-    """Everything that an autoencoder's training is; with a leading axis S on every leaf but `epoch`."""
-
-    sae: SAE
-    optimizer: Any
-    silent: jax.Array  # [F] int32, steps since the latent last fired
-    epoch: jax.Array  # int32, epochs done
-
-
-def _optimizer(config: SAEConfig, steps: int) -> optax.GradientTransformation:
-    """Adam with linear warm-up, and linear decay over the last share of the steps."""
-    warmup, decay = round(config.warmup * steps), round(config.decay * steps)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, warmup),
-            optax.constant_schedule(config.learning_rate),
-            optax.linear_schedule(config.learning_rate, 0.0, max(decay, 1)),
-        ],
-        [warmup, steps - decay],
-    )
-    return optax.adam(schedule)
-
-
-def make_epoch(config: Config, steps_per_epoch: int) -> Callable[..., Any]:
-    """`(state, u [N, D], order [steps, B]) -> (state, metrics [steps, S])`: one epoch of all seeds in one call."""
-    c = config.sae
-    tx = _optimizer(c, c.epochs * steps_per_epoch)
-    k_aux = c.aux_k or config.model.width // 2
-    window = c.dead_window * steps_per_epoch
-
-    def step(one: SAEState, u_BD: jax.Array, aux_weight: float) -> tuple[SAEState, dict[str, jax.Array]]:
-        dead_F = one.silent >= window
-        grads, (mse, fired_F) = jax.grad(loss, has_aux=True)(one.sae, u_BD, dead_F, c.k, k_aux, aux_weight)
-        updates, opt = tx.update(without_radial(grads, one.sae), one.optimizer, one.sae)
-        sae = optax.apply_updates(one.sae, updates)
-        sae = sae._replace(W_d=_unit_rows(sae.W_d))
-        silent_F = jnp.where(fired_F > 0, 0, one.silent + 1)
-        return one._replace(sae=sae, optimizer=opt, silent=silent_F), {"mse": mse, "dead": jnp.mean(dead_F)}
-
-    axes = SAEState(sae=0, optimizer=0, silent=0, epoch=None)  # type: ignore[arg-type]
-
-    def all_seeds(state: SAEState, u_BD: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:
-        with_aux, without = (
-            jax.vmap(functools.partial(step, aux_weight=weight), in_axes=(axes, None), out_axes=(axes, 0))
-            for weight in (c.aux_weight, 0.0)
-        )
-        # AuxK is 0 where nothing is dead; outside of vmap the branch skips its work
-        return jax.lax.cond(jnp.any(state.silent >= window), with_aux, without, state, u_BD)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def epoch(state: SAEState, u_ND: jax.Array, order: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:
-        state, metrics = jax.lax.scan(lambda s, indices: all_seeds(s, u_ND[indices]), state, order)
-        return state._replace(epoch=state.epoch + 1), metrics
-
-    return epoch
-
-
-def initial_state(config: Config, steps_per_epoch: int) -> SAEState:
-    """The start of all seeds; seed s's key is fold_in(fold_in(key(config.seed), 100), s)."""
-    c = config.sae
-    key = jax.random.fold_in(jax.random.key(config.seed), 100)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(c.seeds))
-    saes = jax.vmap(lambda k: init(k, config.model.width, config.latents))(keys)
-    opt = jax.vmap(_optimizer(c, c.epochs * steps_per_epoch).init)(saes)
-    return SAEState(saes, opt, jnp.zeros((c.seeds, config.latents), jnp.int32), jnp.int32(0))
-
-
-def train_sae(config: Config, x_ND: np.ndarray, directory: Path) -> tuple[SAE, Scaling, dict[str, np.ndarray]]:
-    """Train all seeds on the training split's residuals, resumed where it stopped.
-
-    Args:
-      x_ND: float32 residuals of the training split.
-      directory: for the checkpoints.
-
-    Returns:
-      The autoencoders (leading axis S), the scaling, and the curves: `mse` and `dead`, [epochs, S] epoch means.
-
-    Raises:
-      HeadSteerError: a batch larger than the data; residuals not finite or constant; the loss turned NaN.
-    """
-    c = config.sae
-    if c.batch > len(x_ND):
-        raise HeadSteerError(f"config.sae.batch = {c.batch}: allowed is at most the {len(x_ND)} training images")
-    scaling = fit_scaling(x_ND)
-    u_ND = centre(scaling, x_ND)
-    steps = len(x_ND) // c.batch
-    state = initial_state(config, steps)
-    curves = {name: np.zeros((c.epochs, c.seeds), np.float32) for name in ("mse", "dead")}
-    checkpoints = Checkpoints(directory / "checkpoints", keep=2)
-    if checkpoints.latest() is not None:
-        (state, curves), _ = checkpoints.restore((state, curves))
-        curves = {name: np.array(values) for name, values in curves.items()}
-    start = int(state.epoch)
-    if 0 < start < c.epochs:
-        say(f"sae: going on from epoch {start}")
-    epoch = make_epoch(config, steps)
-    every = max(1, c.epochs // 10)  # epochs between checkpoints
-    with progress(c.epochs, "sae", "epoch", initial=start) as bar:
-        for number in range(start, c.epochs):
-            order = np.random.default_rng([config.seed, 2, number]).permutation(len(x_ND))
-            state, metrics = epoch(state, u_ND, order[: steps * c.batch].reshape(steps, c.batch))
-            for name in curves:
-                curves[name][number] = np.asarray(metrics[name]).mean(axis=0)
-            if not np.isfinite(curves["mse"][number]).all():
-                raise HeadSteerError(
-                    f"sae: the loss turned NaN in epoch {number}; the last good checkpoint is in "
-                    f"{checkpoints.directory}; lower config.sae.learning_rate"
-                )
-            if (number + 1) % every == 0 or number + 1 == c.epochs:
-                checkpoints.save(number + 1, (state, curves), {"layer": config.sae_layer, "k": c.k})
-            bar.update(1, f"mse {curves['mse'][number].mean():.4f}, dead {curves['dead'][number].mean():.2%}")
-    return state.sae, scaling, curves
-
-
-class Health(NamedTuple):
-    """How well one autoencoder describes a split, accumulated in float64 over the whole of it."""
-
-    mse: float  # mean squared error per component of u, [LH26]'s measure in the scaled units
-    explained_variance: float  # 1 - sum |u - u_hat|^2 / sum |u - mean(u)|^2, against the split's vector mean
-    l0: float  # mean number of active latents
-    frequency: np.ndarray  # [F], share of the split on which each latent fires
-
-    @property
-    def dead_fraction(self) -> float:
-        """Share of latents that never fire on the split."""
-        return float(np.mean(self.frequency == 0))
-
-
-def explained_variance(u_ND: np.ndarray, u_hat_ND: np.ndarray) -> float:
-    """1 - residual over total variance, in float64, against the vector mean: predicting the mean scores 0."""
-    u_ND = np.asarray(u_ND, np.float64)
-    return float(1.0 - np.sum((u_ND - u_hat_ND) ** 2) / np.sum((u_ND - u_ND.mean(axis=0)) ** 2))
-
-
-def encode_all(sae: SAE, scaling: Scaling, x_ND: np.ndarray, k: int, chunk: int = 4096) -> np.ndarray:
+def encode_all(sae: SAE, scaling: Scaling, x_ND: np.ndarray, k: int | None, chunk: int = 4096) -> np.ndarray:
     """[N, F] float32 latents of one autoencoder for a whole split, in chunks."""
     parts = (x_ND[i : i + chunk] for i in range(0, len(x_ND), chunk))
-    return np.concatenate([np.asarray(_encode_residuals(sae, scaling, x_BD, k)) for x_BD in parts])
+    return np.concatenate([np.asarray(encode_residuals(sae, scaling, x_BD, k)) for x_BD in parts])
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _encode_residuals(sae: SAE, scaling: Scaling, x_BD: jax.Array, k: int) -> jax.Array:
+def encode_residuals(sae: SAE, scaling: Scaling, x_BD: jax.Array, k: int | None) -> jax.Array:
+    """[B, F] latents of residuals as they are in the model."""
     return encode(sae, centre(scaling, x_BD), k)
 
 
-def health(sae: SAE, scaling: Scaling, x_ND: np.ndarray, z_NF: np.ndarray) -> Health:
-    """The measures of one autoencoder on one split whose latents are z_NF."""
-    u_ND = np.asarray(centre(scaling, x_ND), np.float64)
-    u_hat_ND = np.asarray(z_NF, np.float64) @ np.asarray(sae.W_d, np.float64) + np.asarray(sae.b_d, np.float64)
-    return Health(
-        mse=float(np.mean((u_ND - u_hat_ND) ** 2)),
-        explained_variance=explained_variance(u_ND, u_hat_ND),
-        l0=float(np.mean(np.sum(z_NF > 0, axis=1))),
-        frequency=np.mean(z_NF > 0, axis=0),
+def seed_of(saes: SAE, seed: int) -> SAE:
+    """One of the autoencoders trained side by side."""
+    return jax.tree.map(lambda leaf: leaf[seed], saes)
+
+
+def folded(sae: SAE, scaling: Scaling) -> SAE:
+    """The same autoencoder of residuals as they are, for export: centring and scale are in its weights.
+
+    Latents are divided by the scale, decoder rows keep their norm: x_hat = W_d^T (z / scale) + (mean + b_d / scale).
+    """
+    return sae._replace(
+        b_e=sae.b_e / scaling.scale,
+        b_d=jnp.asarray(scaling.mean + sae.b_d / scaling.scale),
+        threshold=sae.threshold / scaling.scale,
     )

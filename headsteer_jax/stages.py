@@ -6,7 +6,6 @@ touched unless --overwrite says so. A stage that was made again makes those afte
 """
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -16,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ import safetensors.numpy
 
 from headsteer_jax.activations import observer, over_split, per_image
 from headsteer_jax.augment import preprocess
+from headsteer_jax.cache import Residuals, cached, model_fingerprint
 from headsteer_jax.checkpoint import (
     MEND,
     make_directory,
@@ -42,16 +42,19 @@ from headsteer_jax.layers import profile
 from headsteer_jax.pretrained import timm_tensors
 from headsteer_jax.progress import say
 from headsteer_jax.report import write_report
-from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, encode_all, health, train_sae, uncentre
+from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, seed_of, uncentre
+from headsteer_jax.sae_metrics import class_means, health, of_latents, stability
+from headsteer_jax.sae_train import CURVES, grid, seeds, train_members
 from headsteer_jax.steer import suffix
 from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import Arrays, check_names, check_validation, run_sweep, seed_of
+from headsteer_jax.sweep import Arrays, check_names, check_validation, run_sweep
 from headsteer_jax.train import GATING, PHASES, read_log, train, trained
 from headsteer_jax.vit import ViT, answer
 
 NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
     "sae": ("seed", "data", "model", "gate", "train", "sae"),
+    "grid": ("seed", "data", "model", "gate", "train", "sae", "grid"),
     "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
     "layers": (
         "seed",
@@ -70,13 +73,19 @@ NEEDS = {
         "steer.confidence",
         "layers",
     ),
-    "report": ("seed", "data", "model", "gate", "train", "sae", "steer", "layers", "report"),
+    "report": ("seed", "data", "model", "gate", "train", "sae", "grid", "steer", "layers", "report"),
 }
 STAGES = tuple(NEEDS)
-OPTIONAL = ("layers",)  # what no later stage waits for
-SIZES = ("steer.memory", "steer.chunk", "layers.chunk")  # how much is done at once: no figure depends on it
+OPTIONAL = ("grid", "layers")  # what no later stage waits for
+SIZES = (
+    "sae.cache",
+    "steer.memory",
+    "steer.chunk",
+    "layers.chunk",
+)  # how much is done at once, and where: no figure depends on it
 FROM = {
     "sae": ("train",),
+    "grid": ("train",),
     "steer": ("train", "sae"),
     "layers": ("train",),
 }  # what a stage reads; the report: everything
@@ -98,66 +107,90 @@ def train_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     write_json(workdir / "train" / "test.json", results)
 
 
-def _reconstructed(
-    model: ViT, params: Any, split: Split, saes: SAE, scaling: Scaling, config: Config
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gate agreement and accuracy, [S] each, when every autoencoder's reconstruction replaces x in the gate."""
-    layer, k = config.sae_layer, config.sae.k
+class Replaced(NamedTuple):
+    """What happens when every autoencoder's reconstruction replaces the CLS residual, [S] each."""
+
+    gate_agreement: np.ndarray  # in the gate alone: share of gate decisions that stay
+    accuracy: np.ndarray  # likewise
+    accuracy_residual: np.ndarray  # in the whole block
+    kl: np.ndarray  # likewise: mean KL divergence of the answers from the model's own, in nats
+
+
+def _replaced(model: ViT, params: Any, split: Split, saes: SAE, scaling: Scaling, config: Config) -> Replaced:
+    """Run the model from the autoencoder's layer on with reconstructed residuals."""
+    layer, k = config.sae_layer, config.sae.inference_k
 
     def run(given: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         params, saes = given
         x_BTD = model.apply(params, preprocess(images, config.data), layer, method="before")
         x_BD = x_BTD[:, 0]
-        own_BH = model.apply(params, x_BD, layer, method="gate_logits") > 0
+        own_BC, own_BH = suffix(model, params, x_BTD, x_BD, layer, "policy")
+        own_BC = jax.nn.log_softmax(own_BC)
 
-        def one(sae: SAE) -> tuple[jax.Array, jax.Array]:
+        def one(sae: SAE) -> tuple[jax.Array, ...]:
             x_hat_BD = uncentre(scaling, decode(sae, encode(sae, centre(scaling, x_BD), k)))
-            logits_BC, gates_BH = suffix(model, params, x_BTD, x_hat_BD, layer, "policy")
-            return jnp.mean((gates_BH > 0) == own_BH, axis=1), answer(logits_BC)
+            by_gate_BC, gates_BH = suffix(model, params, x_BTD, x_hat_BD, layer, "policy")
+            whole_BC = jax.nn.log_softmax(suffix(model, params, x_BTD, x_hat_BD, layer, "residual")[0])
+            kl_B = jnp.sum(jnp.exp(own_BC) * (own_BC - whole_BC), axis=1)
+            same_B = jnp.mean((gates_BH > 0) == (own_BH > 0), axis=1)
+            return same_B, answer(by_gate_BC), answer(whole_BC), kl_B
 
-        agreement_SB, prediction_SB = jax.lax.map(one, saes)
-        return agreement_SB.T, prediction_SB.T
+        return tuple(values_SB.T for values_SB in jax.lax.map(one, saes))
 
     program = per_image(run, config.train.eval_batch)
-    agreement_NS, prediction_NS = over_split(program, (params, saes), split, "test: reconstructed residuals")
-    accuracy = (prediction_NS == split.labels[:, None]).mean(axis=0)
-    return agreement_NS.mean(axis=0, dtype=np.float64), accuracy
+    same_NS, by_gate_NS, whole_NS, kl_NS = over_split(program, (params, saes), split, "test: reconstructed residuals")
+    right = (answers_NS == split.labels[:, None] for answers_NS in (by_gate_NS, whole_NS))
+    return Replaced(*(np.asarray(np.mean(v, axis=0, dtype=np.float64)) for v in (same_NS, *right, kl_NS)))
+
+
+def _sae_source(config: Config, workdir: Path, model: ViT, params: Any, split: Split, name: str) -> Residuals:
+    """The residuals of config.sae's layer and tokens, from the activation cache."""
+    layer, where = config.sae_layer, config.sae.cache or str(workdir / "activations")
+    return cached(where, model, params, config, split, name, (layer,), config.sae.tokens)[layer]
+
+
+def _held(source: Residuals) -> np.ndarray:
+    return np.concatenate(list(source.chunks()))
 
 
 def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
-    directory = make_directory(workdir / "sae")
+    c, directory = config.sae, make_directory(workdir / "sae")
     model, params = trained(config, dataset, workdir / "train")
-    observe = observer(model, config, "thresholded", config.sae_layer)
-    x = {
-        name: observe(params, split, f"{name}: residuals").x
+    source = {
+        name: _sae_source(config, workdir, model, params, split, name)
         for name, split in (("train", dataset.train), ("test", dataset.test))
     }
-    saes, scaling, curves = train_sae(config, x["train"], directory)
-    agreement, accuracy = _reconstructed(model, params, dataset.test, saes, scaling, config)
-    seeds = []
-    for seed in range(config.sae.seeds):
-        sae = seed_of(saes, seed)
-        on_test = health(sae, scaling, x["test"], encode_all(sae, scaling, x["test"], config.sae.k))
-        fires_F = (encode_all(sae, scaling, x["train"], config.sae.k) > 0).any(axis=0)
-        seeds.append(
-            {
-                "mse": on_test.mse,
-                "mse_residual": on_test.mse / float(scaling.scale) ** 2,
-                "explained_variance": on_test.explained_variance,
-                "l0": on_test.l0,
-                "dead_fraction": float(np.mean(~fires_F)),
-                "gate_agreement": float(agreement[seed]),
-                "accuracy": float(accuracy[seed]),
-            }
+    if c.tokens == "cls":
+        x_train = _held(source["train"])
+    else:
+        x_train = observer(model, config, "thresholded", config.sae_layer)(params, dataset.train, "train: CLS").x
+    made = train_members(config, seeds(c), source["train"], directory)
+    saes, scaling = jax.tree.map(lambda leaf: leaf[: c.seeds], made.saes), made.scaling
+    replaced = _replaced(model, params, dataset.test, saes, scaling, config)
+    rows, living = [], []
+    for seed in range(len(made.saes.b_d)):
+        sae = seed_of(made.saes, seed)
+        frequency = health(sae, scaling, source["train"].chunks(), c.inference_k).frequency
+        living.append(np.asarray(sae.W_d)[frequency > 0])
+        if seed == c.seeds:
+            break  # the control is there to be compared with
+        on_test = health(sae, scaling, source["test"].chunks(), c.inference_k)
+        mean_CF = class_means(sae, scaling, x_train, dataset.train.labels, len(dataset.class_names), c.inference_k)
+        rows.append(
+            {name: value for name, value in on_test._asdict().items() if name != "frequency"}
+            | of_latents(np.asarray(sae.W_d), frequency, mean_CF, c.dense_frequency)
+            | {name: float(values[seed]) for name, values in replaced._asdict().items()}
         )
     arrays = {f"sae_{name}": values for name, values in saes._asdict().items()}
-    arrays |= {"mean": scaling.mean, "scale": scaling.scale, "x_train": x["train"]}
-    arrays |= {"layer": np.array(config.sae_layer), "model": np.array(fingerprint(params))}
-    write_arrays(directory / "autoencoders.npz", arrays | {f"curve_{name}": values for name, values in curves.items()})
+    arrays |= {"mean": scaling.mean, "scale": scaling.scale, "x_train": x_train}
+    arrays |= {"layer": np.array(config.sae_layer), "model": np.array(model_fingerprint(params))}
+    curves = {f"curve_{name}": values[:, : c.seeds] for name, values in made.curves.items()}
+    write_arrays(directory / "autoencoders.npz", arrays | curves)
     write_json(
         directory / "health.json",
-        {name: float(np.mean([s[name] for s in seeds])) for name in seeds[0]} | {"seeds": seeds},
+        {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        | {"seeds": rows, "stability": stability(living[: c.seeds], living[c.seeds :])},
     )
 
 
@@ -174,19 +207,55 @@ def autoencoders(config: Config, params: Any, workdir: Path) -> tuple[SAE, Scali
         raise HeadSteerError(f"{path}: it has no {missing[0]!r}, as if an older version made it; {MEND}")
     if int(stored["layer"]) != config.sae_layer:
         raise HeadSteerError(f"{path}: made for layer {stored['layer']}, not for {config.sae_layer}; {MEND}")
-    if str(stored["model"]) != fingerprint(params):
+    if str(stored["model"]) != model_fingerprint(params):
         raise HeadSteerError(f"{path}: made from another model's residuals than {workdir / 'train'} holds; {MEND}")
     saes = SAE(*(jnp.asarray(stored[f"sae_{name}"]) for name in SAE._fields))
-    curves = {f"sae_{name}": stored[f"curve_{name}"] for name in ("mse", "dead")}
+    curves = {f"sae_{name}": stored[f"curve_{name}"] for name in CURVES}
     return saes, Scaling(stored["mean"], stored["scale"]), stored["x_train"], curves
 
 
-def fingerprint(params: Any) -> str:
-    """Of a model's parameters: their names and bits."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+def grid_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
+    """Autoencoders of several k and learning rates; the rate of each k is chosen on validation."""
+    directory, g = make_directory(workdir / "grid"), config.grid
+    model, params = trained(config, dataset, workdir / "train")
+    c = config.sae.model_copy(update={"epochs": g.epochs or config.sae.epochs})
+    ks = g.k or tuple(dict.fromkeys(min(max(1, round(times * c.k)), config.latents) for times in (0.5, 1, 2)))
+    members = grid(c, ks, g.learning_rates, g.seeds)
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    source = {name: _sae_source(config, workdir, model, params, split, name) for name, split in splits.items()}
+    made = train_members(config.model_copy(update={"sae": c}), members, source["train"], directory, "grid")
+    rows = []
+    for number in range(len(members.k)):
+        sae, k = seed_of(made.saes, number), int(members.k[number])
+        on = {
+            name: health(sae, made.scaling, split.chunks(), k if c.inference_k else None)
+            for name, split in source.items()
+        }
+        rows.append(
+            {
+                "k": k,
+                "learning_rate": float(members.learning_rate[number]),
+                "seed": int(members.order[number]),
+                "validation_explained_variance": on["validation"].explained_variance,
+                "explained_variance": on["test"].explained_variance,
+                "mse": on["test"].mse,
+                "mse_residual": on["test"].mse_residual,
+                "l0": on["test"].l0,
+                "dead_fraction": float(np.mean(on["train"].frequency == 0)),
+            }
+        )
+    best = {}
+    for k in ks:
+        rates = {row["learning_rate"] for row in rows}
+        by_rate = {
+            rate: [row for row in rows if row["k"] == k and row["learning_rate"] == rate] for rate in sorted(rates)
+        }
+        chosen = max(by_rate, key=lambda r: np.mean([row["validation_explained_variance"] for row in by_rate[r]]))
+        best[str(k)] = {"learning_rate": chosen} | {
+            name: float(np.mean([row[name] for row in by_rate[chosen]]))
+            for name in ("explained_variance", "mse_residual", "l0", "dead_fraction")
+        }
+    write_json(directory / "grid.json", {"best": best, "rows": rows, "epochs": c.epochs, "latents": config.latents})
 
 
 def steer_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
@@ -222,8 +291,9 @@ def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         "dense_control_accuracy": test.get("dense_control"),
         "layer_usage": test["usage"],
         **read_json(workdir / "steer" / "steering.json"),
+        "grid": read_json(workdir / "grid" / "grid.json") if "grid" in records else None,
         "by_layer": read_json(workdir / "layers" / "layers.json") if "layers" in records else None,
-        "sae": sae | {"layer": config.sae_layer, "k": config.sae.k, "latents": config.latents},
+        "sae": sae | {"layer": config.sae_layer, "k": config.sae.inference_k, "latents": config.latents},
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
         "versions": versions(),
@@ -237,6 +307,7 @@ def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
 RUN: dict[str, Callable[[Config, Dataset, Path], None]] = {
     "train": train_stage,
     "sae": sae_stage,
+    "grid": grid_stage,
     "steer": steer_stage,
     "layers": layers_stage,
     "report": report_stage,

@@ -63,7 +63,7 @@ def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: ja
 
 
 def steered_residual(
-    one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, k: int, config: SteerConfig
+    one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, k: int | None, config: SteerConfig
 ) -> jax.Array:
     """x' [B, D].
 
@@ -109,7 +109,7 @@ class GateProgram:
     """
 
     def __init__(self, model: ViT, params: Any, config: Config) -> None:
-        layer, k, steer = config.sae_layer, config.sae.k, config.steer
+        layer, k, steer = config.sae_layer, config.sae.inference_k, config.steer
         self._chunk = steer.chunk
 
         def pattern(params: Any, one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -168,7 +168,7 @@ def run_suffix(
     ) -> tuple[jax.Array, ...]:
         def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
             def change(x_BD: jax.Array, one: Steering) -> jax.Array:
-                return steered_residual(one, x_BD, class_B, alpha, config.sae.k, config.steer)
+                return steered_residual(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
 
             changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
             whole = config.steer.target == "residual"

@@ -46,7 +46,7 @@ from headsteer_jax.latents import (
     strategy,
 )
 from headsteer_jax.progress import progress, say
-from headsteer_jax.sae import SAE, Scaling, encode_all
+from headsteer_jax.sae import SAE, Scaling, encode_all, seed_of
 from headsteer_jax.stats import class_counts
 from headsteer_jax.steer import GateProgram, Steering, run_suffix
 from headsteer_jax.table import Table, fill_table, gates_of, listed_patterns, table_program
@@ -91,11 +91,6 @@ def check_names(config: Config, class_names: tuple[str, ...]) -> None:
     for name in config.steer.strategies:
         strategy(name)
     check_classes("config.steer.classes", config.steer.classes, class_names)
-
-
-def seed_of(saes: SAE, seed: int) -> SAE:
-    """One of the autoencoders trained side by side."""
-    return jax.tree.map(lambda leaf: leaf[seed], saes)
 
 
 def _scored(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
@@ -229,7 +224,7 @@ def make_job(
 
 
 def active_latents(
-    sae: SAE, scaling: Scaling, x_ND: np.ndarray, image: np.ndarray, k: int
+    sae: SAE, scaling: Scaling, x_ND: np.ndarray, image: np.ndarray, k: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, latent and activation wherever a latent is active in one of the rows; rows ascend."""
     z_RF = csr_array(encode_all(sae, scaling, x_ND, k, chunk=1000))[image]
@@ -240,7 +235,7 @@ Swept = Iterator[tuple[int, int, list[Tally], Flips | None]]  # seed, strategy, 
 
 
 def by_flips(
-    job: Job, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], k: int, classes: int
+    job: Job, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], k: int | None, classes: int
 ) -> Swept:
     """Every setting from the closed form; what lies within float32's rounding is decided by the model itself."""
     answers = job.answers
@@ -338,14 +333,14 @@ def run_sweep(
 
     aligned = any(one is gate_aligned for one in strategies.values())
     evidence = _evidence(config, aligned, dataset, program, params, tables["validation"], splits["validation"])
-    gate_DH = _gate_weights(model, params, config, scaling)
+    gate_DH = gate_weights(model, params, config.sae_layer, x_train)
     fold_N = _folds(splits["validation"].labels)
     chosen: list[list[Steering]] = []  # [S][G]
     crossed: list[list[Steering]] = []  # the same with 2 C rows of choices, for validation
     effects, frequencies = [], []
     for seed in range(config.sae.seeds):
         sae = seed_of(saes, seed)
-        z_NF = encode_all(sae, scaling, x_train, config.sae.k)
+        z_NF = encode_all(sae, scaling, x_train, config.sae.inference_k)
         decoder = np.asarray(sae.W_d) / scaling.scale
         stats = statistics(z_NF, dataset.train.labels, classes, decoder, gate_DH, evidence, dataset.class_names)
         seen = [stats, *(_without_fold(stats, fold_N, fold) for fold in (0, 1))]
@@ -374,7 +369,7 @@ def run_sweep(
             size_NH = np.abs(tables[name].x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
         job = make_job(name, split, tables[name], steered, offset, size_NH)
         if how == "flips":
-            swept = by_flips(job, alphas, gates, effects, config.sae.k, classes)
+            swept = by_flips(job, alphas, gates, effects, config.sae.inference_k, classes)
         elif how == "gates":
             swept = by_gates(job, alphas, gates, classes)
         else:
@@ -411,10 +406,10 @@ def run_sweep(
     return arrays, steps
 
 
-def _gate_weights(model: ViT, params: Any, config: Config, scaling: Scaling) -> np.ndarray:
+def gate_weights(model: ViT, params: Any, layer: int, x_ND: np.ndarray) -> np.ndarray:
     """[D, H] derivative of the gate logits at the mean residual: the gate's weights, unless it has a LayerNorm."""
-    gate = jax.jacobian(lambda x_D: model.apply(params, x_D[None], config.sae_layer, method="gate_logits")[0])
-    return np.asarray(gate(jnp.asarray(scaling.mean))).T
+    gate = jax.jacobian(lambda x_D: model.apply(params, x_D[None], layer, method="gate_logits")[0])
+    return np.asarray(gate(jnp.asarray(x_ND.mean(axis=0, dtype=np.float64), jnp.float32))).T
 
 
 def _choices(chosen: list[list[Steering]]) -> Arrays:

@@ -70,9 +70,11 @@ def vit(params: Any, image: np.ndarray, config: Any, gating: str, forced: dict[i
     return answer, gates, logits, cls
 
 
-def encode(sae: Any, u_D: np.ndarray, k: int) -> np.ndarray:
-    """TopK(ReLU((u - b_d) W_e + b_e)) of one vector."""
-    a = np.maximum((u_D - sae.b_d) @ sae.W_e + sae.b_e, 0)
+def encode(sae: Any, u_D: np.ndarray, k: int | None) -> np.ndarray:
+    """TopK(ReLU(W_e (u - b_d) + b_e)) of one vector; without k, what is above the thresholds."""
+    a = np.maximum(sae.W_e @ (u_D - sae.b_d) + sae.b_e, 0)
+    if k is None:
+        return np.where(a > sae.threshold, a, 0)
     z = np.zeros_like(a)
     kept = np.argsort(-a)[:k]
     z[kept] = a[kept]

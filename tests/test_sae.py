@@ -6,31 +6,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsteer_jax import sae as s
-from headsteer_jax.config import HeadSteerError
+from headsteer_jax import sparse
+from headsteer_jax.config import HeadSteerError, SAEConfig
 
 
 def random_sae(seed: int, D: int = 6, F: int = 10) -> s.SAE:
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((F, D))
-    return s.SAE(
-        *(
-            jnp.asarray(a, jnp.float32)
-            for a in (
-                rng.standard_normal((D, F)),
-                rng.standard_normal(F) * 0.1,
-                rows / np.linalg.norm(rows, axis=1, keepdims=True),
-                rng.standard_normal(D) * 0.1,
-            )
-        )
+    parts = (
+        rng.standard_normal((F, D)),
+        rng.standard_normal(F) * 0.1,
+        rows / np.linalg.norm(rows, axis=1, keepdims=True),
+        rng.standard_normal(D) * 0.1,
+        rng.uniform(0.0, 1.0, F),
     )
+    return s.SAE(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 
-@given(st.integers(0, 1000), st.integers(1, 12))
+@given(st.integers(0, 1000), st.one_of(st.none(), st.integers(1, 12)))
 @settings(max_examples=25, deadline=None)
 def test_encode_and_decode(seed, k):
     sae, u = random_sae(seed), np.random.default_rng(seed + 1).standard_normal((4, 6)).astype(np.float32)
@@ -39,17 +36,125 @@ def test_encode_and_decode(seed, k):
     expected = np.stack([reference.encode(exact, row, k) for row in u.astype(np.float64)])
     chex.assert_trees_all_close(z, expected, atol=2e-6)
     chex.assert_trees_all_close(s.decode(sae, z), expected @ exact.W_d + exact.b_d, atol=5e-6)
-    assert np.all(np.sum(np.asarray(z) > 0, axis=1) <= k)
+    assert k is None or np.all(np.sum(np.asarray(z) > 0, axis=1) <= k)
 
 
-def test_loss_without_auxk_is_relative_squared_error():
+def test_folded_reads_residuals_as_they_are():
+    sae, x = random_sae(1), np.random.default_rng(2).standard_normal((50, 6)).astype(np.float32) * 3 + 7
+    scaling = s.Scaling(np.full(6, 7.0, np.float32), np.float32(0.4))
+    whole = s.folded(sae, scaling)
+    for k in (3, None):
+        z = s.encode(sae, s.centre(scaling, x), k)
+        np.testing.assert_allclose(s.encode(whole, x, k), z / 0.4, atol=2e-5)
+        np.testing.assert_allclose(s.decode(whole, z / 0.4), s.uncentre(scaling, s.decode(sae, z)), rtol=1e-5)
+
+
+def stepped(sae, u, k=3, dead=None, k_aux=0, fast=False, **fields):
+    """loss of a config with these fields, and its gradients."""
+    c = SAEConfig(**fields)
+    dead = jnp.zeros(len(sae.b_e), bool) if dead is None else dead
+    return jax.value_and_grad(lambda one: s.loss(one, u, dead, jnp.int32(k), c, 5, k_aux, fast), has_aux=True)(sae)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("prefixes", [(), (0.25, 0.5)])
+def test_loss_of_every_variant(activation, prefixes):
+    """In float64 by its formula; the gradient by the decoder by hand, as it is linear in it."""
     sae, u = random_sae(0), np.random.default_rng(1).standard_normal((8, 6)).astype(np.float32)
-    total, (mse, fired) = s.loss(sae, u, jnp.zeros(10, bool), 3, 2, 0.0)
-    z = np.asarray(s.encode(sae, u, 3), np.float64)
-    error = ((u - (z @ np.asarray(sae.W_d, np.float64) + np.asarray(sae.b_d))) ** 2).sum()
-    np.testing.assert_allclose(total, error / ((u - u.mean(axis=0)) ** 2).sum(), rtol=1e-5)
-    np.testing.assert_allclose(mse, error / u.size, rtol=1e-5)
-    chex.assert_trees_all_equal(fired, jnp.asarray((z > 0).sum(axis=0), jnp.int32))
+    (total, seen), grads = stepped(sae, u, activation=activation, prefixes=prefixes, l1_weight=0.3, l0_weight=0.7)
+    exact = s.SAE(*(np.asarray(a, np.float64) for a in sae))
+    a = np.maximum((u - exact.b_d) @ exact.W_e.T + exact.b_e, 0)
+    smallest = 0.0
+    if activation == "topk":
+        z = np.stack([reference.encode(exact, row, 3) for row in u.astype(np.float64)])
+    elif activation == "batch_topk":
+        smallest = np.sort(a, axis=None)[-3 * len(u)]
+        z = np.where(a >= smallest, a, 0)
+    else:
+        z = np.where(a > (exact.threshold if activation == "jumprelu" else 0), a, 0)
+        z = np.where(a > exact.threshold, a, 0)
+    lengths = [2, 5, 10] if prefixes else [10]  # 0.25 of 10 latents is 2.5, to the even
+    variance = ((u - u.mean(axis=0)) ** 2).sum()
+    errors = [u - (z[:, :n] @ exact.W_d[:n] + exact.b_d) for n in lengths]
+    price = {
+        "jumprelu": 0.7 * ((z > 0).sum() / 8 / 3 - 1) ** 2,
+        "relu": 0.3 * z.sum() / 8 / np.sqrt(6),  # decoder rows have norm 1
+    }.get(activation, 0.0)
+    np.testing.assert_allclose(total, np.mean([(e**2).sum() for e in errors]) / variance + price, rtol=1e-5)
+    np.testing.assert_allclose(seen.mse, (errors[-1] ** 2).mean(), rtol=1e-5)
+    np.testing.assert_array_equal(seen.fired, (z > 0).sum(axis=0))
+    np.testing.assert_allclose(seen.l0, (z > 0).sum() / 8)
+    np.testing.assert_allclose(seen.threshold, smallest, rtol=1e-6)
+    by_W = np.zeros((10, 6))
+    for n, e in zip(lengths, errors, strict=True):
+        by_W[:n] -= 2 * z[:, :n].T @ e / variance / len(lengths)
+    if activation == "relu":
+        by_W += 0.3 * z.sum(axis=0)[:, None] * exact.W_d / 8 / np.sqrt(6)
+    np.testing.assert_allclose(grads.W_d, by_W, atol=1e-6)
+
+
+@pytest.mark.skipif(not sparse.available(), reason="needs a CPU and a C++ compiler")
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("prefixes", [(), (0.25, 0.5)])
+def test_sparse_codes_change_nothing_but_rounding(activation, prefixes):
+    sae, u = random_sae(5, 8, 60), np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
+    dead = jnp.arange(60) % 4 == 0
+    slow, fast = (
+        stepped(sae, u, dead=dead, k_aux=6, fast=way, activation=activation, prefixes=prefixes) for way in (False, True)
+    )
+    chex.assert_trees_all_close(slow, fast, rtol=2e-4, atol=2e-6)
+
+
+def test_jump_gradients_are_the_straight_through_estimates():
+    """arXiv:2407.14435, eq. 11, 12: dz/dtheta = -theta / eps K((a - theta) / eps), dH/dtheta = -1 / eps K."""
+    a, theta = np.array([[0.2, 0.9, 1.2, 3.0], [1.1, 1.0, 0.7, 0.0]]), np.array([1.0, 1.0, 1.0, 0.5])
+    eps = 0.5
+    g_z, g_on = np.random.default_rng(0).standard_normal((2, 2, 4))
+    (z, on), pull = jax.vjp(lambda a, t: s.jump(a, t, eps), jnp.asarray(a), jnp.asarray(theta))
+    np.testing.assert_allclose(z, a * (a > theta), rtol=1e-6)
+    np.testing.assert_array_equal(on, a > theta)
+    by_a, by_theta = pull((jnp.asarray(g_z, jnp.float32), jnp.asarray(g_on, jnp.float32)))
+    kernel = np.abs(a - theta) < eps / 2
+    np.testing.assert_allclose(by_a, g_z * (a > theta), rtol=1e-6)
+    np.testing.assert_allclose(by_theta, (-(theta * g_z + g_on) / eps * kernel).sum(axis=0), rtol=1e-5)
+
+
+@given(st.integers(0, 1000), st.integers(1, 200))
+@settings(max_examples=50, deadline=None)
+def test_batch_threshold_is_the_nth_largest(seed, count):
+    a = np.maximum(
+        np.random.default_rng(seed).standard_normal(200) * 10.0 ** np.random.default_rng(seed).integers(-6, 6), 0
+    )
+    a = a.astype(np.float32).reshape(10, 20)
+    assert s.batch_threshold(jnp.asarray(a), count) == np.sort(a, axis=None)[-count]
+
+
+def test_top_k_of_a_k_that_is_not_known_while_compiling():
+    a = np.random.default_rng(0).random((20, 30)).astype(np.float32)
+    traced = jax.jit(lambda k: s.top_k(a, k, 9))
+    for k in (1, 4, 9):
+        np.testing.assert_array_equal(traced(k), s.top_k(a, k))
+
+
+def test_starts():
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((30, 6)), jnp.float32)
+    key = jax.random.key(0)
+    tied, data, untied, jump = (
+        s.init(key, u, SAEConfig(**fields), 20)
+        for fields in ({}, {"init": "data"}, {"init": "untied"}, {"activation": "jumprelu", "k": 2})
+    )
+    for sae in (tied, data, untied, jump):
+        np.testing.assert_allclose(np.linalg.norm(sae.W_d, axis=1), 1, rtol=1e-6)
+        assert not np.asarray(sae.b_e).any()
+        assert not np.asarray(sae.b_d).any()
+    for sae in (tied, data):
+        np.testing.assert_array_equal(sae.W_e, sae.W_d)
+    assert np.abs(np.sum(untied.W_e * untied.W_d, axis=1)).mean() < 0.6
+    rows = u / np.linalg.norm(u, axis=1, keepdims=True)
+    nearest = np.argmax(np.asarray(data.W_d) @ rows.T, axis=1)
+    np.testing.assert_allclose(data.W_d, rows[nearest], atol=1e-6)
+    assert len(set(nearest.tolist())) == 20  # without replacement
+    np.testing.assert_allclose(jump.threshold, 1.2815516, rtol=1e-5)  # a tenth of a standard normal lies above
 
 
 def test_auxk_gradient_by_hand():
@@ -63,17 +168,17 @@ def test_auxk_gradient_by_hand():
     grads = jax.grad(lambda sae: s.aux_k_loss(sae, u, u_hat, dead, 2))(sae)
     e = (u - u_hat).astype(np.float64)
     V = ((e - e.mean(axis=0)) ** 2).sum()
-    w, d, b_d = (np.asarray(a, np.float64) for a in (sae.W_e[:, j], sae.W_d[j], sae.b_d))
+    w, d, b_d = (np.asarray(a, np.float64) for a in (sae.W_e[j], sae.W_d[j], sae.b_d))
     a = (u - b_d) @ w + 3.0
     assert np.all(a > 0)
     left = e - a[:, None] * d
     by_a = -2 * left @ d / V
     np.testing.assert_allclose(grads.W_d[j], -2 * (a[:, None] * left).sum(axis=0) / V, rtol=1e-4)
-    np.testing.assert_allclose(grads.W_e[:, j], by_a @ (u - b_d), rtol=1e-4)
+    np.testing.assert_allclose(grads.W_e[j], by_a @ (u - b_d), rtol=1e-4)
     np.testing.assert_allclose(grads.b_e[j], by_a.sum(), rtol=1e-4)
     others = np.arange(10) != j  # living latents and the decoder bias are not touched
     assert not np.asarray(grads.W_d)[others].any()
-    assert not np.asarray(grads.W_e)[:, others].any()
+    assert not np.asarray(grads.W_e)[others].any()
     assert not np.asarray(grads.b_d).any()
 
 
@@ -84,21 +189,17 @@ def test_auxk_is_detached_and_0_without_dead_latents():
     assert not np.asarray(grads).any()  # nothing flows back into the reconstruction
 
 
-def test_explained_variance_of_the_mean_predictor_is_0():
-    u = np.random.default_rng(0).standard_normal((500, 8)) * np.arange(1, 9) + 5
-    assert abs(s.explained_variance(u, np.broadcast_to(u.mean(axis=0), u.shape))) < 1e-12
-    assert s.explained_variance(u, u) == 1
-    # a scalar mean over all components would have been beaten by the vector mean
-    assert s.explained_variance(u, np.full(u.shape, u.mean())) < 0
-
-
 def test_scaling():
     x = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32) * 3 + 100
-    scaling = s.fit_scaling(x)
+    scaling = s.fit_scaling(lambda: np.array_split(x, 3), SAEConfig())
     u = np.asarray(s.centre(scaling, x), np.float64)
     np.testing.assert_allclose(u.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(u, axis=1).mean(), 4, rtol=1e-5)
     np.testing.assert_allclose(s.uncentre(scaling, jnp.asarray(u, jnp.float32)), x, rtol=1e-6)
+    off = s.fit_scaling(lambda: [x], SAEConfig(centre=False))
+    assert not off.mean.any()
+    np.testing.assert_allclose(np.linalg.norm(x * off.scale, axis=1).mean(), 4, rtol=1e-5)
+    assert s.fit_scaling(lambda: [x], SAEConfig(scale=False)).scale == 1
 
 
 @pytest.mark.parametrize(
@@ -107,77 +208,10 @@ def test_scaling():
 )
 def test_scaling_refuses(x, says):
     with pytest.raises(HeadSteerError, match=says):
-        s.fit_scaling(x)
+        s.fit_scaling(lambda: [x], SAEConfig())
 
 
 def test_gradient_has_no_radial_part():
     sae = random_sae(0)
     grads = s.without_radial(jax.tree.map(lambda a: a + 1.0, sae), sae)
     chex.assert_trees_all_close(jnp.sum(grads.W_d * sae.W_d, axis=1), jnp.zeros(10), atol=1e-6)
-
-
-def concepts(count: int, D: int, rng: np.random.Generator) -> np.ndarray:
-    """Residuals that truly are sparse sums of 12 directions."""
-    directions = rng.standard_normal((12, D))
-    active = rng.random((count, 12)) < 0.2
-    return ((active * rng.uniform(1, 2, active.shape)) @ directions).astype(np.float32)
-
-
-def sae_config(**fields):
-    config = tiny_config()
-    return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
-
-
-def test_training_learns_and_resumes_bit_for_bit(tmp_path):
-    x = concepts(640, 24, np.random.default_rng(0))
-    config = sae_config(epochs=40, learning_rate=3e-3)
-    saes, scaling, curves = s.train_sae(config, x, tmp_path / "whole")
-    assert saes.W_d.shape == (2, 48, 24)
-    chex.assert_trees_all_close(jnp.linalg.norm(saes.W_d, axis=-1), jnp.ones((2, 48)), atol=1e-5)
-    one = jax.tree.map(lambda a: a[0], saes)
-    z = s.encode_all(one, scaling, x, config.sae.k)
-    found = s.health(one, scaling, x, z)
-    assert found.explained_variance > 0.8
-    np.testing.assert_allclose(found.frequency, (z > 0).mean(axis=0))
-    assert found.l0 <= config.sae.k
-    assert not np.array_equal(saes.W_d[0], saes.W_d[1])
-
-    stopped = s.Checkpoints(tmp_path / "parts" / "checkpoints", keep=2)
-    steps = len(x) // config.sae.batch
-    state = s.initial_state(config, steps)
-    epoch = s.make_epoch(config, steps)
-    u = s.centre(scaling, x)
-    part = {name: np.zeros((40, 2), np.float32) for name in ("mse", "dead")}
-    for number in range(17):
-        order = np.random.default_rng([config.seed, 2, number]).permutation(len(x))[: steps * config.sae.batch]
-        state, metrics = epoch(state, u, order.reshape(steps, -1))
-        for name in part:
-            part[name][number] = np.asarray(metrics[name]).mean(axis=0)
-    stopped.save(17, (state, part), {})
-    resumed, _, curves_resumed = s.train_sae(config, x, tmp_path / "parts")
-    chex.assert_trees_all_equal(resumed, saes)
-    chex.assert_trees_all_equal(curves_resumed, curves)
-
-
-@pytest.mark.parametrize(("weight", "revives"), [(0.0, False), (1 / 32, True)])
-def test_auxk_revives_dead_latents(weight, revives):
-    """Latents whose encoder is too weak to be among the top k get no gradient but AuxK's."""
-    x = concepts(640, 24, np.random.default_rng(1))
-    config = sae_config(k=2, epochs=60, learning_rate=3e-3, aux_weight=weight)
-    steps = len(x) // config.sae.batch
-    state = s.initial_state(config, steps)
-    weak = jnp.where(jnp.arange(48) < 24, 1e-3, 1.0)
-    state = state._replace(sae=state.sae._replace(W_e=state.sae.W_e * weak))
-    epoch, u = s.make_epoch(config, steps), s.centre(s.fit_scaling(x), x)
-    order = jnp.arange(640).reshape(steps, -1)
-    for _ in range(config.sae.epochs):
-        state, _ = epoch(state, u, order)
-    fires = np.asarray(jax.vmap(lambda sae: s.encode(sae, u, 2).sum(axis=0))(state.sae) > 0)
-    assert fires[:, :24].any() == revives
-    if revives:
-        assert fires[:, :24].mean() > 0.5
-
-
-def test_batch_larger_than_the_data(tmp_path):
-    with pytest.raises(HeadSteerError, match=r"config\.sae\.batch = 64: allowed is at most the 30"):
-        s.train_sae(tiny_config(), np.zeros((30, 24), np.float32), tmp_path)

@@ -1,0 +1,303 @@
+"""How well and how fast autoencoders train, next to the libraries that researchers use today.
+
+    python benchmarks/sae.py vectors VECTORS.npz --config=configs/NAME.py [--config.FIELD=VALUE ...]
+    python benchmarks/sae.py speed VECTORS.npz [--peer=NAME=PYTHON ...]
+    python benchmarks/sae.py quality VECTORS.npz RESULTS.jsonl [--peer=NAME=PYTHON ...]
+    python benchmarks/sae.py ablation VECTORS.npz RESULTS.jsonl
+
+`vectors` caches the CLS residuals that enter the last layer of a config's model before it is trained, so with
+--config.model.pretrained those of a pretrained backbone. A peer is trained by `peers.py` in its own environment, by the
+Python named: --peer=overcomplete=/path/to/venv/bin/python, likewise dictionary_learning, sae_lens, torch. All see the same
+vectors, centred and scaled; all are scored by our code. The learning rate of each is the best on validation at k = 32.
+
+Results go to a file, a line for each training: what is there is not trained again. Times are medians over repeats in one
+run, and the machine should have nothing else to do. The last line printed is one JSON object with the figures.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headsteer_jax import sae_train
+from headsteer_jax.activations import over_split, per_image
+from headsteer_jax.augment import preprocess
+from headsteer_jax.cache import Held
+from headsteer_jax.config import Config, ModelConfig, SAEConfig, load_config
+from headsteer_jax.data import load
+from headsteer_jax.progress import say
+from headsteer_jax.sae import SAE, Scaling, centre, fit_scaling, seed_of
+from headsteer_jax.sae_metrics import health
+from headsteer_jax.train import initial_params
+from headsteer_jax.vit import build
+
+PEERS = Path(__file__).with_name("peers.py")
+RATES = (4e-4, 1e-3, 2e-3)  # tried for everyone
+TUNED_AT = 32  # k
+OURS = {  # name -> fields of config.sae beside the arguments'
+    "headsteer topk": {},
+    "headsteer batch_topk": {"activation": "batch_topk"},
+}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "without centring": {"centre": False},
+    "without AuxK": {"aux_weight": 0.0},
+    "encoder drawn apart": {"init": "untied"},
+    "decoder rows left free": {"decoder_norm": "free"},
+}
+
+
+def make_vectors(file: Path, config: Config) -> None:
+    """Residuals of all splits, as float32 arrays `train`, `validation`, `test` and `<split>_labels`."""
+    dataset = load(config.data, config.seed)
+    model = build(config, len(dataset.class_names))
+    params, layer = initial_params(model, config, config.seed), config.sae_layer
+
+    def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
+        return (model.apply(params, preprocess(images, config.data), layer, method="before")[:, 0],)
+
+    arrays = {}
+    for name in ("train", "validation", "test"):
+        split = getattr(dataset, name)
+        (arrays[name],) = over_split(per_image(run, config.train.eval_batch), params, split, name)
+        arrays[f"{name}_labels"] = split.labels
+    np.savez(file, **arrays)
+
+
+class Bench:
+    """The vectors, as they are and as the peers get them."""
+
+    def __init__(self, file: Path) -> None:
+        with np.load(file) as arrays:
+            self.x = {name: arrays[name] for name in ("train", "validation", "test")}
+        self.scaling = fit_scaling(Held(self.x["train"]).chunks, SAEConfig())
+        self.width = self.x["train"].shape[1]
+
+    def config(self, **fields: Any) -> Config:
+        # any model of this width: only its width matters here
+        return Config(model=ModelConfig(width=self.width, heads=6), sae=SAEConfig(**fields))
+
+    def score(self, sae: SAE, scaling: Scaling, k: int | None) -> dict[str, float]:
+        """By our code, for everyone."""
+        on = {name: health(sae, scaling, Held(x).chunks(), k) for name, x in self.x.items()}
+        return {
+            "validation": on["validation"].explained_variance,
+            "test": on["test"].explained_variance,
+            "train": on["train"].explained_variance,
+            "mse_residual": on["test"].mse_residual,
+            "l0": on["test"].l0,
+            "dead": float(np.mean(on["train"].frequency == 0)),
+        }
+
+
+def train_ours(bench: Bench, seeds: int, fields: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Train so many seeds in one program; yields the score of each."""
+    config = bench.config(seeds=seeds, control=False, **fields)
+    members = sae_train.seeds(config.sae)
+    with tempfile.TemporaryDirectory() as directory:
+        made = sae_train.train_members(config, members, Held(bench.x["train"]), Path(directory), str(fields))
+    for seed in range(seeds):
+        yield bench.score(seed_of(made.saes, seed), made.scaling, config.sae.inference_k)
+
+
+def run_peer(bench: Bench, name: str, python: str, *options: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Train a peer in its environment: its last line, and its arrays."""
+    with tempfile.TemporaryDirectory() as directory:
+        given, made = Path(directory) / "given.npz", Path(directory) / "made.npz"
+        np.savez(given, train=np.asarray(centre(bench.scaling, bench.x["train"])))
+        library = name.split()[0]
+        done = subprocess.run(
+            [python, str(PEERS), library, str(given), str(made), *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        arrays = {}
+        if made.exists():
+            with np.load(made) as stored:
+                arrays = dict(stored)
+    return json.loads(done.stdout.strip().splitlines()[-1]), arrays
+
+
+def train_peer(bench: Bench, name: str, python: str, fields: dict[str, Any], seed: int) -> dict[str, float]:
+    """Train one autoencoder of a peer; its score."""
+    options = [f"--k={fields['k']}", f"--latents={8 * bench.width}", f"--epochs={fields['epochs']}",
+               f"--batch={fields['batch']}", f"--lr={fields['learning_rate']}", f"--seed={seed}"]  # fmt: skip
+    if "batch_topk" in name:
+        options.append("--variant=batch_topk")
+    _, a = run_peer(bench, name, python, *options)
+    b_e = a["b_e"] if a["apply_b_d"] else a["b_e"] + a["W_e"] @ a["b_d"]  # ours subtracts b_d
+    threshold = np.broadcast_to(a["threshold"], b_e.shape)
+    sae = SAE(*(jnp.asarray(part, jnp.float32) for part in (a["W_e"], b_e, a["W_d"], a["b_d"], threshold)))
+    return bench.score(sae, bench.scaling, int(a["k"]) if a["kind"] == "topk" else None)
+
+
+class Results:
+    """A file of rows, one for each training."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def find(self, **what: Any) -> list[dict[str, Any]]:
+        return [row for row in self.rows if all(row.get(name) == value for name, value in what.items())]
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        say(json.dumps(row))
+
+
+def quality(bench: Bench, results: Results, args: argparse.Namespace) -> dict[str, Any]:
+    """Explained variance on test at every k: ours and every peer's, each at its best learning rate."""
+    everyone: dict[str, str | None] = dict.fromkeys(OURS) | args.peers
+    plan = {"epochs": args.epochs, "batch": args.batch}
+
+    def train(name: str, python: str | None, k: int, rate: float, seeds: int) -> None:
+        what = {"name": name, "k": k, "learning_rate": rate, **plan}
+        missing = [seed for seed in range(seeds) if not results.find(**what, seed=seed)]
+        fields = {"k": k, "learning_rate": rate, **plan}
+        if python is not None:
+            for seed in missing:
+                results.add(**what, seed=seed, **train_peer(bench, name, python, fields, seed))
+        elif missing:
+            for seed, score in enumerate(train_ours(bench, seeds, fields | OURS[name])):
+                if seed in missing:
+                    results.add(**what, seed=seed, **score)
+
+    best = {}
+    for name, python in everyone.items():
+        for rate in args.rates:
+            train(name, python, TUNED_AT, rate, 1)
+
+        def on_validation(rate: float, name: str = name) -> float:
+            return results.find(name=name, k=TUNED_AT, learning_rate=rate, seed=0, **plan)[0]["validation"]
+
+        best[name] = max(args.rates, key=on_validation)
+    table: dict[str, Any] = {"rates": best, "explained_variance": {}, "dead": {}, "l0": {}, "spread": {}}
+    for k in args.ks:
+        for name, python in everyone.items():
+            train(name, python, k, best[name], args.seeds if python is None else args.peer_seeds)
+            rows = results.find(name=name, k=k, learning_rate=best[name], **plan)
+            for column, key in (("explained_variance", "test"), ("dead", "dead"), ("l0", "l0")):
+                table[column].setdefault(name, {})[k] = round(float(np.mean([row[key] for row in rows])), 4)
+            table["spread"].setdefault(name, {})[k] = round(float(np.ptp([row["test"] for row in rows])), 4)
+    return table | {**plan, "seeds": args.seeds, "peer_seeds": args.peer_seeds}
+
+
+def ablation(bench: Bench, results: Results, args: argparse.Namespace) -> dict[str, Any]:
+    """Ours with one part switched off at a time, at k = 32."""
+    table = {}
+    for name, fields in ABLATIONS.items():
+        plan = {"epochs": args.epochs, "batch": args.batch, "learning_rate": args.rates[0], "k": TUNED_AT}
+        what = {"name": f"ablation: {name}", **plan}
+        if len(results.find(**what)) < args.seeds:
+            for seed, score in enumerate(train_ours(bench, args.seeds, plan | fields)):
+                if not results.find(**what, seed=seed):
+                    results.add(**what, seed=seed, **score)
+        rows = results.find(**what)
+        table[name] = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in ("test", "dead", "l0")}
+    return {"ablation": table, "epochs": args.epochs, "learning_rate": args.rates[0], "seeds": args.seeds}
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """A training step beside the encoder's one matrix product and the peers' steps, measured in turns."""
+    steps, F, D = args.steps, 8 * bench.width, bench.width
+    u_GD = jnp.asarray(centre(bench.scaling, bench.x["train"][: steps * args.batch]))
+    W_FD = jax.random.normal(jax.random.key(0), (F, D))
+    product = jax.jit(lambda u, W: u @ W.T)
+
+    def trainer(seeds: int, **fields: Any) -> Callable[[], Any]:
+        c = bench.config(seeds=seeds, control=False, batch=args.batch, k=TUNED_AT, **fields).sae
+        members = sae_train.dealt_out(sae_train.seeds(c))
+        state = [sae_train.initial_state(c, members, u_GD, F, 0)]
+        run = sae_train.make_epochs(c, members, F, D, steps, 0)
+
+        def epoch() -> Any:
+            state[0], _ = run(state[0], u_GD)
+            return state[0].sae
+
+        return epoch
+
+    ours = {
+        "step": trainer(1),
+        "step_of_5_seeds": trainer(5),
+        "step_batch_topk": trainer(1, activation="batch_topk"),
+    }
+    calls: dict[str, Callable[[], Any]] = {"product": lambda: [product(u_GD[: args.batch], W_FD) for _ in range(steps)]}
+    calls |= ours
+    times: dict[str, list[float]] = {name: [] for name in [*calls, *args.peers]}
+    for call in calls.values():
+        seconds(call)  # compiled
+    for repeat in range(args.repeats):
+        say(f"repeat {repeat + 1} of {args.repeats}")
+        for name, call in calls.items():
+            times[name].append(seconds(call) / steps)
+        for name, python in args.peers.items():
+            options = [f"--time-steps={steps}", f"--k={TUNED_AT}", f"--latents={F}", f"--batch={args.batch}"]
+            options += ["--variant=batch_topk"] if "batch_topk" in name else []
+            times[name].append(run_peer(bench, name, python, *options)[0]["seconds_per_step"])
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    per_second = {name: args.batch / median[name] for name in ("step", *args.peers)}
+    figures = {
+        "device": str(jax.devices()[0]),
+        "seconds": {name: round(value, 5) for name, value in median.items()},
+        "vectors_per_second": {name: round(value) for name, value in per_second.items()},
+        "step_over_product": round(median["step"] / median["product"], 2),
+        "seeds_5_over_1": round(median["step_of_5_seeds"] / median["step"], 2),
+    }
+    if args.peers:
+        figures["over_fastest_peer"] = round(per_second["step"] / max(per_second[name] for name in args.peers), 2)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("vectors", "speed", "quality", "ablation"))
+    parser.add_argument("vectors", type=Path)
+    parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--config", default="configs/tiny_imagenet100_vit_s.py")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--ks", type=lambda text: [int(k) for k in text.split(",")], default=[8, 16, 32, 64])
+    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=list(RATES))
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--peer-seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    args, rest = parser.parse_known_args()
+    args.peers = dict(peer.split("=", 1) for peer in args.peer)
+    if args.what == "vectors":
+        overrides = dict(item.removeprefix("--config.").split("=", 1) for item in rest)
+        make_vectors(args.vectors, load_config(args.config, overrides))
+        return
+    if rest or (args.what in ("quality", "ablation") and args.results is None):
+        parser.error(f"unknown: {' '.join(rest)}" if rest else f"{args.what} needs RESULTS.jsonl")
+    bench = Bench(args.vectors)
+    if args.what == "speed":
+        figures = speed(bench, args)
+    else:
+        figures = {"quality": quality, "ablation": ablation}[args.what](bench, Results(args.results), args)
+    print(json.dumps({"benchmark": args.what, "cores": os.cpu_count(), **figures}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

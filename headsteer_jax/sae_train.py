@@ -1,0 +1,251 @@
+"""Training autoencoders: whole epochs inside one jitted call, several of them side by side.
+
+`Members` says what they differ in: k, learning rate, initialisation, order of the data. A grid is one program: members
+are a `vmap`, dealt out over the devices where there are several. Axes: S members, B residuals in a step, G at once.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from headsteer_jax import sparse
+from headsteer_jax.activations import mesh
+from headsteer_jax.cache import Residuals
+from headsteer_jax.checkpoint import Checkpoints
+from headsteer_jax.config import Config, HeadSteerError, SAEConfig
+from headsteer_jax.progress import progress, say
+from headsteer_jax.sae import SAE, Measured, Scaling, centre, fit_scaling, init, loss, unit_rows, without_radial
+
+CURVES = ("mse", "l0", "dead")
+
+
+class Members(NamedTuple):
+    """What the autoencoders trained together differ in, [S] each."""
+
+    k: Any  # int32
+    learning_rate: Any  # float32
+    init: Any  # int32: equal numbers start from the same parameters
+    order: Any  # int32: equal numbers see the data in the same order
+
+
+class SAEState(NamedTuple):
+    """Everything that training is; with a leading axis S on every leaf but the last two."""
+
+    sae: SAE
+    optimizer: Any
+    silent: jax.Array  # [S, F] int32, steps since the latent last fired
+    step: jax.Array  # int32, steps done
+    epoch: jax.Array  # int32, epochs done
+
+
+def seeds(c: SAEConfig) -> Members:
+    """config.sae.seeds members; and the control, if asked for: the first one's start on another order."""
+    count = c.seeds + c.control
+    number = np.arange(count, dtype=np.int32)
+    init = np.where(number < c.seeds, number, 0).astype(np.int32)
+    return Members(np.full(count, c.k, np.int32), np.full(count, c.learning_rate, np.float32), init, number)
+
+
+def grid(c: SAEConfig, ks: tuple[int, ...], rates: tuple[float, ...], count: int) -> Members:
+    """Every k with every learning rate, `count` seeds each; seed s begins alike in all of them."""
+    k, rate, seed = (axis.ravel() for axis in np.meshgrid(ks, rates or (c.learning_rate,), range(count), indexing="ij"))
+    number = seed.astype(np.int32)
+    return Members(k.astype(np.int32), rate.astype(np.float32), number, number)
+
+
+def rate_at(c: SAEConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """The learning rate over its peak: linear warm-up, and linear decay to 0 over the last share of the steps."""
+    warmup, decay = round(c.warmup * steps), round(c.decay * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(1 / max(warmup, 1), 1.0, warmup),
+            optax.constant_schedule(1.0),
+            optax.linear_schedule(1.0, 0.0, max(decay, 1)),
+        ],
+        [warmup, steps - decay],
+    )
+
+
+def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch: int, seed: int) -> Callable[..., Any]:
+    """`(state, u [G, D], part, epochs=n) -> (state, Curves [n, S])`: n epochs over these residuals, in one call.
+
+    In every epoch each member draws an order of them by its own key, fold_in of (seed, order, epoch, part); what is
+    left of the last batch waits for another epoch.
+    """
+    steps = c.epochs * steps_per_epoch
+    tx, rate, window = optax.scale_by_adam(), rate_at(c, steps), c.dead_window * steps_per_epoch
+    k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
+    most = max(int(members.k.max()), c.k_start)
+    fast = sparse.available()
+
+    def k_at(member: Members, step: jax.Array) -> jax.Array:
+        if not c.k_start:
+            return member.k
+        share = jnp.clip(step / max(c.k_anneal * steps, 1.0), 0.0, 1.0)
+        return jnp.round(c.k_start + (member.k - c.k_start) * share).astype(jnp.int32)
+
+    def one_step(one: SAEState, member: Members, u_BD: jax.Array, k_aux: int) -> tuple[SAEState, dict[str, jax.Array]]:
+        dead_F = one.silent >= window
+        k = k_at(member, one.step)
+        grads, seen = jax.grad(loss, has_aux=True)(one.sae, u_BD, dead_F, k, c, most, k_aux, fast)
+        grads = without_radial(grads, one.sae) if c.decoder_norm == "unit" else grads
+        updates, optimizer = tx.update(grads, one.optimizer)
+        by = -member.learning_rate * rate(one.step)
+        sae = jax.tree.map(lambda leaf, update: leaf + by * update, one.sae, updates)
+        sae = sae._replace(threshold=_threshold(one.sae, sae, seen, c))
+        sae = sae._replace(W_d=unit_rows(sae.W_d)) if c.decoder_norm == "unit" else sae
+        silent_F = jnp.where(seen.fired > 0, 0, one.silent + 1)
+        curves = {"mse": seen.mse, "l0": seen.l0, "dead": jnp.mean(dead_F)}
+        return one._replace(sae=sae, optimizer=optimizer, silent=silent_F), curves
+
+    axes = SAEState(sae=0, optimizer=0, silent=0, step=None, epoch=None)  # type: ignore[arg-type]
+
+    def all_members(state: SAEState, members: Members, u_SBD: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:
+        with_aux, without = (
+            jax.vmap(functools.partial(one_step, k_aux=k), in_axes=(axes, 0, 0), out_axes=(axes, 0)) for k in (k_aux, 0)
+        )
+        # AuxK is 0 where nothing is dead; outside of vmap the branch skips its work
+        state, curves = jax.lax.cond(jnp.any(state.silent >= window), with_aux, without, state, members, u_SBD)
+        return state._replace(step=state.step + 1), curves
+
+    def one_epoch(
+        state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array
+    ) -> tuple[SAEState, dict[str, jax.Array]]:
+        def order(number: jax.Array) -> jax.Array:
+            key = jax.random.key(seed)
+            for fact in (101, number, state.epoch, part):
+                key = jax.random.fold_in(key, fact)
+            return jax.random.permutation(key, len(u_GD))[: len(u_GD) // c.batch * c.batch].reshape(-1, c.batch)
+
+        order_SnB = jax.vmap(order)(members.order)
+        state, curves = jax.lax.scan(
+            lambda s, rows_SB: all_members(s, members, u_GD[rows_SB]), state, jnp.moveaxis(order_SnB, 0, 1)
+        )
+        return state._replace(epoch=state.epoch + 1), jax.tree.map(lambda rows: rows.mean(axis=0), curves)
+
+    def run(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
+        return jax.lax.scan(lambda s, _: one_epoch(s, members, u_GD, part), state, None, length=epochs)
+
+    devices = jax.device_count()
+    if devices > 1:  # an equal number of members on each; `dealt_out` fills them up
+        own = SAEState(*[PartitionSpec("data")] * 3, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type,call-arg]
+
+        def sharded(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
+            return jax.shard_map(
+                functools.partial(run, epochs=epochs), mesh=mesh(), check_vma=False,
+                in_specs=(own, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
+                out_specs=(own, PartitionSpec(None, "data")),
+            )(state, members, u_GD, part)  # fmt: skip
+
+        program = jax.jit(sharded, static_argnames="epochs", donate_argnums=0)
+    else:
+        program = jax.jit(run, static_argnames="epochs", donate_argnums=0)
+    return lambda state, u_GD, part=0, epochs=1: program(state, members, u_GD, jnp.int32(part), epochs=epochs)
+
+
+def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig) -> jax.Array:
+    """JumpReLU's thresholds stay >= 0; BatchTopK's is a moving mean of what the batches' smallest active value was."""
+    if c.activation == "jumprelu":
+        return jnp.maximum(after.threshold, 0.0)
+    if c.activation == "batch_topk":
+        moved = before.threshold + 0.01 * (seen.threshold - before.threshold)
+        return jnp.where(before.threshold > 0, moved, seen.threshold)
+    return before.threshold
+
+
+def initial_state(c: SAEConfig, members: Members, u_GD: jax.Array, F: int, seed: int) -> SAEState:
+    """The start of all members; number n's key is fold_in(fold_in(key(seed), 100), n)."""
+    key = jax.random.fold_in(jax.random.key(seed), 100)
+    saes = jax.vmap(lambda number: init(jax.random.fold_in(key, number), u_GD, c, F))(jnp.asarray(members.init))
+    saes = jax.tree.map(jnp.copy, saes)  # tied weights are one buffer, which cannot be donated twice
+    optimizer = jax.vmap(optax.scale_by_adam().init)(saes)
+    return SAEState(saes, optimizer, jnp.zeros((len(members.k), F), jnp.int32), jnp.int32(0), jnp.int32(0))
+
+
+def dealt_out(members: Members) -> Members:
+    """Filled up by repeating the last, so that every device has as many."""
+    missing = -len(members.k) % jax.device_count()
+    return Members(*(np.concatenate([column, np.repeat(column[-1:], missing)]) for column in members))
+
+
+class Trained(NamedTuple):
+    """What training gives: autoencoders with leading axis S, their scaling, and curves [epochs, S]."""
+
+    saes: SAE
+    scaling: Scaling
+    curves: dict[str, np.ndarray]
+
+
+def train_members(config: Config, members: Members, source: Residuals, directory: Path, what: str = "sae") -> Trained:
+    """Train autoencoders on the training split's residuals, resumed where it stopped.
+
+    Residuals that fit config.sae.memory stay on the device, and an epoch is a scan. Of more, shards come in a new
+    random order each epoch, as many at once as fit, and are shuffled within.
+
+    Args:
+      directory: for the checkpoints.
+
+    Raises:
+      HeadSteerError: a batch larger than the data; residuals not finite or constant; the loss turned NaN.
+    """
+    c, (count, D), F = config.sae, source.shape, config.latents
+    if c.batch > count:
+        raise HeadSteerError(f"config.sae.batch = {c.batch}: allowed is at most the {count} training residuals")
+    scaling = fit_scaling(source.chunks, c)
+    wanted, members = len(members.k), dealt_out(members)
+    held = count * D * 4 <= c.memory * 2**20
+    rows = count if held else max(c.batch, c.memory * 2**20 // (4 * D))
+
+    def parts(epoch: int) -> Any:
+        rng = np.random.default_rng([config.seed, 2, epoch])
+        return (centre(scaling, x_GD) for x_GD in source.groups(rows, rng))
+
+    first = next(iter(parts(0)))
+    steps_per_epoch = len(first) // c.batch if held else max(1, count // c.batch)
+    state = initial_state(c, members, first, F, config.seed)
+    curves = {name: np.zeros((c.epochs, len(members.k)), np.float32) for name in CURVES}
+    checkpoints = Checkpoints(directory / "checkpoints", keep=2)
+    if checkpoints.latest() is not None:
+        (state, curves), _ = checkpoints.restore((state, curves))
+        curves = {name: np.array(values) for name, values in curves.items()}
+    start = int(state.epoch)
+    if 0 < start < c.epochs:
+        say(f"{what}: going on from epoch {start}")
+    run = make_epochs(c, members, F, D, steps_per_epoch, config.seed)
+    every = max(1, c.epochs // 10)  # epochs between checkpoints
+    at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if held else 1
+    with progress(c.epochs, what, "epoch", initial=start) as bar:
+        for number in range(start, c.epochs, at_once):
+            if held:
+                state, found = run(state, first, epochs=at_once)
+            else:
+                found, weight = None, 0
+                for part, u_GD in enumerate(parts(number)):
+                    if len(u_GD) < c.batch:
+                        continue
+                    state, one = run(state._replace(epoch=jnp.int32(number)), u_GD, part)
+                    one = {name: np.asarray(values) * len(u_GD) for name, values in one.items()}
+                    found = one if found is None else {name: found[name] + one[name] for name in one}
+                    weight += len(u_GD)
+                found = {name: values / weight for name, values in (found or {}).items()}
+            for name in curves:
+                curves[name][number : number + at_once] = np.asarray(found[name])
+            done = number + at_once
+            if not np.isfinite(curves["mse"][number:done]).all():
+                raise HeadSteerError(
+                    f"{what}: the loss turned NaN in epoch {number}; the last good checkpoint is in "
+                    f"{checkpoints.directory}; lower config.sae.learning_rate"
+                )
+            if done // every > number // every or done == c.epochs:
+                checkpoints.save(done, (state, curves), {"layer": config.sae_layer, "k": c.k})
+            mse, dead = (curves[name][done - 1].mean() for name in ("mse", "dead"))
+            bar.update(at_once, f"mse {mse:.4f}, dead {dead:.2%}")
+    saes = jax.tree.map(lambda leaf: leaf[:wanted], jax.device_get(state.sae))
+    return Trained(saes, scaling, {name: values[:, :wanted] for name, values in curves.items()})
