@@ -47,6 +47,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "top_images": ("latent", "rank"),
     "top_activations": ("latent", "rank"),
     "sae_mse": ("epoch", "seed"),
+    "sae_l0": ("epoch", "seed"),
     "sae_dead": ("epoch", "seed"),
 }
 COORDINATES = {

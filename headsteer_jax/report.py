@@ -595,13 +595,42 @@ def training(m: Material) -> Figure | None:
     return figure
 
 
+def grid(m: Material) -> Figure | None:
+    """What k and the learning rate do: explained variance and dead latents of the stage grid."""
+    found = m.summary["grid"]
+    if found is None:
+        return None
+    rows = found["rows"]
+    ks, rates = ([*sorted({row[name] for row in rows})] for name in ("k", "learning_rate"))
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(rates)))
+    panels = {"explained_variance": "Explained variance (test)", "dead_fraction": "Dead latents"}
+    for axes, (what, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for rate, shade in zip(rates, shades, strict=True):
+            own = [[row[what] for row in rows if row["k"] == k and row["learning_rate"] == rate] for k in ks]
+            axes.plot(ks, [np.mean(values) for values in own], color=shade, label=f"learning rate {rate:g}")
+            for k, values in zip(ks, own, strict=True):
+                axes.plot([k] * len(values), values, "o", color=shade, markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(ks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.set_xlabel("k (dots: seeds)")
+        axes.set_title(title)
+        ticks(axes.yaxis, "usage" if what == "explained_variance" else "dead")
+    figure.axes[1].set_ylim(bottom=0)
+    figure.axes[0].legend()
+    return figure
+
+
 def sae(m: Material) -> Figure:
     """The autoencoders' training, and how often their latents fire."""
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    mse, dead, histogram = figure.subplots(1, 3)
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    (mse, l0), (dead, histogram) = figure.subplots(2, 2)
     epochs = np.arange(1, len(m.arrays["sae_mse"]) + 1)
     for axes, values, title in (
         (mse, m.arrays["sae_mse"], "MSE per component (scaled)"),
+        (l0, m.arrays["sae_l0"], f"Active latents (k = {m.config.sae.k})"),
         (dead, m.arrays["sae_dead"], f"Latents silent for {m.config.sae.dead_window} epochs"),
     ):
         axes.plot(epochs, values, color="#0072B2", linewidth=1.2, alpha=0.8, marker="o" if len(epochs) == 1 else None)
@@ -638,6 +667,7 @@ FIGURES: dict[str, Callable[[Material], Figure | None]] = {
     "layers": layers,
     "training": training,
     "sae": sae,
+    "grid": grid,
 }
 
 

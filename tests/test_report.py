@@ -145,6 +145,7 @@ def made_run(
         "top_images": rng.integers(0, len(train), (latents, 5)).astype(np.int32),
         "top_activations": np.sort(rng.normal(1, 0.8, (latents, 5)), axis=1)[:, ::-1].astype(np.float32),
         "sae_mse": (0.05 + np.exp(-np.arange(15) / 3)[:, None] * rng.uniform(0.8, 1, (1, seeds))).astype(np.float32),
+        "sae_l0": np.full((15, seeds), 4.0, np.float32),
         "sae_dead": (0.2 * np.exp(-np.arange(15) / 4)[:, None] * rng.uniform(0.5, 1, (1, seeds))).astype(np.float32),
     }  # fmt: skip
     related_CC = (np.arange(classes)[:, None] // 5 == np.arange(classes) // 5) & ~np.eye(classes, dtype=bool)
@@ -159,10 +160,17 @@ def made_run(
             arrays["overlap_global_class"] = np.einsum("SF,SCF->SC", by_name["global"][:, 0], by_name["class"]) / 4
     numbers, extra = summarise(arrays, config)
     health = {"mse": 0.0512, "explained_variance": 0.912, "l0": 3.9, "dead_fraction": 0.034}
-    health |= {"gate_agreement": 0.97, "accuracy": 0.91, "mse_residual": 0.0312}
+    health |= {"gate_agreement": 0.97, "accuracy": 0.91, "mse_residual": 0.0312, "dense_fraction": 0.02, "twins": 0.01}
+    health |= {"max_cosine": 0.43, "class_selectivity": 0.61, "accuracy_residual": 0.87, "kl": 0.123}
+    stability = {"seeds": 0.71 if seeds > 1 else None, "same_start": 0.93, "random": 0.38}
+    points = [{"k": k, "learning_rate": rate, "explained_variance": 0.9 - rate, "dead_fraction": rate}
+              for k in (2, 4) for rate in (1e-3, 4e-3)]  # fmt: skip
+    best = {str(k): {"learning_rate": 1e-3, "explained_variance": 0.9, "dead_fraction": 0.01} for k in (2, 4)}
     summary = {
         "dense_accuracy": 0.923, "dense_control_accuracy": 0.931, "layer_usage": [0.8, 0.7, 0.75], **numbers,
-        "sae": health | {"latents": latents, "k": 4, "layer": config.sae_layer, "seeds": [health] * seeds},
+        "sae": health | {"latents": latents, "k": 4, "layer": config.sae_layer, "seeds": [health] * seeds}
+        | {"stability": stability},
+        "grid": {"best": best, "rows": points, "epochs": 9, "latents": latents} if by_layer else None,
         "seconds": {"train": 120.25, "sae": 31.5, "steer": 12.0}, "peak_memory_bytes": 3 * 2**30,
         "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
         "by_layer": made_layers() if by_layer else None,
@@ -294,6 +302,8 @@ def test_page_is_self_contained(written: Written) -> None:
     assert len(images) == len(drawn)
     for tag, attrs in written.page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base"), tag
+        if attrs.get("href") == "latents.html":  # the page beside it, the only link
+            continue
         for attribute in ("href", "srcset", "action", "data", "poster", "background"):
             assert attribute not in attrs, (tag, attribute)
         if "src" in attrs:
