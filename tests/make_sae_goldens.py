@@ -1,0 +1,166 @@
+"""Makes tests/goldens/saelens* and overcomplete*: small autoencoders of those libraries, with what they answer.
+
+Run it in an environment of each library's own, and only when a case is added:
+    python3 -m venv /tmp/saelens && /tmp/saelens/bin/pip install sae-lens
+    /tmp/saelens/bin/python tests/make_sae_goldens.py saelens
+    python3 -m venv /tmp/overcomplete && /tmp/overcomplete/bin/pip install overcomplete 'matplotlib<3.9' safetensors
+    /tmp/overcomplete/bin/python tests/make_sae_goldens.py overcomplete
+
+With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` reads x, writes z, x_hat.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).parent / "goldens"
+D, F, K = 8, 24, 3
+X = torch.tensor(np.random.default_rng(0).standard_normal((5, D)) + 0.5, dtype=torch.float32)
+
+
+def jitter(model: torch.nn.Module, **means: float) -> Any:
+    """Every parameter of ordinary size, so that none can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = next((value for end, value in means.items() if name.endswith(end)), 0.0)
+            parameter.copy_(mean + 0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def answers(sae: Any, x: torch.Tensor, latents: Any) -> tuple[np.ndarray, np.ndarray]:
+    with torch.no_grad():
+        z = latents(sae.encode(x))
+        return z.numpy(), sae.decode(z).numpy()
+
+
+def run_saelens(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    from sae_lens import SAE
+
+    return answers(SAE.load_from_disk(path), x, lambda z: z)
+
+
+def run_overcomplete(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The lines of headsteer_jax.interchange.export_overcomplete's docstring."""
+    import overcomplete.sae
+    import safetensors
+
+    about = json.loads(safetensors.safe_open(path, "pt").metadata()["overcomplete"])
+    sae = getattr(overcomplete.sae, about["class"])(**about["arguments"])
+    sae.load_state_dict(load_file(path))
+    sae.running_threshold = about.get("running_threshold")
+    sae.eval()
+    return answers(sae, x, lambda pair: pair[1])
+
+
+def make_saelens(outputs: dict[str, np.ndarray]) -> str:
+    import sae_lens as s
+
+    common: dict[str, Any] = {"d_in": D, "d_sae": F}
+    batch: dict[str, Any] = {"k": float(K), **common}
+    matryoshka = {"matryoshka_widths": [6, F], **batch}
+
+    def keep(name: str, path: Path) -> None:
+        outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = run_saelens(path, X)
+
+    for name, sae in {
+        "standard": s.StandardSAE(s.StandardSAEConfig(**common)),
+        "uncentred": s.StandardSAE(s.StandardSAEConfig(**common, apply_b_dec_to_input=False)),
+        "topk": s.TopKSAE(s.TopKSAEConfig(**common, k=K)),
+        "topk_rescaled": s.TopKSAE(s.TopKSAEConfig(**common, k=K, rescale_acts_by_decoder_norm=True)),
+        "jumprelu": s.JumpReLUSAE(s.JumpReLUSAEConfig(**common)),
+        "bfloat16": s.JumpReLUSAE(s.JumpReLUSAEConfig(**common, dtype="bfloat16")),
+    }.items():
+        path = HERE / f"saelens_{name}"
+        jitter(sae, threshold=1.0).save_model(path)
+        if name == "bfloat16":  # its weights, not its arithmetic
+            wide = s.SAE.load_from_disk(path, dtype="float32")
+            outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = answers(wide, X, lambda z: z)
+        else:
+            keep(name, path)
+
+    for name, training in {
+        "batchtopk": s.BatchTopKTrainingSAE(s.BatchTopKTrainingSAEConfig(**batch)),
+        "batchtopk_raw": s.BatchTopKTrainingSAE(
+            s.BatchTopKTrainingSAEConfig(**batch, rescale_acts_by_decoder_norm=False)
+        ),
+        "matryoshka": s.MatryoshkaBatchTopKTrainingSAE(s.MatryoshkaBatchTopKTrainingSAEConfig(**matryoshka)),
+    }.items():
+        jitter(training)
+        training.topk_threshold.fill_(1.25)
+        path = HERE / f"saelens_{name}"
+        training.save_inference_model(path)
+        keep(name, path)
+        training.save_model(HERE / f"saelens_{name}_training")  # the same, before it is made JumpReLU
+
+    for name, sae, extra in (  # as before 6.0
+        ("old_standard", s.StandardSAE(s.StandardSAEConfig(**common)), {}),
+        ("old_topk", s.TopKSAE(s.TopKSAEConfig(**common, k=K)),
+         {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}),
+    ):  # fmt: skip
+        path = HERE / f"saelens_{name}"
+        jitter(sae).save_model(path)
+        old = {"hook_point": "blocks.0.hook_resid_pre", "dtype": "float32", "normalize_activations": False, **common}
+        (path / "cfg.json").write_text(json.dumps(old | extra))
+        keep(name, path)
+    return f"sae_lens {s.__version__}"
+
+
+def make_overcomplete(outputs: dict[str, np.ndarray]) -> str:
+    import importlib.metadata
+
+    from overcomplete.sae import SAE, BatchTopKSAE, JumpSAE, TopKSAE
+
+    def dictionary(normalization: str, multiplier: bool = False) -> dict[str, Any]:
+        return {"dictionary_params": {"normalization": normalization, "use_multiplier": multiplier}}
+
+    for name, sae in {
+        "topk": TopKSAE(D, F, top_k=K),
+        "multiplied": TopKSAE(D, F, top_k=K, **dictionary("l2", True)),
+        "max_l2": TopKSAE(D, F, top_k=K, **dictionary("max_l2")),
+        "l1": TopKSAE(D, F, top_k=K, **dictionary("l1")),
+        "max_l1": TopKSAE(D, F, top_k=K, **dictionary("max_l1")),
+        "identity": TopKSAE(D, F, top_k=K, **dictionary("identity")),
+        "batchtopk": BatchTopKSAE(D, F, top_k=K * len(X)),
+        "jump": JumpSAE(D, F),
+        "relu": SAE(D, F),
+        "untied": TopKSAE(D, F, top_k=K).untied(bias=True),
+        "tied": TopKSAE(D, F, top_k=K, **dictionary("l2", True)).tied(bias=False),
+        "tied_bias": TopKSAE(D, F, top_k=K).tied(bias=True),
+    }.items():
+        jitter(sae)
+        if name == "batchtopk":
+            sae.encode(X)  # in training mode: sets the threshold
+        normalization = name if name in ("max_l2", "l1", "max_l1", "identity") else "l2"
+        arguments: dict[str, Any] = {} if normalization == "l2" else dictionary(normalization)
+        about: dict[str, Any] = {"class": type(sae).__name__, "arguments": arguments}
+        if isinstance(sae, TopKSAE):
+            arguments["top_k"] = sae.top_k
+        if isinstance(sae, BatchTopKSAE):
+            about["running_threshold"] = float(sae.running_threshold)
+        state = {key: value.clone() for key, value in sae.state_dict().items()}  # rows not yet normalised
+        save_file(state, HERE / f"overcomplete_{name}.safetensors", metadata={"overcomplete": json.dumps(about)})
+        sae.eval()
+        outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = answers(sae, X, lambda pair: pair[1])
+    return f"overcomplete {importlib.metadata.version('overcomplete')}"
+
+
+peer = sys.argv[1]
+if len(sys.argv) == 4:
+    file = Path(sys.argv[3])
+    run = {"saelens": run_saelens, "overcomplete": run_overcomplete}[peer]
+    z, x_hat = run(Path(sys.argv[2]), torch.tensor(np.load(file)["x"]))
+    np.savez(file, z=z, x_hat=x_hat)
+else:
+    for stale in HERE.glob(f"{peer}_*"):
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    arrays = {"x": X.numpy()}
+    version = {"saelens": make_saelens, "overcomplete": make_overcomplete}[peer](arrays)
+    np.savez_compressed(HERE / f"{peer}_outputs.npz", **arrays)
+    print(f"{version}, torch {torch.__version__}")
