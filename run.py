@@ -1,7 +1,7 @@
 """HeadSteer's command line: train a gated vision transformer, learn its concepts, steer its heads, report.
 
 python run.py [--config=configs/NAME.py] [--workdir=DIR] [--stages=train,sae,steer,layers,report] [--export=FILE]
-              [--config.FIELD=VALUE ...]
+              [--export_sae=LIBRARY:DIR] [--config.FIELD=VALUE ...]
 """
 
 import argparse
@@ -45,6 +45,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument(
         "--export", help="afterwards write the trained backbone and head to FILE.safetensors, as timm's"
     )
+    parser.add_argument(
+        "--export_sae",
+        metavar="LIBRARY:DIR",
+        help="afterwards write the autoencoders for another library: saelens:DIR or overcomplete:DIR",
+    )
     parser.add_argument("--overwrite", action="store_true", help="make stages again whose config changed")
     flags, rest = parser.parse_known_args(arguments)
     overrides = {} if flags.seed is None else {"seed": flags.seed}
@@ -75,6 +80,9 @@ def main(arguments: list[str]) -> int:
         if flags.export:
             stages.export(config, workdir, Path(flags.export))
             print(flags.export)
+        if flags.export_sae:
+            stages.export_saes(config, workdir, flags.export_sae)
+            print(flags.export_sae)
         report = workdir / "report.html"
         if report.exists():
             print(report)

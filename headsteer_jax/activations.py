@@ -1,6 +1,8 @@
 """Forward passes over a split, on all devices: what the model predicts, which heads it runs, a layer's CLS residual."""
 
-from collections.abc import Callable
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -138,24 +140,41 @@ def padded_chunks(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
     return list(filled.reshape(-1, size))
 
 
-def over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
-    """What a program gives for a whole split, chunk by chunk: its arrays, with first axis N.
+def passes(program: Program, params: Any, split: Split, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
+    """What a program gives for a split from image `start` on, call by call in order: its arrays, with first axis n.
 
-    `what` names the work in the progress.
+    CALLS are under way while the caller works on one. An image is in the same call whatever `start` is, so that its
+    bits are the same. `what` names the work in the progress.
     """
     count, params = len(split.labels), replicated(params)
+    if start >= count:
+        return
     size = program.size if program.compiled else min(program.size, count)
     chunks = padded_chunks(count, size, jax.device_count())
+    size *= jax.device_count()
+    first = start // size * size  # of the call's images
 
     def one(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
         return jax.device_get(program.run(params, jax.device_put(gather(split.images, chunk), dealt())))
 
-    parts = []
-    with progress(count, what, "image") as bar, ThreadPoolExecutor(CALLS) as threads:
-        for part in threads.map(one, chunks):
-            parts.append(part)
-            bar.update(min(len(part[0]), count - bar.done))
-    return [np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True)]
+    with progress(count, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS) as threads:
+        calls = (threads.submit(one, chunk) for chunk in chunks[first // size :])
+        waiting = deque(itertools.islice(calls, CALLS))
+        while waiting:
+            arrays = waiting.popleft().result()
+            waiting.extend(itertools.islice(calls, 1))
+            part = tuple(array[max(start - first, 0) : count - first] for array in arrays)
+            first += size
+            bar.update(len(part[0]))
+            yield part
+
+
+def over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
+    """What a program gives for a whole split: its arrays, with first axis N.
+
+    `what` names the work in the progress.
+    """
+    return [np.concatenate(arrays) for arrays in zip(*passes(program, params, split, what), strict=True)]
 
 
 def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:

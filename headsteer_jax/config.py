@@ -257,6 +257,9 @@ class SAEConfig(Section):
     """jumprelu: weight of (L0 / k - 1)^2."""
     bandwidth: PositiveFloat = 0.5
     """jumprelu: width of the kernel by which the thresholds' gradient is estimated, in the scaled input's units."""
+    pretrained: str = ""
+    """Take an autoencoder from elsewhere instead of training: saelens:DIR or overcomplete:FILE.safetensors. Its
+    activation, k and number of latents must be this config's, and seeds 1."""
     control: bool = True
     """Train one more, from the first seed's initialisation on another order of the data: how alike two autoencoders
     are that began as one, beside which the likeness of different seeds is read."""
@@ -411,6 +414,10 @@ class Config(Section):
             ("sae.k", s.k, s.k <= self.latents, f"at most the {self.latents} latents (sae.expansion * model.width)"),
             ("sae.k_start", s.k_start, s.k_start <= self.latents, f"at most the {self.latents} latents"),
             ("sae.aux_k", s.aux_k, s.aux_k <= self.latents, f"at most the {self.latents} latents"),
+            ("sae.seeds", s.seeds, not s.pretrained or s.seeds == 1, "1, as sae.pretrained names one autoencoder"),
+            ("sae.pretrained", s.pretrained,
+             not s.pretrained or s.pretrained.partition(":")[0] in ("saelens", "overcomplete"),
+             "saelens:DIR or overcomplete:FILE.safetensors"),
             ("sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, none twice"),
             ("sae.warmup", s.warmup, s.warmup + s.decay <= 1, f"at most 1 - sae.decay = {1 - s.decay:g}"),
             ("grid.k", self.grid.k,

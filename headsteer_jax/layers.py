@@ -14,7 +14,7 @@ import numpy as np
 
 from headsteer_jax.activations import over_split, per_image
 from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import Held
+from headsteer_jax.cache import cached
 from headsteer_jax.config import Config
 from headsteer_jax.data import Dataset, Split
 from headsteer_jax.latents import class_frequent, statistics
@@ -92,10 +92,16 @@ def _row(
     }
 
 
-def profile(config: Config, dataset: Dataset, model: ViT, params: Any, directory: Path) -> dict[str, Any]:
+def profile(
+    config: Config, dataset: Dataset, model: ViT, params: Any, directory: Path, cache: str | Path
+) -> dict[str, Any]:
     """Steer each of config.layers.layers by itself, then all of them together.
 
     Latents are chosen on the training split, alpha on validation, figures are test's.
+
+    Args:
+      directory: for the checkpoints.
+      cache: where activations are kept.
 
     Returns:
       `layers`: a row for each, and `together`, where there are several: usage there is the mean over these layers.
@@ -106,19 +112,19 @@ def profile(config: Config, dataset: Dataset, model: ViT, params: Any, directory
     layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
     splits = {"validation": dataset.validation, "test": dataset.test}
     splits = {name: _some(split, config.layers.per_class) for name, split in splits.items()}
-    x_train = residuals(model, params, dataset.train, layers, config, "train: residuals of every layer")
+    source = cached(cache, model, params, config, dataset.train, "train", layers, "cls")
     x_test = residuals(model, params, splits["test"], layers, config, "test: residuals of every layer")
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
         say(f"layer {layer}: autoencoder")
         one = config.sae.model_copy(
-            update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs}
+            update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
         )
         of_layer = config.model_copy(update={"sae": one})
-        trained = train_members(of_layer, seeds(one), Held(x_train[layer]), directory / str(layer))
+        trained = train_members(of_layer, seeds(one), source[layer], directory / str(layer))
         sae, scaling = seed_of(trained.saes, 0), trained.scaling
-        z_NF = encode_all(sae, scaling, x_train[layer], config.sae.inference_k)
+        z_NF = encode_all(sae, scaling, np.concatenate(list(source[layer].chunks())), config.sae.inference_k)
         stats = statistics(z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale)
         choice = class_frequent(stats, config.steer, np.random.default_rng(0))
         steered[layer] = Steering(sae, scaling, stats.strength, choice)

@@ -99,7 +99,7 @@ def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch:
         updates, optimizer = tx.update(grads, one.optimizer)
         by = -member.learning_rate * rate(one.step)
         sae = jax.tree.map(lambda leaf, update: leaf + by * update, one.sae, updates)
-        sae = sae._replace(threshold=_threshold(one.sae, sae, seen, c))
+        sae = sae._replace(threshold=_threshold(one.sae, sae, seen, c, max(0.01, 20 / steps)))
         sae = sae._replace(W_d=unit_rows(sae.W_d)) if c.decoder_norm == "unit" else sae
         silent_F = jnp.where(seen.fired > 0, 0, one.silent + 1)
         curves = {"mse": seen.mse, "l0": seen.l0, "dead": jnp.mean(dead_F)}
@@ -150,12 +150,16 @@ def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch:
     return lambda state, u_GD, part=0, epochs=1: program(state, members, u_GD, jnp.int32(part), epochs=epochs)
 
 
-def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig) -> jax.Array:
-    """JumpReLU's thresholds stay >= 0; BatchTopK's is a moving mean of what the batches' smallest active value was."""
+def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig, rate: float) -> jax.Array:
+    """JumpReLU's thresholds stay >= 0; BatchTopK's is a moving mean of the batches' smallest active values.
+
+    Args:
+      rate: of that mean: it reaches back a hundred steps, of few steps a twentieth.
+    """
     if c.activation == "jumprelu":
         return jnp.maximum(after.threshold, 0.0)
     if c.activation == "batch_topk":
-        moved = before.threshold + 0.01 * (seen.threshold - before.threshold)
+        moved = before.threshold + min(rate, 1.0) * (seen.threshold - before.threshold)
         return jnp.where(before.threshold > 0, moved, seen.threshold)
     return before.threshold
 

@@ -36,6 +36,8 @@ from headsteer_jax.checkpoint import (
 )
 from headsteer_jax.config import Config, HeadSteerError, flatten
 from headsteer_jax.data import Dataset, Split, load
+from headsteer_jax.inside import look_inside, write_inside
+from headsteer_jax.interchange import export_overcomplete, export_saelens, import_overcomplete, import_saelens
 from headsteer_jax.labelled import labelled, plain, read_sweep, write_sweep
 from headsteer_jax.latents import strategy
 from headsteer_jax.layers import profile
@@ -44,16 +46,16 @@ from headsteer_jax.progress import say
 from headsteer_jax.report import write_report
 from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, seed_of, uncentre
 from headsteer_jax.sae_metrics import class_means, health, of_latents, stability
-from headsteer_jax.sae_train import CURVES, grid, seeds, train_members
+from headsteer_jax.sae_train import CURVES, Trained, grid, seeds, train_members
 from headsteer_jax.steer import suffix
 from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import Arrays, check_names, check_validation, run_sweep
+from headsteer_jax.sweep import Arrays, check_names, check_validation, gate_weights, run_sweep
 from headsteer_jax.train import GATING, PHASES, read_log, train, trained
 from headsteer_jax.vit import ViT, answer
 
 NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
-    "sae": ("seed", "data", "model", "gate", "train", "sae"),
+    "sae": ("seed", "data", "model", "gate", "train", "sae", "report.top_images"),
     "grid": ("seed", "data", "model", "gate", "train", "sae", "grid"),
     "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
     "layers": (
@@ -145,12 +147,34 @@ def _replaced(model: ViT, params: Any, split: Split, saes: SAE, scaling: Scaling
 
 def _sae_source(config: Config, workdir: Path, model: ViT, params: Any, split: Split, name: str) -> Residuals:
     """The residuals of config.sae's layer and tokens, from the activation cache."""
-    layer, where = config.sae_layer, config.sae.cache or str(workdir / "activations")
+    layer, where = config.sae_layer, _cache(config, workdir)
     return cached(where, model, params, config, split, name, (layer,), config.sae.tokens)[layer]
 
 
-def _held(source: Residuals) -> np.ndarray:
-    return np.concatenate(list(source.chunks()))
+def _cache(config: Config, workdir: Path) -> str:
+    """Where residuals are kept."""
+    return config.sae.cache or str(workdir / "activations")
+
+
+def _imported(config: Config) -> Trained:
+    """The autoencoder that config.sae.pretrained names, as if it had been trained here, without curves.
+
+    Raises:
+      HeadSteerError: it cannot be read, or is not of this config's activation, k or number of latents.
+    """
+    c = config.sae
+    library, _, path = c.pretrained.partition(":")
+    read = import_saelens if library == "saelens" else import_overcomplete
+    found = read(Path(path), width=config.model.width)
+    for field, own, wanted in (
+        ("activation", found.activation, c.activation),
+        ("k", found.k, c.k),
+        ("expansion", len(found.sae.b_e) / config.model.width, c.expansion),
+    ):
+        if own is not None and own != wanted:
+            raise HeadSteerError(f"config.sae.{field} = {wanted!r}: {path} has {own!r}; set it to that")
+    curves = {name: np.zeros((0, 1), np.float32) for name in CURVES}
+    return Trained(jax.tree.map(lambda leaf: leaf[None], found.sae), found.scaling, curves)
 
 
 def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
@@ -162,10 +186,10 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         for name, split in (("train", dataset.train), ("test", dataset.test))
     }
     if c.tokens == "cls":
-        x_train = _held(source["train"])
+        x_train = np.concatenate(list(source["train"].chunks()))
     else:
         x_train = observer(model, config, "thresholded", config.sae_layer)(params, dataset.train, "train: CLS").x
-    made = train_members(config, seeds(c), source["train"], directory)
+    made = _imported(config) if c.pretrained else train_members(config, seeds(c), source["train"], directory)
     saes, scaling = jax.tree.map(lambda leaf: leaf[: c.seeds], made.saes), made.scaling
     replaced = _replaced(model, params, dataset.test, saes, scaling, config)
     rows, living = [], []
@@ -182,6 +206,12 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
             | of_latents(np.asarray(sae.W_d), frequency, mean_CF, c.dense_frequency)
             | {name: float(values[seed]) for name, values in replaced._asdict().items()}
         )
+    gate_DH = gate_weights(model, params, config.sae_layer, x_train)
+    inside = look_inside(
+        seed_of(saes, 0), scaling, c.inference_k, source["train"], x_train, dataset.train.labels,
+        len(dataset.class_names), gate_DH, c.tokens, config.report.top_images,
+    )  # fmt: skip
+    write_arrays(directory / "inside.npz", inside)
     arrays = {f"sae_{name}": values for name, values in saes._asdict().items()}
     arrays |= {"mean": scaling.mean, "scale": scaling.scale, "x_train": x_train}
     arrays |= {"layer": np.array(config.sae_layer), "model": np.array(model_fingerprint(params))}
@@ -274,7 +304,7 @@ def layers_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """How steerable each gated layer is."""
     model, params = trained(config, dataset, workdir / "train")
     directory = make_directory(workdir / "layers")
-    write_json(directory / "layers.json", profile(config, dataset, model, params, directory))
+    write_json(directory / "layers.json", profile(config, dataset, model, params, directory, _cache(config, workdir)))
 
 
 def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
@@ -300,6 +330,8 @@ def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         "config": json.loads(config.model_dump_json()),
     }
     write_json(workdir / "summary.json", summary)
+    inside = read_arrays(workdir / "sae" / "inside.npz")
+    write_inside(workdir / "latents.html", workdir.name, inside, dataset, config)
     rows = read_log(workdir / "train" / "metrics.jsonl")
     write_report(config, workdir.name, dataset, summary, plain(read_sweep(workdir / "sweep.nc")), rows, workdir)
 
@@ -439,6 +471,35 @@ def export(config: Config, workdir: Path, file: Path) -> None:
     tensors = timm_tensors(params)
     make_directory(file.parent)
     write_bytes(file, safetensors.numpy.save(tensors))
+
+
+def export_saes(config: Config, workdir: Path, target: str) -> None:
+    """Write every autoencoder for another library, one for each seed, of residuals as they are in the model.
+
+    Args:
+      target: saelens:DIR, which gets directories seed_0, ...; or overcomplete:DIR, which gets seed_0.safetensors, ...
+
+    Raises:
+      HeadSteerError: an unknown library; the autoencoders are not trained or of another config; not writable.
+    """
+    library, _, path = target.partition(":")
+    if library not in ("saelens", "overcomplete") or not path:
+        raise HeadSteerError(f"--export_sae={target}: allowed is saelens:DIR or overcomplete:DIR")
+    if not (workdir / "sae" / "done.json").exists():
+        raise HeadSteerError(f"--export_sae needs sae, which is not done in {workdir}: add it to --stages")
+    if why := why_stale(config, workdir, "sae"):
+        raise HeadSteerError(f"--export_sae: {workdir / 'sae'} is of another config ({why}); name its config")
+    _, params = trained(config, load(config.data, config.seed), workdir / "train")
+    saes, scaling, _, _ = autoencoders(config, params, workdir)
+    directory = make_directory(Path(path))
+    for seed in range(config.sae.seeds):
+        about = {"model_name": workdir.name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
+                 "tokens": config.sae.tokens}  # fmt: skip
+        given = seed_of(saes, seed), scaling, config.sae.activation, config.sae.k
+        if library == "saelens":
+            export_saelens(*given, directory / f"seed_{seed}", about)
+        else:
+            export_overcomplete(*given, directory / f"seed_{seed}.safetensors", about)
 
 
 def peak_memory_bytes() -> int:

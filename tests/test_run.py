@@ -170,7 +170,7 @@ def test_damaged_checkpoint(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, steer, layers, report"]),
+        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, grid, steer, layers, report"]),
         (["--config.model.depht=3"], ["config.model.depht", "did you mean config.model.depth?"]),
         (["--config.model.depth=four"], ["config.model.depth = 'four'"]),
         (["--config.model.heads=5"], ["model.heads = 5", "a divisor of model.width"]),
@@ -243,6 +243,59 @@ def test_export_is_the_trained_model_under_timms_names(finished, tmp_path):
     refused(
         run(f"--config={config}", f"--workdir={tmp_path / 'none'}", "--stages=sae", "--export=a.safetensors"), "sae"
     )
+
+
+def test_autoencoders_go_out_and_come_back(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    command = (f"--config={config}", f"--workdir={tmp_path / 'w'}")
+    files = {"saelens": "seed_1", "overcomplete": "seed_1.safetensors"}
+    for library, file in files.items():
+        target = f"{library}:{tmp_path / library}"
+        result = run(*command, "--stages=sae", f"--export_sae={target}")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[0] == target
+        path = tmp_path / library / file
+        again = (*command, "--stages=sae", "--overwrite", f"--config.sae.pretrained={library}:{path}")
+        refused(run(*again), "config.sae.seeds = 2", "1, as sae.pretrained names one autoencoder")
+        refused(run(*again, "--config.sae.seeds=1", "--config.sae.k=5"), "config.sae.k = 5", "has 4")
+        shutil.copytree(tmp_path / "w", tmp_path / f"w_{library}")
+        own = tuple(one.replace(f"{tmp_path / 'w'}", f"{tmp_path / f'w_{library}'}") for one in again)
+        result = run(*own, "--config.sae.seeds=1")
+        assert result.returncode == 0, result.stderr
+        before = json.loads((workdir / "sae" / "health.json").read_text())["seeds"][1]
+        after = json.loads((tmp_path / f"w_{library}" / "sae" / "health.json").read_text())["seeds"][0]
+        for name in ("mse_residual", "explained_variance", "l0", "dead_fraction", "accuracy_residual", "kl"):
+            assert after[name] == pytest.approx(before[name], rel=1e-3, abs=1e-6)
+    refused(run(*command, "--export_sae=torch:x"), "--export_sae=torch:x", "saelens:DIR")
+    refused(
+        run(f"--config={config}", f"--workdir={tmp_path / 'none'}", "--stages=train", "--export_sae=saelens:x"),
+        "--export_sae needs sae",
+    )
+
+
+def test_grid_and_patch_tokens_and_another_variant(finished, tmp_path):
+    """The stages sae and grid on what the default does not touch, as far as the report."""
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "w")
+    result = run(
+        f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=sae,grid,steer,report", "--overwrite",
+        "--config.sae.tokens=all", "--config.sae.activation=batch_topk", "--config.grid.k=2,5",
+        "--config.grid.learning_rates=1e-3,4e-3", "--config.grid.epochs=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert len(summary["grid"]["rows"]) == 2 * 2 * 2
+    for k, best in summary["grid"]["best"].items():
+        own = [row for row in summary["grid"]["rows"] if row["k"] == int(k)]
+        score = {rate: np.mean([r["validation_explained_variance"] for r in own if r["learning_rate"] == rate])
+                 for rate in (1e-3, 4e-3)}  # fmt: skip
+        assert best["learning_rate"] == pytest.approx(max(score, key=score.get))
+    assert (tmp_path / "w" / "figures" / "grid.png").exists()
+    stored = read_arrays(tmp_path / "w" / "sae" / "autoencoders.npz")
+    assert (stored["sae_threshold"] > 0).all()
+    assert read_arrays(tmp_path / "w" / "sae" / "inside.npz")["top_patches"].shape[2] == 17
+    assert len(stored["x_train"]) == len(read_arrays(workdir / "sae" / "autoencoders.npz")["x_train"])
 
 
 def test_results_page(finished, tmp_path):
