@@ -247,8 +247,8 @@ class SAEConfig(Section):
     """Dead latents that reconstruct the residual in AuxK; 0: D / 2."""
     aux_weight: NonNegativeFloat = 1 / 32
     """Weight of AuxK's loss; 0: off."""
-    dead_window: PositiveInt = 3
-    """Epochs without firing after which a latent counts as dead."""
+    dead_window: PositiveFloat = 3.0
+    """Epochs, or a share of one, without firing after which a latent counts as dead."""
     dense_frequency: Share = 0.1
     """A latent that fires on more than this share of the images counts as dense."""
     l1_weight: NonNegativeFloat = 0.05

@@ -631,7 +631,7 @@ def sae(m: Material) -> Figure:
     for axes, values, title in (
         (mse, m.arrays["sae_mse"], "MSE per component (scaled)"),
         (l0, m.arrays["sae_l0"], f"Active latents (k = {m.config.sae.k})"),
-        (dead, m.arrays["sae_dead"], f"Latents silent for {m.config.sae.dead_window} epochs"),
+        (dead, m.arrays["sae_dead"], f"Latents silent for {m.config.sae.dead_window:g} epochs"),
     ):
         axes.plot(epochs, values, color="#0072B2", linewidth=1.2, alpha=0.8, marker="o" if len(epochs) == 1 else None)
         axes.set_title(title)

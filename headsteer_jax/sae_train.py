@@ -80,7 +80,7 @@ def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch:
     left of the last batch waits for another epoch.
     """
     steps = c.epochs * steps_per_epoch
-    tx, rate, window = optax.scale_by_adam(), rate_at(c, steps), c.dead_window * steps_per_epoch
+    tx, rate, window = optax.scale_by_adam(), rate_at(c, steps), max(1, round(c.dead_window * steps_per_epoch))
     k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
     most = max(int(members.k.max()), c.k_start)
     fast = sparse.available()
