@@ -96,6 +96,9 @@ def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch:
         k = k_at(member, one.step)
         grads, seen = jax.grad(loss, has_aux=True)(one.sae, u_BD, dead_F, k, c, most, k_aux, fast)
         grads = without_radial(grads, one.sae) if c.decoder_norm == "unit" else grads
+        if c.unit_gradient:
+            length = optax.global_norm(grads)
+            grads = jax.tree.map(lambda leaf: leaf / jnp.maximum(length, 1e-20), grads)
         updates, optimizer = tx.update(grads, one.optimizer)
         by = -member.learning_rate * rate(one.step)
         sae = jax.tree.map(lambda leaf, update: leaf + by * update, one.sae, updates)
