@@ -8,8 +8,8 @@
 `vectors` caches the CLS residuals that enter the last layer of a config's model before it is trained, so with
 --config.model.pretrained those of a pretrained backbone. A peer is trained by `peers.py` in its own environment, by the
 Python named: --peer=overcomplete=/path/to/venv/bin/python, likewise dictionary_learning, sae_lens, torch. All see the
-same vectors, centred and scaled, and all are scored by our code. The learning rate of each is the best on validation at
-k = 32; ours must leave at most 1% of latents dead, the peers' need not.
+same vectors, centred and scaled, and all are scored by our code. The learning rate of each is the best on validation
+at k = 32; ours must leave at most 1% of latents dead, the peers' need not.
 
 Results go to a file, a line for each training: what is there is not trained again. Times are medians over repeats in one
 run, and the machine should have nothing else to do. The last line printed is one JSON object with the figures.
@@ -46,12 +46,14 @@ PEERS = Path(__file__).with_name("peers.py")
 RATES = (4e-4, 1e-3, 2e-3)  # tried for everyone
 TUNED_AT = 32  # k
 MOST_DEAD = 0.01  # share of latents that never fire on the training vectors
-OURS = {  # name -> fields of config.sae beside the arguments'
+OURS: dict[str, dict[str, Any]] = {  # name -> fields of config.sae beside the arguments'
     "headsteer topk": {},
     "headsteer batch_topk": {"activation": "batch_topk"},
 }
+SHORT = 20  # epochs; in fewer, latents count as dead after a quarter of one
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "gradients not made unit": {"unit_gradient": False},
     "without centring": {"centre": False},
     "without AuxK": {"aux_weight": 0.0},
     "encoder drawn apart": {"init": "untied"},
@@ -104,7 +106,8 @@ class Bench:
 
 def train_ours(bench: Bench, seeds: int, fields: dict[str, Any]) -> Iterator[dict[str, float]]:
     """Train so many seeds in one program; yields the score of each."""
-    config = bench.config(seeds=seeds, control=False, **fields)
+    window = {"dead_window": 0.25} if fields["epochs"] < SHORT else {}
+    config = bench.config(seeds=seeds, control=False, **(window | fields))
     members = sae_train.seeds(config.sae)
     with tempfile.TemporaryDirectory() as directory:
         made = sae_train.train_members(config, members, Held(bench.x["train"]), Path(directory), str(fields))
