@@ -11,8 +11,8 @@ Python named: --peer=overcomplete=/path/to/venv/bin/python, likewise dictionary_
 same vectors, centred and scaled, and all are scored by our code. The learning rate of each is the best on validation
 at k = 32; ours must leave at most 1% of latents dead, the peers' need not.
 
-Results go to a file, a line for each training: what is there is not trained again. Times are medians over repeats in one
-run, and the machine should have nothing else to do. The last line printed is one JSON object with the figures.
+Results go to a file, a line for each training: what is there is not trained again. Times are medians over repeats in
+one run, and the machine should have nothing else to do. The last line printed is one JSON object with the figures.
 """
 
 import argparse

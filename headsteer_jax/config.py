@@ -227,8 +227,8 @@ class SAEConfig(Section):
     learning_rate: PositiveFloat = 4e-4
     """Adam's peak."""
     unit_gradient: bool = True
-    """Scale each step's gradient to norm 1 before Adam, whose memory of the first, much larger gradients would otherwise
-    slow the next thousand steps."""
+    """Scale each step's gradient to norm 1 before Adam, whose memory of the first, much larger gradients would slow the
+    next thousand steps."""
     warmup: Fraction = 0.05
     """Share of all steps for the rise."""
     decay: Fraction = 0.2

@@ -36,7 +36,7 @@ def library() -> Path | None:
     if compiler is None:
         say("no C++ compiler (c++, g++, clang++): autoencoders train by dense products, several times slower on a CPU")
         return None
-    kind = (platform.node(), platform.machine(), compiler, jax.__version__, *FLAGS)
+    kind = (platform.node(), platform.machine(), _processor(), compiler, jax.__version__, *FLAGS)
     digest = hashlib.sha256(SOURCE.read_bytes() + repr(kind).encode()).hexdigest()[:16]
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
     path = directory / f"sparse-{digest}.so"
@@ -54,6 +54,15 @@ def library() -> Path | None:
         say(f"{SOURCE.name} did not compile ({lines[0] if lines else error}): autoencoders train by dense products")
         return None
     return path
+
+
+def _processor() -> str:
+    """What instructions this processor has, as Linux tells: -march=native means others on another one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
 @functools.cache  # a library is loaded and named to XLA once in a process
