@@ -17,7 +17,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -424,11 +424,17 @@ def cached(
 def _say_stale(root: Place, mark: str, name: str) -> None:
     """Tell of what other models or data left in the cache of a split: it is never read, and never deleted either."""
     sizes: dict[str, int] = {}
-    with _blaming(root.name, *READING):
+    with suppress(Exception):  # it only informs: what others keep there must not stop a run
         keys = [key.decode() for key in root.open().list().result()]
         for key in keys:
             other, *rest = key.split("/")
-            if other != mark and len(rest) == 3 and rest[0] == name and rest[2] == "zarr.json":
+            if (
+                other != mark
+                and re.fullmatch("[0-9a-f]{16}", other)
+                and len(rest) == 3
+                and rest[0] == name
+                and rest[2] == "zarr.json"
+            ):
                 each = json.loads(root.open().read(key).result().value)["chunk_grid"]["configuration"]["chunk_shape"]
                 shards = sum(shard.startswith(f"{key.removesuffix('zarr.json')}c/") for shard in keys)
                 sizes[other] = sizes.get(other, 0) + 4 * shards * math.prod(each)

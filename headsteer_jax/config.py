@@ -250,7 +250,7 @@ class SAEConfig(Section):
     """Dead latents that reconstruct the residual in AuxK; 0: D / 2."""
     aux_weight: NonNegativeFloat = 1 / 32
     """Weight of AuxK's loss; 0: off."""
-    dead_window: PositiveFloat = 3.0
+    dead_window: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """Epochs, or a share of one, without firing after which a latent counts as dead."""
     dense_frequency: Share = 0.1
     """A latent that fires on more than this share of the images counts as dense."""
@@ -267,7 +267,8 @@ class SAEConfig(Section):
     """Train one more, from the first seed's initialisation on another order of the data: how alike two autoencoders
     are that began as one, beside which the likeness of different seeds is read."""
     memory: PositiveInt = 4096
-    """MiB of residuals that are held at once; of more, shards in a new random order each epoch are."""
+    """MiB of residuals that training holds at once; of more, blocks in a new random order each epoch, a third of that
+    at a time."""
     cache: str = ""
     """Where residuals are kept: a directory, or gs://bucket/path. Other runs of the same model and data read them
     too. Empty: activations in the workdir."""
@@ -363,7 +364,7 @@ class ReportConfig(Section):
     top_latents: PositiveInt = 4
     """Latents shown for each of those classes."""
     top_images: PositiveInt = 8
-    """Images shown for each latent."""
+    """Images shown for each latent; on latents.html at most 16."""
     inside: PositiveInt = 500
     """Latents that latents.html shows with their images, the most class-selective; the others with numbers only."""
     dpi: Annotated[int, Field(ge=50, le=600)] = 110

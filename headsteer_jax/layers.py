@@ -120,6 +120,7 @@ def profile(
         say(f"layer {layer}: autoencoder")
         one = config.sae.model_copy(
             update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
+            | {"batch": min(config.sae.batch, len(dataset.train.labels))}
         )
         of_layer = config.model_copy(update={"sae": one})
         trained = train_members(of_layer, seeds(one), source[layer], directory / str(layer))

@@ -85,7 +85,8 @@ def init(key: jax.Array, u_ND: jax.Array, c: SAEConfig, F: int) -> SAE:
     D = u_ND.shape[1]
     if c.init == "data":
         rows = jax.random.choice(decoder_key, len(u_ND), (F,), replace=len(u_ND) < F)
-        W_d = unit_rows(u_ND[rows])
+        noise = jax.random.normal(encoder_key, (F, D), jnp.float32)  # parts rows that are drawn twice
+        W_d = unit_rows(u_ND[rows] + 1e-3 * noise)
     else:
         W_d = unit_rows(jax.random.normal(decoder_key, (F, D), jnp.float32))
     W_e = unit_rows(jax.random.normal(encoder_key, (F, D), jnp.float32)) if c.init == "untied" else W_d
@@ -111,7 +112,7 @@ def top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.A
     best_BK = jax.lax.top_k(jax.lax.stop_gradient(a_BF), min(most, a_BF.shape[-1]))[0]
     best_BK = jnp.where(jnp.arange(best_BK.shape[-1]) < k, best_BK, jnp.inf)
     # the least of the k, not their last: XLA's CPU compiler would turn the slice into a sort of the whole row
-    return jnp.where(a_BF >= jnp.min(best_BK, axis=-1, keepdims=True), a_BF, 0.0)
+    return jnp.where(a_BF < jnp.min(best_BK, axis=-1, keepdims=True), 0.0, a_BF)  # NaN stays
 
 
 def batch_threshold(a: jax.Array, count: jax.Array) -> jax.Array:
@@ -166,7 +167,7 @@ def _jump(a_BF, theta_F, bandwidth):  # type: ignore[no-untyped-def]
 def _jump_vjp(bandwidth, kept, cotangents):  # type: ignore[no-untyped-def]
     a_BF, theta_F = kept
     g_z_BF, g_on_BF = cotangents
-    near_BF = jnp.abs(a_BF - theta_F) < bandwidth / 2
+    near_BF = (a_BF > 0) & (jnp.abs(a_BF - theta_F) < bandwidth / 2)  # at 0 ReLU has cut off what lay below
     by_theta_BF = jnp.where(near_BF, -(theta_F * g_z_BF + g_on_BF) / bandwidth, 0.0)
     return jnp.where(a_BF > theta_F, g_z_BF, 0.0), by_theta_BF.sum(axis=0)
 
@@ -227,7 +228,7 @@ def loss(
         else:
             z = top_k(pre_activations(sae, u_BD), asked, room)
         if c.activation == "batch_topk":
-            z = jnp.where(z >= batch_threshold(z, len(u_BD) * k), z, 0.0)
+            z = jnp.where(z < batch_threshold(z, len(u_BD) * k), 0.0, z)  # NaN stays
             threshold = jnp.min(jnp.where(z > 0, z, jnp.inf))
     else:
         z, on_BF = jump(pre_activations(sae, u_BD), sae.threshold, c.bandwidth)

@@ -12,6 +12,8 @@ from scipy.sparse import csr_array
 
 from headsteer_jax.sae import SAE, Scaling, centre, encode_residuals
 
+MATCHED = 4096  # decoder rows
+
 
 class Health(NamedTuple):
     """How well one autoencoder describes a split."""
@@ -121,8 +123,11 @@ def matched_cosine(A_FD: np.ndarray, B_FD: np.ndarray) -> float:
     """Mean cosine of decoder rows under the best one-to-one matching (Hungarian algorithm; Fel et al. 2025,
     arXiv:2502.12892): 1 where one autoencoder's latents are the other's in another order.
 
-    Of dictionaries of different sizes the smaller is matched whole. NaN where one is empty.
+    Of dictionaries of different sizes the smaller is matched whole; of a first one of more than 4,096 rows so many,
+    drawn at random, as the time grows with the square. NaN where one is empty.
     """
+    if len(A_FD) > MATCHED:
+        A_FD = A_FD[np.random.default_rng(0).choice(len(A_FD), MATCHED, replace=False)]
     if not len(A_FD) or not len(B_FD):
         return float("nan")
     A, B = (W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-12) for W in (A_FD, B_FD))

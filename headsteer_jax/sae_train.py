@@ -5,7 +5,7 @@ are a `vmap`, dealt out over the devices where there are several. Axes: S member
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from headsteer_jax.progress import progress, say
 from headsteer_jax.sae import SAE, Measured, Scaling, centre, fit_scaling, init, loss, unit_rows, without_radial
 
 CURVES = ("mse", "l0", "dead")
+OF_MEMBERS = ("sae", "optimizer", "silent")  # what of a state has a leading axis S
 
 
 class Members(NamedTuple):
@@ -41,8 +42,8 @@ class SAEState(NamedTuple):
     sae: SAE
     optimizer: Any
     silent: jax.Array  # [S, F] int32, steps since the latent last fired
-    step: jax.Array  # int32, steps done
-    epoch: jax.Array  # int32, epochs done
+    step: Any  # int32, steps done
+    epoch: Any  # int32, epochs done
 
 
 def seeds(c: SAEConfig) -> Members:
@@ -62,7 +63,8 @@ def grid(c: SAEConfig, ks: tuple[int, ...], rates: tuple[float, ...], count: int
 
 def rate_at(c: SAEConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """The learning rate over its peak: linear warm-up, and linear decay to 0 over the last share of the steps."""
-    warmup, decay = round(c.warmup * steps), round(c.decay * steps)
+    warmup = round(c.warmup * steps)
+    decay = min(round(c.decay * steps), steps - warmup)
     return optax.join_schedules(
         [
             optax.linear_schedule(1 / max(warmup, 1), 1.0, warmup),
@@ -80,13 +82,17 @@ def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch:
     left of the last batch waits for another epoch.
     """
     steps = c.epochs * steps_per_epoch
-    tx, rate, window = optax.scale_by_adam(), rate_at(c, steps), max(1, round(c.dead_window * steps_per_epoch))
+    tx, rate, window = (
+        optax.scale_by_adam(),
+        rate_at(c, steps),
+        min(max(1, round(c.dead_window * steps_per_epoch)), 2**31 - 1),
+    )
     k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
     most = max(int(members.k.max()), c.k_start)
     fast = sparse.available()
 
     def k_at(member: Members, step: jax.Array) -> jax.Array:
-        if not c.k_start:
+        if not c.k_start or c.activation not in ("topk", "batch_topk"):
             return member.k
         share = jnp.clip(step / max(c.k_anneal * steps, 1.0), 0.0, 1.0)
         return jnp.round(c.k_start + (member.k - c.k_start) * share).astype(jnp.int32)
@@ -163,7 +169,8 @@ def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig, rate: floa
         return jnp.maximum(after.threshold, 0.0)
     if c.activation == "batch_topk":
         moved = before.threshold + min(rate, 1.0) * (seen.threshold - before.threshold)
-        return jnp.where(before.threshold > 0, moved, seen.threshold)
+        moved = jnp.where(before.threshold > 0, moved, seen.threshold)
+        return jnp.where(jnp.isfinite(seen.threshold), moved, before.threshold)  # nothing was active
     return before.threshold
 
 
@@ -182,6 +189,23 @@ def dealt_out(members: Members) -> Members:
     return Members(*(np.concatenate([column, np.repeat(column[-1:], missing)]) for column in members))
 
 
+def saved(state: SAEState, wanted: int) -> SAEState:
+    """What a checkpoint holds: the members asked for, as NumPy arrays, which any number of devices can go on with."""
+    own = {name: jax.tree.map(lambda leaf: np.asarray(leaf)[:wanted], getattr(state, name)) for name in OF_MEMBERS}
+    return SAEState(**own, step=np.asarray(state.step), epoch=np.asarray(state.epoch))
+
+
+def resumed(state: SAEState, members: int) -> SAEState:
+    """A checkpoint's state with members filled up as `dealt_out` does."""
+
+    def fill(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jnp.asarray(np.concatenate([leaf, np.repeat(leaf[-1:], members - len(leaf), axis=0)]))
+
+    own = {name: jax.tree.map(fill, getattr(state, name)) for name in OF_MEMBERS}
+    return SAEState(**own, step=jnp.asarray(state.step), epoch=jnp.asarray(state.epoch))
+
+
 class Trained(NamedTuple):
     """What training gives: autoencoders with leading axis S, their scaling, and curves [epochs, S]."""
 
@@ -193,11 +217,12 @@ class Trained(NamedTuple):
 def train_members(config: Config, members: Members, source: Residuals, directory: Path, what: str = "sae") -> Trained:
     """Train autoencoders on the training split's residuals, resumed where it stopped.
 
-    Residuals that fit config.sae.memory stay on the device, and an epoch is a scan. Of more, shards come in a new
-    random order each epoch, as many at once as fit, and are shuffled within.
+    Residuals that fit config.sae.memory stay on the device, and an epoch is a scan. Of more, blocks come in a new
+    random order each epoch, a third of that at once as the next are read meanwhile, and are shuffled within.
 
     Args:
       directory: for the checkpoints.
+      what: names the work. Of a `grid` only the members that stay finite matter; elsewhere all must.
 
     Raises:
       HeadSteerError: a batch larger than the data; residuals not finite or constant; the loss turned NaN.
@@ -208,51 +233,61 @@ def train_members(config: Config, members: Members, source: Residuals, directory
     scaling = fit_scaling(source.chunks, c)
     wanted, members = len(members.k), dealt_out(members)
     held = count * D * 4 <= c.memory * 2**20
-    rows = count if held else max(c.batch, c.memory * 2**20 // (4 * D))
+    rows = count if held else max(c.batch, c.memory * 2**20 // (3 * 4 * D))
 
-    def parts(epoch: int) -> Any:
-        rng = np.random.default_rng([config.seed, 2, epoch])
-        return (centre(scaling, x_GD) for x_GD in source.groups(rows, rng))
+    def parts(epoch: int) -> Iterator[jax.Array]:
+        """u, part by part; what does not fill a batch goes into the next part."""
+        rest_RD = np.zeros((0, D), np.float32)
+        for x_GD in source.groups(rows, np.random.default_rng([config.seed, 2, epoch])):
+            joined_GD = np.concatenate([rest_RD, x_GD]) if len(rest_RD) else x_GD
+            whole = len(joined_GD) if held else len(joined_GD) // c.batch * c.batch
+            rest_RD = joined_GD[whole:]
+            if whole:
+                yield centre(scaling, joined_GD[:whole])
 
-    first = next(iter(parts(0)))
-    steps_per_epoch = len(first) // c.batch if held else max(1, count // c.batch)
-    state = initial_state(c, members, first, F, config.seed)
-    curves = {name: np.zeros((c.epochs, len(members.k)), np.float32) for name in CURVES}
+    first_GD = next(parts(0))
+    state = initial_state(c, members, first_GD, F, config.seed)
+    u_GD = first_GD if held else None
+    del first_GD
+    curves = {name: np.zeros((c.epochs, wanted), np.float32) for name in CURVES}
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     if checkpoints.latest() is not None:
-        (state, curves), _ = checkpoints.restore((state, curves))
-        curves = {name: np.array(values) for name, values in curves.items()}
+        (kept, curves), _ = checkpoints.restore((saved(state, wanted), curves))
+        state, curves = resumed(kept, len(members.k)), {name: np.array(values) for name, values in curves.items()}
     start = int(state.epoch)
     if 0 < start < c.epochs:
         say(f"{what}: going on from epoch {start}")
-    run = make_epochs(c, members, F, D, steps_per_epoch, config.seed)
+    run = make_epochs(c, members, F, D, count // c.batch, config.seed)
     every = max(1, c.epochs // 10)  # epochs between checkpoints
     at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if held else 1
     with progress(c.epochs, what, "epoch", initial=start) as bar:
         for number in range(start, c.epochs, at_once):
-            if held:
-                state, found = run(state, first, epochs=at_once)
-            else:
-                found, weight = None, 0
-                for part, u_GD in enumerate(parts(number)):
-                    if len(u_GD) < c.batch:
-                        continue
-                    state, one = run(state._replace(epoch=jnp.int32(number)), u_GD, part)
-                    one = {name: np.asarray(values) * len(u_GD) for name, values in one.items()}
-                    found = one if found is None else {name: found[name] + one[name] for name in one}
-                    weight += len(u_GD)
-                found = {name: values / weight for name, values in (found or {}).items()}
-            for name in curves:
-                curves[name][number : number + at_once] = np.asarray(found[name])
             done = number + at_once
-            if not np.isfinite(curves["mse"][number:done]).all():
+            if u_GD is not None:
+                state, found = run(state, u_GD, epochs=at_once)
+            else:
+                found, weight = dict.fromkeys(CURVES, 0.0), 0
+                for part, u_PD in enumerate(parts(number)):
+                    state, one = run(state._replace(epoch=jnp.int32(number)), u_PD, part)
+                    found = {name: found[name] + np.asarray(one[name]) * len(u_PD) for name in CURVES}
+                    weight += len(u_PD)
+                found = {name: values / weight for name, values in found.items()}
+            for name in curves:
+                curves[name][number:done] = np.asarray(found[name])[:, :wanted]
+            finite = np.isfinite(curves["mse"][number:done]).all(axis=0)
+            save = done // every > number // every or done == c.epochs
+            if save:
+                finite &= np.all([np.isfinite(leaf).all(axis=tuple(range(1, np.ndim(leaf))))[:wanted]
+                                  for leaf in map(np.asarray, state.sae)], axis=0)  # fmt: skip
+            if not (finite.any() if what == "grid" else finite.all()):
+                field = "grid.learning_rates" if what == "grid" else "sae.learning_rate"
                 raise HeadSteerError(
                     f"{what}: the loss turned NaN in epoch {number}; the last good checkpoint is in "
-                    f"{checkpoints.directory}; lower config.sae.learning_rate"
+                    f"{checkpoints.directory}; lower config.{field}"
                 )
-            if done // every > number // every or done == c.epochs:
-                checkpoints.save(done, (state, curves), {"layer": config.sae_layer, "k": c.k})
-            mse, dead = (curves[name][done - 1].mean() for name in ("mse", "dead"))
+            if save:
+                about = {"layer": config.sae_layer, "k": c.k}
+                checkpoints.save(done, (saved(state, wanted), curves), about)
+            mse, dead = (curves[name][done - 1, finite].mean() for name in ("mse", "dead"))
             bar.update(at_once, f"mse {mse:.4f}, dead {dead:.2%}")
-    saes = jax.tree.map(lambda leaf: leaf[:wanted], jax.device_get(state.sae))
-    return Trained(saes, scaling, {name: values[:, :wanted] for name, values in curves.items()})
+    return Trained(saved(state, wanted).sae, scaling, curves)

@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -89,7 +90,7 @@ float Dot(const float* a, const float* b, int64_t width) {
 constexpr int64_t kRows = 32;  // images in a piece
 
 // The k largest of ReLU(a + bias) in each row, in descending order; of equals the first. Places from `active` on, and
-// those for which no value above 0 is left, hold value 0 and latent 0.
+// those for which no value above 0 is left, hold value 0 and latent 0. A row with a NaN is NaN.
 ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::Result<Floats> values,
                 ffi::Result<Ints> latents) {
   const auto shape = a.dimensions();
@@ -102,22 +103,35 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
     const int64_t member = piece / pieces, begin = piece % pieces * kRows;
     const float* own_bias = bias.typed_data() + member * F;
     const int64_t k = std::min<int64_t>(active.typed_data()[member], K);
+    const auto nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> row(F), most(lanes);
     std::vector<std::pair<float, int32_t>> found;
     for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
       const float* from = a.typed_data() + (member * rows + r) * F;
       std::fill(most.begin(), most.end(), 0.0f);
+      float* value = values->typed_data() + (member * rows + r) * K;
+      int32_t* latent = latents->typed_data() + (member * rows + r) * K;
+      Mask unordered = {};
+      int32_t broken = 0;
       int64_t f = 0;
       for (; f + kLane <= F; f += kLane) {
-        Lane value = *reinterpret_cast<const Lane*>(from + f) + *reinterpret_cast<const Lane*>(own_bias + f);
-        value = value > 0.0f ? value : Lane{};
-        *reinterpret_cast<Lane*>(row.data() + f) = value;
+        Lane a_f = *reinterpret_cast<const Lane*>(from + f) + *reinterpret_cast<const Lane*>(own_bias + f);
+        unordered |= a_f != a_f;
+        a_f = a_f > 0.0f ? a_f : Lane{};
+        *reinterpret_cast<Lane*>(row.data() + f) = a_f;
         Lane& group = *reinterpret_cast<Lane*>(most.data() + f % lanes);
-        group = value > group ? value : group;
+        group = a_f > group ? a_f : group;
       }
       for (; f < F; ++f) {
+        broken |= from[f] + own_bias[f] != from[f] + own_bias[f];
         row[f] = std::max(from[f] + own_bias[f], 0.0f);
         most[f % lanes] = std::max(most[f % lanes], row[f]);
+      }
+      for (int64_t lane = 0; lane < kLane; ++lane) broken |= unordered[lane];
+      if (broken) {  // the loss must say so
+        std::fill(value, value + K, nan);
+        std::fill(latent, latent + K, 0);
+        continue;
       }
       float least = 0.0f;
       if (k > 0 && k <= lanes) {
@@ -126,13 +140,13 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
       }
       found.clear();
       for (f = 0; f + kLane <= F; f += kLane) {
-        const Lane value = *reinterpret_cast<const Lane*>(row.data() + f);
-        const Mask hit = value >= least;
+        const Lane a_f = *reinterpret_cast<const Lane*>(row.data() + f);
+        const Mask hit = a_f >= least;
         int32_t any = 0;
         for (int64_t lane = 0; lane < kLane; ++lane) any |= hit[lane];
         if (!any) continue;
         for (int64_t lane = 0; lane < kLane; ++lane) {
-          if (value[lane] >= least && value[lane] > 0.0f) found.emplace_back(value[lane], f + lane);
+          if (a_f[lane] >= least && a_f[lane] > 0.0f) found.emplace_back(a_f[lane], f + lane);
         }
       }
       for (; f < F; ++f) {
@@ -144,8 +158,6 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
       };
       std::nth_element(found.begin(), found.begin() + kept, found.end(), before);
       std::sort(found.begin(), found.begin() + kept, before);
-      float* value = values->typed_data() + (member * rows + r) * K;
-      int32_t* latent = latents->typed_data() + (member * rows + r) * K;
       for (int64_t j = 0; j < K; ++j) {
         value[j] = j < kept ? found[j].first : 0.0f;
         latent[j] = j < kept ? found[j].second : 0;

@@ -38,18 +38,18 @@ def library() -> Path | None:
         return None
     kind = (platform.node(), platform.machine(), _processor(), compiler, jax.__version__, *FLAGS)
     digest = hashlib.sha256(SOURCE.read_bytes() + repr(kind).encode()).hexdigest()[:16]
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
-    path = directory / f"sparse-{digest}.so"
-    if path.exists():
-        return path
     try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
+        path = directory / f"sparse-{digest}.so"
+        if path.exists():
+            return path
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
             made = Path(temporary) / path.name
             command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, path)  # whole or not at all, whoever else compiles it
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         say(f"{SOURCE.name} did not compile ({lines[0] if lines else error}): autoencoders train by dense products")
         return None

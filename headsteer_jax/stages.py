@@ -55,7 +55,7 @@ from headsteer_jax.vit import ViT, answer
 
 NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
-    "sae": ("seed", "data", "model", "gate", "train", "sae", "report.top_images"),
+    "sae": ("seed", "data", "model", "gate", "train", "sae"),
     "grid": ("seed", "data", "model", "gate", "train", "sae", "grid"),
     "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
     "layers": (
@@ -91,6 +91,7 @@ FROM = {
     "steer": ("train", "sae"),
     "layers": ("train",),
 }  # what a stage reads; the report: everything
+INSIDE = 16  # images of each latent that are looked for; the report shows config.report.top_images of them
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -172,7 +173,9 @@ def _imported(config: Config) -> Trained:
         ("expansion", len(found.sae.b_e) / config.model.width, c.expansion),
     ):
         if own is not None and own != wanted:
-            raise HeadSteerError(f"config.sae.{field} = {wanted!r}: {path} has {own!r}; set it to that")
+            raise HeadSteerError(
+                f"config.sae.{field} = {wanted!r}: {path} has {own!r}; set it to that, or choose another autoencoder"
+            )
     curves = {name: np.zeros((0, 1), np.float32) for name in CURVES}
     return Trained(jax.tree.map(lambda leaf: leaf[None], found.sae), found.scaling, curves)
 
@@ -209,7 +212,7 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     gate_DH = gate_weights(model, params, config.sae_layer, x_train)
     inside = look_inside(
         seed_of(saes, 0), scaling, c.inference_k, source["train"], x_train, dataset.train.labels,
-        len(dataset.class_names), gate_DH, c.tokens, config.report.top_images,
+        len(dataset.class_names), gate_DH, c.tokens, INSIDE,
     )  # fmt: skip
     write_arrays(directory / "inside.npz", inside)
     arrays = {f"sae_{name}": values for name, values in saes._asdict().items()}
@@ -254,8 +257,12 @@ def grid_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     source = {name: _sae_source(config, workdir, model, params, split, name) for name, split in splits.items()}
     made = train_members(config.model_copy(update={"sae": c}), members, source["train"], directory, "grid")
-    rows = []
+    rates, rows = g.learning_rates or (c.learning_rate,), []
     for number in range(len(members.k)):
+        rate = min(rates, key=lambda one: abs(one - members.learning_rate[number]))
+        if not np.isfinite(made.curves["mse"][-1, number]):
+            say(f"grid: k {members.k[number]}, learning rate {rate:g} turned NaN: left out")
+            continue
         sae, k = seed_of(made.saes, number), int(members.k[number])
         on = {
             name: health(sae, made.scaling, split.chunks(), k if c.inference_k else None)
@@ -264,7 +271,7 @@ def grid_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         rows.append(
             {
                 "k": k,
-                "learning_rate": float(members.learning_rate[number]),
+                "learning_rate": rate,
                 "seed": int(members.order[number]),
                 "validation_explained_variance": on["validation"].explained_variance,
                 "explained_variance": on["test"].explained_variance,
@@ -275,13 +282,13 @@ def grid_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
             }
         )
     best = {}
-    for k in ks:
-        rates = {row["learning_rate"] for row in rows}
+    for one_k in sorted({row["k"] for row in rows}):
+        of_k = [row for row in rows if row["k"] == one_k]
         by_rate = {
-            rate: [row for row in rows if row["k"] == k and row["learning_rate"] == rate] for rate in sorted(rates)
+            rate: [row for row in of_k if row["learning_rate"] == rate] for rate in {r["learning_rate"] for r in of_k}
         }
         chosen = max(by_rate, key=lambda r: np.mean([row["validation_explained_variance"] for row in by_rate[r]]))
-        best[str(k)] = {"learning_rate": chosen} | {
+        best[str(one_k)] = {"learning_rate": chosen} | {
             name: float(np.mean([row[name] for row in by_rate[chosen]]))
             for name in ("explained_variance", "mse_residual", "l0", "dead_fraction")
         }
@@ -331,6 +338,7 @@ def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     }
     write_json(workdir / "summary.json", summary)
     inside = read_arrays(workdir / "sae" / "inside.npz")
+    inside |= {name: inside[name][:, : config.report.top_images] for name in inside if name.startswith("top_")}
     write_inside(workdir / "latents.html", workdir.name, inside, dataset, config)
     rows = read_log(workdir / "train" / "metrics.jsonl")
     write_report(config, workdir.name, dataset, summary, plain(read_sweep(workdir / "sweep.nc")), rows, workdir)

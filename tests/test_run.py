@@ -31,7 +31,7 @@ def get_config():
 """
 
 
-def run(*arguments: object, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, cwd: Path = ROOT, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     """run.py in a process of its own."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]

@@ -105,16 +105,31 @@ def test_sparse_codes_change_nothing_but_rounding(activation, prefixes):
     chex.assert_trees_all_close(slow, fast, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
+@pytest.mark.parametrize(
+    "fast", [False, pytest.param(True, marks=pytest.mark.skipif(not sparse.available(), reason="needs a compiler"))]
+)
+@pytest.mark.parametrize("leaf", ["W_e", "b_e", "W_d", "b_d"])
+def test_nan_anywhere_is_a_nan_loss(activation, fast, leaf):
+    sae = random_sae(0, 6, 48)
+    if fast and leaf == "W_d":
+        pytest.skip("a row that no latent uses is not read; training looks at the parameters as well")
+    broken = sae._replace(**{leaf: getattr(sae, leaf).at[3].set(jnp.nan)})
+    u = np.random.default_rng(1).standard_normal((300, 6)).astype(np.float32)
+    (total, _), _ = stepped(broken, u, activation=activation, fast=fast)
+    assert np.isnan(total)
+
+
 def test_jump_gradients_are_the_straight_through_estimates():
     """arXiv:2407.14435, eq. 11, 12: dz/dtheta = -theta / eps K((a - theta) / eps), dH/dtheta = -1 / eps K."""
-    a, theta = np.array([[0.2, 0.9, 1.2, 3.0], [1.1, 1.0, 0.7, 0.0]]), np.array([1.0, 1.0, 1.0, 0.5])
+    a, theta = np.array([[0.2, 0.9, 1.2, 3.0], [1.1, 1.0, 0.7, 0.0]]), np.array([1.0, 1.0, 1.0, 0.1])
     eps = 0.5
     g_z, g_on = np.random.default_rng(0).standard_normal((2, 2, 4))
     (z, on), pull = jax.vjp(lambda a, t: s.jump(a, t, eps), jnp.asarray(a), jnp.asarray(theta))
     np.testing.assert_allclose(z, a * (a > theta), rtol=1e-6)
     np.testing.assert_array_equal(on, a > theta)
     by_a, by_theta = pull((jnp.asarray(g_z, jnp.float32), jnp.asarray(g_on, jnp.float32)))
-    kernel = np.abs(a - theta) < eps / 2
+    kernel = (a > 0) & (np.abs(a - theta) < eps / 2)
     np.testing.assert_allclose(by_a, g_z * (a > theta), rtol=1e-6)
     np.testing.assert_allclose(by_theta, (-(theta * g_z + g_on) / eps * kernel).sum(axis=0), rtol=1e-5)
 
@@ -152,7 +167,7 @@ def test_starts():
     assert np.abs(np.sum(untied.W_e * untied.W_d, axis=1)).mean() < 0.6
     rows = u / np.linalg.norm(u, axis=1, keepdims=True)
     nearest = np.argmax(np.asarray(data.W_d) @ rows.T, axis=1)
-    np.testing.assert_allclose(data.W_d, rows[nearest], atol=1e-6)
+    np.testing.assert_allclose(data.W_d, rows[nearest], atol=5e-3)
     assert len(set(nearest.tolist())) == 20  # without replacement
     np.testing.assert_allclose(jump.threshold, 1.2815516, rtol=1e-5)  # a tenth of a standard normal lies above
 

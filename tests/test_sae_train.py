@@ -74,14 +74,14 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     kept = t.Checkpoints(tmp_path / "parts" / "checkpoints", keep=2)
     D, F = 24, 48
     u = s.centre(s.fit_scaling(Held(x).chunks, config.sae), x)
-    state = t.initial_state(config.sae, t.dealt_out(members), u, F, config.seed)
-    run = t.make_epochs(config.sae, t.dealt_out(members), F, D, len(x) // config.sae.batch, config.seed)
+    state = t.initial_state(config.sae, members, u, F, config.seed)
+    run = t.make_epochs(config.sae, members, F, D, len(x) // config.sae.batch, config.seed)
     curves = {name: np.zeros((40, 3), np.float32) for name in t.CURVES}
     for epoch in range(0, 20, 2):
         state, found = run(state, u, epochs=2)
         for name in curves:
             curves[name][epoch : epoch + 2] = found[name]
-    kept.save(20, (state, curves), {})
+    kept.save(20, (t.saved(state, 3), curves), {})
     resumed = t.train_members(config, members, Held(x), tmp_path / "parts")
     chex.assert_trees_all_equal(resumed.saes, whole.saes)
     chex.assert_trees_all_equal(resumed.curves, whole.curves)
@@ -165,7 +165,7 @@ def test_auxk_revives_dead_latents(weight: float, revives: bool) -> None:
     fires = np.asarray(jax.vmap(lambda sae: s.encode(sae, u, 2).sum(axis=0))(state.sae) > 0)
     assert fires[:, :24].any() == revives
     if revives:
-        assert fires[:, :24].mean() > 0.5
+        assert fires[:, :24].mean() > 0.3
 
 
 class Counted(Held):
@@ -184,7 +184,8 @@ def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     config = sae_config(epochs=4, learning_rate=3e-3, memory=1, seeds=1, control=False)
     members = t.seeds(config.sae)
     made = t.train_members(config, members, Counted(x), tmp_path / "a")
-    assert Counted.most <= 2**20 // (4 * 24)
+    assert Counted.most <= 2**20 // (3 * 4 * 24)
+    assert np.all(made.curves["mse"] > 0)
     found = health(s.seed_of(made.saes, 0), made.scaling, [x], 4)
     whole = t.train_members(sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False), members, Held(x),
                             tmp_path / "b")  # fmt: skip
@@ -194,6 +195,53 @@ def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     t.Checkpoints(tmp_path / "a" / "checkpoints", keep=2).forget_after(3)
     again = t.train_members(config, members, Held(x), tmp_path / "a")
     chex.assert_trees_all_equal(again.saes, made.saes)
+
+
+class InBlocks(Held):
+    """Gives whole images of five tokens, as the cache does: fewer rows at a time than asked for."""
+
+    def groups(self, rows: int, rng: np.random.Generator) -> Any:
+        return super().groups(rows // 5 * 5, rng)
+
+
+@pytest.mark.parametrize("batch", [64, 10923, 9999])
+def test_streaming_takes_every_batch_that_there_is(tmp_path: Path, batch: int) -> None:
+    """What a group leaves of its last batch goes into the next, so that an epoch has as many steps as planned."""
+    x = concepts(40_000, 24, np.random.default_rng(0))
+    config = sae_config(epochs=2, memory=1, seeds=1, control=False, batch=batch)
+    made = t.train_members(config, t.seeds(config.sae), InBlocks(x), tmp_path)
+    assert np.isfinite(made.curves["mse"]).all()
+    state = t.initial_state(config.sae, t.seeds(config.sae), jnp.asarray(x[:100]), 48, 0)
+    ((state, _), _) = t.Checkpoints(tmp_path / "checkpoints").restore((t.saved(state, 1), made.curves))
+    assert state.step == 2 * (40_000 // batch)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
+    program = """
+import sys, numpy as np
+sys.path[:0] = ["tests"]
+from pathlib import Path
+from test_sae_train import concepts, sae_config
+from headsteer_jax import sae_train as t
+from headsteer_jax.cache import Held
+config = sae_config(epochs=4, learning_rate=3e-3)
+x = concepts(640, 24, np.random.default_rng(0))
+t.Checkpoints(Path(sys.argv[1]) / "checkpoints", keep=2).forget_after(int(sys.argv[2]))
+made = t.train_members(config, t.seeds(config.sae), Held(x), Path(sys.argv[1]))
+np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
+"""
+    found = []
+    for devices, kept in (("1", "9"), ("2", "3"), ("1", "3")):  # whole on one; from epoch 3 on two; again on one
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "w"), kept], check=True, cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        with np.load(tmp_path / "w.npz") as arrays:
+            found.append(dict(arrays))
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, atol=1e-5)
+        np.testing.assert_array_equal(found[2][name], values)
 
 
 def test_several_devices_train_the_same(tmp_path: Path) -> None:
@@ -235,3 +283,13 @@ def test_nan_stops_with_the_epoch(tmp_path: Path) -> None:
     config = sae_config(learning_rate=1e30, epochs=20)
     with pytest.raises(HeadSteerError, match=r"loss turned NaN in epoch \d+; the last good checkpoint"):
         t.train_members(config, t.seeds(config.sae), Held(concepts(640, 24, np.random.default_rng(0))), tmp_path)
+
+
+def test_a_grid_goes_on_without_the_members_that_turn_nan(tmp_path: Path) -> None:
+    x = concepts(640, 24, np.random.default_rng(0))
+    config = sae_config(epochs=20)
+    members = t.grid(config.sae, (4,), (1e-3, 1e30), 1)
+    made = t.train_members(config, members, Held(x), tmp_path / "a", "grid")
+    assert np.isfinite(made.curves["mse"][-1]).tolist() == [True, False]
+    with pytest.raises(HeadSteerError, match=r"lower config\.grid\.learning_rates"):
+        t.train_members(config, t.grid(config.sae, (4,), (1e30,), 1), Held(x), tmp_path / "b", "grid")
