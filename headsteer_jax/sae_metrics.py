@@ -47,18 +47,6 @@ def health(sae: SAE, scaling: Scaling, chunks: Iterable[np.ndarray], k: int | No
     )
 
 
-def explained_variance(u_ND: np.ndarray, u_hat_ND: np.ndarray) -> float:
-    """1 - residual over total variance, in float64, against the vector mean: predicting the mean scores 0."""
-    u_ND = np.asarray(u_ND, np.float64)
-    return float(1.0 - np.sum((u_ND - u_hat_ND) ** 2) / np.sum((u_ND - u_ND.mean(axis=0)) ** 2))
-
-
-def frequency_histogram(frequency_F: np.ndarray, bins: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """[bins + 1] edges, even in log10 from 1e-5 to 1, and [bins] latents; dead ones are in none."""
-    edges = np.logspace(-5, 0, bins + 1)
-    return edges, np.histogram(np.clip(frequency_F[frequency_F > 0], edges[0], 1.0), edges)[0]
-
-
 def max_cosines(W_FD: np.ndarray, chunk: int = 1024) -> np.ndarray:
     """[F] each decoder row's largest cosine with another row: near 1 where two latents are one."""
     unit = W_FD / np.maximum(np.linalg.norm(W_FD, axis=1, keepdims=True), 1e-12)
