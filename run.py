@@ -1,7 +1,9 @@
 """HeadSteer's command line: train a gated vision transformer, learn its concepts, steer its heads, report.
 
 python run.py [--config=configs/NAME.py] [--workdir=DIR] [--stages=train,sae,steer,layers,report] [--export=FILE]
-              [--export_sae=LIBRARY:DIR] [--config.FIELD=VALUE ...]
+              [--export_sae=LIBRARY:DIR] [--distributed=auto] [--config.FIELD=VALUE ...]
+
+Exit codes: 0; 2 after one line that says what is wrong; 75 when SIGTERM stopped it, and the same command goes on.
 """
 
 import argparse
@@ -9,7 +11,10 @@ import os
 import sys
 from pathlib import Path
 
+from etils import epath
+
 from headsteer_jax import config as configs
+from headsteer_jax import preemption
 
 STAGES = {
     "train": "the vision transformer: dense, then with head gates, then a dense control of the same length",
@@ -50,9 +55,22 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         metavar="LIBRARY:DIR",
         help="afterwards write the autoencoders for another library: saelens:DIR or overcomplete:DIR",
     )
+    parser.add_argument("--profile", action="store_true", help="short for --config.machine.profile=true")
+    parser.add_argument(
+        "--distributed",
+        default="",
+        metavar="auto|HOST:PORT,PROCESSES,PROCESS",
+        help="join a cluster, by one process on each host with the same command; auto: as JAX finds it (TPU slice, "
+        "SLURM, Open MPI, Kubernetes), which is also done where the environment says so",
+    )
+    parser.add_argument(
+        "--distributed_timeout", type=int, default=300, metavar="SECONDS", help="to wait for all (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="make stages again whose config changed")
     flags, rest = parser.parse_known_args(arguments)
     overrides = {} if flags.seed is None else {"seed": flags.seed}
+    if flags.profile:
+        overrides["machine.profile"] = "true"
     for argument in rest:
         name, equals, value = argument.partition("=")
         if not name.startswith("--config.") or not equals:
@@ -69,26 +87,32 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
+    preemption.install()
     try:
         flags, overrides = parse(arguments)
         config = configs.load_config(_found(flags.config), overrides)
-        workdir = Path(flags.workdir or Path("runs") / Path(flags.config).stem)
+        workdir = epath.Path(flags.workdir or Path("runs") / Path(flags.config).stem)
         sys.path.append(os.getcwd())  # a strategy `module:function` may be where the command is given
-        from headsteer_jax import stages  # JAX is imported only once the flags are known to be right
+        from headsteer_jax import hosts, sparse, stages  # JAX is imported only once the flags are known to be right
 
+        hosts.start(flags.distributed, flags.distributed_timeout)
+        sparse.keep_programs()
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
         if flags.export:
-            stages.export(config, workdir, Path(flags.export))
+            stages.export(config, workdir, epath.Path(flags.export))
             print(flags.export)
         if flags.export_sae:
             stages.export_saes(config, workdir, flags.export_sae)
             print(flags.export_sae)
         report = workdir / "report.html"
-        if report.exists():
+        if hosts.is_first() and report.exists():
             print(report)
     except configs.HeadSteerError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except preemption.Preempted:
+        print("stopped by SIGTERM: the same command goes on where it was", file=sys.stderr)
+        return preemption.RESUME
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -36,6 +36,7 @@ from headsteer_jax.augment import preprocess
 from headsteer_jax.cache import Held
 from headsteer_jax.config import Config, ModelConfig, SAEConfig, load_config
 from headsteer_jax.data import load
+from headsteer_jax.mesh import members_mesh
 from headsteer_jax.progress import say
 from headsteer_jax.sae import SAE, Scaling, centre, fit_scaling, seed_of
 from headsteer_jax.sae_metrics import health
@@ -232,7 +233,8 @@ def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
     def trainer(seeds: int, **fields: Any) -> Callable[[], Any]:
         c = bench.config(seeds=seeds, control=False, batch=args.batch, k=TUNED_AT, **fields).sae
-        members = sae_train.dealt_out(sae_train.seeds(c))
+        members = sae_train.seeds(c)
+        members = sae_train.dealt_out(members, members_mesh(len(members.k)).shape["member"])
         state = [sae_train.initial_state(c, members, u_GD, F, 0)]
         run = sae_train.make_epochs(c, members, F, D, steps, 0)
 

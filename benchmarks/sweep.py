@@ -137,7 +137,7 @@ def over(forward: Callable[..., Any], run: Run, split: Split, batch: int, one: S
     """One setting over a split: patterns and predictions [N]."""
     parts = [
         jax.device_get(forward(run.params, split.images[i], one, split.labels[i], np.float32(alpha)))
-        for i in padded_chunks(len(split.labels), batch)
+        for i in padded_chunks(0, len(split.labels), batch)
     ]
     return [np.concatenate(part)[: len(split.labels)] for part in zip(*parts, strict=True)]
 
@@ -291,7 +291,7 @@ def main() -> None:
     unsteered = jax.jit(lambda p, i: jnp.argmax(run.model.apply(p, preprocess(i, config.data))[0], axis=-1))
 
     def one_pass(batch: int) -> None:
-        for indices in padded_chunks(count, batch):
+        for indices in padded_chunks(0, count, batch):
             np.asarray(unsteered(run.params, bench.split.images[indices]))
 
     by_batch = {batch: seconds(functools.partial(one_pass, batch), repeats) for batch in (50, 100, 125, 250, 500)}

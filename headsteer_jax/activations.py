@@ -1,4 +1,7 @@
-"""Forward passes over a split, on all devices: what the model predicts, which heads it runs, a layer's CLS residual."""
+"""Forward passes over a split, on all devices: what the model predicts, which heads it runs, a layer's CLS residual.
+
+Each host takes a share of the images, on a mesh of its own devices; what they found is then told to all.
+"""
 
 import itertools
 from collections import deque
@@ -8,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from headsteer_jax import hosts
 from headsteer_jax.augment import preprocess
 from headsteer_jax.config import Config, HeadSteerError
 from headsteer_jax.data import Split, gather
+from headsteer_jax.mesh import local_mesh
 from headsteer_jax.progress import progress
 from headsteer_jax.vit import Gating, ViT, answer, stack_gates
 
@@ -46,23 +51,20 @@ class Program(NamedTuple):
     compiled: bool = False  # for exactly this size: a smaller split is filled up to it
 
 
-def mesh() -> Mesh:
-    """All devices in a row; the images of a split are dealt out along it."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
 def dealt() -> NamedSharding:
-    """Where an array with leading axis B lives: dealt out over the devices."""
-    return NamedSharding(mesh(), PartitionSpec("data"))
+    """Where an array with leading axis B lives: dealt out over this host's devices."""
+    return NamedSharding(local_mesh(), PartitionSpec("data"))
 
 
 def replicated(tree: Any) -> Any:
-    """The same on every device."""
-    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+    """The same on each of this host's devices."""
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
+        tree = hosts.fetched(tree)
+    return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec()))
 
 
 def per_image(function: Function, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
-    """A function of which each image is computed by itself, for all devices.
+    """A function of which each image is computed by itself, for all devices of this host.
 
     Args:
       function: takes `fixed` pytrees that are the same for all images, the parameters first, then `arrays` arrays with
@@ -71,7 +73,7 @@ def per_image(function: Function, size: int, *, arrays: int = 1, fixed: int = 1)
     """
     spec = ([PartitionSpec()] * fixed) + ([PartitionSpec("data")] * arrays)
     sharded = jax.shard_map(
-        function, mesh=mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
+        function, mesh=local_mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
     )
     return Program(jax.jit(sharded), size)
 
@@ -119,7 +121,7 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
     """
 
     def compile_for(size: int) -> Any:
-        shape = (size * jax.device_count(), *split.images.shape[1:])
+        shape = (size * jax.local_device_count(), *split.images.shape[1:])
         images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
         return program.run.lower(replicated(params), images).compile()
 
@@ -129,52 +131,63 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
     return Program(fit.run, fit.size, compiled=True)
 
 
-def padded_chunks(count: int, size: int, devices: int = 1) -> list[np.ndarray]:
-    """Indices of `count` images in chunks of one size, for one compiled program: the last is filled with image 0.
-
-    A device's part of a chunk is `size` images.
-    """
+def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.ndarray]:
+    """Indices of the images from `begin` to `end` in chunks of one size, for one compiled program: the last is filled
+    with image 0. A device's part of a chunk is `size` images."""
     size *= devices
-    filled = np.zeros(-(-count // size) * size, np.int64)
-    filled[:count] = np.arange(count)
+    filled = np.zeros(-(-(end - begin) // size) * size, np.int64)
+    filled[: end - begin] = np.arange(begin, end)
     return list(filled.reshape(-1, size))
 
 
-def passes(program: Program, params: Any, split: Split, what: str, start: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
-    """What a program gives for a split from image `start` on, call by call in order: its arrays, with first axis n.
+def passes(
+    program: Program, params: Any, split: Split, what: str, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """What a program gives for the images `start` to `stop` (None: all), call by call in order: arrays, first axis n.
 
-    CALLS are under way while the caller works on one. An image is in the same call whatever `start` is, so that its
-    bits are the same. `what` names the work in the progress.
+    CALLS are under way while the caller works on one. An image has the same place in a device's part of a call
+    whatever `start`, `stop` and the number of devices are, so that its bits are the same. `what` names the work in the
+    progress.
     """
     count, params = len(split.labels), replicated(params)
-    if start >= count:
+    stop = count if stop is None else stop
+    if start >= stop:
         return
     size = program.size if program.compiled else min(program.size, count)
-    chunks = padded_chunks(count, size, jax.device_count())
-    size *= jax.device_count()
     first = start // size * size  # of the call's images
+    chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
     def one(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
         return jax.device_get(program.run(params, jax.device_put(gather(split.images, chunk), dealt())))
 
-    with progress(count, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS) as threads:
-        calls = (threads.submit(one, chunk) for chunk in chunks[first // size :])
+    with progress(stop, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS) as threads:
+        calls = (threads.submit(one, chunk) for chunk in chunks)
         waiting = deque(itertools.islice(calls, CALLS))
         while waiting:
             arrays = waiting.popleft().result()
             waiting.extend(itertools.islice(calls, 1))
-            part = tuple(array[max(start - first, 0) : count - first] for array in arrays)
-            first += size
+            part = tuple(array[max(start - first, 0) : stop - first] for array in arrays)
+            first += len(chunks[0])
             bar.update(len(part[0]))
             yield part
 
 
 def over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
-    """What a program gives for a whole split: its arrays, with first axis N.
+    """What a program gives for a whole split: its arrays, with first axis N, on every host.
 
-    `what` names the work in the progress.
+    Each host has a share of the calls, so that every image is seen once. `what` names the work in the progress.
     """
-    return [np.concatenate(arrays) for arrays in zip(*passes(program, params, split, what), strict=True)]
+    count, params = len(split.labels), replicated(params)
+    size = min(program.size, count)
+    begin, end = (min(call * size, count) for call in hosts.share(-(-count // size)))
+
+    def own() -> list[np.ndarray]:
+        # a host without a share makes one image's call as well: it must know the arrays' types
+        parts = list(passes(program, params, split, what, begin, end) if begin < end else passes(
+            program, params, split, what, 0, 1))  # fmt: skip
+        return [np.concatenate(arrays)[: end - begin] for arrays in zip(*parts, strict=True)]
+
+    return [hosts.joined(array) for array in hosts.everywhere(own)]
 
 
 def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:

@@ -18,7 +18,6 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -27,11 +26,12 @@ import numpy as np
 import tensorstore as ts
 from etils import epath  # type: ignore[import-untyped]
 
+from headsteer_jax import hosts
 from headsteer_jax.activations import Program, over_split, passes, per_image
 from headsteer_jax.augment import preprocess
 from headsteer_jax.checkpoint import explained
 from headsteer_jax.config import Config, DataConfig, HeadSteerError
-from headsteer_jax.data import LazyImages, Split, gather
+from headsteer_jax.data import Dataset, LazyImages, Split, gather
 from headsteer_jax.progress import say
 from headsteer_jax.vit import ViT
 
@@ -168,7 +168,7 @@ UNREACHABLE = "ABORTED|UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EX
 def _blaming(where: str, fault: str, mend: str) -> Iterator[None]:
     """What TensorStore says becomes one line."""
     try:
-        with explained(Path(where)):
+        with explained(where):
             yield
     except (ValueError, KeyError, TypeError, TimeoutError) as error:  # TensorStore's are ValueErrors, whatever it is
         reason = " ".join(str(error).split()).partition(" [")[0] or type(error).__name__
@@ -203,6 +203,15 @@ def _sha256(*parts: Any) -> str:
     for part in parts:
         digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else json.dumps(part).encode())
     return digest.hexdigest()
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """Of all labels and of some images of each split: where two hosts' differ they do not read the same data."""
+    parts: list[Any] = [list(dataset.class_names)]
+    for split in (dataset.train, dataset.validation, dataset.test):
+        some = np.linspace(0, len(split.labels) - 1, SAMPLE).astype(int)
+        parts += [list(split.images.shape), split.labels.astype(np.int64), gather(split.images, some)]
+    return _sha256(*parts)[:16]
 
 
 def ingredients(config: Config, params: Any, split: Split) -> dict[str, Any]:
@@ -321,7 +330,8 @@ def write_cache(
 ) -> None:  # fmt: skip
     """One forward pass over a split, with evaluation's gates: the residuals that enter these layers.
 
-    What an interrupted pass wrote is kept: this one goes on from the first shard that any layer lacks.
+    Each host writes a share of the shards. What an interrupted pass wrote is kept: this one goes on from the first
+    shard of a host's share that any layer lacks.
 
     Args:
       directory: local or gs://bucket/path.
@@ -331,37 +341,45 @@ def write_cache(
     Raises:
       HeadSteerError: the disk is full or not writable, the bucket cannot be reached, an image cannot be read.
     """
-    of = of or ingredients(config, params, split)
+    of = of or hosts.first(lambda: ingredients(config, params, split))
     mark, layers, shape = _sha256(of)[:16], sorted(set(layers)), _shape(config, split, tokens)
     shard, block = _layout(shape, shard_bytes)
+    shards = -(-shape[0] // shard)
     places, root = [_place(directory, mark, name, f"layer_{layer}_{tokens}") for layer in layers], _place(directory)
-    arrays, start = [], shape[0]
-    for place in places:
-        with _blaming(place.name, *WRITING):
-            arrays.append(_open(place, shape, shard, block, create=True))
-            there = _shards(place)
-            start = min(start, shard * next(s for s in itertools.count() if s not in there))
     what = f"{name}: {tokens} residuals of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    if start:
-        say(f"{what}: going on from image {start}")
-    calls = passes(_program(model, config, layers, tokens), params, split, what, start)
-    for begin, end, parts in _regrouped(calls, start, shard, shape[0]):
-        with _blaming(root.name, *WRITING):  # the model's next calls are under way
-            writes = [array[begin:end].write(part) for array, part in zip(arrays, parts, strict=True)]
-            for write in writes:
-                write.result()
-    about: dict[str, Any] = {
-        "fingerprint": mark,
-        "split": name,
-        "tokens": tokens,
-        "dtype": "float32",
-        "shape": shape,
-        "of": of,
-    }
-    about |= {"shard": shard, "block": block, "shards": -(-shape[0] // shard)}
-    with _blaming(root.name, *WRITING):
-        for layer, place in zip(layers, places, strict=True):
-            place.open().write("meta.json", json.dumps(about | {"layer": layer}, indent=2).encode()).result()
+
+    def opened(create: bool) -> list[ts.TensorStore]:
+        arrays = []
+        for place in places:
+            with _blaming(place.name, *WRITING):
+                arrays.append(_open(place, shape, shard, block, create=create))
+        return arrays
+
+    def own_shards() -> None:
+        arrays, (begin, end) = opened(create=False), hosts.share(shards)
+        with _blaming(root.name, *WRITING):
+            there = set.intersection(*map(_shards, places))
+        missing = next((number for number in range(begin, end) if number not in there), end)
+        start, stop = missing * shard, min(end * shard, shape[0])
+        if missing > begin:
+            say(f"{what}: going on from image {start}")
+        calls = passes(_program(model, config, layers, tokens), params, split, what, start, stop)
+        for first, last, parts in _regrouped(calls, start, shard, stop):
+            with _blaming(root.name, *WRITING):  # the model's next calls are under way
+                writes = [array[first:last].write(part) for array, part in zip(arrays, parts, strict=True)]
+                for write in writes:
+                    write.result()
+
+    def write_meta() -> None:
+        about: dict[str, Any] = {"fingerprint": mark, "split": name, "tokens": tokens, "dtype": "float32"}
+        about |= {"shape": shape, "of": of, "shard": shard, "block": block, "shards": shards}
+        with _blaming(root.name, *WRITING):
+            for layer, place in zip(layers, places, strict=True):
+                place.open().write("meta.json", json.dumps(about | {"layer": layer}, indent=2).encode()).result()
+
+    hosts.first(lambda: bool(opened(create=True)))
+    hosts.everywhere(own_shards)
+    hosts.first(write_meta)
 
 
 def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, tokens: Tokens) -> Stored:
@@ -412,11 +430,15 @@ def cached(
         arrays = over_split(_program(model, config, layers, tokens), params, split, f"{name}: {tokens} residuals")
         _, block = _layout(_shape(config, split, tokens), shard_bytes)
         return {layer: Stored(ts.array(x), block, "memory") for layer, x in zip(layers, arrays, strict=True)}
-    of = ingredients(config, params, split)
+    of = hosts.first(lambda: ingredients(config, params, split))
     mark = _sha256(of)[:16]
-    missing = [layer for layer in layers if _meta(_place(directory, mark, name, f"layer_{layer}_{tokens}")) is None]
-    if missing:
-        _say_stale(_place(directory), mark, name)
+
+    def absent() -> list[int]:
+        return [layer for layer in layers if _meta(_place(directory, mark, name, f"layer_{layer}_{tokens}")) is None]
+
+    if missing := hosts.first(absent):
+        if hosts.is_first():
+            _say_stale(_place(directory), mark, name)
         write_cache(directory, model, params, config, split, name, missing, tokens, shard_bytes, of)
     return {layer: open_cache(directory, mark, name, layer, tokens) for layer in layers}
 

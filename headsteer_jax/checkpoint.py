@@ -1,23 +1,39 @@
-"""What outlasts a run: checkpoints through orbax, and small JSON and array files, all written atomically."""
+"""What outlasts a run: checkpoints through orbax, and small JSON and array files, all written atomically.
+
+On local disk or in a bucket (gs://bucket/path, by etils.epath). Of several hosts process 0 writes the small files, all
+write their parts of a checkpoint.
+"""
 
 import errno
+import functools
+import io
 import json
 import logging
 import os
 import sys
 import tempfile
+import threading
+import time
+import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import Path  # type: ignore[import-untyped]  # pathlib's, and of buckets too
 
+from headsteer_jax import hosts
 from headsteer_jax.config import HeadSteerError
+from headsteer_jax.progress import say
 
 Tree = TypeVar("Tree")
+AnyPath = str | os.PathLike[str]
+
+FORMAT = 1  # of checkpoints: raise it when older programs cannot read them
+BEAT = 10.0  # seconds between two signs of life of a run in a bucket; after three without one it is taken for dead
 
 # a stage that is not done goes on from what is left of it, and those after it are made again
 MEND = "delete it and its stage's done.json, then run the same command with --overwrite"
@@ -35,7 +51,7 @@ def _once() -> Iterator[None]:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: AnyPath) -> Iterator[None]:
     """Turn what the operating system says about a write into one line."""
     try:
         yield
@@ -53,129 +69,289 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
-def make_directory(path: Path) -> Path:
+def in_bucket(path: AnyPath) -> bool:
+    return os.fspath(path).startswith("gs://")
+
+
+def make_directory(path: str | Path) -> Path:
     """The directory, made where it was not.
 
     Raises:
       HeadSteerError: it cannot be made or written to.
     """
+    path = Path(path)
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        if not in_bucket(path):
+            with tempfile.TemporaryFile(dir=path):
+                pass
     return path
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its place, flushed to disk, then renamed into it."""
+def remove_directory(path: Path) -> None:
+    """Where the program is killed meanwhile nothing is left that would be read as if it were whole: a rename is atomic.
+
+    A bucket has no renames: there what is left of a stage keeps its started.json, which tells of what config it is,
+    until the end.
+    """
+    doomed = path if in_bucket(path) else path.with_name(f".{path.name}.removed")
+    if doomed != path:
+        if doomed.exists():
+            doomed.rmtree()
+        if path.exists():
+            path.rename(doomed)
+    for inside in doomed.iterdir() if doomed.exists() else ():
+        if inside.is_dir():
+            inside.rmtree()
+        elif inside.name != "started.json":
+            inside.unlink()
+    if doomed.exists():
+        doomed.rmtree()
+
+
+def write_atomically(file: AnyPath, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: beside its place, flushed to disk, then renamed into it.
+
+    An object in a bucket appears whole by itself.
+    """
+    path = Path(file)
     with explained(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if in_bucket(path):
+            whole = io.BytesIO()
+            write(whole)
+            path.write_bytes(whole.getvalue())
+            return
+        part = path.with_name(f".{path.name}.part")  # always the same: one that a killed run left is written over
         try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            with open(part, "wb") as opened:
+                write(opened)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(part, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: AnyPath, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray]) -> None:
     write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: AnyPath) -> Any:
     """Raises HeadSteerError where the file is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(Path(path).read_text())
     except (ValueError, OSError) as error:
         raise HeadSteerError(f"{path}: missing or damaged ({error}); {MEND}") from None
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: AnyPath) -> dict[str, np.ndarray]:
     """Raises HeadSteerError where the file is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a truncated zip fails in many ways
         raise HeadSteerError(f"{path}: missing or damaged ({error}); {MEND}") from None
 
 
-class Checkpoints:
-    """A directory of checkpoints of one pytree: the newest ones, or the best one.
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """While in here no other run may write into the directory.
 
-    A checkpoint is a pytree of arrays and a JSON object; orbax writes both into a temporary directory and renames it,
-    so that a half-written one is never read.
+    On a local disk the lock is the operating system's, which ends with the process, however that ends. In a bucket it
+    is an object with a sign of life every BEAT seconds; a dead run's is waited for.
+
+    Raises:
+      HeadSteerError: another run holds it.
+    """
+    busy = f"{workdir}: another run is writing here; wait until it has ended, or choose another --workdir"
+    if not in_bucket(workdir):
+        import fcntl
+
+        with explained(workdir / ".lock"), open(workdir / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise HeadSteerError(busy) from None
+            yield
+        return
+    path, own, ended = workdir / ".lock", uuid.uuid4().hex, threading.Event()
+
+    def content() -> str:
+        return path.read_text() if path.exists() else ""
+
+    if before := content():
+        say(f"{workdir}: another run's lock; waiting whether it is alive")
+        for _ in range(3):
+            time.sleep(BEAT)
+            if content() not in ("", before):
+                raise HeadSteerError(busy)
+
+    def beat() -> None:
+        number = 0
+        while not ended.wait(BEAT if number else 0):
+            number += 1
+            path.write_text(f"{own} {number}")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _crc32(leaf: Any) -> int:
+    """Of an array's bits."""
+    return zlib.crc32(np.ascontiguousarray(hosts.fetched(leaf)).tobytes())
+
+
+def _sums(tree: Any, about: Mapping[str, Any]) -> dict[str, int]:
+    """Checksums of every array and of the JSON object: orbax and its storage notice some damage, not all."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    own = {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
+    return own | {"about": zlib.crc32(json.dumps(about, sort_keys=True).encode())}
+
+
+class Damaged(HeadSteerError):
+    """A checkpoint cannot be read, or is not what was written."""
+
+
+class Checkpoints:
+    """A directory of checkpoints of one pytree, of which the newest are kept.
+
+    A checkpoint is a pytree of arrays and a JSON object, with checksums of both; orbax writes it into a temporary
+    directory and renames that, so that a half-written one is never read, and writes while the program goes on.
     """
 
-    def __init__(self, directory: Path, keep: int = 1) -> None:
-        self.directory = Path(os.path.abspath(directory))
+    def __init__(self, directory: AnyPath, keep: int = 1) -> None:
+        directory = os.fspath(directory)
+        self.directory = Path(directory if in_bucket(directory) else os.path.abspath(directory))
         with explained(self.directory):
+            hosts.first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+                    max_to_keep=keep, create=False, cleanup_tmp_directories=True,
+                    single_host_load_and_broadcast=hosts.count() > 1,
                 ),
-            )
+            )  # fmt: skip
 
     def save(self, step: int, tree: Any, about: Mapping[str, Any]) -> None:
-        """Save, and wait until it is on disk.
+        """Copy everything, and write it while the caller goes on; what went wrong with the one before is raised.
 
         Raises:
           HeadSteerError: the disk is full or not writable; earlier checkpoints are intact.
         """
+        about = json.loads(json.dumps(dict(about)))
+        entry = {"format": FORMAT, "sums": _sums(tree, about), "about": about}
         with explained(self.directory / str(step)), _once():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(dict(about)))
+            items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(entry))
             self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+          HeadSteerError: as `save`.
+        """
+        with explained(self.directory), _once():
             self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """The newest checkpoint's step."""
+        self.wait()
         return self._manager.latest_step()
 
     def restore(self, like: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
-        """A checkpoint (None: the newest) as (pytree, JSON object), in the shapes and types of `like`.
+        """A checkpoint as (pytree, JSON object), in the shapes and types of `like`, and where its arrays are.
+
+        Args:
+          like: arrays, or their shapes; of several hosts it says by shardings which parts each has, NumPy's arrays
+            are whole everywhere.
+          step: None: the newest, or where that is damaged the one before.
 
         Raises:
-          HeadSteerError: there is none, it is damaged, or its arrays have other shapes.
+          HeadSteerError: there is none, it is damaged, of a newer format, or its arrays have other shapes.
         """
-        step = self.latest() if step is None else step
-        if step is None:
+        self.wait()
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        if not steps:
             raise HeadSteerError(f"{self.directory}: no checkpoint; {MEND}")
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), like)
-        path = self.directory / str(step)
+        fault: Damaged | None = None
+        for one in steps:
+            try:
+                tree, entry = hosts.everywhere(functools.partial(self._read, like, one), Damaged)
+                about = hosts.everywhere(functools.partial(self._checked, tree, entry, one), Damaged)
+            except Damaged as error:
+                fault = fault or error
+                continue
+            if fault is not None:
+                say(f"{fault}".partition(";")[0] + f": going on from step {one}")
+            return tree, about
+        assert fault is not None
+        raise fault
+
+    def _read(self, like: Tree, step: int) -> tuple[Tree, Any]:
+        """As it is on disk, in the shapes and types of `like`."""
+
+        def wanted(leaf: Any) -> Any:
+            if isinstance(leaf, np.ndarray | np.generic):
+                return np.asarray(leaf)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+        abstract, path = jax.tree.map(wanted, like), self.directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
         try:
             with _once():
                 items = self._manager.restore(step, args=args)
-            tree, about = items.state, items.about
+            tree, entry = items.state, items.about
+            version = int(entry["format"])
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
-            raise HeadSteerError(f"{path}: truncated, damaged or of another model ({reason}); {MEND}") from error
+            raise Damaged(f"{path}: truncated, damaged or of another model ({reason}); {MEND}") from error
+        if version > FORMAT:
+            raise HeadSteerError(
+                f"{path}: of format {version}, where this version knows {FORMAT}; upgrade headsteer-jax"
+            )
         for have, want in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if have.shape != want.shape or have.dtype != want.dtype:
                 raise HeadSteerError(
                     f"{path}: of another model: an array of shape {have.shape} where this config has {want.shape}; "
                     "use its own config or another --workdir"
                 )
-        return tree, about
+        return tree, entry
+
+    def _checked(self, tree: Any, entry: Any, step: int) -> dict[str, Any]:
+        """The JSON object, once all checksums are right."""
+        about, sums = entry.get("about"), entry.get("sums", {})
+        found = _sums(tree, about)
+        if wrong := [name for name in found if found[name] != sums.get(name)]:
+            path = self.directory / str(step)
+            raise Damaged(f"{path}: damaged (the checksum of {wrong[0]} is wrong); {MEND}")
+        return about
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: a run that goes on from `step` makes them again."""
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
+
+    def close(self) -> None:
+        """Wait, and end the threads that write."""
+        self.wait()
+        self._manager.close()

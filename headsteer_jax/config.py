@@ -190,6 +190,9 @@ class TrainConfig(Section):
     """alpha of mixup's Beta distribution (arXiv:1710.09412); 0: off."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the parameters' exponential moving average, which is then what is evaluated and kept; 0: off."""
+    accumulate: PositiveInt = 1
+    """Parts in which a step's batch is computed one after the other, for less memory: their gradients' mean is the
+    batch's, but for the usage loss, which each part takes of its own images."""
     eval_batch: PositiveInt = 1000
     """Images in a forward pass of evaluation, in every stage."""
     steps_per_call: PositiveInt = 25
@@ -371,6 +374,30 @@ class ReportConfig(Section):
     """Resolution of the PNG figures."""
 
 
+class MachineConfig(Section):
+    """On what it runs and how: no figure depends on it beyond float32's rounding, so any of it may change on resume."""
+
+    data: NonNegativeInt = 0
+    """Devices along the mesh's data axis, over which training deals out each batch; 0: all there are, over fsdp."""
+    fsdp: PositiveInt = 1
+    """Devices along its fsdp axis, over which the batch is dealt out too and large parameters, their averages and the
+    optimizer's state are cut into parts: for models that do not fit one device. 1: every device has all of them."""
+    scan_layers: bool = False
+    """Compile one block and loop over the layers: compiling takes a fraction of the time, a step slightly longer."""
+    remat: bool = False
+    """Compute each block's intermediates again in the backward pass instead of keeping them: less memory, a third more
+    work."""
+    keep: PositiveInt = 2
+    """Checkpoints of each phase that are kept, the newest; the best on validation is kept beside them."""
+    prefetch: PositiveInt = 2
+    """Training calls whose batches are decoded and sent to the devices ahead, each in a thread of its own."""
+    profile: bool = False
+    """Write a jax.profiler trace of one training call of each phase to <workdir>/train/profile."""
+    peak_tflops: NonNegativeFloat = 0.0
+    """A device's peak in model.dtype, of which the log gives the share in use (model FLOPs utilisation, MFU). 0: by the
+    device's name, where it is known (TPU v4 to v6e; A100, L4, H100, H200)."""
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -385,6 +412,7 @@ class Config(Section):
     steer: SteerConfig = SteerConfig()
     layers: LayersConfig = LayersConfig()
     report: ReportConfig = ReportConfig()
+    machine: MachineConfig = MachineConfig()
 
     @property
     def sae_layer(self) -> int:

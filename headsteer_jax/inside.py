@@ -9,7 +9,6 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from headsteer_jax.cache import Residuals, Tokens
-from headsteer_jax.checkpoint import write_text
+from headsteer_jax.checkpoint import Path, write_text
 from headsteer_jax.config import Config
 from headsteer_jax.data import Dataset, gather
 from headsteer_jax.sae import SAE, Scaling, encode_residuals

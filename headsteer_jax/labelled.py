@@ -1,12 +1,12 @@
 """The sweep as one dataset with named dimensions: xarray, kept as netCDF (`sweep.nc`)."""
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import xarray
 
-from headsteer_jax.checkpoint import MEND, write_bytes
+from headsteer_jax.checkpoint import MEND, AnyPath, Path, write_bytes
 from headsteer_jax.config import HeadSteerError
 
 SETTING = ("strategy", "seed", "named_by", "alpha")
@@ -88,16 +88,16 @@ def plain(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
     return arrays | {names[str(name)]: dataset[name].values for name in dataset.coords if name in names}
 
 
-def write_sweep(path: Path, dataset: xarray.Dataset) -> None:
+def write_sweep(path: AnyPath, dataset: xarray.Dataset) -> None:
     """Raises HeadSteerError where the disk is full or not writable; a file that was there is then intact."""
     encoding = {name: {"zlib": True, "complevel": 4} for name in dataset.data_vars}
     write_bytes(path, bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding)))
 
 
-def read_sweep(path: Path) -> xarray.Dataset:
+def read_sweep(path: AnyPath) -> xarray.Dataset:
     """Raises HeadSteerError where the file is missing or damaged."""
     try:
-        return xarray.load_dataset(path, engine="h5netcdf")
+        return xarray.load_dataset(io.BytesIO(Path(path).read_bytes()), engine="h5netcdf")
     except Exception as error:  # HDF5 fails in many ways
         reason = " ".join(str(error).split())[:160]
         raise HeadSteerError(f"{path}: missing or damaged ({reason}); {MEND}") from error

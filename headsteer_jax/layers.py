@@ -5,7 +5,6 @@ changed heads have already changed. Axes: B, N images, A alphas, L steered layer
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from headsteer_jax.activations import over_split, per_image
 from headsteer_jax.augment import preprocess
 from headsteer_jax.cache import cached
+from headsteer_jax.checkpoint import Path
 from headsteer_jax.config import Config
 from headsteer_jax.data import Dataset, Split
 from headsteer_jax.latents import class_frequent, statistics

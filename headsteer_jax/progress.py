@@ -1,4 +1,5 @@
-"""How far long work has come: a bar with rate and ETA on a terminal, plain lines otherwise. All on standard error."""
+"""How far long work has come: a bar with rate and ETA on a terminal, plain lines otherwise. All on standard error; of
+several hosts process 0 speaks."""
 
 import sys
 import time
@@ -6,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+from headsteer_jax import hosts
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
@@ -15,8 +18,9 @@ class Progress:
 
     def __init__(self, total: int, what: str, unit: str, initial: int) -> None:
         self._bar = tqdm(
-            total=total, desc=what, unit=unit, initial=initial, disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
+            total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=True,
+            disable=not (sys.stderr.isatty() and hosts.is_first()),
+        )  # fmt: skip
         self._what, self._unit, self._total, self._initial, self._done = what, unit, total, initial, initial
         self._started = self._said = time.monotonic()
 
@@ -40,6 +44,8 @@ class Progress:
             self._line("")
 
     def _line(self, note: str) -> None:
+        if not hosts.is_first():
+            return
         elapsed = time.monotonic() - self._started
         text = tqdm.format_meter(
             self._done, self._total, elapsed, prefix=self._what, unit=self._unit, initial=self._initial, postfix=note,
@@ -60,5 +66,6 @@ def progress(total: int, what: str, unit: str = "step", initial: int = 0) -> Ite
 
 def say(message: str) -> None:
     """One line for the user, above any bar."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
+    if hosts.is_first():
+        tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -25,7 +24,7 @@ from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from headsteer_jax.checkpoint import make_directory, write_bytes, write_text
+from headsteer_jax.checkpoint import Path, make_directory, write_bytes, write_text
 from headsteer_jax.config import Config, flatten
 from headsteer_jax.data import Dataset, gather
 

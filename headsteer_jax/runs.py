@@ -7,13 +7,13 @@ sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray
 from pydantic import ValidationError
 
+from headsteer_jax.checkpoint import Path
 from headsteer_jax.config import Config, HeadSteerError, one_line
 from headsteer_jax.data import Dataset, load
 from headsteer_jax.flips import Steps

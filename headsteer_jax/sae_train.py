@@ -1,25 +1,26 @@
 """Training autoencoders: whole epochs inside one jitted call, several of them side by side.
 
 `Members` says what they differ in: k, learning rate, initialisation, order of the data. A grid is one program: members
-are a `vmap`, dealt out over the devices where there are several. Axes: S members, B residuals in a step, G at once.
+are a `vmap`, dealt out over the devices of all hosts; where there are more devices than members, each member's batch is
+dealt out too. Axes: S members, B residuals in a step, G at once.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from headsteer_jax import sparse
-from headsteer_jax.activations import mesh
+from headsteer_jax import hosts, sparse
 from headsteer_jax.cache import Residuals
-from headsteer_jax.checkpoint import Checkpoints
+from headsteer_jax.checkpoint import Checkpoints, Path
 from headsteer_jax.config import Config, HeadSteerError, SAEConfig
+from headsteer_jax.mesh import everywhere, members_mesh, placed
+from headsteer_jax.preemption import Preempted, at_checkpoints
 from headsteer_jax.progress import progress, say
 from headsteer_jax.sae import SAE, Measured, Scaling, centre, fit_scaling, init, loss, unit_rows, without_radial
 
@@ -75,12 +76,24 @@ def rate_at(c: SAEConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     )
 
 
-def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch: int, seed: int) -> Callable[..., Any]:
+def of_members(mesh: Mesh) -> SAEState:
+    """Where a state's arrays live: members dealt out, the counters everywhere."""
+    own = NamedSharding(mesh, PartitionSpec("member"))
+    return SAEState(own, own, own, everywhere(mesh), everywhere(mesh))  # type: ignore[arg-type]
+
+
+def make_epochs(
+    c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch: int, seed: int, mesh: Mesh | None = None
+) -> Callable[..., Any]:
     """`(state, u [G, D], part, epochs=n) -> (state, Curves [n, S])`: n epochs over these residuals, in one call.
 
     In every epoch each member draws an order of them by its own key, fold_in of (seed, order, epoch, part); what is
     left of the last batch waits for another epoch.
+
+    Args:
+      mesh: `members_mesh`, which is the default; as many members on each device along `member`.
     """
+    mesh = mesh or members_mesh(len(members.k))
     steps = c.epochs * steps_per_epoch
     tx, rate, window = (
         optax.scale_by_adam(),
@@ -134,29 +147,38 @@ def make_epochs(c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch:
             return jax.random.permutation(key, len(u_GD))[: len(u_GD) // c.batch * c.batch].reshape(-1, c.batch)
 
         order_SnB = jax.vmap(order)(members.order)
-        state, curves = jax.lax.scan(
-            lambda s, rows_SB: all_members(s, members, u_GD[rows_SB]), state, jnp.moveaxis(order_SnB, 0, 1)
-        )
+
+        def step(state: SAEState, rows_SB: jax.Array) -> tuple[SAEState, dict[str, jax.Array]]:
+            # each device has all residuals and takes its part of the batch; gradients are summed where XLA finds it due
+            u_SBD = jax.lax.with_sharding_constraint(u_GD[rows_SB], PartitionSpec(None, "data"))
+            return all_members(state, members, u_SBD)
+
+        state, curves = jax.lax.scan(step, state, jnp.moveaxis(order_SnB, 0, 1))
         return state._replace(epoch=state.epoch + 1), jax.tree.map(lambda rows: rows.mean(axis=0), curves)
 
     def run(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
         return jax.lax.scan(lambda s, _: one_epoch(s, members, u_GD, part), state, None, length=epochs)
 
-    devices = jax.device_count()
-    if devices > 1:  # an equal number of members on each; `dealt_out` fills them up
-        own = SAEState(*[PartitionSpec("data")] * 3, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type,call-arg]
+    live, own, whole = of_members(mesh), PartitionSpec("member"), PartitionSpec()
+    specs = SAEState(own, own, own, whole, whole)  # type: ignore[arg-type]
 
-        def sharded(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
-            return jax.shard_map(
-                functools.partial(run, epochs=epochs), mesh=mesh(), check_vma=False,
-                in_specs=(own, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
-                out_specs=(own, PartitionSpec(None, "data")),
-            )(state, members, u_GD, part)  # fmt: skip
+    @functools.partial(
+        jax.jit, static_argnames="epochs", donate_argnums=0,
+        out_shardings=(live, NamedSharding(mesh, PartitionSpec(None, "member"))),
+    )  # fmt: skip
+    def program(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
+        return jax.shard_map(  # members by hand, the batch as XLA deals it out
+            functools.partial(run, epochs=epochs), mesh=mesh, axis_names={"member"}, check_vma=False,
+            in_specs=(specs, own, whole, whole), out_specs=(specs, PartitionSpec(None, "member")),
+        )(state, members, u_GD, part)  # fmt: skip
 
-        program = jax.jit(sharded, static_argnames="epochs", donate_argnums=0)
-    else:
-        program = jax.jit(run, static_argnames="epochs", donate_argnums=0)
-    return lambda state, u_GD, part=0, epochs=1: program(state, members, u_GD, jnp.int32(part), epochs=epochs)
+    dealt_members = placed(members, Members(*[NamedSharding(mesh, own)] * 4))
+
+    def epochs_of(state: SAEState, u_GD: jax.Array, part: int = 0, epochs: int = 1) -> Any:
+        with jax.set_mesh(mesh):
+            return program(state, dealt_members, u_GD, placed(np.int32(part), everywhere(mesh)), epochs=epochs)
+
+    return epochs_of
 
 
 def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig, rate: float) -> jax.Array:
@@ -183,27 +205,32 @@ def initial_state(c: SAEConfig, members: Members, u_GD: jax.Array, F: int, seed:
     return SAEState(saes, optimizer, jnp.zeros((len(members.k), F), jnp.int32), jnp.int32(0), jnp.int32(0))
 
 
-def dealt_out(members: Members) -> Members:
+def dealt_out(members: Members, devices: int) -> Members:
     """Filled up by repeating the last, so that every device has as many."""
-    missing = -len(members.k) % jax.device_count()
+    missing = -len(members.k) % devices
     return Members(*(np.concatenate([column, np.repeat(column[-1:], missing)]) for column in members))
 
 
 def saved(state: SAEState, wanted: int) -> SAEState:
-    """What a checkpoint holds: the members asked for, as NumPy arrays, which any number of devices can go on with."""
-    own = {name: jax.tree.map(lambda leaf: np.asarray(leaf)[:wanted], getattr(state, name)) for name in OF_MEMBERS}
-    return SAEState(**own, step=np.asarray(state.step), epoch=np.asarray(state.epoch))
+    """What a checkpoint holds: the members asked for, as NumPy arrays, which any number of devices can go on with.
+
+    Copies: the next steps take the state's own memory.
+    """
+    state = hosts.fetched(state)
+    return state._replace(
+        **{name: jax.tree.map(lambda leaf: leaf[:wanted].copy(), getattr(state, name)) for name in OF_MEMBERS}
+    )
 
 
-def resumed(state: SAEState, members: int) -> SAEState:
-    """A checkpoint's state with members filled up as `dealt_out` does."""
+def resumed(state: SAEState, members: int, mesh: Mesh) -> SAEState:
+    """A checkpoint's state with members filled up as `dealt_out` does, on the devices."""
 
-    def fill(leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return jnp.asarray(np.concatenate([leaf, np.repeat(leaf[-1:], members - len(leaf), axis=0)]))
+    def fill(leaf: np.ndarray) -> np.ndarray:
+        return np.concatenate([leaf, np.repeat(leaf[-1:], members - len(leaf), axis=0)])
 
-    own = {name: jax.tree.map(fill, getattr(state, name)) for name in OF_MEMBERS}
-    return SAEState(**own, step=jnp.asarray(state.step), epoch=jnp.asarray(state.epoch))
+    state = state._replace(**{name: jax.tree.map(fill, getattr(state, name)) for name in OF_MEMBERS})
+    parts = zip(state, of_members(mesh), strict=True)
+    return SAEState(*(placed(part, jax.tree.map(lambda _, where=where: where, part)) for part, where in parts))
 
 
 class Trained(NamedTuple):
@@ -225,13 +252,21 @@ def train_members(config: Config, members: Members, source: Residuals, directory
       what: names the work. Of a `grid` only the members that stay finite matter; elsewhere all must.
 
     Raises:
-      HeadSteerError: a batch larger than the data; residuals not finite or constant; the loss turned NaN.
+      HeadSteerError: a batch larger than the data, or that cannot be divided; residuals not finite or constant; the
+        loss turned NaN.
+      Preempted: after SIGTERM, once a checkpoint is saved.
     """
     c, (count, D), F = config.sae, source.shape, config.latents
     if c.batch > count:
         raise HeadSteerError(f"config.sae.batch = {c.batch}: allowed is at most the {count} training residuals")
+    mesh = members_mesh(len(members.k))
+    if c.batch % mesh.shape["data"]:
+        raise HeadSteerError(
+            f"config.sae.batch = {c.batch}: allowed is a multiple of {mesh.shape['data']}, the devices of each of "
+            f"{mesh.shape['member']} autoencoders"
+        )
     scaling = fit_scaling(source.chunks, c)
-    wanted, members = len(members.k), dealt_out(members)
+    wanted, members = len(members.k), dealt_out(members, mesh.shape["member"])
     held = count * D * 4 <= c.memory * 2**20
     rows = count if held else max(c.batch, c.memory * 2**20 // (3 * 4 * D))
 
@@ -243,24 +278,26 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             whole = len(joined_GD) if held else len(joined_GD) // c.batch * c.batch
             rest_RD = joined_GD[whole:]
             if whole:
-                yield centre(scaling, joined_GD[:whole])
+                yield placed(centre(scaling, joined_GD[:whole]), everywhere(mesh))
 
     first_GD = next(parts(0))
-    state = initial_state(c, members, first_GD, F, config.seed)
+    state = saved(initial_state(c, members, jnp.asarray(hosts.fetched(first_GD)), F, config.seed), wanted)
     u_GD = first_GD if held else None
     del first_GD
     curves = {name: np.zeros((c.epochs, wanted), np.float32) for name in CURVES}
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     if checkpoints.latest() is not None:
-        (kept, curves), _ = checkpoints.restore((saved(state, wanted), curves))
-        state, curves = resumed(kept, len(members.k)), {name: np.array(values) for name, values in curves.items()}
+        (state, curves), _ = checkpoints.restore((state, curves))
+        curves = {name: np.array(values) for name, values in curves.items()}
+        checkpoints.forget_after(int(state.epoch))
     start = int(state.epoch)
+    state = resumed(state, len(members.k), mesh)
     if 0 < start < c.epochs:
         say(f"{what}: going on from epoch {start}")
-    run = make_epochs(c, members, F, D, count // c.batch, config.seed)
+    run = make_epochs(c, members, F, D, count // c.batch, config.seed, mesh)
     every = max(1, c.epochs // 10)  # epochs between checkpoints
     at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if held else 1
-    with progress(c.epochs, what, "epoch", initial=start) as bar:
+    with at_checkpoints() as asked, progress(c.epochs, what, "epoch", initial=start) as bar:
         for number in range(start, c.epochs, at_once):
             done = number + at_once
             if u_GD is not None:
@@ -268,17 +305,21 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             else:
                 found, weight = dict.fromkeys(CURVES, 0.0), 0
                 for part, u_PD in enumerate(parts(number)):
-                    state, one = run(state._replace(epoch=jnp.int32(number)), u_PD, part)
-                    found = {name: found[name] + np.asarray(one[name]) * len(u_PD) for name in CURVES}
+                    state = state._replace(epoch=placed(np.int32(number), everywhere(mesh)))
+                    state, one = run(state, u_PD, part)
+                    one = hosts.fetched(one)
+                    found = {name: found[name] + one[name] * len(u_PD) for name in CURVES}
                     weight += len(u_PD)
                 found = {name: values / weight for name, values in found.items()}
+            found = hosts.fetched(found)
             for name in curves:
-                curves[name][number:done] = np.asarray(found[name])[:, :wanted]
+                curves[name][number:done] = found[name][:, :wanted]
             finite = np.isfinite(curves["mse"][number:done]).all(axis=0)
-            save = done // every > number // every or done == c.epochs
+            stopping = asked(done)
+            save = done // every > number // every or done == c.epochs or stopping
             if save:
-                finite &= np.all([np.isfinite(leaf).all(axis=tuple(range(1, np.ndim(leaf))))[:wanted]
-                                  for leaf in map(np.asarray, state.sae)], axis=0)  # fmt: skip
+                kept = saved(state, wanted)
+                finite &= np.all([np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in kept.sae], axis=0)
             if not (finite.any() if what == "grid" else finite.all()):
                 field = "grid.learning_rates" if what == "grid" else "sae.learning_rate"
                 raise HeadSteerError(
@@ -287,7 +328,12 @@ def train_members(config: Config, members: Members, source: Residuals, directory
                 )
             if save:
                 about = {"layer": config.sae_layer, "k": c.k}
-                checkpoints.save(done, (saved(state, wanted), curves), about)
+                checkpoints.save(done, (kept, jax.tree.map(np.copy, curves)), about)
+            if stopping and done < c.epochs:
+                checkpoints.close()
+                say(f"{what}: epoch {done} is saved")
+                raise Preempted
             mse, dead = (curves[name][done - 1, finite].mean() for name in ("mse", "dead"))
             bar.update(at_once, f"mse {mse:.4f}, dead {dead:.2%}")
+    checkpoints.close()
     return Trained(saved(state, wanted).sae, scaling, curves)

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -27,10 +28,19 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 CALLS = ("top_k", "sum_rows", "dot_rows", "outer_rows")
 
 
+def kept() -> Path:
+    """Where programs compiled for this machine are kept: $XDG_CACHE_HOME/headsteer_jax (default ~/.cache).
+
+    Raises:
+      RuntimeError: there is no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
+
+
 def library() -> Path | None:
     """The compiled library, compiled now where it was not before; None where that cannot be done.
 
-    It is kept in $XDG_CACHE_HOME/headsteer_jax (default ~/.cache), under a name made of all that it depends on.
+    It is in `kept()`, under a name made of all that it depends on.
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -39,7 +49,7 @@ def library() -> Path | None:
     kind = (platform.node(), platform.machine(), _processor(), compiler, jax.__version__, *FLAGS)
     digest = hashlib.sha256(SOURCE.read_bytes() + repr(kind).encode()).hexdigest()[:16]
     try:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
+        directory = kept()
         path = directory / f"sparse-{digest}.so"
         if path.exists():
             return path
@@ -54,6 +64,17 @@ def library() -> Path | None:
         say(f"{SOURCE.name} did not compile ({lines[0] if lines else error}): autoencoders train by dense products")
         return None
     return path
+
+
+def keep_programs() -> None:
+    """Let XLA keep compiled programs from run to run, unless JAX_COMPILATION_CACHE_DIR names a place (or none).
+
+    Apart for each kind of processor: homes are shared, and a CPU's programs use its own instructions.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        with suppress(RuntimeError):
+            name = f"xla-{hashlib.sha256(_processor().encode()).hexdigest()[:8]}"
+            jax.config.update("jax_compilation_cache_dir", str(kept() / name))
 
 
 def _processor() -> str:

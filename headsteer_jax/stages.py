@@ -3,6 +3,8 @@
 A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. What of
 the config a stage depends on is in NEEDS; a finished or interrupted stage whose part of the config changed is not
 touched unless --overwrite says so. A stage that was made again makes those after it stale.
+
+Of several hosts all run a stage; process 0 decides what is to be done, and writes.
 """
 
 import datetime
@@ -10,11 +12,11 @@ import importlib.metadata
 import json
 import platform
 import resource
-import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
@@ -22,17 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from headsteer_jax import hosts, preemption
 from headsteer_jax.activations import observer, over_split, per_image
 from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import Residuals, cached, model_fingerprint
+from headsteer_jax.cache import Residuals, cached, data_fingerprint, model_fingerprint
 from headsteer_jax.checkpoint import (
     MEND,
+    Path,
+    locked,
     make_directory,
     read_arrays,
     read_json,
+    remove_directory,
     write_arrays,
     write_bytes,
     write_json,
+    write_text,
 )
 from headsteer_jax.config import Config, HeadSteerError, flatten
 from headsteer_jax.data import Dataset, Split, load
@@ -107,7 +114,7 @@ def train_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
             results[phase] = seen.accuracy(dataset.test.labels)
             if phase == "gated":
                 results["usage"] = seen.gates.mean(axis=(0, 2)).tolist()
-    write_json(workdir / "train" / "test.json", results)
+    hosts.first(lambda: write_json(workdir / "train" / "test.json", results))
 
 
 class Replaced(NamedTuple):
@@ -182,7 +189,7 @@ def _imported(config: Config) -> Trained:
 
 def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
-    c, directory = config.sae, make_directory(workdir / "sae")
+    c, directory = config.sae, workdir / "sae"
     model, params = trained(config, dataset, workdir / "train")
     source = {
         name: _sae_source(config, workdir, model, params, split, name)
@@ -214,17 +221,19 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
         seed_of(saes, 0), scaling, c.inference_k, source["train"], x_train, dataset.train.labels,
         len(dataset.class_names), gate_DH, c.tokens, INSIDE,
     )  # fmt: skip
-    write_arrays(directory / "inside.npz", inside)
     arrays = {f"sae_{name}": values for name, values in saes._asdict().items()}
     arrays |= {"mean": scaling.mean, "scale": scaling.scale, "x_train": x_train}
     arrays |= {"layer": np.array(config.sae_layer), "model": np.array(model_fingerprint(params))}
     curves = {f"curve_{name}": values[:, : c.seeds] for name, values in made.curves.items()}
-    write_arrays(directory / "autoencoders.npz", arrays | curves)
-    write_json(
-        directory / "health.json",
-        {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        | {"seeds": rows, "stability": stability(living[: c.seeds], living[c.seeds :])},
-    )
+    numbers: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    numbers |= {"seeds": rows, "stability": stability(living[: c.seeds], living[c.seeds :])}
+
+    def write() -> None:
+        write_arrays(directory / "inside.npz", inside)
+        write_arrays(directory / "autoencoders.npz", arrays | curves)
+        write_json(directory / "health.json", numbers)
+
+    hosts.first(write)
 
 
 def autoencoders(config: Config, params: Any, workdir: Path) -> tuple[SAE, Scaling, np.ndarray, Arrays]:
@@ -249,7 +258,7 @@ def autoencoders(config: Config, params: Any, workdir: Path) -> tuple[SAE, Scali
 
 def grid_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Autoencoders of several k and learning rates; the rate of each k is chosen on validation."""
-    directory, g = make_directory(workdir / "grid"), config.grid
+    directory, g = workdir / "grid", config.grid
     model, params = trained(config, dataset, workdir / "train")
     c = config.sae.model_copy(update={"epochs": g.epochs or config.sae.epochs})
     ks = g.k or tuple(dict.fromkeys(min(max(1, round(times * c.k)), config.latents) for times in (0.5, 1, 2)))
@@ -292,30 +301,39 @@ def grid_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
             name: float(np.mean([row[name] for row in by_rate[chosen]]))
             for name in ("explained_variance", "mse_residual", "l0", "dead_fraction")
         }
-    write_json(directory / "grid.json", {"best": best, "rows": rows, "epochs": c.epochs, "latents": config.latents})
+    numbers = {"best": best, "rows": rows, "epochs": c.epochs, "latents": config.latents}
+    hosts.first(lambda: write_json(directory / "grid.json", numbers))
 
 
 def steer_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """The sweep and its headline numbers."""
-    directory = make_directory(workdir / "steer")
     model, params = trained(config, dataset, workdir / "train")
     saes, scaling, x_train, curves = autoencoders(config, params, workdir)
     strategies = {name: strategy(name) for name in config.steer.strategies}
     arrays, steps = run_sweep(config, dataset, model, params, saes, scaling, x_train, strategies)
-    numbers, extra = summarise(arrays, config, steps)
-    write_sweep(workdir / "sweep.nc", labelled(arrays | extra | curves))
-    write_json(directory / "steering.json", numbers)
+
+    def write() -> None:
+        numbers, extra = summarise(arrays, config, steps)
+        write_sweep(workdir / "sweep.nc", labelled(arrays | extra | curves))
+        write_json(workdir / "steer" / "steering.json", numbers)
+
+    hosts.first(write)
 
 
 def layers_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """How steerable each gated layer is."""
     model, params = trained(config, dataset, workdir / "train")
-    directory = make_directory(workdir / "layers")
-    write_json(directory / "layers.json", profile(config, dataset, model, params, directory, _cache(config, workdir)))
+    directory = workdir / "layers"
+    numbers = profile(config, dataset, model, params, directory, _cache(config, workdir))
+    hosts.first(lambda: write_json(directory / "layers.json", numbers))
 
 
 def report_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
     """summary.json, the figures and report.html."""
+    hosts.first(lambda: _report(config, dataset, workdir))
+
+
+def _report(config: Config, dataset: Dataset, workdir: Path) -> None:
     test = read_json(workdir / "train" / "test.json")
     records = {
         stage: read_json(workdir / stage / "done.json")
@@ -356,7 +374,11 @@ RUN: dict[str, Callable[[Config, Dataset, Path], None]] = {
 
 def versions() -> dict[str, str]:
     """What made the numbers."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "device": str(jax.devices()[0])}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+    }
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -409,58 +431,90 @@ def why_stale(config: Config, workdir: Path, stage: str) -> str:
     return ""
 
 
+def _prepared(config: Config, workdir: Path, stage: str, stages: tuple[str, ...], overwrite: bool) -> Any:
+    """The record of a stage that is to be run now, once what is there of it allows; None: nothing is to be done."""
+    directory = workdir / stage
+    finished = (directory / "done.json").exists()
+    if stage not in stages:
+        later = [name for name in stages if stage in _reads(name)]
+        if stage in OPTIONAL and not finished:
+            return None
+        if later and not finished:
+            raise HeadSteerError(f"{later[0]} needs {stage}, which is not done in {workdir}: add it to --stages")
+        if later and (why := why_stale(config, workdir, stage)):
+            raise HeadSteerError(
+                f"{later[0]} needs {stage}, but {directory} is of another config ({why}); "
+                f"add {stage} to --stages and pass --overwrite, or choose another --workdir"
+            )
+        return None
+    why = why_stale(config, workdir, stage)
+    if why and not overwrite:
+        raise HeadSteerError(f"{directory} is of another config ({why}); pass --overwrite or another --workdir")
+    if why:
+        say(f"{stage}: made again ({why})")
+        remove_directory(directory)
+        finished = False
+    if finished:
+        say(f"{stage}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
+        return None
+    make_directory(directory)
+    record: dict[str, Any] = {"config": needed(config, stage), "inputs": _inputs(workdir, stage)}
+    write_json(directory / "started.json", record)
+    write_json(workdir / "config.json", json.loads(config.model_dump_json()))
+    return record
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises HeadSteerError where a host does not see what process 0 writes."""
+    token, path = hosts.first(lambda: uuid.uuid4().hex), workdir / ".shared"
+    hosts.first(lambda: write_text(path, token))
+
+    def seen() -> None:
+        if not path.exists() or path.read_text() != token:
+            raise HeadSteerError(
+                f"{workdir}: not the same on every host; --workdir must be on a file system that all share, or gs://"
+            )
+
+    hosts.everywhere(seen)
+    hosts.first(path.unlink)
+
+
 def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool) -> None:
     """Run the named stages in order, each unless it is done.
 
     Raises:
       HeadSteerError: a stage before the first named one is not done; what is there was made from another config and
-        `overwrite` is off; anything that a stage raises.
+        `overwrite` is off; another run is writing there; hosts differ; anything that a stage raises.
     """
-    workdir = make_directory(workdir)
+    workdir = Path(workdir)
+    settings = json.dumps({**flatten(config), "stages": stages, "overwrite": overwrite}, sort_keys=True)
+    hosts.check_equal({"the config": settings} | {f"the version of {name}": versions()[name] for name in PACKAGES})
     dataset: Dataset | None = None
-    for stage in STAGES:
-        directory = workdir / stage
-        finished = (directory / "done.json").exists()
-        if stage not in stages:
-            later = [name for name in stages if stage in _reads(name)]
-            if stage in OPTIONAL and not finished:
+    with ExitStack() as held:
+        hosts.first(lambda: bool(make_directory(workdir)))
+        hosts.first(lambda: held.enter_context(locked(workdir)))
+        if hosts.count() > 1:
+            _check_shared(workdir)
+        for stage in STAGES:
+            record = hosts.first(lambda stage=stage: _prepared(config, workdir, stage, stages, overwrite))  # type: ignore[misc]
+            if record is None:
                 continue
-            if later and not finished:
-                raise HeadSteerError(f"{later[0]} needs {stage}, which is not done in {workdir}: add it to --stages")
-            if later and (why := why_stale(config, workdir, stage)):
-                raise HeadSteerError(
-                    f"{later[0]} needs {stage}, but {directory} is of another config ({why}); "
-                    f"add {stage} to --stages and pass --overwrite, or choose another --workdir"
-                )
-            continue
-        why = why_stale(config, workdir, stage)
-        if why and not overwrite:
-            raise HeadSteerError(f"{directory} is of another config ({why}); pass --overwrite or another --workdir")
-        if why:
-            say(f"{stage}: made again ({why})")
-            shutil.rmtree(directory)
-            finished = False
-        if finished:
-            say(f"{stage}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
-            continue
-        make_directory(directory)
-        record: dict[str, Any] = {"config": needed(config, stage), "inputs": _inputs(workdir, stage)}
-        write_json(directory / "started.json", record)
-        write_json(workdir / "config.json", json.loads(config.model_dump_json()))
-        began = time.monotonic()
-        if dataset is None:
-            dataset = load(config.data, config.seed)
-            check_names(config, dataset.class_names)
-            check_validation(dataset.validation, config, dataset.class_names)
-        RUN[stage](config, dataset, workdir)
-        seconds = time.monotonic() - began
-        record |= {
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(),
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        write_json(directory / "done.json", record)
-        say(f"{stage}: done in {seconds:.0f} s")
+            began = time.monotonic()
+            if dataset is None:
+                dataset = hosts.everywhere(lambda: load(config.data, config.seed))
+                hosts.check_equal({"the data": data_fingerprint(dataset)})
+                check_names(config, dataset.class_names)
+                check_validation(dataset.validation, config, dataset.class_names)
+            RUN[stage](config, dataset, workdir)
+            seconds = time.monotonic() - began
+            record |= {
+                "finished": datetime.datetime.now(datetime.UTC).isoformat(),
+                "seconds": seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            hosts.first(lambda record=record, stage=stage: write_json(workdir / stage / "done.json", record))  # type: ignore[misc]
+            say(f"{stage}: done in {seconds:.0f} s")
+            preemption.check()
 
 
 def export(config: Config, workdir: Path, file: Path) -> None:
@@ -476,9 +530,12 @@ def export(config: Config, workdir: Path, file: Path) -> None:
     if why := why_stale(config, workdir, "train"):
         raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
     _, params = trained(config, load(config.data, config.seed), workdir / "train")
-    tensors = timm_tensors(params)
-    make_directory(file.parent)
-    write_bytes(file, safetensors.numpy.save(tensors))
+
+    def write() -> None:
+        make_directory(file.parent)
+        write_bytes(file, safetensors.numpy.save(timm_tensors(params)))
+
+    hosts.first(write)
 
 
 def export_saes(config: Config, workdir: Path, target: str) -> None:
@@ -499,15 +556,19 @@ def export_saes(config: Config, workdir: Path, target: str) -> None:
         raise HeadSteerError(f"--export_sae: {workdir / 'sae'} is of another config ({why}); name its config")
     _, params = trained(config, load(config.data, config.seed), workdir / "train")
     saes, scaling, _, _ = autoencoders(config, params, workdir)
-    directory = make_directory(Path(path))
-    for seed in range(config.sae.seeds):
-        about = {"model_name": workdir.name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
-                 "tokens": config.sae.tokens}  # fmt: skip
-        given = seed_of(saes, seed), scaling, config.sae.activation, config.sae.k
-        if library == "saelens":
-            export_saelens(*given, directory / f"seed_{seed}", about)
-        else:
-            export_overcomplete(*given, directory / f"seed_{seed}.safetensors", about)
+
+    def write() -> None:
+        directory = make_directory(path)
+        for seed in range(config.sae.seeds):
+            about = {"model_name": workdir.name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
+                     "tokens": config.sae.tokens}  # fmt: skip
+            given = seed_of(saes, seed), scaling, config.sae.activation, config.sae.k
+            if library == "saelens":
+                export_saelens(*given, directory / f"seed_{seed}", about)
+            else:
+                export_overcomplete(*given, directory / f"seed_{seed}.safetensors", about)
+
+    hosts.first(write)
 
 
 def peak_memory_bytes() -> int:

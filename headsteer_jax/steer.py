@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headsteer_jax import hosts
 from headsteer_jax.activations import dealt, largest, padded_chunks, per_image, replicated, too_small
 from headsteer_jax.augment import preprocess
 from headsteer_jax.config import Config, SteerConfig
@@ -185,7 +186,7 @@ def run_suffix(
     size, params = min(chunk, count), replicated(params)
     program = per_image(after, size, arrays=2, fixed=3).run
     while True:  # as many alphas at once as fit; where not even one does, fewer images
-        images = size * jax.device_count()
+        images = size * jax.local_device_count()
 
         def compile_for(at_once: int, images: int = images) -> Any:
             x_BTD = jax.ShapeDtypeStruct((images, tokens, config.model.width), jnp.float32, sharding=dealt())
@@ -201,22 +202,27 @@ def run_suffix(
             raise too_small(found, config.steer.memory, "one image under one alpha")
         size = max(1, size // 2)
     prefix = per_image(before, size).run
-    shape = (len(settings), len(alphas), count)
+    begin, end = (min(call * size, count) for call in hosts.share(-(-count // size)))
+    shape = (len(settings), len(alphas), end - begin)
     gates = np.zeros((*shape, len(layers), config.model.heads), bool)
     predictions = np.zeros(shape, np.int32)
     steered_V = [replicated(steered) for steered, _ in settings]
-    with progress(len(settings) * count, what, "image") as bar:
-        for indices in padded_chunks(count, size, jax.device_count()):
-            (x_BTD,) = prefix(params, gather(split.images, indices))
-            kept = min(len(indices), count - indices[0])
-            for v, (_, class_N) in enumerate(settings):
-                class_B = jax.device_put(class_N[indices].astype(np.int32), dealt())
-                for begin in range(0, len(alphas), found.size):
-                    which = np.minimum(np.arange(begin, begin + found.size), len(alphas) - 1)
-                    alphas_A = replicated(np.asarray(alphas, np.float32)[which])
-                    parts = jax.device_get(found.run(params, steered_V[v], alphas_A, x_BTD, class_B))
-                    here = slice(indices[0], indices[0] + kept)
-                    gates[v, which, here] = np.moveaxis(parts[0][:kept], 1, 0)
-                    predictions[v, which, here] = parts[1][:kept].T
-                bar.update(kept)
-    return gates, predictions
+
+    def own() -> None:
+        with progress(len(settings) * (end - begin), what, "image") as bar:
+            for indices in padded_chunks(begin, end, size, jax.local_device_count()):
+                (x_BTD,) = prefix(params, gather(split.images, indices))
+                kept = min(len(indices), end - indices[0])
+                for v, (_, class_N) in enumerate(settings):
+                    class_B = jax.device_put(class_N[indices].astype(np.int32), dealt())
+                    for some in range(0, len(alphas), found.size):
+                        which = np.minimum(np.arange(some, some + found.size), len(alphas) - 1)
+                        alphas_A = replicated(np.asarray(alphas, np.float32)[which])
+                        parts = jax.device_get(found.run(params, steered_V[v], alphas_A, x_BTD, class_B))
+                        here = slice(indices[0] - begin, indices[0] - begin + kept)
+                        gates[v, which, here] = np.moveaxis(parts[0][:kept], 1, 0)
+                        predictions[v, which, here] = parts[1][:kept].T
+                    bar.update(kept)
+
+    hosts.everywhere(own)
+    return tuple(np.moveaxis(hosts.joined(np.moveaxis(a, 2, 0)), 0, 2) for a in (gates, predictions))  # type: ignore[return-value]

@@ -132,6 +132,8 @@ class ViT(nn.Module):
     gate: GateConfig
     classes: int  # C
     positions_count: int  # CLS and the patches: T less the registers
+    scan: bool = False  # one compiled block, looped over the layers that are alike
+    remat: bool = False  # the backward pass computes a block's intermediates again
 
     def setup(self) -> None:
         m = self.model
@@ -206,8 +208,53 @@ class ViT(nn.Module):
         """
         m, first = self.model, self.gate.first_layer
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
-        for layer in range(start, m.depth if stop is None else stop):
+        stop = m.depth if stop is None else stop
+
+        def decided(block: Block, reads_BD: jax.Array, noise_BH: jax.Array | None) -> tuple[jax.Array, Any]:
+            """The gate logits, and the gates; None: all heads run."""
+            m_BH = block.gate_logits(reads_BD)
+            if gating == "sampled":
+                assert noise_BH is not None
+                return m_BH, straight_through(m_BH, noise_BH, self.gate.temperature)
+            return m_BH, threshold(m_BH) if gating == "thresholded" else None
+
+        def rest(block: Block, x_BTD: jax.Array, g_BH: jax.Array | None, queries: int | None) -> jax.Array:
+            y_BQHK, v_BQHK = block.heads(x_BTD, queries)
+            return block.finish(x_BTD[:, :queries], y_BQHK, v_BQHK, g_BH)
+
+        run = nn.remat(rest, static_argnums=(3,)) if self.remat else rest
+
+        def looped(x_BTD: jax.Array, layers: range) -> jax.Array:
+            """These layers, which are gated and alike, as one loop over their stacked parameters."""
+            params = [self.layers[layer].variables["params"] for layer in layers]
+            block = Block(m, self.gate, parent=None)
+
+            def one(x_BTD: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+                own, noise_BH = given
+
+                def layer(block: Block) -> tuple[jax.Array, Any]:
+                    m_BH, g_BH = decided(block, x_BTD[:, 0], noise_BH)
+                    return rest(block, x_BTD, g_BH, None), (m_BH, jnp.ones_like(m_BH) if g_BH is None else g_BH)
+
+                y_BTD, gate = block.apply({"params": own}, method=layer)
+                return y_BTD, (x_BTD[:, 0], *gate)
+
+            noise_LBH = (
+                None if noise_BAH is None else jnp.moveaxis(noise_BAH, 1, 0)[layers.start - first :][: len(layers)]
+            )
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            x_BTD, seen = jax.lax.scan(jax.checkpoint(one) if self.remat else one, x_BTD, (stacked, noise_LBH))
+            for name, values_L in zip(out, seen, strict=True):
+                out[name] |= dict(zip(layers, values_L, strict=True))
+            return x_BTD
+
+        layer = start
+        while layer < stop:
             block = self.layers[layer]
+            alike = range(layer, min(stop, m.depth - 1)) if layer >= first else range(0)
+            if self.scan and len(alike) > 1 and not (gates or gate_input or self.is_initializing()):
+                x_BTD, layer = looped(x_BTD, alike), alike.stop
+                continue
             out["cls"][layer] = x_BTD[:, 0]
             g_BH = None
             if layer >= first:
@@ -215,19 +262,13 @@ class ViT(nn.Module):
                 if gate_input is not None and layer in gate_input:
                     reads_BD = gate_input[layer](reads_BD)
                     x_BTD = x_BTD.at[:, 0].set(reads_BD) if steer_residual else x_BTD
-                m_BH = block.gate_logits(reads_BD)
+                m_BH, g_BH = decided(block, reads_BD, None if noise_BAH is None else noise_BAH[:, layer - first])
                 if gates is not None and layer in gates:
                     g_BH = gates[layer]
-                elif gating == "sampled":
-                    assert noise_BAH is not None
-                    g_BH = straight_through(m_BH, noise_BAH[:, layer - first], self.gate.temperature)
-                elif gating == "thresholded":
-                    g_BH = threshold(m_BH)
                 out["gate_logits"][layer] = m_BH
                 out["gates"][layer] = jnp.ones_like(m_BH) if g_BH is None else g_BH
-            queries = 1 if layer == m.depth - 1 else None
-            y_BQHK, v_BQHK = block.heads(x_BTD, queries)
-            x_BTD = block.finish(x_BTD[:, :queries], y_BQHK, v_BQHK, g_BH)
+            x_BTD = run(block, x_BTD, g_BH, 1 if layer == m.depth - 1 else None)
+            layer += 1
         return x_BTD, out
 
     def __call__(self, images_BHWC: jax.Array, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -248,7 +289,8 @@ def answer(logits_BC: jax.Array) -> jax.Array:
 def build(config: Config, classes: int) -> ViT:
     """The model of a config, for so many classes."""
     grid = config.data.image_size // config.model.patch
-    return ViT(config.model, config.gate, classes, positions_count=1 + grid**2)
+    how = config.machine
+    return ViT(config.model, config.gate, classes, 1 + grid**2, scan=how.scan_layers, remat=how.remat)
 
 
 def stack_gates(by_layer: Mapping[int, jax.Array]) -> jax.Array:

@@ -15,13 +15,13 @@ from headsteer_jax.vit import build
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 100), st.integers(1, 30))
 def test_chunks_cover_every_image_once_in_one_size(count: int, size: int) -> None:
-    chunks = padded_chunks(count, size)
+    chunks = padded_chunks(0, count, size)
     assert {len(chunk) for chunk in chunks} == {size}
     flat = np.concatenate(chunks)
     assert flat[:count].tolist() == list(range(count))
     assert len(flat) - count < size
-    assert np.array_equal(np.concatenate(padded_chunks(count, size, devices=3))[:count], np.arange(count))
-    assert {len(chunk) for chunk in padded_chunks(count, size, devices=3)} == {3 * size}
+    assert np.array_equal(np.concatenate(padded_chunks(0, count, size, devices=3))[:count], np.arange(count))
+    assert {len(chunk) for chunk in padded_chunks(0, count, size, devices=3)} == {3 * size}
     assert not flat[count:].any()
 
 

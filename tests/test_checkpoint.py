@@ -39,6 +39,11 @@ def tree(seed: int = 0) -> dict[str, Any]:
     }
 
 
+def save(checkpoints: Checkpoints, step: int, what: Any, about: dict[str, Any]) -> None:
+    checkpoints.save(step, what, about)
+    checkpoints.wait()
+
+
 def one_line(error: pytest.ExceptionInfo[HeadSteerError], *parts: str) -> None:
     assert "\n" not in str(error.value)
     for part in parts:
@@ -48,7 +53,7 @@ def one_line(error: pytest.ExceptionInfo[HeadSteerError], *parts: str) -> None:
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "a")
     assert checkpoints.latest() is None
-    checkpoints.save(3, tree(3), {"position": 12, "config": {"seed": 1}})
+    save(checkpoints, 3, tree(3), {"position": 12, "config": {"seed": 1}})
     again = Checkpoints(tmp_path / "a")  # as another process would
     found, about = again.restore(tree(0))
     chex.assert_trees_all_equal(found, tree(3))
@@ -61,7 +66,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
     checkpoints = Checkpoints(tmp_path, keep)
     for step in (1, 2, 5):
-        checkpoints.save(step, tree(step), {})
+        save(checkpoints, step, tree(step), {})
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [1, 2, 5][-keep:]
     chex.assert_trees_all_equal(checkpoints.restore(tree())[0], tree(5))
     if keep == 2:
@@ -71,16 +76,16 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
 def test_later_ones_are_forgotten(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 5)
     for step in (2, 4, 6, 8):
-        checkpoints.save(step, tree(step), {})
+        save(checkpoints, step, tree(step), {})
     checkpoints.forget_after(4)
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 4]
-    checkpoints.save(6, tree(1), {})
+    save(checkpoints, 6, tree(1), {})
     chex.assert_trees_all_equal(checkpoints.restore(tree())[0], tree(1))
 
 
 def test_a_relative_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Checkpoints(Path("here")).save(1, tree(), {})
+    save(Checkpoints(Path("here")), 1, tree(), {})
     assert (tmp_path / "here" / "1").is_dir()
 
 
@@ -93,7 +98,7 @@ def test_none_is_there(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved")
-    Checkpoints(directory).save(7, tree(7), {"position": 1})
+    save(Checkpoints(directory), 7, tree(7), {"position": 1})
     return directory
 
 
@@ -164,7 +169,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, tree(1), {})
+    save(checkpoints, 1, tree(1), {})
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise failure
@@ -172,7 +177,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "save", fail)
         with pytest.raises(HeadSteerError) as error:
-            checkpoints.save(2, tree(2), {})
+            save(checkpoints, 2, tree(2), {})
     one_line(error, str(tmp_path / "2"), "disk is full", "intact")
     chex.assert_trees_all_equal(checkpoints.restore(tree())[0], tree(1))
 

@@ -82,6 +82,7 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
         for name in curves:
             curves[name][epoch : epoch + 2] = found[name]
     kept.save(20, (t.saved(state, 3), curves), {})
+    kept.close()
     resumed = t.train_members(config, members, Held(x), tmp_path / "parts")
     chex.assert_trees_all_equal(resumed.saes, whole.saes)
     chex.assert_trees_all_equal(resumed.curves, whole.curves)
