@@ -567,7 +567,9 @@ def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:
             shutil.copytree(source, directory / "last")
             what = damage_a_file(directory / "last" / str(newest), rng)
             try:
-                tree, about = Checkpoints(directory / "last", 2).restore(like)
+                checkpoints = Checkpoints(directory / "last", 2)
+                tree, about = checkpoints.restore(like)
+                checkpoints.close()
             except HeadSteerError as error:
                 came = "refused"
                 if str(directory / "last") not in str(error):
