@@ -34,7 +34,7 @@ from headsteer_jax import sae_train
 from headsteer_jax.activations import over_split, per_image
 from headsteer_jax.augment import preprocess
 from headsteer_jax.cache import Held
-from headsteer_jax.config import Config, ModelConfig, SAEConfig, load_config
+from headsteer_jax.config import Config, MachineConfig, ModelConfig, SAEConfig, load_config
 from headsteer_jax.data import load
 from headsteer_jax.mesh import members_mesh
 from headsteer_jax.progress import say
@@ -234,7 +234,7 @@ def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     def trainer(seeds: int, **fields: Any) -> Callable[[], Any]:
         c = bench.config(seeds=seeds, control=False, batch=args.batch, k=TUNED_AT, **fields).sae
         members = sae_train.seeds(c)
-        members = sae_train.dealt_out(members, members_mesh(len(members.k)).shape["member"])
+        members = sae_train.dealt_out(members, members_mesh(len(members.k), MachineConfig()).shape["member"])
         state = [sae_train.initial_state(c, members, u_GD, F, 0)]
         run = sae_train.make_epochs(c, members, F, D, steps, 0)
 

@@ -98,8 +98,8 @@ def local_mesh() -> Mesh:
     return _row(jax.local_devices(), ("data",), (jax.local_device_count(),))
 
 
-def members_mesh(members: int) -> Mesh:
-    """Axes member, data, over all devices: independent members first, then each one's batch."""
-    there = jax.device_count()
-    side_by_side = max(n for n in range(1, there + 1) if there % n == 0 and n <= members)
-    return jax.make_mesh((side_by_side, there // side_by_side), ("member", "data"), axis_types=(AxisType.Auto,) * 2)
+def members_mesh(members: int, machine: MachineConfig) -> Mesh:
+    """Axes member, data, over the devices of `training_mesh`: independent members first, then each one's batch."""
+    devices = training_mesh(machine).devices
+    side_by_side = max(n for n in range(1, devices.size + 1) if devices.size % n == 0 and n <= members)
+    return _row(devices, ("member", "data"), (side_by_side, devices.size // side_by_side))

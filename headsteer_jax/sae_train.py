@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from headsteer_jax import hosts, sparse
 from headsteer_jax.cache import Residuals
 from headsteer_jax.checkpoint import Checkpoints, Path
-from headsteer_jax.config import Config, HeadSteerError, SAEConfig
+from headsteer_jax.config import Config, HeadSteerError, MachineConfig, SAEConfig
 from headsteer_jax.mesh import everywhere, members_mesh, placed
 from headsteer_jax.preemption import Preempted, at_checkpoints
 from headsteer_jax.progress import progress, say
@@ -93,7 +93,7 @@ def make_epochs(
     Args:
       mesh: `members_mesh`, which is the default; as many members on each device along `member`.
     """
-    mesh = mesh or members_mesh(len(members.k))
+    mesh = mesh or members_mesh(len(members.k), MachineConfig())
     steps = c.epochs * steps_per_epoch
     tx, rate, window = (
         optax.scale_by_adam(),
@@ -259,11 +259,11 @@ def train_members(config: Config, members: Members, source: Residuals, directory
     c, (count, D), F = config.sae, source.shape, config.latents
     if c.batch > count:
         raise HeadSteerError(f"config.sae.batch = {c.batch}: allowed is at most the {count} training residuals")
-    mesh = members_mesh(len(members.k))
+    mesh = members_mesh(len(members.k), config.machine)
     if c.batch % mesh.shape["data"]:
         raise HeadSteerError(
-            f"config.sae.batch = {c.batch}: allowed is a multiple of {mesh.shape['data']}, the devices of each of "
-            f"{mesh.shape['member']} autoencoders"
+            f"config.sae.batch = {c.batch}: allowed is a multiple of {mesh.shape['data']}, the devices of each "
+            "autoencoder; config.machine.data says how many devices are used"
         )
     scaling = fit_scaling(source.chunks, c)
     wanted, members = len(members.k), dealt_out(members, mesh.shape["member"])

@@ -21,6 +21,29 @@ from headsteer_jax.gates import Gate, straight_through, threshold
 Gating = Literal["dense", "sampled", "thresholded"]
 
 
+class Patches(nn.Module):
+    """A convolution whose windows do not overlap, as one matrix product, with `nn.Conv`'s parameters.
+
+    Of the convolution itself XLA's CPU compiler makes a kernel gradient that takes as long as three blocks.
+    """
+
+    patch: int
+    width: int  # D
+    dtype: jnp.dtype
+
+    @nn.compact  # type: ignore[untyped-decorator]  # mypy reads flax as Any
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        """[B, height, width, C] -> [B, patches, D], row by row; what is left at the edges is cut off."""
+        p, (B, height, width, channels) = self.patch, images_BHWC.shape
+        rows, columns = height // p, width // p
+        kernel_ppCD = self.param("kernel", nn.initializers.lecun_normal(), (p, p, channels, self.width))
+        bias_D = self.param("bias", nn.initializers.zeros, (self.width,))
+        windows = images_BHWC[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
+        pixels_NP = windows.transpose(0, 1, 3, 2, 4, 5).reshape(B * rows * columns, -1).astype(self.dtype)
+        x_ND = pixels_NP @ kernel_ppCD.reshape(-1, self.width).astype(self.dtype) + bias_D.astype(self.dtype)
+        return x_ND.reshape(B, rows * columns, self.width)
+
+
 class Block(nn.Module):
     """One transformer block. Its halves can be called apart, so that a sweep recomputes only what a gate changes."""
 
@@ -137,7 +160,7 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         m = self.model
-        self.patches = nn.Conv(m.width, (m.patch, m.patch), (m.patch, m.patch), "VALID", dtype=jnp.dtype(m.dtype))
+        self.patches = Patches(m.patch, m.width, jnp.dtype(m.dtype))
         self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, m.width))
         self.positions = self.param("positions", lambda key: sin_cos_positions(self.positions_count, m.width))
         if m.registers:
@@ -148,8 +171,7 @@ class ViT(nn.Module):
 
     def embed(self, images_BHWC: jax.Array) -> jax.Array:
         """[B, height, width, channels] normalised images -> [B, T, D] the residual that enters layer 0."""
-        grid_BhwD = self.patches(images_BHWC)
-        tokens_BtD = grid_BhwD.reshape(grid_BhwD.shape[0], -1, grid_BhwD.shape[-1]).astype(jnp.float32)
+        tokens_BtD = self.patches(images_BHWC).astype(jnp.float32)
         cls_B1D = jnp.broadcast_to(self.cls, (tokens_BtD.shape[0], 1, tokens_BtD.shape[2]))
         x_BTD = jnp.concatenate([cls_B1D, tokens_BtD], axis=1) + self.positions
         if self.model.registers:

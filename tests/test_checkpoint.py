@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from headsteer_jax.checkpoint import (
     Checkpoints,
+    locked,
     make_directory,
     read_arrays,
     read_json,
+    remove_directory,
     write_arrays,
     write_atomically,
     write_json,
@@ -248,3 +251,92 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(HeadSteerError) as error:
         make_directory(tmp_path / "file" / "w")
     one_line(error, "file/w", "--workdir")
+
+
+def test_damage_falls_back_to_the_checkpoint_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (1, 2):
+        save(checkpoints, step, tree(step), {"step": step})
+    data = max((tmp_path / "2").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    found, about = Checkpoints(tmp_path, 2).restore(tree())
+    chex.assert_trees_all_equal(found, tree(1))
+    assert about == {"step": 1}
+    assert "2: " in (said := capsys.readouterr().err)
+    assert "damaged" in said
+    assert "going on from step 1" in said
+    with pytest.raises(HeadSteerError) as error:
+        Checkpoints(tmp_path, 2).restore(tree(), 2)
+    one_line(error, str(tmp_path / "2"), "damaged")
+    # the damaged one is made again
+    again = Checkpoints(tmp_path, 2)
+    again.forget_after(1)
+    save(again, 2, tree(2), {"step": 2})
+    chex.assert_trees_all_equal(Checkpoints(tmp_path, 2).restore(tree())[0], tree(2))
+
+
+@pytest.mark.parametrize("flip", range(40))
+def test_a_flipped_bit_is_noticed_or_changes_nothing(saved: Path, tmp_path: Path, flip: int) -> None:
+    rng = np.random.default_rng(flip)
+    shutil.copytree(saved, tmp_path / "copy")
+    files = sorted(path for path in (tmp_path / "copy").rglob("*") if path.is_file() and path.stat().st_size)
+    file = files[rng.integers(len(files))]
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+    refused_or_the_same(tmp_path / "copy")
+
+
+def test_a_checkpoint_of_a_newer_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not passed over for an older one: that would be deleted work."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    save(checkpoints, 1, tree(1), {})
+    with monkeypatch.context() as patch:
+        patch.setattr("headsteer_jax.checkpoint.FORMAT", 2)
+        save(checkpoints, 2, tree(2), {})
+    with pytest.raises(HeadSteerError) as error:
+        checkpoints.restore(tree())
+    one_line(error, str(tmp_path / "2"), "of format 2, where this version knows 1", "upgrade")
+
+
+def test_what_is_saved_is_what_there_was_then(tmp_path: Path) -> None:
+    """The program goes on, and takes the arrays' memory, while a checkpoint is written."""
+    step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 1.5 + 1, x), donate_argnums=0)
+    state = {"a": jnp.arange(2**20, dtype=jnp.float32), "b": jnp.ones((300, 70))}
+    wanted = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(0, state, {})
+    for _ in range(20):
+        state = step(state)
+    jax.block_until_ready(state)
+    chex.assert_trees_all_equal(checkpoints.restore(wanted)[0], wanted)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(HeadSteerError) as error, locked(tmp_path):
+        pass
+    one_line(error, str(tmp_path), "another run is writing here")
+    with locked(tmp_path):  # it was let go
+        pass
+
+
+def test_a_removal_that_is_interrupted_leaves_nothing_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tmp_path / "train"
+    (stage / "last" / "4").mkdir(parents=True)
+    write_json(stage / "started.json", {})
+
+    def killed(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path(stage)), "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_directory(epath.Path(stage))
+    assert not stage.exists()
+    stage.mkdir()
+    remove_directory(epath.Path(stage))
+    assert not list(tmp_path.iterdir())

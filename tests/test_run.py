@@ -4,8 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +138,8 @@ def test_a_changed_field_is_named_and_overwrite_redoes_what_depends_on_it(finish
     assert run(f"--config={config}", f"--workdir={workdir}", "--overwrite").returncode == 0  # and back
 
 
-def test_same_seed_same_numbers(finished, tmp_path):
-    config, workdir = finished
-    assert run(f"--config={config}", f"--workdir={tmp_path}").returncode == 0
-    xarray.testing.assert_identical(read_sweep(workdir / "sweep.nc"), read_sweep(tmp_path / "sweep.nc"))
-
-
 def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):
+    """Same seed, same numbers, in another directory."""
     config, workdir = finished
     refused(run(f"--config={config}", f"--workdir={tmp_path}", "--stages=sae"), "sae needs train")
     for stage in ("train", "layers", "sae", "steer,report"):
@@ -151,12 +149,13 @@ def test_stages_one_by_one_equal_all_at_once(finished, tmp_path):
     for name in ("seconds", "peak_memory_bytes"):
         del first[name], second[name]
     assert first == second
+    xarray.testing.assert_identical(read_sweep(workdir / "sweep.nc"), read_sweep(tmp_path / "sweep.nc"))
 
 
 def test_damaged_checkpoint(finished, tmp_path):
     """What cannot be read is named; nothing else is touched."""
-    config, _ = finished
-    assert run(f"--config={config}", f"--workdir={tmp_path}", "--stages=train").returncode == 0
+    config, workdir = finished
+    shutil.copytree(workdir / "train", tmp_path / "train")
     largest = max((tmp_path / "train" / "gated" / "last" / "8").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     command = (f"--config={config}", f"--workdir={tmp_path}")
@@ -165,6 +164,105 @@ def test_damaged_checkpoint(finished, tmp_path):
     refused(run(*command, "--stages=sae"), "it ends at step 4 of 8", "done.json", "--overwrite")
     (tmp_path / "train" / "done.json").unlink()  # what the line says
     assert run(*command, "--overwrite", "--stages=train,sae").returncode == 0
+
+
+def start(*arguments: object, log: Path, devices: int = 1) -> subprocess.Popen[bytes]:
+    """run.py beside this process, with its lines in a file."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def together(tmp_path: Path, *arguments: list[object], devices: int = 1) -> list[tuple[int, str]]:
+    """Processes of one cluster, joined over loopback, each with its arguments: (exit code, lines) of each."""
+    where, logs = f"127.0.0.1:{free_port()}", [tmp_path / f"{number}.log" for number in range(len(arguments))]
+    processes = [
+        start(*own, f"--distributed={where},{len(arguments)},{number}", log=logs[number], devices=devices)
+        for number, own in enumerate(arguments)
+    ]
+    try:
+        codes = [process.wait(timeout=1200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    """Every stage, of two processes with two devices each; one writes. The sweep's counts are the same."""
+    config, workdir = finished
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}", "--config.machine.fsdp=2"]
+    first, second = together(tmp_path, command, command, devices=2)
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert first[1].splitlines()[-1] == str(tmp_path / "w" / "report.html")
+    assert "done in" not in second[1]
+    one, two = (read_sweep(path / "sweep.nc") for path in (workdir, tmp_path / "w"))
+    for name, values in one.data_vars.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(two[name], values, rtol=2e-3, atol=1e-5)
+        else:
+            xarray.testing.assert_equal(two[name], values)
+    # what was made together is gone on with alone
+    (tmp_path / "w" / "report" / "done.json").unlink()
+    assert run(f"--config={config}", f"--workdir={tmp_path / 'w'}").returncode == 0
+
+
+def test_processes_that_differ_are_told_at_once(finished, tmp_path):
+    config, _ = finished
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    for code, lines in together(tmp_path, command, [*command, "--config.sae.k=3"]):
+        assert code == 2
+        errors = [line for line in lines.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert "the config of process 1 is not process 0's" in errors[0]
+        assert "sae.k" in errors[0]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_coordinator_that_is_not_there(tmp_path):
+    result = run(f"--workdir={tmp_path / 'w'}", f"--distributed=127.0.0.1:{free_port()},2,1", "--distributed_timeout=3")
+    refused(result, "not all processes met at 127.0.0.1:", "within 3 s")
+    refused(
+        run(f"--workdir={tmp_path / 'w'}", "--distributed=here"), "--distributed=here", "HOST:PORT,PROCESSES,PROCESS"
+    )
+    refused(run(f"--workdir={tmp_path / 'w'}", "--distributed=a:1,2,2"), "process 2 of 2")
+    refused(run(f"--workdir={tmp_path / 'w'}", "--distributed=auto"), "no cluster could be joined")
+
+
+def test_sigterm_saves_and_asks_to_be_resumed(finished, tmp_path):
+    """In training; meanwhile another run is kept out of the directory."""
+    config, _ = finished
+    command, log = (f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=train"), tmp_path / "log"
+    long = (*command, "--config.train.dense.steps=20000")
+    process = start(*long, log=log)
+    try:
+        checkpoints = tmp_path / "w" / "train" / "dense" / "last"
+        while not any(path.name.isdigit() for path in (checkpoints.iterdir() if checkpoints.exists() else ())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        refused(run(*long), "another run is writing here", "--workdir")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 75
+    finally:
+        process.kill()
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "stopped by SIGTERM: the same command goes on where it was"
+    saved = int(re.search(r"dense: step (\d+) is saved", log.read_text())[1])
+    assert max(int(path.name) for path in checkpoints.iterdir()) == saved
+    process = start(*long, log=log)
+    try:
+        while f"dense: going on from step {saved}" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(

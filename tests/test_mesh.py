@@ -1,0 +1,174 @@
+"""One program on any number of devices: the same training to float32's rounding, and what cannot be divided."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FEW = "1,8,8 again,2x4"
+ALL = "1,2,4,8,8 again,2x4,1x8"
+
+# eight devices are simulated in a process of its own: the flag must be there before JAX is
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["tests"]
+import jax, numpy as np
+from conftest import tiny_config
+from test_sae_train import concepts, sae_config
+from test_train import blobs
+from headsteer_jax import mesh, sae_train, train as t
+from headsteer_jax.cache import Held
+from headsteer_jax.config import MachineConfig, PhaseConfig
+from headsteer_jax.data import Dataset
+from headsteer_jax.hosts import fetched
+from headsteer_jax.vit import build
+
+out, steps = Path(sys.argv[1]), int(sys.argv[2])
+assert jax.device_count() == 8
+machines = {}
+for name in sys.argv[3].split(","):
+    data, _, fsdp = name.removesuffix(" again").partition("x")
+    machines[name] = MachineConfig(data=int(data), fsdp=int(fsdp or 1))
+config = tiny_config()
+train = config.train.model_copy(update={"gated": PhaseConfig(steps=steps), "ema": 0.9})
+config = config.model_copy(update={"train": train})
+images = blobs(16 * steps, 0)
+x = concepts(640, 24, np.random.default_rng(0))
+
+def save(name, tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    np.savez(out / f"{name}.npz", **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
+
+params = t.initial_params(build(config, 3), config, 0)
+for name, machine in machines.items():
+    one = config.model_copy(update={"machine": machine})
+    devices = mesh.training_mesh(machine)
+    start = t.initial_state(params, "gated", one)
+    live = mesh.of_state(start, devices)
+    run = t.make_steps(build(one, 3), one, one.train.gated, True, live)
+    batches = images.images.reshape(steps, 16, 8, 8, 1), images.labels.reshape(steps, 16)
+    state, metrics = run(mesh.placed(start, live), *batches)
+    if machine.fsdp > 1:
+        kernel = state.optimizer[1][0].mu["params"]["layers_1"]["mlp_in"]["kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // machine.fsdp
+    save(f"vit {name}", fetched({"params": state.params, "average": state.average, "loss": metrics["loss"]}))
+for name, machine in machines.items():
+    if machine.fsdp > 1:
+        continue
+    one = sae_config(epochs=5, learning_rate=3e-3).model_copy(update={"machine": machine})  # five epochs of ten steps
+    made = sae_train.train_members(one, sae_train.seeds(one.sae), Held(x), out / f"sae {name}")
+    save(f"sae {name}", {"saes": made.saes, "curves": made.curves})
+
+# a run stopped on one mesh goes on on another
+class Stop(Exception): pass
+real = t.Checkpoints.save
+def stopping(self, step, tree, about):
+    real(self, step, tree, about)
+    if step == 4 and self.directory.name == "last":
+        self.wait()
+        raise Stop
+dataset = Dataset(blobs(96, 0), blobs(30, 1), blobs(30, 2), ("a", "b", "c"))
+for name, meshes in {"whole": ("8",), "parts": ("2x4", "1")}.items():
+    for part in meshes:
+        one = tiny_config().model_copy(update={"machine": machines[part]})
+        params = t.initial_params(build(one, 3), one, 0)
+        t.Checkpoints.save = stopping if name == "parts" and part == "2x4" else real
+        try:
+            with t._logging(out / name) as log:
+                state = t.fit(build(one, 3), params, "dense", dataset, one, out / name, log)
+        except Stop:
+            assert t.Checkpoints(out / name / "dense" / "last", 2).latest() == 4
+    save(f"resumed {name}", fetched(state.params))
+"""
+
+
+def start(program: str, *arguments: object, devices: int = 8) -> subprocess.CompletedProcess[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mesh")
+    result = start(PROGRAM, out, 12, FEW)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as found:
+        return dict(found)
+
+
+def furthest(path: Path, other: Path) -> float:
+    """The largest difference of two trees, over the largest number in the array.
+
+    Without the keys' biases: softmax does not see them, so their gradient is rounding alone, of which Adam makes a
+    step.
+    """
+    one, two = arrays(path), arrays(other)
+    assert one.keys() == two.keys()
+    names = [name for name in one if "['key']['bias']" not in name]
+    return max(float(np.abs(one[name] - two[name]).max() / (np.abs(one[name]).max() + 1e-30)) for name in names)
+
+
+def check(out: Path, machines: str) -> None:
+    for machine in machines.split(",")[1:]:
+        assert 0 < furthest(out / "vit 1.npz", out / f"vit {machine}.npz") < 2e-5
+        if "x" not in machine:
+            assert furthest(out / "sae 1.npz", out / f"sae {machine}.npz") < 5e-6
+    for what in ("vit", "sae"):
+        one, two = (arrays(out / f"{what} {name}.npz") for name in ("8", "8 again"))
+        for name, values in one.items():
+            np.testing.assert_array_equal(values, two[name])
+
+
+def test_training_is_the_same_on_any_mesh_and_a_mesh_gives_the_same_bits(trained: Path) -> None:
+    check(trained, FEW)
+
+
+@pytest.mark.slow
+def test_fifty_steps_on_every_mesh(tmp_path: Path) -> None:
+    result = start(PROGRAM, tmp_path, 50, ALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    check(tmp_path, ALL)
+
+
+def test_a_run_goes_on_on_another_mesh(trained: Path) -> None:
+    assert furthest(trained / "resumed whole.npz", trained / "resumed parts.npz") < 2e-5
+
+
+REFUSED = [
+    ("data=16", 16, "config.machine.data: a mesh of 16 x 1 devices, where there are 8"),
+    ("fsdp=16", 16, "config.machine.fsdp: a mesh of 16 devices, where there are 8"),
+    ("fsdp=3", 16, "config.machine.fsdp = 3: allowed is a divisor of the 8 devices"),
+    ("data=0", 12, "config.train.batch = 12: allowed is a multiple of 8 (8 devices)"),
+    ("data=3", 16, "config.train.batch = 16: allowed is a multiple of 3 (3 devices)"),
+    ("data=4, fsdp=2", 36, "config.train.batch = 36: allowed is a multiple of 8 (8 devices)"),
+]
+
+
+def test_what_cannot_be_divided() -> None:
+    program = """
+from headsteer_jax import mesh
+from headsteer_jax.config import Config, HeadSteerError, MachineConfig, TrainConfig
+"""
+    for machine, batch, _ in REFUSED:
+        program += f"""
+machine = MachineConfig({machine})
+try:
+    mesh.check_batch(Config(train=TrainConfig(batch={batch}), machine=machine), mesh.training_mesh(machine))
+    print("no error")
+except HeadSteerError as error:
+    print(error)
+"""
+    result = start(program)
+    for line, (_, _, says) in zip(result.stdout.splitlines(), REFUSED, strict=True):
+        assert line.startswith(says)
