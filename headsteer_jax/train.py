@@ -12,7 +12,7 @@ Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step)
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 
 from headsteer_jax import hosts, mesh
@@ -27,7 +28,7 @@ from headsteer_jax.activations import Observe, observer
 from headsteer_jax.augment import mixup, training_images
 from headsteer_jax.checkpoint import MEND, Checkpoints, Path, explained, in_bucket, make_directory, write_text
 from headsteer_jax.config import Config, HeadSteerError, PhaseConfig
-from headsteer_jax.data import Dataset, batch_indices, gather, prefetched
+from headsteer_jax.data import Dataset, Split, batch_indices, gather, prefetched
 from headsteer_jax.flops import speed
 from headsteer_jax.gates import annealed, logistic_noise, usage_loss
 from headsteer_jax.preemption import Preempted, at_checkpoints
@@ -276,6 +277,33 @@ def initial_state(params: Any, phase: Phase, config: Config) -> State:
     return State(params, average, optimizer(config, plan).init(params), jax.random.key_data(key), jnp.int32(0))
 
 
+def batches(
+    split: Split, config: Config, devices: Mesh, calls: Sequence[tuple[int, int]], offset: int
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Each call's images [n, B, h, w, c] uint8 and labels [n, B], on the devices, ahead of the call in threads.
+
+    Each host reads the rows of its own devices. The batches follow from the seed and the step alone: they are the same
+    on any number of hosts, and a run goes on in the middle of them.
+
+    Args:
+      calls: the first step of each, and the one after its last.
+      offset: of the phase's first step, in steps of the whole training.
+    """
+    batch, count = config.train.batch, len(split.labels)
+    live, rows = mesh.over_batch(devices, axis=1), mesh.own_rows(mesh.over_batch(devices), batch)
+
+    def one(call: int) -> tuple[jax.Array, jax.Array]:
+        indices = np.stack([batch_indices(count, batch, config.seed, offset + i)[rows] for i in range(*calls[call])])
+        images = gather(split.images, indices.ravel())
+        images = images.reshape(*indices.shape, *images.shape[1:])
+        return tuple(
+            jax.make_array_from_process_local_data(live, part, (len(part), batch, *part.shape[2:]))
+            for part in (images, split.labels[indices])
+        )
+
+    return prefetched(one, len(calls), threads=config.machine.prefetch)
+
+
 def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config, directory: Path, log: Log) -> State:
     """One phase, from `params` or from its own last checkpoint, to its end.
 
@@ -320,19 +348,6 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
     ends = sorted({*range(0, plan.steps, t.steps_per_call), plan.steps} - set(range(start + 1)))
     calls = list(zip([start, *ends[:-1]], ends, strict=True))
     offset = t.dense.steps if phase != "dense" else 0  # later phases go on in the order of the data
-    batches_live = mesh.over_batch(devices, axis=1)
-    rows = mesh.own_rows(mesh.over_batch(devices), batch)
-
-    def batches(call: int) -> tuple[jax.Array, jax.Array]:
-        """A call's images and labels, on the devices: each host reads its own rows of every global batch."""
-        indices = np.stack([batch_indices(count, batch, config.seed, offset + i)[rows] for i in range(*calls[call])])
-        images = gather(dataset.train.images, indices.ravel())
-        images = images.reshape(*indices.shape, *images.shape[1:])
-        return tuple(
-            jax.make_array_from_process_local_data(batches_live, part, (len(part), batch, *part.shape[2:]))
-            for part in (images, dataset.train.labels[indices])
-        )
-
     steps = make_steps(model, config, plan, gated, shardings)
     observe = observer(model, config, GATING[phase], config.sae_layer)
     pending: tuple[int, Any] | None = None
@@ -370,7 +385,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
 
     with at_checkpoints() as asked, progress(plan.steps, phase, initial=start) as bar:
         for number, ((first, end), (images, labels)) in enumerate(
-            zip(calls, prefetched(batches, len(calls), threads=config.machine.prefetch), strict=True)
+            zip(calls, batches(dataset.train, config, devices, calls, offset), strict=True)
         ):
             with _traced(directory / "profile" / phase if config.machine.profile and number == 1 else None):
                 state, metrics = steps(state, images, labels)

@@ -1,7 +1,9 @@
 """Training: the schedule, resuming bit for bit, the metrics, and a loss that is not finite."""
 
 import json
+import os
 import shutil
+import signal
 
 import chex
 import jax
@@ -11,9 +13,10 @@ import optax
 import pytest
 from conftest import tiny_config
 
+from headsteer_jax import preemption
 from headsteer_jax import train as t
-from headsteer_jax.config import Config, HeadSteerError, PhaseConfig
-from headsteer_jax.data import Dataset, Split
+from headsteer_jax.config import Config, HeadSteerError, MachineConfig, PhaseConfig
+from headsteer_jax.data import Dataset, LazyImages, Split
 from headsteer_jax.vit import build
 
 
@@ -191,3 +194,76 @@ def test_gates_have_a_learning_rate_of_their_own():
     assert scaled["decide"]["linear"]["kernel"].tolist() == [5, 5]
     assert scaled["out"]["kernel"].tolist() == [1, 1]
     assert t.scale_gates(updates, 1.0) is updates
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_accumulated_gradients_are_the_batchs(gated):
+    """To rounding; without the usage loss, which is not a mean over images."""
+    config = tiny_config()
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"weight": 0.0})})
+    images = blobs(32, 0)
+    batch = images.images.reshape(2, 16, 8, 8, 1), images.labels.reshape(2, 16)
+    found = []
+    for parts in (1, 4):
+        train = config.train.model_copy(update={"accumulate": parts, "mixup": 0.2})
+        one = config.model_copy(update={"train": train})
+        model = build(one, 3)
+        state = t.initial_state(t.initial_params(model, one, 0), "gated", one)
+        state, metrics = t.make_steps(model, one, one.train.gated, gated)(state, *batch)
+        names = ("loss", "train_accuracy", "gradient_norm")
+        found.append((state.optimizer[1][0].mu, {name: metrics[name] for name in names}))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_are_the_same_in_the_middle_and_for_any_images_in_memory_or_not(dataset):
+    config = tiny_config()
+    devices = t.mesh.training_mesh(config.machine)
+    calls = [(0, 2), (2, 4), (4, 5), (5, 8)]
+    whole = list(t.batches(dataset.train, config, devices, calls, 3))
+    assert [images.shape for images, _ in whole] == [(n, 16, 8, 8, 1) for n in (2, 2, 1, 3)]
+    chex.assert_trees_all_equal(list(t.batches(dataset.train, config, devices, calls[2:], 3)), whole[2:])
+    lazy = LazyImages(lambda places: (dataset.train.images[i] for i in places), np.arange(96), (8, 8, 1))
+    chex.assert_trees_all_equal(list(t.batches(Split(lazy, dataset.train.labels), config, devices, calls, 3)), whole)
+    for (first, end), (_, labels) in zip(calls, whole, strict=True):
+        for step, row in zip(range(first, end), labels, strict=True):
+            assert np.array_equal(row, dataset.train.labels[t.batch_indices(96, 16, 0, 3 + step)])
+
+
+def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
+    config = with_train(dense_control=False)
+    config = config.model_copy(update={"machine": MachineConfig(profile=True, peak_tflops=1.0)})
+    t.train(config, dataset, tmp_path)
+    rows = t.read_log(tmp_path / "speed.jsonl")
+    assert [row["step"] for row in rows if row["phase"] == "gated"] == [2, 4, 6, 8]
+    assert all(row["mfu"] == pytest.approx(row["tflops_per_device"]) and row["images_per_second"] > 0 for row in rows)
+    for phase in ("dense", "gated"):
+        assert list((tmp_path / "profile" / phase).rglob("*.xplane.pb"))
+
+
+def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
+    """It comes in the third call: the checkpoint is of that call's last step, and the end is the uninterrupted one."""
+    config = tiny_config()
+    t.train(config, dataset, tmp_path / "whole")
+    real, calls = t.Log.write, []
+
+    def terminated(self, phase, step, values, name="metrics"):
+        calls.append((phase, step))
+        if (phase, step) == ("gated", 4) and name == "speed":
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, phase, step, values, name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    preemption.install()
+    try:
+        monkeypatch.setattr(t.Log, "write", terminated)
+        with pytest.raises(preemption.Preempted):
+            t.train(config, dataset, tmp_path / "parts")
+        assert t.Checkpoints(tmp_path / "parts" / "gated" / "last", 2).latest() == 6
+        preemption.install()
+        monkeypatch.setattr(t.Log, "write", real)
+        t.train(config, dataset, tmp_path / "parts")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole, parts)
+    assert t.read_log(tmp_path / "whole" / "metrics.jsonl") == t.read_log(tmp_path / "parts" / "metrics.jsonl")

@@ -9,7 +9,8 @@ import reference
 from conftest import random_params, tiny_config
 
 from headsteer_jax import vit
-from headsteer_jax.config import Config
+from headsteer_jax.config import Config, MachineConfig
+from headsteer_jax.vit import build, stack_gates
 
 
 def with_model(config: Config, **fields: object) -> Config:
@@ -163,3 +164,40 @@ def test_steer_residual_lets_the_block_compute_on_it(images):
     x_BTD = x_BTD.at[:, 0].add(other)
     logits = model.apply(params, x_BTD, method=lambda m, x: m.classify(m.blocks(x, 1)[0][:, 0]))
     chex.assert_trees_all_close(steered, logits, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("gating", ["dense", "sampled", "thresholded"])
+def test_scanned_and_rematerialised_layers_are_the_same(gating: str, remat: bool) -> None:
+    """The same parameters and, to rounding, the same answers, gates, residuals and gradients."""
+    config = tiny_config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"depth": 5})})
+    how = MachineConfig(scan_layers=True, remat=remat)
+    plain, scanned = build(config, 7), build(config.model_copy(update={"machine": how}), 7)
+    params = random_params(config, 7)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((6, 8, 8, 1)).astype(np.float32)
+    noise = rng.logistic(size=(6, 4, 3)).astype(np.float32) if gating == "sampled" else None
+
+    def total(model, params):
+        logits, out = model.apply(params, images, gating=gating, noise_BAH=noise)
+        return (logits * jnp.arange(7)).sum() + 3 * stack_gates(out["gates"]).mean(), (logits, out)
+
+    (_, one), one_grad = jax.value_and_grad(lambda p: total(plain, p), has_aux=True)(params)
+    (_, two), two_grad = jax.value_and_grad(lambda p: total(scanned, p), has_aux=True)(params)
+    chex.assert_trees_all_close(one, two, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(one_grad, two_grad, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_equal_shapes(params, scanned.init(jax.random.key(0), images))
+    text = jax.jit(lambda p: total(scanned, p)[0]).lower(params).as_text()
+    assert text.count("stablehlo.while") >= 1  # there is a loop
+    backward = str(jax.make_jaxpr(jax.grad(lambda p: total(scanned, p)[0]))(params))
+    assert ("remat" in backward or "checkpoint" in backward) == remat
+
+
+def test_a_scan_is_left_where_something_intervenes() -> None:
+    config = tiny_config()
+    model = build(config.model_copy(update={"machine": MachineConfig(scan_layers=True)}), 7)
+    params, images = random_params(config, 7), np.random.default_rng(0).standard_normal((4, 8, 8, 1))
+    closed = {1: jnp.zeros((4, 3))}
+    plain = build(config, 7).apply(params, images, gates=closed)
+    chex.assert_trees_all_equal(model.apply(params, images, gates=closed), plain)
