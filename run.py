@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except preemption.Preempted:
-        print("stopped by SIGTERM: the same command goes on where it was", file=sys.stderr)
+        print(preemption.LINE, file=sys.stderr)
         return preemption.RESUME
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)

@@ -1,8 +1,8 @@
 """SIGTERM: a machine that is about to be taken away says so; what was computed is saved, and the program ends.
 
 Training saves a checkpoint at the next call and stops there; all else stops at once, as it is written whole or not at
-all. The exit code RESUME asks for the same command again. JAX is imported late: it takes seconds, in which SIGTERM must
-be heard as well.
+all. Several processes stop together, in training or at the end of a stage. The exit code RESUME asks for the same
+command again. JAX is imported late: it takes seconds, in which SIGTERM must be heard as well.
 """
 
 import os
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 RESUME = os.EX_TEMPFAIL  # 75: a temporary failure, try again
+LINE = "stopped by SIGTERM: the same command goes on where it was"
 
 
 class Preempted(BaseException):
@@ -19,50 +20,65 @@ class Preempted(BaseException):
 
 
 class Handler:
-    """SIGTERM's: raises Preempted at once, or keeps it in mind while `waits`."""
+    """SIGTERM's: ends the program at once, or keeps it in mind while `waits`.
+
+    It does not raise: Python runs it wherever the program is, in a library's callback too, where exceptions get lost.
+    """
 
     def __init__(self) -> None:
-        self.waits, self.asked = False, False
+        self.waits, self.asked, self.questions = False, False, 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if not self.waits:
-            raise Preempted
+            os.write(2, f"{LINE}\n".encode())
+            os._exit(RESUME)
+
+    def together(self) -> bool:
+        """Of several processes, whose SIGTERM JAX's own service hears instead: true in all at the same question."""
+        from jax.experimental import multihost_utils
+
+        self.questions += 1  # the service wants consecutive numbers
+        return multihost_utils.reached_preemption_sync_point(self.questions)
 
 
 def install() -> None:
-    """From now on; where several processes are joined later, JAX's own service hears it instead, so that all of them
-    stop at the same step."""
+    """From now on."""
     signal.signal(signal.SIGTERM, Handler())
 
 
-def check() -> None:
-    """Raises Preempted where SIGTERM came and its exception got lost, as in a library's callback it can."""
+def _handler() -> Handler | None:
     handler = signal.getsignal(signal.SIGTERM)
-    if isinstance(handler, Handler) and handler.asked:
+    return handler if isinstance(handler, Handler) else None
+
+
+def check() -> None:
+    """Raises Preempted in all of several processes, where one of them got SIGTERM; they ask together."""
+    import jax
+
+    handler = _handler()
+    if handler is not None and jax.process_count() > 1 and handler.together():
         raise Preempted
 
 
 @contextmanager
-def at_checkpoints() -> Iterator[Callable[[int], bool]]:
-    """Within, SIGTERM waits: gives `asked(step)`, true once it is time to save and raise Preempted.
+def at_checkpoints() -> Iterator[Callable[[], bool]]:
+    """Within, SIGTERM waits: gives `asked()`, true once it is time to save and raise Preempted.
 
-    Of several processes each must ask at the same steps.
+    Of several processes each must ask as often.
     """
     import jax
-    from jax.experimental import multihost_utils
 
-    check()
-    handler = signal.getsignal(signal.SIGTERM)
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    if not isinstance(handler, Handler):
-        yield lambda step: False
-        return
-    handler.waits = True
-    try:
-        yield lambda step: handler.asked
-    finally:
-        handler.waits = False
-    check()
+    handler = _handler()
+    if handler is None:
+        yield lambda: False
+    elif jax.process_count() > 1:
+        yield handler.together
+    else:
+        handler.waits = True
+        try:
+            yield lambda: handler.asked
+        finally:
+            handler.waits = False
+        if handler.asked:
+            raise Preempted

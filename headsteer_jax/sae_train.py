@@ -315,7 +315,7 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             for name in curves:
                 curves[name][number:done] = found[name][:, :wanted]
             finite = np.isfinite(curves["mse"][number:done]).all(axis=0)
-            stopping = asked(done)
+            stopping = asked()
             save = done // every > number // every or done == c.epochs or stopping
             if save:
                 kept = saved(state, wanted)

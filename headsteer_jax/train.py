@@ -409,7 +409,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
                 save(end)
                 note = f"validation accuracy {accuracy:.3f}"
                 recorded = time.monotonic()
-            elif asked(end):
+            elif asked():
                 record()
                 save(end)
                 for checkpoints in (last, best):
