@@ -201,10 +201,14 @@ def locked(workdir: Path) -> Iterator[None]:
 
     def beat() -> None:
         number = 0
-        while not ended.wait(BEAT if number else 0):
+        while not ended.wait(BEAT):
             number += 1
             path.write_text(f"{own} {number}")
 
+    path.write_text(own)
+    time.sleep(BEAT / 10)  # of two that start at once the first sees the second's
+    if not content().startswith(own):
+        raise HeadSteerError(busy)
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:

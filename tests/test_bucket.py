@@ -1,0 +1,134 @@
+"""A bucket as the place of a run: checkpoints, small files, the lock, against a server of Google's protocol."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_run import CONFIG, ROOT, free_port
+
+pytest.importorskip("gcsfs", reason="needs the extra gcs")
+pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator")
+
+# The emulator leaves out what TensorStore needs: a header that tells versions of an object apart, bounds of a listing.
+SERVER = """
+import json, sys
+from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+
+plain = objects.download
+
+def download(request, response, storage, *args, **kwargs):
+    plain(request, response, storage, *args, **kwargs)
+    try:
+        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["X-Goog-Generation"] = found["generation"]
+    except NotFound:
+        pass
+
+def listed(request, response, storage, *args, **kwargs):
+    whole(request, response, storage, *args, **kwargs)
+    begin, end = (request.query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
+    found = json.loads(response._content)
+    names = found.get("items", [])
+    found["items"] = [one for one in names if one["name"] >= begin and (not end or one["name"] < end)]
+    response.json(found)
+
+whole, objects.download = objects.ls, download
+for _, methods in server.HANDLERS:
+    for method, handler in list(methods.items()):
+        methods[method] = download if handler is plain else listed if handler is whole else handler
+server.create_server("127.0.0.1", int(sys.argv[1]), True, default_bucket="steer").run()
+"""
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from headsteer_jax import checkpoint as c
+from headsteer_jax.config import HeadSteerError
+
+c.BEAT = 0.3
+root = c.Path("gs://steer/files")
+c.make_directory(root)
+c.write_json(root / "a.json", {"a": 1})
+c.write_arrays(root / "a.npz", {"x": np.arange(5)})
+assert c.read_json(root / "a.json") == {"a": 1}
+assert c.read_arrays(root / "a.npz")["x"].tolist() == [0, 1, 2, 3, 4]
+try:
+    c.read_json(root / "none.json")
+except HeadSteerError as error:
+    assert "gs://steer/files/none.json: missing or damaged" in str(error), error
+
+like = {f"layer_{i}": {"kernel": jnp.arange(300.0) + i, "bias": jnp.ones(3) * i} for i in range(20)}
+checkpoints = c.Checkpoints(root / "last", 2)
+for step in (1, 2, 3):
+    checkpoints.save(step, jax.tree.map(lambda leaf: leaf * step, like), {"step": step})
+checkpoints.wait()
+tree, about = c.Checkpoints(root / "last", 2).restore(jax.tree.map(np.asarray, like))
+assert about == {"step": 3}
+assert all((a == 3 * b).all() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True))
+again = c.Checkpoints(root / "last", 2)
+again.forget_after(2)
+assert c.Checkpoints(root / "last", 2).restore(like)[1] == {"step": 2}
+
+with c.locked(root):
+    try:
+        with c.locked(root):
+            raise AssertionError("two runs in one directory")
+    except HeadSteerError as error:
+        assert "gs://steer/files: another run is writing here" in str(error)
+(root / ".lock").write_text("a dead run's")
+with c.locked(root):
+    pass
+assert not (root / ".lock").exists()
+
+c.write_json(root / "stage" / "started.json", {})
+c.write_json(root / "stage" / "last" / "x.json", {})
+c.remove_directory(root / "stage")
+assert not (root / "stage").exists()
+print("all is well")
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    """The environment in which gs://steer is there."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/storage/v1/b/steer", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield os.environ | {
+            "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        }  # fmt: skip
+    finally:
+        server.kill()
+
+
+def test_files_checkpoints_and_the_lock(bucket: dict[str, str]) -> None:
+    result = subprocess.run([sys.executable, "-c", PROGRAM], env=bucket, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "all is well", result.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_whole_run(bucket: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "tiny.py"
+    config.write_text(CONFIG)
+    command = [sys.executable, str(ROOT / "run.py"), f"--config={config}", "--workdir=gs://steer/run"]
+    result = subprocess.run(command, env=bucket, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == "gs://steer/run/report.html"
+    again = subprocess.run(command, env=bucket, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.stderr.count("done before") == 5
