@@ -7,8 +7,11 @@ Exit codes: 0; 2 after one line that says what is wrong; 75 when SIGTERM stopped
 """
 
 import argparse
+import json
 import os
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 from etils import epath
@@ -86,8 +89,16 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     return flags, overrides
 
 
+def _speak_alone() -> None:
+    """What goes wrong in libraries' threads is raised here and becomes one line; they need not print it as well."""
+    sys.unraisablehook = lambda _: None
+    shown = sys.excepthook
+    sys.excepthook = lambda *error: shown(*error) if threading.current_thread() is threading.main_thread() else None
+
+
 def main(arguments: list[str]) -> int:
     preemption.install()
+    _speak_alone()
     try:
         flags, overrides = parse(arguments)
         config = configs.load_config(_found(flags.config), overrides)
@@ -97,6 +108,8 @@ def main(arguments: list[str]) -> int:
 
         hosts.start(flags.distributed, flags.distributed_timeout)
         sparse.keep_programs()
+        own = {name: value for name, value in vars(flags).items() if not name.startswith("distributed")}
+        hosts.check_equal({"the command line": json.dumps(own)})
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
         if flags.export:
             stages.export(config, workdir, epath.Path(flags.export))
@@ -113,6 +126,9 @@ def main(arguments: list[str]) -> int:
     except preemption.Preempted:
         print(preemption.LINE, file=sys.stderr)
         return preemption.RESUME
+    except Exception:
+        traceback.print_exc()
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -128,5 +144,8 @@ def _found(path: str) -> Path:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code:  # at once: libraries' threads and exit handlers would bury the line under their own tracebacks
+        if "headsteer_jax.hosts" in sys.modules:
+            sys.modules["headsteer_jax.hosts"].wait_to_leave()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)

@@ -33,7 +33,7 @@ from headsteer_jax.checkpoint import explained
 from headsteer_jax.config import Config, DataConfig, HeadSteerError
 from headsteer_jax.data import Dataset, LazyImages, Split, gather
 from headsteer_jax.progress import say
-from headsteer_jax.vit import ViT
+from headsteer_jax.vit import ViT, model_fingerprint
 
 Tokens = Literal["cls", "patches", "all"]
 Directory = str | os.PathLike[str]  # local, or gs://bucket/path
@@ -175,14 +175,6 @@ def _blaming(where: str, fault: str, mend: str) -> Iterator[None]:
         if isinstance(error, TimeoutError) or re.match(UNREACHABLE, reason):
             fault, mend = "cannot be reached", "check the network, the bucket's name and your rights to it"
         raise HeadSteerError(f"{where}: {fault} ({reason}); {mend}") from None
-
-
-def model_fingerprint(params: Any) -> str:
-    """Of a model's parameters: their names and bits."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _files(config: DataConfig) -> list[tuple[str, int, float]]:

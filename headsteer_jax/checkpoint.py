@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -17,7 +18,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar
 
 import jax
@@ -100,6 +101,7 @@ def remove_directory(path: Path) -> None:
             doomed.rmtree()
         if path.exists():
             path.rename(doomed)
+    (doomed / "done.json").unlink(missing_ok=True)
     for inside in doomed.iterdir() if doomed.exists() else ():
         if inside.is_dir():
             inside.rmtree()
@@ -196,14 +198,17 @@ def locked(workdir: Path) -> Iterator[None]:
         say(f"{workdir}: another run's lock; waiting whether it is alive")
         for _ in range(3):
             time.sleep(BEAT)
-            if content() not in ("", before):
+            if (now := content()) not in ("", before):
                 raise HeadSteerError(busy)
+            if not now:
+                break
 
     def beat() -> None:
         number = 0
         while not ended.wait(BEAT):
             number += 1
-            path.write_text(f"{own} {number}")
+            with suppress(Exception):  # the network may come back
+                path.write_text(f"{own} {number}")
 
     path.write_text(own)
     time.sleep(BEAT / 10)  # of two that start at once the first sees the second's
@@ -232,7 +237,23 @@ def _sums(tree: Any, about: Mapping[str, Any]) -> dict[str, int]:
 
 
 class Damaged(HeadSteerError):
-    """A checkpoint cannot be read, or is not what was written."""
+    """A checkpoint is not what was written."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for its question whether SIGTERM came: it would disturb the counting in `preemption`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+PASSING = "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+
+
+def _passing(error: Exception) -> bool:
+    """Whether trying again may help: what was not read is not therefore damaged."""
+    io = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError)
+    return io or isinstance(error, MemoryError) or bool(re.search(PASSING, str(error)))
 
 
 class Checkpoints:
@@ -242,16 +263,27 @@ class Checkpoints:
     directory and renames that, so that a half-written one is never read, and writes while the program goes on.
     """
 
-    def __init__(self, directory: AnyPath, keep: int = 1) -> None:
+    def __init__(self, directory: AnyPath, keep: int = 1, writes: bool = True) -> None:
+        """
+        Args:
+          keep: the newest so many.
+          writes: what an interrupted write left is deleted; a reader must not, as a run may be writing there.
+        """
         directory = os.fspath(directory)
         self.directory = Path(directory if in_bucket(directory) else os.path.abspath(directory))
+        # named one by one, processes wait for each other by the coordinator, which gives up where one has failed
+        everyone = set(range(hosts.count())) if hosts.count() > 1 else None
+        together = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=everyone)
         with explained(self.directory):
-            hosts.first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
-            self._manager = ocp.CheckpointManager(
+            if writes:
+                hosts.first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+            elif not self.directory.exists():
+                raise HeadSteerError(f"{self.directory}: no checkpoint; {MEND}")
+            self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=False, cleanup_tmp_directories=True,
-                    single_host_load_and_broadcast=hosts.count() > 1,
+                    max_to_keep=keep, create=False, cleanup_tmp_directories=writes, read_only=not writes,
+                    single_host_load_and_broadcast=hosts.count() > 1, multiprocessing_options=together,
                 ),
             )  # fmt: skip
 
@@ -324,14 +356,21 @@ class Checkpoints:
             with _once():
                 items = self._manager.restore(step, args=args)
             tree, entry = items.state, items.about
-            version = int(entry["format"])
+            version = int(entry.get("format", 0))
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
+            if _passing(error):
+                reason = " ".join(str(error).split())[:160]
+                raise HeadSteerError(
+                    f"{path}: cannot be read ({reason}); mend that and run the same command"
+                ) from error
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
             raise Damaged(f"{path}: truncated, damaged or of another model ({reason}); {MEND}") from error
         if version > FORMAT:
             raise HeadSteerError(
                 f"{path}: of format {version}, where this version knows {FORMAT}; upgrade headsteer-jax"
             )
+        if not version:
+            raise HeadSteerError(f"{path}: of an older version of HeadSteer, without checksums; {MEND}")
         for have, want in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if have.shape != want.shape or have.dtype != want.dtype:
                 raise HeadSteerError(

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import jax
@@ -133,20 +134,19 @@ def first(function: Callable[[], T]) -> T:
     return result
 
 
-def everywhere(function: Callable[[], T], as_error: type[HeadSteerError] = HeadSteerError) -> T:
+def everywhere(function: Callable[[], T], kind: type[HeadSteerError] = HeadSteerError) -> T:
     """What this process makes of it, once all have succeeded.
 
     Raises:
-      HeadSteerError: one of them failed; in every process, and of the kind `as_error`.
+      HeadSteerError: one of them failed; in every process the first one's line, and of its kind where that is `kind`.
     """
     if count() == 1:
         return function()
     result, line, error = _attempted(function)
-    lines = [text.decode() for text in exchanged(line.encode())]
-    if error is not None:
-        raise error
-    if failed := next(filter(None, lines), ""):
-        raise as_error(failed)
+    own = json.dumps([type(error).__name__, line])
+    for name, failed in map(json.loads, exchanged(own.encode())):
+        if failed:
+            raise (kind if name == kind.__name__ else HeadSteerError)(failed) from error
     return result  # type: ignore[return-value]
 
 
@@ -162,6 +162,13 @@ def check_equal(what: dict[str, str]) -> None:
                 )
 
 
+def wait_to_leave() -> None:
+    """Before a process ends early: where the first one is gone, JAX aborts the others before they can speak."""
+    if jax.distributed.is_initialized():
+        with suppress(Exception):
+            multihost.sync_global_processes("leave", processes=set(range(count())), timeout=10)
+
+
 def share(total: int) -> tuple[int, int]:
     """Which of `total` pieces of work are this process's: from, to."""
     number = jax.process_index()
@@ -169,7 +176,7 @@ def share(total: int) -> tuple[int, int]:
 
 
 def joined(array: np.ndarray) -> np.ndarray:
-    """Every process's [n, ...], one after the other; n may differ."""
+    """Every process's [n, ...], one after the other; n may differ. Not of 64 bits, which JAX would halve."""
     if count() == 1:
         return array
     wait_for_all("join")

@@ -33,10 +33,11 @@ def training_mesh(machine: MachineConfig) -> Mesh:
         raise HeadSteerError(
             f"config.machine.{'data' if machine.data else 'fsdp'}: a mesh of {wanted} devices, where there are {there}"
         )
-    if (not machine.data and there % fsdp) or (jax.process_count() > 1 and data * fsdp < there):
+    if not machine.data and there % fsdp:
+        raise HeadSteerError(f"config.machine.fsdp = {fsdp}: allowed is a divisor of the {there} devices")
+    if jax.process_count() > 1 and data * fsdp < there:
         raise HeadSteerError(
-            f"config.machine.fsdp = {fsdp}: allowed is a divisor of the {there} devices"
-            + (f", and data * fsdp = {there}" if machine.data else "")
+            f"config.machine.data = {data}: several hosts use all {there} devices; allowed is {there} / fsdp, or 0"
         )
     if data * fsdp == there:
         return jax.make_mesh((data, fsdp), BATCH, axis_types=(AxisType.Auto,) * 2)

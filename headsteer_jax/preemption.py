@@ -38,8 +38,9 @@ class Handler:
         """Of several processes, whose SIGTERM JAX's own service hears instead: true in all at the same question."""
         from jax.experimental import multihost_utils
 
-        self.questions += 1  # the service wants consecutive numbers
-        return multihost_utils.reached_preemption_sync_point(self.questions)
+        self.questions += 1  # the service wants consecutive numbers, and says yes once
+        self.asked |= multihost_utils.reached_preemption_sync_point(self.questions)
+        return self.asked
 
 
 def install() -> None:

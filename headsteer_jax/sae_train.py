@@ -335,5 +335,5 @@ def train_members(config: Config, members: Members, source: Residuals, directory
                 raise Preempted
             mse, dead = (curves[name][done - 1, finite].mean() for name in ("mse", "dead"))
             bar.update(at_once, f"mse {mse:.4f}, dead {dead:.2%}")
-    checkpoints.close()
+        checkpoints.close()
     return Trained(saved(state, wanted).sae, scaling, curves)

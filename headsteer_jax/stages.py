@@ -8,6 +8,7 @@ Of several hosts all run a stage; process 0 decides what is to be done, and writ
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -27,7 +28,7 @@ import safetensors.numpy
 from headsteer_jax import hosts, preemption
 from headsteer_jax.activations import observer, over_split, per_image
 from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import Residuals, cached, data_fingerprint, model_fingerprint
+from headsteer_jax.cache import Residuals, cached, data_fingerprint
 from headsteer_jax.checkpoint import (
     MEND,
     Path,
@@ -58,7 +59,7 @@ from headsteer_jax.steer import suffix
 from headsteer_jax.summary import summarise
 from headsteer_jax.sweep import Arrays, check_names, check_validation, gate_weights, run_sweep
 from headsteer_jax.train import GATING, PHASES, read_log, train, trained
-from headsteer_jax.vit import ViT, answer
+from headsteer_jax.vit import ViT, answer, model_fingerprint
 
 NEEDS = {
     "train": ("seed", "data", "model", "gate", "train"),
@@ -502,7 +503,8 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
             began = time.monotonic()
             if dataset is None:
                 dataset = hosts.everywhere(lambda: load(config.data, config.seed))
-                hosts.check_equal({"the data": data_fingerprint(dataset)})
+                marks = hosts.everywhere(functools.partial(data_fingerprint, dataset))
+                hosts.check_equal({"the data": marks})
                 check_names(config, dataset.class_names)
                 check_validation(dataset.validation, config, dataset.class_names)
             RUN[stage](config, dataset, workdir)
@@ -529,7 +531,7 @@ def export(config: Config, workdir: Path, file: Path) -> None:
         raise HeadSteerError(f"--export needs train, which is not done in {workdir}: add it to --stages")
     if why := why_stale(config, workdir, "train"):
         raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
-    _, params = trained(config, load(config.data, config.seed), workdir / "train")
+    _, params = trained(config, hosts.everywhere(lambda: load(config.data, config.seed)), workdir / "train")
 
     def write() -> None:
         make_directory(file.parent)
@@ -554,7 +556,7 @@ def export_saes(config: Config, workdir: Path, target: str) -> None:
         raise HeadSteerError(f"--export_sae needs sae, which is not done in {workdir}: add it to --stages")
     if why := why_stale(config, workdir, "sae"):
         raise HeadSteerError(f"--export_sae: {workdir / 'sae'} is of another config ({why}); name its config")
-    _, params = trained(config, load(config.data, config.seed), workdir / "train")
+    _, params = trained(config, hosts.everywhere(lambda: load(config.data, config.seed)), workdir / "train")
     saes, scaling, _, _ = autoencoders(config, params, workdir)
 
     def write() -> None:

@@ -34,7 +34,7 @@ from headsteer_jax.gates import annealed, logistic_noise, usage_loss
 from headsteer_jax.preemption import Preempted, at_checkpoints
 from headsteer_jax.pretrained import load_backbone
 from headsteer_jax.progress import progress, say
-from headsteer_jax.vit import Gating, ViT, build, stack_gates
+from headsteer_jax.vit import Gating, ViT, build, model_fingerprint, stack_gates
 
 Phase = Literal["dense", "gated", "dense_control"]
 PHASES: tuple[Phase, ...] = ("dense", "gated", "dense_control")
@@ -264,8 +264,9 @@ def initial_params(model: ViT, config: Config, seed: int) -> Any:
     side, channels = config.data.image_size, config.data.channels
     params = jax.jit(model.init)(key, jnp.zeros((1, side, side, channels)))
     if config.model.pretrained:
-        params, report = load_backbone(params, config)
+        params, report = hosts.everywhere(lambda: load_backbone(params, config))
         say(str(report))
+    hosts.check_equal({"the initial model": model_fingerprint(params)})
     return params
 
 
@@ -393,7 +394,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
                     jax.block_until_ready(state)
             means = record() if pending else None
             pending = (end, metrics)
-            note = ""
+            stopping, note = asked(), ""
             if means:
                 note = f"loss {means['loss']:.3f}, accuracy {means['train_accuracy']:.3f}"
                 note += f", MFU {means['mfu']:.1%}" if "mfu" in means else ""
@@ -409,9 +410,10 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
                 save(end)
                 note = f"validation accuracy {accuracy:.3f}"
                 recorded = time.monotonic()
-            elif asked():
+            elif stopping:
                 record()
                 save(end)
+            if stopping and end < plan.steps:
                 for checkpoints in (last, best):
                     checkpoints.close()
                 say(f"{phase}: step {end} is saved")
@@ -453,7 +455,7 @@ def train(config: Config, dataset: Dataset, directory: Path) -> None:
     params = initial_params(model, config, config.seed)
     with _logging(directory) as log:
         if config.train.dense.steps:
-            params = evaluated(fit(model, params, "dense", dataset, config, directory, log))
+            params = hosts.fetched(evaluated(fit(model, params, "dense", dataset, config, directory, log)))
         fit(model, params, "gated", dataset, config, directory, log)
         if config.train.dense_control:
             fit(model, params, "dense_control", dataset, config, directory, log)
@@ -477,9 +479,9 @@ def trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "g
 
     plan = config.train.dense if phase == "dense" else config.train.gated
     if config.train.use == "best" and phase == "gated":
-        kept = Checkpoints(directory / phase / "best").restore(like(params))[0]
+        kept = Checkpoints(directory / phase / "best", writes=False).restore(like(params))[0]
     else:
-        last = Checkpoints(directory / phase / "last", config.machine.keep)
+        last = Checkpoints(directory / phase / "last", writes=False)
         step = last.latest()
         if step is not None and step != plan.steps:
             raise HeadSteerError(f"{last.directory}: it ends at step {step} of {plan.steps}; {MEND}")

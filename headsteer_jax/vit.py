@@ -7,6 +7,7 @@ layer: `forward(images) == blocks(embed(images), 0)`, and `blocks(x, l)` is the 
 Axes: B images, T tokens (CLS, registers, patches), D width, H heads, K head width, L layers, A gated layers, C classes.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from headsteer_jax.config import Config, GateConfig, ModelConfig
 from headsteer_jax.gates import Gate, straight_through, threshold
@@ -306,6 +308,14 @@ def answer(logits_BC: jax.Array) -> jax.Array:
     """
     classes = jnp.arange(logits_BC.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(logits_BC == logits_BC.max(axis=-1, keepdims=True), classes, classes[-1]), axis=-1)
+
+
+def model_fingerprint(params: Any) -> str:
+    """Of a model's parameters: their names and bits."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def build(config: Config, classes: int) -> ViT:

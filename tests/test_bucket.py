@@ -14,7 +14,8 @@ from test_run import CONFIG, ROOT, free_port
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator")
 
-# The emulator leaves out what TensorStore needs: a header that tells versions of an object apart, bounds of a listing.
+# The emulator leaves out what TensorStore needs: a header that tells versions of an object apart, bounds of a listing,
+# and ranges that count from the end.
 SERVER = """
 import json, sys
 from gcp_storage_emulator import server
@@ -24,12 +25,16 @@ from gcp_storage_emulator.handlers import objects
 plain = objects.download
 
 def download(request, response, storage, *args, **kwargs):
-    plain(request, response, storage, *args, **kwargs)
+    name, header = (request.params["bucket_name"], request.params["object_id"]), request.get_header
     try:
-        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-        response["X-Goog-Generation"] = found["generation"]
+        size, found = len(storage.get_file(*name)), storage.get_file_obj(*name)
     except NotFound:
-        pass
+        return plain(request, response, storage, *args, **kwargs)
+    last = (header("range", None) or "").partition("bytes=-")[2]
+    if last:
+        request.get_header = lambda key, default=None: f"bytes={size - int(last)}-{size - 1}"
+    plain(request, response, storage, *args, **kwargs)
+    response["X-Goog-Generation"] = found["generation"]
 
 def listed(request, response, storage, *args, **kwargs):
     whole(request, response, storage, *args, **kwargs)
