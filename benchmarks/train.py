@@ -32,7 +32,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDING, SMOOTHING, CLIP, DECAY = 4, 0.1, 1.0, 0.05
 TARGET, NOISE, PRESSURE, GATE_RATE = 0.8, 0.3, 10.0, 5.0  # of the gates, as in configs/tiny_imagenet100_vit_s.py
 RATE = 8e-5
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12, "B200": 2250e12}
 
 Products = dict[tuple[int, int, int], int]  # (rows, in, out) -> how many of them
 
@@ -51,14 +50,6 @@ def forward_products(size: str, patch: int, batch: int) -> Products:
         products[queries, 4 * D, D] += 1
     products[batch, D, CLASSES] += 1
     return dict(products)
-
-
-def forward_flops(size: str, patch: int, batch: int) -> int:
-    """Of all products: those with a kernel, attention's scores and its weighted sums."""
-    depth, D, _ = SIZES[size]
-    tokens = 1 + (SIDE // patch) ** 2
-    attention = 4 * batch * D * tokens * ((depth - 1) * tokens + 1)
-    return attention + sum(2 * n * i * o * times for (n, i, o), times in forward_products(size, patch, batch).items())
 
 
 class Turns:
@@ -139,18 +130,12 @@ def numpy_rate(products: Products, repeats: int) -> float:
     return best
 
 
-def our_calls(size: str, patch: int, batch: int, steps: int, dtype: Any) -> tuple[dict[Any, Callable[[], Any]], float]:
-    """So many training steps, dense and gated, and forward passes; XLA's count of a forward pass's FLOPs."""
-    import jax
-    import jax.numpy as jnp
-
-    from headsteer_jax.augment import preprocess
+def our_config(size: str, patch: int, batch: int, dtype: Any) -> Any:
+    """The experiment that is timed."""
     from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, PhaseConfig, SAEConfig, TrainConfig
-    from headsteer_jax.train import State, make_steps, optimizer
-    from headsteer_jax.vit import build
 
     phase = PhaseConfig(steps=10_000, learning_rate=RATE)
-    config = Config(
+    return Config(
         data=DataConfig(
             source="npz", path="made up", image_size=SIDE, channels=CHANNELS, mean=MEAN, std=STD, crop_padding=PADDING,
             flip=True,
@@ -160,6 +145,18 @@ def our_calls(size: str, patch: int, batch: int, steps: int, dtype: Any) -> tupl
         train=TrainConfig(batch=batch, dense=phase, gated=phase, weight_decay=DECAY, clip=CLIP),
         sae=SAEConfig(expansion=8),
     )  # fmt: skip
+
+
+def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], float]:
+    """So many training steps, dense and gated, and forward passes; XLA's count of a forward pass's FLOPs."""
+    import jax
+    import jax.numpy as jnp
+
+    from headsteer_jax.augment import preprocess
+    from headsteer_jax.train import State, make_steps, optimizer
+    from headsteer_jax.vit import build
+
+    phase, batch = config.train.dense, config.train.batch
     model = build(config, CLASSES)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (steps, batch, SIDE, SIDE, CHANNELS), dtype=np.uint8))
@@ -187,10 +184,13 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
     """One number of tokens: a row of the table."""
     import jax
 
+    from headsteer_jax.flops import forward_flops, peak_tflops
+
     device = jax.devices()[0]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     products = forward_products(size, patch, batch)
-    ours, counted = our_calls(size, patch, batch, args.steps, dtype)
+    config = our_config(size, patch, batch, dtype)
+    ours, counted = our_calls(config, args.steps)
     calls = product_calls(products, dtype) | ours
     if args.peer:
         peer = Peer(args.peer, size, patch)
@@ -205,7 +205,7 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
     if args.peer:
         peer.close()
 
-    flops = forward_flops(size, patch, batch)
+    flops, maker = batch * forward_flops(config, CLASSES), peak_tflops(config, device)
 
     def figures(seconds: dict[Any, float]) -> dict[str, float]:
         step = {name: seconds[name] / args.steps for name in ours}
@@ -233,9 +233,9 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
         "forward_gflop_per_image": round(flops / batch / 1e9, 4),
         "flops_over_xla_count": round(flops / counted, 3),
     }  # fmt: skip
-    for name, maker in BF16_PEAK.items():
-        if device.platform != "cpu" and name in device.device_kind.split():
-            row["mfu"] = {name: round(3 * flops * args.steps / medians[name] / maker, 3) for name in ("dense", "gated")}
+    if maker:
+        done = {name: 3 * flops * args.steps / medians[name] for name in ("dense", "gated")}
+        row["mfu"] = {name: round(value / maker / 1e12, 3) for name, value in done.items()}
     if args.peer:
         theirs = {name: round(int(name.split()[2]) / medians[name], 1) for name in peer_calls}
         row["torch"] = {"version": peer.version, "images_per_second": theirs}

@@ -11,16 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import xarray
 from test_data import feature, write_tfds
 
-from headsteer_jax.checkpoint import read_arrays, write_arrays
+from headsteer_jax.checkpoint import Checkpoints, read_arrays, write_arrays
 from headsteer_jax.config import HeadSteerError
 from headsteer_jax.flips import unpacked
 from headsteer_jax.labelled import read_sweep
 from headsteer_jax.runs import load_run
+from headsteer_jax.train import read_log
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -196,10 +198,10 @@ def together(tmp_path: Path, *arguments: list[object], devices: int = 1) -> list
 
 
 def test_two_processes_equal_one(finished, tmp_path):
-    """Every stage, of two processes with two devices each; one writes. The sweep's counts are the same."""
+    """Every stage; one process writes. The sweep's counts are the same."""
     config, workdir = finished
-    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}", "--config.machine.fsdp=2"]
-    first, second = together(tmp_path, command, command, devices=2)
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    first, second = together(tmp_path, command, command)
     assert (first[0], second[0]) == (0, 0), first[1] + second[1]
     assert first[1].splitlines()[-1] == str(tmp_path / "w" / "report.html")
     assert "done in" not in second[1]
@@ -212,6 +214,23 @@ def test_two_processes_equal_one(finished, tmp_path):
     # what was made together is gone on with alone
     (tmp_path / "w" / "report" / "done.json").unlink()
     assert run(f"--config={config}", f"--workdir={tmp_path / 'w'}").returncode == 0
+
+
+def test_parameters_cut_over_processes(finished, tmp_path):
+    """Training with each array's halves in two processes; a lone one reads what they saved."""
+    config, workdir = finished
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}", "--config.machine.fsdp=2", "--stages=train"]
+    for code, lines in together(tmp_path, command, command):
+        assert code == 0, lines
+    (one, _), (two, _) = (
+        Checkpoints(path / "train" / "gated" / "best", writes=False).restore(load_run(workdir).params)
+        for path in (workdir, tmp_path / "w")
+    )
+    for leaf, other in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=2e-3)  # the keys' biases are rounding alone
+    rows = [read_log(path / "train" / "metrics.jsonl") for path in (workdir, tmp_path / "w")]
+    losses = [[row["loss"] for row in some if "loss" in row] for some in rows]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_processes_that_differ_are_told_at_once(finished, tmp_path):
