@@ -197,23 +197,36 @@ def together(tmp_path: Path, *arguments: list[object], devices: int = 1) -> list
     return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
 
-def test_two_processes_equal_one(finished, tmp_path):
-    """Every stage; one process writes. The sweep's counts are the same."""
+def check_together(finished, tmp_path, *stages):
     config, workdir = finished
-    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}"]
+    command = [f"--config={config}", f"--workdir={tmp_path / 'w'}", f"--stages={','.join(stages)}"]
     first, second = together(tmp_path, command, command)
     assert (first[0], second[0]) == (0, 0), first[1] + second[1]
-    assert first[1].splitlines()[-1] == str(tmp_path / "w" / "report.html")
-    assert "done in" not in second[1]
+    assert first[1].count("done in") == len(stages)
+    assert "done in" not in second[1]  # one speaks, and writes
     one, two = (read_sweep(path / "sweep.nc") for path in (workdir, tmp_path / "w"))
     for name, values in one.data_vars.items():
         if values.dtype.kind == "f":
             np.testing.assert_allclose(two[name], values, rtol=2e-3, atol=1e-5)
         else:
             xarray.testing.assert_equal(two[name], values)
-    # what was made together is gone on with alone
-    (tmp_path / "w" / "report" / "done.json").unlink()
-    assert run(f"--config={config}", f"--workdir={tmp_path / 'w'}").returncode == 0
+
+
+def test_two_processes_equal_one(finished, tmp_path):
+    """The sweep's counts are the same, and a lone process goes on with what two have made."""
+    check_together(finished, tmp_path, "train", "sae", "steer")
+    result = run(f"--config={finished[0]}", f"--workdir={tmp_path / 'w'}", "--stages=train,sae,steer,report")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("done before") == 3
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_in_every_stage(finished, tmp_path):
+    check_together(finished, tmp_path, "train", "sae", "grid", "steer", "layers", "report")
+    one, two = (json.loads((path / "summary.json").read_text()) for path in (finished[1], tmp_path / "w"))
+    for name, result in one["steering"].items():
+        assert two["steering"][name]["accuracy"] == result["accuracy"]
+        assert two["steering"][name]["usage"] == pytest.approx(result["usage"], abs=1e-6)
 
 
 def test_parameters_cut_over_processes(finished, tmp_path):
