@@ -182,7 +182,7 @@ def locked(workdir: Path) -> Iterator[None]:
     if not in_bucket(workdir):
         import fcntl
 
-        with explained(workdir / ".lock"), open(workdir / ".lock", "w") as file:
+        with explained(workdir / ".lock"), open(workdir / ".lock", "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
