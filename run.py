@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
         hosts.start(flags.distributed, flags.distributed_timeout)
         sparse.keep_programs()
         own = {name: value for name, value in vars(flags).items() if not name.startswith("distributed")}
-        hosts.check_equal({"the command line": json.dumps(own)})
+        hosts.check_equal({f"--{name}": json.dumps(value) for name, value in own.items()})
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
         if flags.export:
             stages.export(config, workdir, epath.Path(flags.export))

@@ -400,7 +400,10 @@ def torch_worker(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--patches", type=numbers, default=[8, 4], help="sides; 8: 17 tokens, 4: 65")
     parser.add_argument("--batches", type=numbers, default=[], help="one for each; default 128 at 8, 64 at 4")

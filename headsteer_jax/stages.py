@@ -488,8 +488,8 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
         `overwrite` is off; another run is writing there; hosts differ; anything that a stage raises.
     """
     workdir = Path(workdir)
-    settings = json.dumps({**flatten(config), "stages": stages, "overwrite": overwrite}, sort_keys=True)
-    hosts.check_equal({"the config": settings} | {f"the version of {name}": versions()[name] for name in PACKAGES})
+    settings = {f"config.{path}": json.dumps(value) for path, value in flatten(config).items()}
+    hosts.check_equal(settings | {f"the version of {name}": versions()[name] for name in PACKAGES})
     dataset: Dataset | None = None
     with ExitStack() as held:
         hosts.first(lambda: bool(make_directory(workdir)))

@@ -253,8 +253,7 @@ def test_processes_that_differ_are_told_at_once(finished, tmp_path):
         assert code == 2
         errors = [line for line in lines.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-        assert "the config of process 1 is not process 0's" in errors[0]
-        assert "sae.k" in errors[0]
+        assert "config.sae.k of process 1 is not process 0's (3, not 4)" in errors[0]
     assert not (tmp_path / "w").exists()
 
 
