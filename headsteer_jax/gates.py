@@ -1,83 +1,19 @@
-"""The decision network that switches attention heads on and off, and the loss that presses on it [AdaViT]."""
+"""Moved: see the rooms."""
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+import importlib
 
-from headsteer_jax.config import GateConfig
-
-
-class Gate(nn.Module):
-    """One layer's decision network, `m = W x_cls + b`, in float32 whatever the model computes in.
-
-    Without LayerNorm the logit is affine in x. `bias` opens the gates at the start; W starts small, so that they
-    open for every image.
-    """
-
-    heads: int  # H
-    config: GateConfig
-    layer_norm_epsilon: float
-
-    @nn.compact  # type: ignore[untyped-decorator]  # mypy reads flax as Any
-    def __call__(self, x_BD: jax.Array) -> jax.Array:
-        """[B, D] CLS residual -> [B, H] float32 gate logits m."""
-        x_BD = x_BD.astype(jnp.float32)
-        if self.config.layer_norm:
-            x_BD = nn.LayerNorm(epsilon=self.layer_norm_epsilon, name="norm")(x_BD)
-        return nn.Dense(
-            self.heads,
-            kernel_init=nn.initializers.truncated_normal(0.02),
-            bias_init=nn.initializers.constant(self.config.bias),
-            precision=jax.lax.Precision.HIGHEST,  # a decision must not turn on an accelerator's rounding
-            name="linear",
-        )(x_BD)
+_MOVED = {
+    "Gate": "headsteer_jax.model.gates",
+    "threshold": "headsteer_jax.model.gates",
+    "logistic_noise": "headsteer_jax.model.gates",
+    "straight_through": "headsteer_jax.model.gates",
+    "usage_loss": "headsteer_jax.model.gates",
+    "annealed": "headsteer_jax.model.gates",
+}
 
 
-def threshold(m_BH: jax.Array) -> jax.Array:
-    """The deterministic gate of evaluation, `g = 1[m > 0]`, as float32 0 or 1."""
-    return (m_BH > 0).astype(jnp.float32)
-
-
-def logistic_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard logistic noise: the difference of two Gumbel variables, so that adding it samples the gate."""
-    return jax.random.logistic(key, shape, jnp.float32)
-
-
-def straight_through(m_BH: jax.Array, noise_BH: jax.Array, temperature: float) -> jax.Array:
-    """The Gumbel-sigmoid gate of training [AdaViT]: `g = 1[sigmoid((m + noise) / tau) > 1/2]`.
-
-    Forward it is 0 or 1; backward it has the sigmoid's gradient (straight-through). With noise 0 the forward value
-    equals `threshold`.
-
-    Args:
-      m_BH: [B, H] gate logits.
-      noise_BH: [B, H] logistic noise, already scaled.
-      temperature: tau.
-    """
-    soft_BH = jax.nn.sigmoid((m_BH + noise_BH) / temperature)
-    hard_BH = threshold(m_BH + noise_BH)  # sigmoid(a / tau) > 1/2 exactly where a > 0
-    return hard_BH + (soft_BH - jax.lax.stop_gradient(soft_BH))  # the bracket is exactly 0
-
-
-def usage_loss(g_BAH: jax.Array, target: jax.Array | float, config: GateConfig) -> jax.Array:
-    """The pressure towards the target usage, before its weight: |mean(g) - target| or its square.
-
-    Args:
-      g_BAH: [B, A, H] gates of the A gated layers.
-      target: the share of heads to keep, now.
-
-    Returns:
-      A scalar: the mean over layers of each layer's term (`scope="layer"`), or one term of the mean over all heads.
-    """
-    axes = (0, 2) if config.scope == "layer" else (0, 1, 2)
-    gap = jnp.mean(g_BAH, axis=axes) - target
-    return jnp.mean(jnp.abs(gap) if config.loss == "absolute" else gap**2)
-
-
-def annealed(config: GateConfig, progress: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """Noise scale and usage target at a share `progress` of the gated phase.
-
-    Over the first `config.anneal` of the phase both go linearly: the noise to 0, the target from 1 to its value.
-    """
-    done = jnp.clip(progress / config.anneal, 0.0, 1.0) if config.anneal > 0 else jnp.ones(())
-    return config.noise * (1.0 - done), 1.0 + (config.target - 1.0) * done
+def __getattr__(name: str) -> object:
+    """The old import path, for one commit."""
+    if name not in _MOVED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -1,103 +1,21 @@
-"""The sweep as one dataset with named dimensions: xarray, kept as netCDF (`sweep.nc`)."""
+"""Moved: see the rooms."""
 
-import io
-from collections.abc import Mapping
+import importlib
 
-import numpy as np
-import xarray
-
-from headsteer_jax.checkpoint import MEND, AnyPath, Path, write_bytes
-from headsteer_jax.config import HeadSteerError
-
-SETTING = ("strategy", "seed", "named_by", "alpha")
-# dimensions of every array; "SPLIT_" stands for validation_ and test_
-DIMENSIONS: dict[str, tuple[str, ...]] = {
-    "related": ("class", "other_class"),
-    "latents": ("strategy", "seed", "class", "place"),
-    "weights": ("strategy", "seed", "class", "place"),
-    "SPLIT_labels": ("SPLIT_image",),
-    "SPLIT_count": ("class",),
-    "SPLIT_pattern": ("SPLIT_image",),
-    "SPLIT_prediction": ("SPLIT_image",),
-    "SPLIT_table": ("SPLIT_image", "subset"),
-    "SPLIT_unsteered_correct": ("class",),
-    "SPLIT_unsteered_heads_on": ("class", "head"),
-    "SPLIT_unsteered_right": ("SPLIT_byte",),
-    "SPLIT_right": (*SETTING, "SPLIT_byte"),
-    "SPLIT_gates": (*SETTING, "head", "SPLIT_byte"),
-    "SPLIT_correct": (*SETTING, "class"),
-    "SPLIT_gained": (*SETTING, "class"),
-    "SPLIT_lost": (*SETTING, "class"),
-    "SPLIT_heads_on": (*SETTING, "class", "head"),
-    "usage": ("strategy", "named_by", "alpha"),
-    "accuracy": ("strategy", "named_by", "alpha"),
-    "usage_ci": ("bound", "strategy", "named_by", "alpha"),
-    "accuracy_ci": ("bound", "strategy", "named_by", "alpha"),
-    "class_usage": ("strategy", "named_by", "alpha", "class"),
-    "class_accuracy": ("strategy", "named_by", "alpha", "class"),
-    "chosen": ("strategy", "named_by"),
-    "class_chosen": ("strategy", "named_by", "class"),
-    "exact_usage": ("strategy", "exact_alpha"),
-    "exact_accuracy": ("strategy", "exact_alpha"),
-    "oracle_patterns": ("class",),
-    "overlap_global_class": ("seed", "class"),
-    "overlap_class_class": ("seed", "class", "other_class"),
-    "frequency": ("seed", "latent"),
-    "class_frequency": ("class", "latent"),
-    "top_images": ("latent", "rank"),
-    "top_activations": ("latent", "rank"),
-    "sae_mse": ("epoch", "seed"),
-    "sae_l0": ("epoch", "seed"),
-    "sae_dead": ("epoch", "seed"),
-}
-COORDINATES = {
-    "strategies": "strategy",
-    "named_by": "named_by",
-    "alphas": "alpha",
-    "class_names": "class",
-    "subset": "subset",
-    "exact_alphas": "exact_alpha",
+_MOVED = {
+    "SETTING": "headsteer_jax.analysis.sweep_file",
+    "DIMENSIONS": "headsteer_jax.analysis.sweep_file",
+    "COORDINATES": "headsteer_jax.analysis.sweep_file",
+    "_dimensions": "headsteer_jax.analysis.sweep_file",
+    "labelled": "headsteer_jax.analysis.sweep_file",
+    "plain": "headsteer_jax.analysis.sweep_file",
+    "write_sweep": "headsteer_jax.analysis.sweep_file",
+    "read_sweep": "headsteer_jax.analysis.sweep_file",
 }
 
 
-def _dimensions(name: str) -> tuple[str, ...]:
-    for split in ("validation", "test"):
-        if name.startswith(f"{split}_"):
-            general = DIMENSIONS["SPLIT_" + name.removeprefix(f"{split}_")]
-            return tuple(dimension.replace("SPLIT", split) for dimension in general)
-    return DIMENSIONS[name]
-
-
-def labelled(arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
-    """Arrays by name -> the dataset; docs/outputs.md says what each is."""
-    variables = {name: (_dimensions(name), values) for name, values in arrays.items() if name not in COORDINATES}
-    heads = arrays["test_unsteered_heads_on"].shape[-1]
-    coordinates = {COORDINATES[name]: values for name, values in arrays.items() if name in COORDINATES}
-    coordinates |= {"head": np.arange(heads), "seed": np.arange(arrays["frequency"].shape[0])}
-    if "usage_ci" in arrays:
-        coordinates["bound"] = np.array(("low", "high"))
-    if "other_class" in {dimension for dimensions, _ in variables.values() for dimension in dimensions}:
-        coordinates["other_class"] = arrays["class_names"]
-    return xarray.Dataset(variables, coordinates)
-
-
-def plain(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
-    """The arrays of a dataset by name, in memory."""
-    names = {dimension: name for name, dimension in COORDINATES.items()}
-    arrays = {str(name): dataset[name].values for name in dataset.data_vars}
-    return arrays | {names[str(name)]: dataset[name].values for name in dataset.coords if name in names}
-
-
-def write_sweep(path: AnyPath, dataset: xarray.Dataset) -> None:
-    """Raises HeadSteerError where the disk is full or not writable; a file that was there is then intact."""
-    encoding = {name: {"zlib": True, "complevel": 4} for name in dataset.data_vars}
-    write_bytes(path, bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding)))
-
-
-def read_sweep(path: AnyPath) -> xarray.Dataset:
-    """Raises HeadSteerError where the file is missing or damaged."""
-    try:
-        return xarray.load_dataset(io.BytesIO(Path(path).read_bytes()), engine="h5netcdf")
-    except Exception as error:  # HDF5 fails in many ways
-        reason = " ".join(str(error).split())[:160]
-        raise HeadSteerError(f"{path}: missing or damaged ({reason}); {MEND}") from error
+def __getattr__(name: str) -> object:
+    """The old import path, for one commit."""
+    if name not in _MOVED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -1,156 +1,18 @@
-"""How steerable each gated layer is: class steering of every layer by itself, then of all of them at once.
+"""Moved: see the rooms."""
 
-Every layer has its own autoencoder. Where several are steered, a later gate reads a residual that the earlier layers'
-changed heads have already changed. Axes: B, N images, A alphas, L steered layers, H heads, D width.
-"""
+import importlib
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from headsteer_jax.activations import over_split, per_image
-from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import cached
-from headsteer_jax.checkpoint import Path
-from headsteer_jax.config import Config
-from headsteer_jax.data import Dataset, Split
-from headsteer_jax.latents import class_frequent, statistics
-from headsteer_jax.progress import say
-from headsteer_jax.sae import encode_all, seed_of
-from headsteer_jax.sae_metrics import health
-from headsteer_jax.sae_train import seeds, train_members
-from headsteer_jax.stats import bootstrap_means, bootstrap_weights, choose_alpha, interval
-from headsteer_jax.steer import Steering, run_suffix
-from headsteer_jax.vit import ViT, answer
+_MOVED = {
+    "residuals": "headsteer_jax.analysis.layers",
+    "all_off": "headsteer_jax.analysis.layers",
+    "_some": "headsteer_jax.analysis.layers",
+    "_row": "headsteer_jax.analysis.layers",
+    "profile": "headsteer_jax.analysis.layers",
+}
 
 
-def residuals(model: ViT, params: Any, split: Split, layers: tuple[int, ...], config: Config, what: str) -> Any:
-    """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
-
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        _, out = model.apply(params, preprocess(images, config.data))
-        return tuple(out["cls"][layer] for layer in layers)
-
-    return dict(zip(layers, over_split(per_image(run, config.train.eval_batch), params, split, what), strict=True))
-
-
-def all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
-    """Accuracy when one layer drops every head."""
-
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
-        closed = {layer: jnp.zeros((len(images), config.model.heads))}
-        logits_BC, _ = model.apply(params, preprocess(images, config.data), gates=closed)
-        return (answer(logits_BC),)
-
-    (prediction_N,) = over_split(per_image(run, config.train.eval_batch), params, split, f"layer {layer} off")
-    return float(np.mean(prediction_N == split.labels))
-
-
-def _some(split: Split, per_class: int) -> Split:
-    """The first images of each class; 0: all."""
-    if not per_class:
-        return split
-    kept = np.sort(np.concatenate([np.flatnonzero(split.labels == c)[:per_class] for c in np.unique(split.labels)]))
-    return Split(split.images[kept], split.labels[kept])
-
-
-def _row(
-    validation: tuple[np.ndarray, np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray, np.ndarray],
-    config: Config,
-) -> dict[str, Any]:  # fmt: skip
-    """Curves on test, and the alpha chosen on validation; each split is (gates, predictions, labels)."""
-    alphas = np.array((0.0, *config.layers.alphas))
-
-    def curves(gates: np.ndarray, predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return gates.mean(axis=(2, 3), dtype=np.float32), predictions == labels  # [A, N] each
-
-    used, right = (values.mean(axis=1) for values in curves(*validation))
-    chosen = int(choose_alpha(alphas, used, right, right[0] - config.steer.tolerance))
-    used, right = curves(*test)
-    rng = np.random.default_rng([config.seed, 5])
-    weights = bootstrap_weights(test[2], config.steer.bootstrap, rng)
-    used_R = bootstrap_means(lambda _: used, 1, weights, rng)
-    right_R = bootstrap_means(lambda _: right, 1, weights, rng)
-
-    def change_ci(resampled: np.ndarray) -> list[float]:
-        return [float(end) for end in interval(resampled[:, chosen] - resampled[:, 0], config.steer.confidence)]
-
-    return {
-        "alphas": alphas.tolist(),
-        "usage": used.mean(axis=1, dtype=np.float64).tolist(),
-        "accuracy": right.mean(axis=1).tolist(),
-        "alpha": float(alphas[chosen]),
-        "usage_before": float(used[0].mean(dtype=np.float64)),
-        "usage_after": float(used[chosen].mean(dtype=np.float64)),
-        "usage_change_ci": change_ci(used_R),
-        "accuracy_before": float(right[0].mean()),
-        "accuracy_after": float(right[chosen].mean()),
-        "accuracy_change_ci": change_ci(right_R),
-    }
-
-
-def profile(
-    config: Config, dataset: Dataset, model: ViT, params: Any, directory: Path, cache: str | Path
-) -> dict[str, Any]:
-    """Steer each of config.layers.layers by itself, then all of them together.
-
-    Latents are chosen on the training split, alpha on validation, figures are test's.
-
-    Args:
-      directory: for the checkpoints.
-      cache: where activations are kept.
-
-    Returns:
-      `layers`: a row for each, and `together`, where there are several: usage there is the mean over these layers.
-      Each row: curves over `alphas`, figures before and after at the alpha chosen, their intervals; of a layer also its
-      number, the accuracy with all its heads off, and its autoencoder's explained variance and dead share.
-    """
-    depth = config.model.depth
-    layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
-    splits = {"validation": dataset.validation, "test": dataset.test}
-    splits = {name: _some(split, config.layers.per_class) for name, split in splits.items()}
-    source = cached(cache, model, params, config, dataset.train, "train", layers, "cls")
-    x_test = residuals(model, params, splits["test"], layers, config, "test: residuals of every layer")
-    steered: dict[int, Steering] = {}
-    rows: list[dict[str, Any]] = []
-    for layer in layers:
-        say(f"layer {layer}: autoencoder")
-        one = config.sae.model_copy(
-            update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
-            | {"batch": min(config.sae.batch, len(dataset.train.labels))}
-        )
-        of_layer = config.model_copy(update={"sae": one})
-        trained = train_members(of_layer, seeds(one), source[layer], directory / str(layer))
-        sae, scaling = seed_of(trained.saes, 0), trained.scaling
-        z_NF = encode_all(sae, scaling, np.concatenate(list(source[layer].chunks())), config.sae.inference_k)
-        stats = statistics(z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale)
-        choice = class_frequent(stats, config.steer, np.random.default_rng(0))
-        steered[layer] = Steering(sae, scaling, stats.strength, choice)
-        on_test = health(sae, scaling, [x_test[layer]], config.sae.inference_k)
-        rows.append(
-            {
-                "layer": layer,
-                "explained_variance": on_test.explained_variance,
-                "dead_fraction": float(np.mean(stats.frequency == 0)),
-            }
-        )
-
-    def measured(some: Mapping[int, Steering], what: str) -> dict[str, Any]:
-        alphas, on = np.array((0.0, *config.layers.alphas)), []
-        for name, split in splits.items():
-            setting = [(some, split.labels)]
-            gates, predictions = run_suffix(
-                model, params, split, setting, alphas, config, config.layers.chunk, f"{name}: {what}"
-            )
-            on.append((gates[0], predictions[0], split.labels))
-        return _row(on[0], on[1], config)
-
-    for row in rows:
-        layer = row["layer"]
-        row |= measured({layer: steered[layer]}, f"layer {layer} steered")
-        row["all_off"] = all_off(model, params, splits["test"], layer, config)
-    together = measured(steered, "all steered") if len(layers) > 1 else None
-    return {"layers": rows, "together": together, "images": len(splits["test"].labels)}
+def __getattr__(name: str) -> object:
+    """The old import path, for one commit."""
+    if name not in _MOVED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -1,106 +1,25 @@
-"""The devices as a mesh, and where arrays live on it.
+"""Moved: see the rooms."""
 
-Training spans all devices of all hosts: axes `data` (the batch) and `fsdp` (the batch, and parameters cut into parts).
-Passes over a split need no word between hosts: each takes a share of the images, on a mesh of its own devices.
-"""
+import importlib
 
-from typing import Any
-
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from headsteer_jax.config import Config, HeadSteerError, MachineConfig
-
-BATCH = ("data", "fsdp")  # the axes that a batch is dealt out over
-SMALL = 2**10  # arrays of fewer numbers are whole on every device
-
-
-def _row(devices: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> Mesh:
-    return Mesh(np.asarray(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+_MOVED = {
+    "BATCH": "headsteer_jax.runtime.mesh",
+    "SMALL": "headsteer_jax.runtime.mesh",
+    "_row": "headsteer_jax.runtime.mesh",
+    "training_mesh": "headsteer_jax.runtime.mesh",
+    "check_batch": "headsteer_jax.runtime.mesh",
+    "over_batch": "headsteer_jax.runtime.mesh",
+    "everywhere": "headsteer_jax.runtime.mesh",
+    "of_state": "headsteer_jax.runtime.mesh",
+    "placed": "headsteer_jax.runtime.mesh",
+    "own_rows": "headsteer_jax.runtime.mesh",
+    "local_mesh": "headsteer_jax.runtime.mesh",
+    "members_mesh": "headsteer_jax.runtime.mesh",
+}
 
 
-def training_mesh(machine: MachineConfig) -> Mesh:
-    """Axes data, fsdp.
-
-    Raises:
-      HeadSteerError: there are not as many devices, or they cannot be divided so.
-    """
-    there, fsdp = jax.device_count(), machine.fsdp
-    data = machine.data or max(1, there // fsdp)
-    if data * fsdp > there:
-        wanted = f"{data} x {fsdp}" if machine.data else str(fsdp)
-        raise HeadSteerError(
-            f"config.machine.{'data' if machine.data else 'fsdp'}: a mesh of {wanted} devices, where there are {there}"
-        )
-    if not machine.data and there % fsdp:
-        raise HeadSteerError(f"config.machine.fsdp = {fsdp}: allowed is a divisor of the {there} devices")
-    if jax.process_count() > 1 and data * fsdp < there:
-        raise HeadSteerError(
-            f"config.machine.data = {data}: several hosts use all {there} devices; allowed is {there} / fsdp, or 0"
-        )
-    if data * fsdp == there:
-        return jax.make_mesh((data, fsdp), BATCH, axis_types=(AxisType.Auto,) * 2)
-    return _row(jax.devices()[: data * fsdp], BATCH, (data, fsdp))
-
-
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Raises HeadSteerError where a step's images cannot be dealt out evenly."""
-    parts, t = mesh.size * config.train.accumulate, config.train
-    if t.batch % parts:
-        by = f"{mesh.size} devices" + (f" x train.accumulate = {t.accumulate}" if t.accumulate > 1 else "")
-        raise HeadSteerError(
-            f"config.train.batch = {t.batch}: allowed is a multiple of {parts} ({by}); "
-            "config.machine.data says how many devices are used"
-        )
-
-
-def over_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """An array whose axis number `axis` is B."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
-
-
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def of_state(state: Any, mesh: Mesh) -> Any:
-    """For every array of a training state where it lives: cut over `fsdp` along its longest axis that allows it."""
-    parts = mesh.shape["fsdp"]
-
-    def one(leaf: Any) -> NamedSharding:
-        axes = [axis for axis in np.argsort(leaf.shape, kind="stable")[::-1] if leaf.shape[axis] % parts == 0]
-        if parts == 1 or leaf.size < SMALL or not axes:
-            return everywhere(mesh)
-        return NamedSharding(mesh, PartitionSpec(*[None] * int(axes[0]), "fsdp"))
-
-    return jax.tree.map(one, state)
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, put where they live; always copies, as steps donate their state."""
-
-    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        whole = np.array(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    return jax.tree.map(one, tree, shardings)
-
-
-def own_rows(sharding: NamedSharding, count: int) -> np.ndarray:
-    """[n] which of `count` rows, dealt out over a batch's axis 0, this process's devices need, ascending."""
-    slices = sharding.addressable_devices_indices_map((count,)).values()
-    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
-
-
-def local_mesh() -> Mesh:
-    """This process's devices in a row, for passes over its share of a split."""
-    return _row(jax.local_devices(), ("data",), (jax.local_device_count(),))
-
-
-def members_mesh(members: int, machine: MachineConfig) -> Mesh:
-    """Axes member, data, over the devices of `training_mesh`: independent members first, then each one's batch."""
-    devices = training_mesh(machine).devices
-    side_by_side = max(n for n in range(1, devices.size + 1) if devices.size % n == 0 and n <= members)
-    return _row(devices, ("member", "data"), (side_by_side, devices.size // side_by_side))
+def __getattr__(name: str) -> object:
+    """The old import path, for one commit."""
+    if name not in _MOVED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -11,20 +11,24 @@ from typing import Any
 
 import numpy as np
 import xarray
+from etils.epath import Path
 from pydantic import ValidationError
 
-from headsteer_jax.checkpoint import Path
-from headsteer_jax.config import Config, HeadSteerError, one_line
-from headsteer_jax.data import Dataset, load
-from headsteer_jax.flips import Steps
-from headsteer_jax.labelled import labelled
-from headsteer_jax.latents import ClassStrategy, Strategy, per_class, strategy
-from headsteer_jax.sae import SAE, Scaling
-from headsteer_jax.stages import autoencoders, why_stale
-from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import Arrays, check_names, check_validation, run_sweep
-from headsteer_jax.train import trained
-from headsteer_jax.vit import ViT
+from headsteer_jax.analysis.summary import summarise
+from headsteer_jax.analysis.sweep_file import labelled
+from headsteer_jax.books import why_stale
+from headsteer_jax.config.files import one_line
+from headsteer_jax.config.schema import Config
+from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.data.sources import load
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.vit import ViT
+from headsteer_jax.sae.autoencoder import SAE, Scaling
+from headsteer_jax.stages import autoencoders
+from headsteer_jax.steer.strategies import ClassStrategy, Strategy, per_class, strategy
+from headsteer_jax.steer.sweep import Arrays, check_names, check_validation, run_sweep
+from headsteer_jax.steer.tally import Steps
+from headsteer_jax.train.loop import trained
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,8 @@ Of several hosts all run a stage; process 0 decides what is to be done, and writ
 
 import datetime
 import functools
-import importlib.metadata
+import importlib
 import json
-import platform
-import resource
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -23,84 +20,59 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+from etils.epath import Path
 
-from headsteer_jax import hosts, preemption
-from headsteer_jax.activations import observer, over_split, per_image
-from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import Residuals, cached, data_fingerprint
-from headsteer_jax.checkpoint import (
+from headsteer_jax.analysis.layers import profile
+from headsteer_jax.analysis.summary import summarise
+from headsteer_jax.analysis.sweep_file import labelled, plain, read_sweep, write_sweep
+from headsteer_jax.books import (
+    OPTIONAL,
+    PACKAGES,
+    STAGES,
+    _inputs,
+    _reads,
+    needed,
+    peak_memory_bytes,
+    versions,
+    why_stale,
+)
+from headsteer_jax.config.files import flatten
+from headsteer_jax.config.schema import Config
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.dataset import Dataset, Split, data_fingerprint
+from headsteer_jax.data.sources import load
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.passes import observer, over_split, per_image
+from headsteer_jax.model.vit import ViT, answer, model_fingerprint
+from headsteer_jax.report.latents import write_inside
+from headsteer_jax.report.page import write_report
+from headsteer_jax.runtime import hosts, preemption
+from headsteer_jax.runtime.files import (
     MEND,
-    Path,
-    locked,
     make_directory,
     read_arrays,
     read_json,
     remove_directory,
     write_arrays,
-    write_bytes,
     write_json,
     write_text,
 )
-from headsteer_jax.config import Config, HeadSteerError, flatten
-from headsteer_jax.data import Dataset, Split, load
-from headsteer_jax.inside import look_inside, write_inside
-from headsteer_jax.interchange import export_overcomplete, export_saelens, import_overcomplete, import_saelens
-from headsteer_jax.labelled import labelled, plain, read_sweep, write_sweep
-from headsteer_jax.latents import strategy
-from headsteer_jax.layers import profile
-from headsteer_jax.pretrained import timm_tensors
-from headsteer_jax.progress import say
-from headsteer_jax.report import write_report
-from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, seed_of, uncentre
-from headsteer_jax.sae_metrics import class_means, health, of_latents, stability
-from headsteer_jax.sae_train import CURVES, Trained, grid, seeds, train_members
-from headsteer_jax.steer import suffix
-from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import Arrays, check_names, check_validation, gate_weights, run_sweep
-from headsteer_jax.train import GATING, PHASES, read_log, train, trained
-from headsteer_jax.vit import ViT, answer, model_fingerprint
+from headsteer_jax.runtime.lock import locked
+from headsteer_jax.runtime.progress import say
+from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, decode, encode, seed_of, uncentre
+from headsteer_jax.sae.grid import grid
+from headsteer_jax.sae.interchange import import_overcomplete, import_saelens
+from headsteer_jax.sae.latents import look_inside
+from headsteer_jax.sae.metrics import class_means, health, of_latents, stability
+from headsteer_jax.sae.residuals import Residuals, cached
+from headsteer_jax.sae.train import CURVES, Trained, seeds, train_members
+from headsteer_jax.steer.steering import suffix
+from headsteer_jax.steer.strategies import strategy
+from headsteer_jax.steer.sweep import Arrays, check_names, check_validation, gate_weights, run_sweep
+from headsteer_jax.train.log import read_log
+from headsteer_jax.train.loop import GATING, PHASES, train, trained
 
-NEEDS = {
-    "train": ("seed", "data", "model", "gate", "train"),
-    "sae": ("seed", "data", "model", "gate", "train", "sae"),
-    "grid": ("seed", "data", "model", "gate", "train", "sae", "grid"),
-    "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
-    "layers": (
-        "seed",
-        "data",
-        "model",
-        "gate",
-        "train",
-        "sae",
-        "steer.latents",
-        "steer.max_frequency",
-        "steer.mode",
-        "steer.form",
-        "steer.target",
-        "steer.tolerance",
-        "steer.bootstrap",
-        "steer.confidence",
-        "layers",
-    ),
-    "report": ("seed", "data", "model", "gate", "train", "sae", "grid", "steer", "layers", "report"),
-}
-STAGES = tuple(NEEDS)
-OPTIONAL = ("grid", "layers")  # what no later stage waits for
-SIZES = (
-    "sae.cache",
-    "steer.memory",
-    "steer.chunk",
-    "layers.chunk",
-)  # how much is done at once, and where: no figure depends on it
-FROM = {
-    "sae": ("train",),
-    "grid": ("train",),
-    "steer": ("train", "sae"),
-    "layers": ("train",),
-}  # what a stage reads; the report: everything
 INSIDE = 16  # images of each latent that are looked for; the report shows config.report.top_images of them
-PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
 def train_stage(config: Config, dataset: Dataset, workdir: Path) -> None:
@@ -373,65 +345,6 @@ RUN: dict[str, Callable[[Config, Dataset, Path], None]] = {
 }
 
 
-def versions() -> dict[str, str]:
-    """What made the numbers."""
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": jax.devices()[0].device_kind,
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def needed(config: Config, stage: str) -> dict[str, Any]:
-    """The fields that a stage depends on, by dotted path."""
-    return {
-        path: value
-        for path, value in flatten(config).items()
-        if path not in SIZES and any(path == need or path.startswith(f"{need}.") for need in NEEDS[stage])
-    }
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The fields that differ, as text; empty where none does."""
-    missing = object()
-    return "; ".join(
-        f"config.{path} was {json.dumps(before.get(path))}, now {json.dumps(now.get(path))}"
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path, missing) != now.get(path, missing)
-    )
-
-
-def _reads(stage: str) -> tuple[str, ...]:
-    """The stages whose results a stage reads."""
-    return FROM.get(stage, STAGES[: STAGES.index(stage)])
-
-
-def _inputs(workdir: Path, stage: str) -> dict[str, str]:
-    """When each stage that this one reads was finished: a stage made again makes this one stale."""
-    done = {name: workdir / name / "done.json" for name in _reads(stage)}
-    return {name: read_json(path)["finished"] for name, path in done.items() if name not in OPTIONAL or path.exists()}
-
-
-def why_stale(config: Config, workdir: Path, stage: str) -> str:
-    """Why what is there of a stage is not this config's, or an empty text."""
-    for name in ("done.json", "started.json"):
-        path = workdir / stage / name
-        if path.exists():
-            record = read_json(path)
-            different = _difference(record["config"], needed(config, stage))
-            if different:
-                return different
-            if record["inputs"] != _inputs(workdir, stage):
-                return "a stage before it was made again"
-    return ""
-
-
 def _prepared(config: Config, workdir: Path, stage: str, stages: tuple[str, ...], overwrite: bool) -> Any:
     """The record of a stage that is to be run now, once what is there of it allows; None: nothing is to be done."""
     directory = workdir / stage
@@ -519,61 +432,27 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
             preemption.check()
 
 
-def export(config: Config, workdir: Path, file: Path) -> None:
-    """Write the gated model's weights under timm's names; the gates stay behind.
-
-    Raises:
-      HeadSteerError: the model is not trained, of another config, or the file cannot be written.
-    """
-    if file.suffix != ".safetensors":
-        raise HeadSteerError(f"--export={file}: allowed is a file that ends in .safetensors")
-    if not (workdir / "train" / "done.json").exists():
-        raise HeadSteerError(f"--export needs train, which is not done in {workdir}: add it to --stages")
-    if why := why_stale(config, workdir, "train"):
-        raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
-    _, params = trained(config, hosts.everywhere(lambda: load(config.data, config.seed)), workdir / "train")
-
-    def write() -> None:
-        make_directory(file.parent)
-        write_bytes(file, safetensors.numpy.save(timm_tensors(params)))
-
-    hosts.first(write)
+_MOVED = {
+    "export": "headsteer_jax.deploy.export",
+    "export_saes": "headsteer_jax.deploy.export",
+    "PACKAGES": "headsteer_jax.books",
+    "versions": "headsteer_jax.books",
+    "needed": "headsteer_jax.books",
+    "_difference": "headsteer_jax.books",
+    "_reads": "headsteer_jax.books",
+    "_inputs": "headsteer_jax.books",
+    "why_stale": "headsteer_jax.books",
+    "peak_memory_bytes": "headsteer_jax.books",
+    "NEEDS": "headsteer_jax.books",
+    "STAGES": "headsteer_jax.books",
+    "OPTIONAL": "headsteer_jax.books",
+    "SIZES": "headsteer_jax.books",
+    "FROM": "headsteer_jax.books",
+}
 
 
-def export_saes(config: Config, workdir: Path, target: str) -> None:
-    """Write every autoencoder for another library, one for each seed, of residuals as they are in the model.
-
-    Args:
-      target: saelens:DIR, which gets directories seed_0, ...; or overcomplete:DIR, which gets seed_0.safetensors, ...
-
-    Raises:
-      HeadSteerError: an unknown library; the autoencoders are not trained or of another config; not writable.
-    """
-    library, _, path = target.partition(":")
-    if library not in ("saelens", "overcomplete") or not path:
-        raise HeadSteerError(f"--export_sae={target}: allowed is saelens:DIR or overcomplete:DIR")
-    if not (workdir / "sae" / "done.json").exists():
-        raise HeadSteerError(f"--export_sae needs sae, which is not done in {workdir}: add it to --stages")
-    if why := why_stale(config, workdir, "sae"):
-        raise HeadSteerError(f"--export_sae: {workdir / 'sae'} is of another config ({why}); name its config")
-    _, params = trained(config, hosts.everywhere(lambda: load(config.data, config.seed)), workdir / "train")
-    saes, scaling, _, _ = autoencoders(config, params, workdir)
-
-    def write() -> None:
-        directory = make_directory(path)
-        for seed in range(config.sae.seeds):
-            about = {"model_name": workdir.name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
-                     "tokens": config.sae.tokens}  # fmt: skip
-            given = seed_of(saes, seed), scaling, config.sae.activation, config.sae.k
-            if library == "saelens":
-                export_saelens(*given, directory / f"seed_{seed}", about)
-            else:
-                export_overcomplete(*given, directory / f"seed_{seed}.safetensors", about)
-
-    hosts.first(write)
-
-
-def peak_memory_bytes() -> int:
-    """This process's largest resident memory so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+def __getattr__(name: str) -> object:
+    """The old import path, for one commit."""
+    if name not in _MOVED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -1,118 +1,21 @@
-"""One pass over a split, and all that the gates of one layer can lead to: the answer under every gate pattern.
+"""Moved: see the rooms."""
 
-Steering a layer's gate changes nothing before that layer, so one pass keeps its input; what follows depends only on
-which of the 2^H gate patterns an image gets. Every setting is then gate pattern -> look-up. Above MOST_HEADS heads the
-patterns are too many: a sample of them serves the controls, and steering runs the suffix (`steer.py`).
+import importlib
 
-Axes: B, N images, T tokens, D width, H heads, K head width, P gate patterns (bit h of one is head h), C classes.
-"""
-
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from headsteer_jax.activations import Program, fitted, over_split, per_image
-from headsteer_jax.augment import preprocess
-from headsteer_jax.config import MOST_HEADS, Config
-from headsteer_jax.data import Split
-from headsteer_jax.vit import ViT, answer
-
-BLOCK = 2048  # rows of the products that fill the table: more leave a CPU's cache
+_MOVED = {
+    "BLOCK": "headsteer_jax.steer.table",
+    "pattern_of": "headsteer_jax.steer.table",
+    "gates_of": "headsteer_jax.steer.table",
+    "listed_patterns": "headsteer_jax.steer.table",
+    "pattern_answers": "headsteer_jax.steer.table",
+    "Table": "headsteer_jax.steer.table",
+    "table_program": "headsteer_jax.steer.table",
+    "fill_table": "headsteer_jax.steer.table",
+}
 
 
-def pattern_of(g_BH: jax.Array) -> jax.Array:
-    """[..., H] gates -> [...] int32 pattern, whose bit h is head h."""
-    return jnp.sum((g_BH > 0) << jnp.arange(g_BH.shape[-1]), axis=-1, dtype=jnp.int32)
-
-
-def gates_of(pattern: np.ndarray, heads: int) -> np.ndarray:
-    """[...] patterns -> [..., H] bool gates."""
-    return (np.asarray(pattern)[..., None] >> np.arange(heads)) & 1 > 0
-
-
-def listed_patterns(config: Config) -> np.ndarray:
-    """[P] int64, ascending: all 2^H patterns; above MOST_HEADS heads steer.subsets of them.
-
-    Those hold none and all heads, every single head and every set that lacks one; the others are drawn, as many of
-    each size.
-    """
-    heads, wanted = config.model.heads, config.steer.subsets
-    if heads <= MOST_HEADS:
-        return np.arange(2**heads)
-    singles = 1 << np.arange(heads, dtype=np.int64)
-    everything = int(singles.sum())
-    found = {0, everything, *singles.tolist(), *(everything - singles).tolist()}
-    rng = np.random.default_rng([config.seed, 6])
-    while len(found) < wanted:  # far fewer than the 2^13 or more there are
-        for size in range(2, heads - 1):
-            found.add(int(singles[rng.permutation(heads)[:size]].sum()))
-    return np.array(sorted(found))
-
-
-def pattern_answers(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patterns_P: jax.Array) -> jax.Array:
-    """[P, B] int32 classes that follow when `layer` runs each pattern's heads, whatever its gate says.
-
-    In the last layer only the CLS query is needed, and attention does not depend on the gates: each head's
-    contribution to the CLS residual [B, H, D] is computed once, a pattern sums its heads', and the MLP of one token
-    follows.
-    """
-    count, heads, depth = x_BTD.shape[0], model.model.heads, model.model.depth
-    gates_PH = ((patterns_P[:, None] >> jnp.arange(heads)) & 1).astype(jnp.float32)
-
-    def run(m: ViT) -> jax.Array:
-        if layer == depth - 1:
-            always_BD, each_BHD = m.last_contributions(x_BTD)
-
-            def summed(g_H: jax.Array) -> jax.Array:
-                added_BD = always_BD + jnp.einsum("H,BHD->BD", g_H, each_BHD, precision=jax.lax.Precision.HIGHEST)
-                return answer(m.last_logits(x_BTD[:, 0], added_BD))
-
-            return jax.lax.map(summed, gates_PH, batch_size=max(1, BLOCK // count))
-
-        def forced(g_H: jax.Array) -> jax.Array:
-            last_BTD, _ = m.blocks(x_BTD, layer, gates={layer: jnp.broadcast_to(g_H, (count, heads))})
-            return answer(m.classify(last_BTD[:, 0]))
-
-        return jax.lax.map(forced, gates_PH)
-
-    return model.apply(params, method=run)
-
-
-class Table(NamedTuple):
-    """A split up to the steered layer, and all that its gates can lead to."""
-
-    x: np.ndarray  # [N, D] float32 CLS residual that enters the layer
-    gate_logits: np.ndarray  # [N, H] float32, unsteered
-    pattern: np.ndarray  # [N] int32, the unsteered gates
-    prediction: np.ndarray  # [N] int32, the unsteered model's
-    answers: np.ndarray  # [N, P] int32, the prediction under each listed pattern
-
-
-def table_program(model: ViT, params: Any, split: Split, config: Config) -> Program:
-    """The pass that fills a table, compiled within the memory budget for images like a split's.
-
-    Raises:
-      HeadSteerError: the budget is too small for one image.
-    """
-    layer, listed_P = config.sae_layer, jnp.asarray(listed_patterns(config), jnp.int32)
-
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        x_BTD = model.apply(params, preprocess(images, config.data), layer, method="before")
-        m_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits")
-        answers_BP = pattern_answers(model, params, x_BTD, layer, listed_P).T
-        pattern_B = pattern_of(m_BH)
-        if len(listed_P) == 2**config.model.heads:
-            own_B = jnp.take_along_axis(answers_BP, pattern_B[:, None], axis=1)[:, 0]
-        else:
-            last_BTD, _ = model.apply(params, x_BTD, layer, method="blocks")
-            own_B = answer(model.apply(params, last_BTD[:, 0], method="classify"))
-        return x_BTD[:, 0], m_BH, pattern_B, own_B, answers_BP
-
-    return fitted(per_image(run, config.steer.chunk), params, split, config.steer.memory)
-
-
-def fill_table(program: Program, params: Any, split: Split, what: str) -> Table:
-    """One pass over a split."""
-    return Table(*over_split(program, params, split, what))
+def __getattr__(name: str) -> object:
+    """The old import path, for one commit."""
+    if name not in _MOVED:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -1,160 +1,24 @@
-"""Images and labels: one `Dataset` of three splits, whatever they come from, and the order in which training sees them.
+"""Where images come from: each source as a function from the config to train and test, and `load`, which cuts them.
 
-The validation split is always cut from train, stratified by class, before anything is fitted.
-"""
+The validation split is always cut from train, stratified by class, before anything is fitted."""
 
-import difflib
 import importlib.util
 import io
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import grain
 import numpy as np
 from PIL import Image, ImageOps
 
-from headsteer_jax.config import DataConfig, HeadSteerError
-
-DIGIT_SIDE = 8  # scikit-learn's digits are 8x8, grey levels 0 to 16
-DIGIT_TEST_FRACTION = 0.25  # share of the source digits that only test canvases use
-
-
-class LazyImages:
-    """[N, height, width, channels] uint8 images that are decoded, in threads, whenever they are asked for.
-
-    Args:
-      decode: places in the source -> the images there, in order.
-      places: [N] where these images are in the source.
-      shape: (height, width, channels).
-    """
-
-    _threads = ThreadPoolExecutor(os.cpu_count())  # shared: as many decoders as cores, however many sets are open
-
-    def __init__(
-        self, decode: Callable[[list[int]], Iterable[np.ndarray]], places: np.ndarray, shape: tuple[int, int, int]
-    ) -> None:
-        self._decode, self._places = decode, places
-        self.shape = (len(places), *shape)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, indices: np.ndarray) -> "LazyImages":
-        """The images at `indices` [M], not decoded either."""
-        return LazyImages(self._decode, self._places[indices], self.shape[1:])
-
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """[M] indices -> [M, height, width, channels] uint8.
-
-        Raises:
-          HeadSteerError: an image cannot be read; the message names it.
-        """
-        places = self._places[indices]
-        images = np.empty((len(places), *self.shape[1:]), np.uint8)
-
-        def fill(rows: np.ndarray) -> None:
-            for row, image in zip(rows, self._decode(places[rows].tolist()), strict=True):
-                images[row] = image
-
-        pieces = max(os.cpu_count() or 1, len(places) // 256)
-        for _ in self._threads.map(fill, np.array_split(np.arange(len(places)), pieces)):
-            pass  # the loop raises what a thread raised
-        return images
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images and their classes."""
-
-    images: np.ndarray | LazyImages  # [N, height, width, channels] uint8; `gather` reads both
-    labels: np.ndarray  # [N] int32, in [0, C)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Three splits that share no image."""
-
-    train: Split
-    validation: Split
-    test: Split
-    class_names: tuple[str, ...]
-    related: np.ndarray | None = None  # [C, C] bool: pairs of classes known to be alike; None where nothing is known
-
-
-def stratified_cut(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Indices [N'] of what stays and of what is cut off, `fraction` of each class (at least 1, never all), sorted."""
-    cut = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        cut.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
-    cut_indices = np.sort(np.concatenate(cut))
-    return np.setdiff1d(np.arange(len(labels)), cut_indices), cut_indices
-
-
-def compose_digits(
-    digits: np.ndarray, values: np.ndarray, per_class: int, side: int, rng: np.random.Generator
-) -> Split:
-    """Canvases of two digits: class 10 a + b shows an `a` in the left half and a `b` in the right, at random places.
-
-    Args:
-      digits: [N, 8, 8] uint8 source digits.
-      values: [N] what each shows, 0 to 9.
-      per_class: canvases for each of the 100 classes.
-      side: the canvas's side in pixels, at least 16.
-    """
-    labels = np.repeat(np.arange(100, dtype=np.int32), per_class)
-    canvases = np.zeros((len(labels), side, side), np.uint8)
-    pixel, half = np.arange(DIGIT_SIDE), side // 2
-    for shown, first_column in ((labels // 10, 0), (labels % 10, half)):
-        chosen = np.zeros(len(labels), np.int64)
-        for value in range(10):
-            wanted = shown == value
-            chosen[wanted] = rng.choice(np.flatnonzero(values == value), wanted.sum())
-        rows = rng.integers(0, side - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel[:, None]
-        columns = first_column + rng.integers(0, half - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel
-        canvases[np.arange(len(labels))[:, None, None], rows, columns] = digits[chosen]
-    return Split(canvases[..., None], labels)
-
-
-def double_digits(config: DataConfig, seed: int) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, two to a canvas; no source digit occurs in two splits.
-
-    Classes "00" to "99"; classes that share a digit at the same place are related.
-    """
-    from sklearn.datasets import load_digits
-
-    if config.image_size < 2 * DIGIT_SIDE:
-        raise HeadSteerError(
-            f"config.data.image_size = {config.image_size}: double_digits needs at least {2 * DIGIT_SIDE} pixels"
-        )
-    source = load_digits()
-    digits = np.round(source.images * (255 / 16)).astype(np.uint8)
-    values = source.target.astype(np.int32)
-    rng = np.random.default_rng([seed, 0])
-    fitting, test = stratified_cut(values, DIGIT_TEST_FRACTION, rng)
-    train, validation = stratified_cut(values[fitting], config.validation_fraction, rng)
-
-    def compose(chosen: np.ndarray, per_class: int) -> Split:
-        split = compose_digits(digits[chosen], values[chosen], per_class, config.image_size, rng)
-        assert isinstance(split.images, np.ndarray)
-        return Split(np.repeat(split.images, config.channels, axis=3), split.labels)
-
-    tens, ones = np.divmod(np.arange(100), 10)
-    related = (tens[:, None] == tens) | (ones[:, None] == ones)
-    return Dataset(
-        train=compose(fitting[train], config.train_per_class or 400),
-        validation=compose(fitting[validation], config.eval_per_class or 100),
-        test=compose(test, config.eval_per_class or 100),
-        class_names=tuple(f"{label:02d}" for label in range(100)),
-        related=related & ~np.eye(100, dtype=bool),
-    )
+from headsteer_jax.config.schema import DataConfig
+from headsteer_jax.data.dataset import Dataset, LazyImages, Split, related_pairs, stratified_cut
+from headsteer_jax.data.digits import double_digits
+from headsteer_jax.errors import HeadSteerError
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
@@ -202,39 +66,6 @@ def load(config: DataConfig, seed: int) -> Dataset:
         class_names=class_names,
         related=related_pairs(config.related, class_names) if config.related else related,
     )
-
-
-def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
-    """[C, C] bool, symmetric: pairs of different classes that some group `name=class|class|...` holds both of.
-
-    Raises:
-      HeadSteerError: a group is not of this form, or it names a class twice or one that the dataset does not have.
-    """
-    pairs = np.zeros((len(class_names), len(class_names)), bool)
-    for group in groups:
-        name, equals, members = group.partition("=")
-        names = [member.strip() for member in members.split("|")]
-        if not equals or len(names) < 2:
-            raise HeadSteerError(f"config.data.related: {group!r}: a group is `name=class|class|...`, of two or more")
-        check_classes(f"config.data.related: {name}", names, class_names)
-        places = [class_names.index(member) for member in names]
-        pairs[np.ix_(places, places)] = True
-    return pairs & ~np.eye(len(class_names), dtype=bool)
-
-
-def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]) -> None:
-    """Raises HeadSteerError where a name is given twice, or is no class of the dataset."""
-    for name in names:
-        if name not in class_names:
-            close = difflib.get_close_matches(name, class_names, n=1)
-            some = (
-                f"did you mean {close[0]!r}?"
-                if close
-                else f"it has {', '.join(class_names[:8])}{', ...' * (len(class_names) > 8)}"
-            )
-            raise HeadSteerError(f"{field}: the dataset has no class {name!r}; {some}")
-        if list(names).count(name) > 1:
-            raise HeadSteerError(f"{field}: {name!r} is named twice; name it once")
 
 
 Source = tuple[Split, Split, tuple[str, ...], np.ndarray | None]  # train, test, class names, related
@@ -462,32 +293,3 @@ def _prepare_tfds(config: DataConfig, where: str) -> Any:
         builder = tfds.builder(config.name, data_dir=config.path or None, file_format="array_record")
         builder.download_and_prepare()
     return builder
-
-
-def gather(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.ndarray:
-    """[M] indices -> [M, height, width, channels] uint8, from a split's images in either form."""
-    return images[indices] if isinstance(images, np.ndarray) else images.gather(indices)
-
-
-T = TypeVar("T")
-
-
-def prefetched(function: Callable[[int], T], count: int, start: int = 0, threads: int = 2) -> Iterator[T]:
-    """function(i) for i in range(start, count), in order, computed ahead in threads.
-
-    What a call raises is raised here when its turn comes.
-    """
-    # In a tuple, as grain leaves out elements that are None.
-    ahead = grain.MapDataset.range(start, count).map(lambda i: (function(int(i)),))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    return (element[0] for element in ahead.to_iter_dataset(options))
-
-
-def batch_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """[batch] indices of training step `step`: each epoch is a permutation that follows from (seed, epoch) alone.
-
-    Resuming is arithmetic: no iterator has a state. The rest of an epoch that does not fill a batch is left out.
-    """
-    epoch, position = divmod(step, count // batch)
-    order = np.random.default_rng([seed, 1, epoch]).permutation(count)
-    return order[position * batch : (position + 1) * batch]

@@ -4,13 +4,7 @@ A config file defines `get_config() -> Config`. The sections are in the order of
 hashable: a section can be a static argument of a jitted function. A field's docstring is its help text.
 """
 
-import difflib
-import json
-import runpy
-import types
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,8 +14,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
@@ -32,10 +24,6 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 MOST_HEADS = 12  # of a layer whose 2^H head subsets are all tried
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
-
-
-class HeadSteerError(Exception):
-    """A mistake or a misfortune outside the program: its message is one line that names the culprit and the mend."""
 
 
 class Section(BaseModel):
@@ -474,171 +462,3 @@ class Config(Section):
             if not ok:
                 raise ValueError(f"{field} = {value!r}: allowed is {allowed}")
         return self
-
-
-def one_line(error: ValidationError, prefix: str = "") -> str:
-    """The first fault of a validation, as `config.FIELD = VALUE: what is allowed`."""
-    fault = error.errors(include_url=False)[0]
-    path = ".".join([prefix, *map(str, fault["loc"])] if prefix else map(str, fault["loc"]))
-    if fault["type"] == "value_error":  # our own message, from _fields_agree: names its field
-        return f"config.{fault['ctx']['error']}"
-    if fault["type"] == "extra_forbidden":
-        return f"config.{path}: there is no such field{_did_you_mean(path)}"
-    return f"config.{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-
-
-def _did_you_mean(path: str) -> str:
-    close = difflib.get_close_matches(path, [name for name, *_ in fields()], n=1, cutoff=0.5)
-    return f"; did you mean config.{close[0]}?" if close else "; run.py --help lists the fields"
-
-
-def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every leaf field: its dotted path, type and help text."""
-    for name, info in section.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from fields(annotation, f"{prefix}{name}.")
-        else:
-            metadata = (annotation, *info.metadata) if info.metadata else (annotation,)
-            typed = Annotated[metadata] if len(metadata) > 1 else annotation
-            yield prefix + name, typed, " ".join((info.description or "").split())
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Dotted path -> value, of every leaf field, in JSON's types."""
-
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in node.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    return dict(walk(json.loads(config.model_dump_json()), ""))
-
-
-def _parse(annotation: Any, text: str) -> Any:
-    """A command line's text as a value of this type; tuples are comma-separated. Raises ValidationError."""
-    if get_origin(annotation) is tuple:
-        element = get_args(annotation)[0]
-        return tuple(_parse(element, part.strip()) for part in text.strip("()[] ").split(",") if part.strip())
-    if get_origin(annotation) is Literal:
-        value = {str(choice): choice for choice in get_args(annotation)}.get(text, text)
-        return TypeAdapter(annotation).validate_python(value)
-    return TypeAdapter(annotation).validate_strings(text)
-
-
-def override(config: Config, path: str, text: str) -> Config:
-    """`config` with the leaf field at a dotted path set from a command line's text; tuples are comma-separated.
-
-    The result is not yet checked as a whole: `load_config` does that once, after the last override.
-
-    Raises:
-      HeadSteerError: no such field, or a text that is not of its type or range.
-    """
-    typed = {name: annotation for name, annotation, *_ in fields()}
-    if path not in typed:
-        raise HeadSteerError(f"config.{path}: there is no such field{_did_you_mean(path)}")
-    try:
-        value = _parse(typed[path], text)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
-        raise HeadSteerError(f"config.{path} = {text!r}: {message}") from None
-
-    def put(section: Section, names: list[str]) -> Section:
-        new = put(getattr(section, names[0]), names[1:]) if len(names) > 1 else value
-        return section.model_copy(update={names[0]: new})
-
-    result = put(config, path.split("."))
-    assert isinstance(result, Config)
-    return result
-
-
-def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingProxyType({})) -> Config:
-    """The config that a file's `get_config()` returns, with overrides, checked.
-
-    Args:
-      path: a Python file that defines get_config() -> Config.
-      overrides: dotted field path -> text, as on the command line.
-
-    Raises:
-      HeadSteerError: no such file, a file that fails, or a field that is unknown, of a wrong type or impossible.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise HeadSteerError(f"--config={path}: no such file; the directory {path.parent} should hold it")
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-        if not isinstance(config, Config):
-            raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}, not a Config")
-    except ValidationError as error:
-        section = error.title.removesuffix("Config").lower()
-        raise HeadSteerError(f"{one_line(error, section)} (in {path})") from None
-    except KeyError:
-        raise HeadSteerError(f"--config={path}: the file defines no get_config()") from None
-    except HeadSteerError:
-        raise
-    except Exception as error:
-        raise HeadSteerError(f"--config={path}: the file failed with {type(error).__name__}: {error}") from None
-    for name, text in overrides.items():
-        config = override(config, name, text)
-    try:  # the overrides were put in without the checks across fields
-        return Config.model_validate(config.model_dump())
-    except ValidationError as error:
-        raise HeadSteerError(one_line(error)) from None
-
-
-def help_text() -> str:
-    """The config's fields with type, default and meaning, for --help."""
-    defaults = flatten(Config())
-    return "\n".join(
-        f"  --config.{path} ({_type_name(annotation)}; {_default(defaults[path])})\n      {text}"
-        for path, annotation, text in fields()
-    )
-
-
-def reference() -> str:
-    """docs/configuration.md: a table of fields for each section."""
-    defaults = flatten(Config())
-    lines = [
-        "# Configuration",
-        "",
-        "Every field, with the default that a config file may leave. A file in `configs/` sets what its experiment",
-        "needs; the command line overrides both: `--config.FIELD=VALUE`, lists with commas. This page is made by",
-        "`python -m headsteer_jax.config > docs/configuration.md`.",
-    ]
-    before = None
-    for path, annotation, text in fields():
-        section = path.rpartition(".")[0].partition(".")[0]
-        if section != before:
-            about = Config.model_fields[section].annotation.__doc__ if section else Config.__doc__
-            lines += ["", f"## {section or 'top level'}", "", (about or "").partition("\n")[0], ""]
-            lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
-            before = section
-        kind, shown, meaning = (
-            cell.replace("|", "\\|") for cell in (_type_name(annotation), _default(defaults[path]), text)
-        )
-        lines.append(f"| `{path}` | {kind} | {shown} | {meaning} |")
-    return "\n".join(lines)
-
-
-def _default(value: Any) -> str:
-    return "empty" if value in ("", []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _type_name(annotation: Any) -> str:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type_name(args[0])
-    if origin is Literal:
-        return " | ".join(map(str, args))
-    if origin is tuple:
-        return f"{_type_name(args[0])}, ..."
-    if origin in (Union, types.UnionType):
-        return " | ".join(map(_type_name, args))
-    return str(getattr(annotation, "__name__", annotation))
-
-
-if __name__ == "__main__":
-    print(reference())

@@ -4,19 +4,12 @@ Everything is drawn from summary.json, sweep.nc and metrics.jsonl; nothing is co
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, C classes, H heads, F latents.
 """
 
-import base64
 import io
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import resources
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
@@ -24,83 +17,26 @@ from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from headsteer_jax.checkpoint import Path, make_directory, write_bytes, write_text
-from headsteer_jax.config import Config, flatten
-from headsteer_jax.data import Dataset, gather
-
-WIDTH = 9.5  # inches: at 96 pixels an inch the page's column
-MATRIX_CLASSES = 100  # rows that are legible at that width; of more classes both ends of the ranking are shown
-MONTAGE_CLASSES = 6
-TILE = 56  # pixels: images in the montage are no larger
-COLOURS = {
-    "class": "#D55E00",
-    "global": "#0072B2",
-    "random": "#009E73",
-    "matched_random": "#CC79A7",
-    "gate_aligned": "#E69F00",
-}  # Okabe-Ito
-MORE_COLOURS = ("#56B4E9", "#8C6D31", "#666666", "#F0E442")  # for further strategies, in order
-PHASE_COLOURS = {"dense": "#7F7F7F", "gated": "#000000", "dense_control": "#E69F00"}
-INK, MUTED, PALE = "#222222", "#767676", "#B5B5B5"
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of the same widths: an SVG's labels fit with either
-    "font.size": 9,
-    "text.parse_math": False,  # class names hold dollar signs
-    "text.color": INK,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#999999",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E8E8E8",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#999999",
-    "ytick.color": "#999999",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "headsteer",  # the same figure has the same bytes
-}
-
-
-class Material(NamedTuple):
-    """All that figures are drawn from."""
-
-    config: Config
-    dataset: Dataset
-    summary: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    rows: list[dict[str, Any]]  # metrics.jsonl
-
-    @property
-    def colours(self) -> dict[str, str]:
-        """Strategy -> colour, in the order of the config."""
-        names = [str(name) for name in self.arrays["strategies"]]
-        more = iter(MORE_COLOURS * len(names))
-        return {name: COLOURS.get(name) or next(more) for name in names}
-
-    @property
-    def main(self) -> str:
-        """The strategy that figures of one strategy show: `class` where it was run."""
-        return "class" if "class" in self.colours else next(iter(self.colours))
-
-    @property
-    def images(self) -> int:
-        """Test images that were steered."""
-        return int(self.arrays["test_count"].sum())
+from headsteer_jax.data.dataset import gather
+from headsteer_jax.report.style import (
+    COLOURS,
+    INK,
+    MATRIX_CLASSES,
+    MONTAGE_CLASSES,
+    MUTED,
+    PALE,
+    PHASE_COLOURS,
+    TILE,
+    WIDTH,
+    Material,
+    alpha_axis,
+    number,
+    plain,
+    short,
+    spread,
+    styled,
+    ticks,
+)
 
 
 def heads_on(m: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,75 +52,6 @@ def heads_on(m: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     order = np.argsort((after - before).mean(axis=1), kind="stable")
     order = order[count[order] > 0]
     return order, before[order], after[order]
-
-
-def short(name: str, length: int = 16) -> str:
-    """A class name for a label: printable, on one line, cut in its middle where it is long."""
-    name = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
-    return name if len(name) <= length else f"{name[: length - 5]}…{name[-4:]}"
-
-
-def number(value: float) -> str:
-    """As short as it is exact, with a real minus sign."""
-    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
-
-
-def signed(value: float, digits: int) -> str:
-    """With its sign, rounded; never minus zero."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def heads_text(heads: Iterable[int]) -> str:
-    """[2, 5] -> {h2, h5}, counted from 0."""
-    return "{" + ", ".join(f"h{head}" for head in heads) + "}"
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places near `values`, in their order and at least `gap` apart: for labels beside the ends of lines."""
-    order = np.argsort(values, kind="stable")
-    places = np.array(values, float)[order]
-    for _ in range(20 * len(places)):  # neighbours that are too close share the way
-        for i in range(len(places) - 1):
-            push = max(0.0, gap - (places[i + 1] - places[i])) / 2
-            places[i : i + 2] += (-push, push)
-    return places[np.argsort(order)].tolist()
-
-
-def alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
-    """Alphas on a scale that is linear near 0 and logarithmic beyond, both ways, with labels where there is room."""
-    unit = np.abs(alphas[alphas != 0]).min() if (alphas != 0).any() else 1.0
-    axes.set_xscale("asinh", linear_width=float(unit))
-    room = 0.024 * float(np.ptp(np.arcsinh(alphas / unit)))  # for a character
-    shown: list[float] = []
-    ends = (0, alphas[0], alphas[-1])
-    for alpha in sorted(alphas.tolist(), key=lambda a: (a not in ends, np.log2(abs(a) or 1) % 1 != 0, -abs(a))):
-        for other in shown:
-            apart = abs(np.arcsinh(alpha / unit) - np.arcsinh(other / unit))
-            if apart < room * (1 + (len(number(alpha)) + len(number(other))) / 2):
-                break
-        else:
-            shown.append(alpha)
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axes.set_xlabel("steering strength \N{GREEK SMALL LETTER ALPHA}")
-
-
-def ticks(axis: Axis, what: str, most: int = 6) -> None:
-    """Usage in fractions, as [LH26] has it; all else in percent."""
-    percent = what != "usage"
-    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{number(round(100 * value, 6))}%" if percent else number(round(value, 6)))
-    )
-
-
-def plain(axes: Axes) -> None:
-    """No frame, grid or ticks: for images."""
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def steering(m: Material) -> Figure:
@@ -670,14 +537,6 @@ FIGURES: dict[str, Callable[[Material], Figure | None]] = {
 }
 
 
-@contextmanager
-def styled() -> Iterator[None]:
-    """Within it figures look as ours do; matplotlib's own settings come back after it."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
-        yield
-
-
 def draw(m: Material, name: str) -> dict[str, bytes] | None:
     """One figure as PNG and SVG; None where this run has nothing for it."""
     with styled():
@@ -690,44 +549,3 @@ def draw(m: Material, name: str) -> dict[str, bytes] | None:
             figure.savefig(buffer, format=kind, dpi=m.config.report.dpi, metadata=metadata)
             files[kind] = buffer.getvalue()
         return files
-
-
-def write_report(
-    config: Config,
-    name: str,
-    dataset: Dataset,
-    summary: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-    rows: list[dict[str, Any]],
-    workdir: Path,
-) -> None:
-    """Write <workdir>/figures/NAME.png and NAME.svg, and <workdir>/report.html, which holds the SVGs.
-
-    Args:
-      name: the run's, for the title.
-      summary: all of summary.json.
-      arrays: all of sweep.nc.
-      rows: metrics.jsonl.
-    """
-    m = Material(config, dataset, summary, arrays, rows)
-    directory = make_directory(workdir / "figures")
-    images = {}
-    for figure in FIGURES:
-        files = draw(m, figure)
-        for kind in ("png", "svg"):
-            path = directory / f"{figure}.{kind}"
-            if files is None:
-                path.unlink(missing_ok=True)  # from an earlier report
-            else:
-                write_bytes(path, files[kind])
-        if files is not None:
-            images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed, "heads": heads_text}
-    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
-    page = template.render(
-        name=name, config=config, fields=flatten(config), summary=summary, images=images, strategies=list(m.colours),
-        main=m.main, test_images=m.images, classes=int((arrays["test_count"] > 0).sum()),
-        heads=arrays["test_heads_on"].shape[-1],
-    )  # fmt: skip
-    write_text(workdir / "report.html", page)

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax import hosts
-from headsteer_jax.activations import dealt, largest, padded_chunks, per_image, replicated, too_small
-from headsteer_jax.augment import preprocess
-from headsteer_jax.config import Config, SteerConfig
-from headsteer_jax.data import Split, gather
-from headsteer_jax.latents import Choice
-from headsteer_jax.progress import progress
-from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, uncentre
-from headsteer_jax.table import pattern_of
-from headsteer_jax.vit import ViT, answer, stack_gates
+from headsteer_jax.config.schema import Config, SteerConfig
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.dataset import Split, gather
+from headsteer_jax.model.passes import dealt, largest, padded_chunks, per_image, replicated, too_small
+from headsteer_jax.model.vit import ViT, answer, stack_gates
+from headsteer_jax.runtime import hosts
+from headsteer_jax.runtime.progress import progress
+from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, decode, encode, uncentre
+from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.table import pattern_of
 
 Mode = Literal["add", "scale", "clamp", "ablate"]
 

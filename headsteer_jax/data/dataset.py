@@ -1,0 +1,143 @@
+"""Images and labels: one `Dataset` of three splits, whatever they come from."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headsteer_jax.errors import HeadSteerError
+
+
+class LazyImages:
+    """[N, height, width, channels] uint8 images that are decoded, in threads, whenever they are asked for.
+
+    Args:
+      decode: places in the source -> the images there, in order.
+      places: [N] where these images are in the source.
+      shape: (height, width, channels).
+    """
+
+    _threads = ThreadPoolExecutor(os.cpu_count())  # shared: as many decoders as cores, however many sets are open
+
+    def __init__(
+        self, decode: Callable[[list[int]], Iterable[np.ndarray]], places: np.ndarray, shape: tuple[int, int, int]
+    ) -> None:
+        self._decode, self._places = decode, places
+        self.shape = (len(places), *shape)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, indices: np.ndarray) -> "LazyImages":
+        """The images at `indices` [M], not decoded either."""
+        return LazyImages(self._decode, self._places[indices], self.shape[1:])
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """[M] indices -> [M, height, width, channels] uint8.
+
+        Raises:
+          HeadSteerError: an image cannot be read; the message names it.
+        """
+        places = self._places[indices]
+        images = np.empty((len(places), *self.shape[1:]), np.uint8)
+
+        def fill(rows: np.ndarray) -> None:
+            for row, image in zip(rows, self._decode(places[rows].tolist()), strict=True):
+                images[row] = image
+
+        pieces = max(os.cpu_count() or 1, len(places) // 256)
+        for _ in self._threads.map(fill, np.array_split(np.arange(len(places)), pieces)):
+            pass  # the loop raises what a thread raised
+        return images
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their classes."""
+
+    images: np.ndarray | LazyImages  # [N, height, width, channels] uint8; `gather` reads both
+    labels: np.ndarray  # [N] int32, in [0, C)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits that share no image."""
+
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+    related: np.ndarray | None = None  # [C, C] bool: pairs of classes known to be alike; None where nothing is known
+
+
+def stratified_cut(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Indices [N'] of what stays and of what is cut off, `fraction` of each class (at least 1, never all), sorted."""
+    cut = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        cut.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    cut_indices = np.sort(np.concatenate(cut))
+    return np.setdiff1d(np.arange(len(labels)), cut_indices), cut_indices
+
+
+def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
+    """[C, C] bool, symmetric: pairs of different classes that some group `name=class|class|...` holds both of.
+
+    Raises:
+      HeadSteerError: a group is not of this form, or it names a class twice or one that the dataset does not have.
+    """
+    pairs = np.zeros((len(class_names), len(class_names)), bool)
+    for group in groups:
+        name, equals, members = group.partition("=")
+        names = [member.strip() for member in members.split("|")]
+        if not equals or len(names) < 2:
+            raise HeadSteerError(f"config.data.related: {group!r}: a group is `name=class|class|...`, of two or more")
+        check_classes(f"config.data.related: {name}", names, class_names)
+        places = [class_names.index(member) for member in names]
+        pairs[np.ix_(places, places)] = True
+    return pairs & ~np.eye(len(class_names), dtype=bool)
+
+
+def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]) -> None:
+    """Raises HeadSteerError where a name is given twice, or is no class of the dataset."""
+    for name in names:
+        if name not in class_names:
+            close = difflib.get_close_matches(name, class_names, n=1)
+            some = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"it has {', '.join(class_names[:8])}{', ...' * (len(class_names) > 8)}"
+            )
+            raise HeadSteerError(f"{field}: the dataset has no class {name!r}; {some}")
+        if list(names).count(name) > 1:
+            raise HeadSteerError(f"{field}: {name!r} is named twice; name it once")
+
+
+def gather(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.ndarray:
+    """[M] indices -> [M, height, width, channels] uint8, from a split's images in either form."""
+    return images[indices] if isinstance(images, np.ndarray) else images.gather(indices)
+
+
+SAMPLE = 16  # images of a split too large for memory that are decoded for its fingerprint
+
+
+def _sha256(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else json.dumps(part).encode())
+    return digest.hexdigest()
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """Of all labels and of some images of each split: where two hosts' differ they do not read the same data."""
+    parts: list[Any] = [list(dataset.class_names)]
+    for split in (dataset.train, dataset.validation, dataset.test):
+        some = np.linspace(0, len(split.labels) - 1, SAMPLE).astype(int)
+        parts += [list(split.images.shape), split.labels.astype(np.int64), gather(split.images, some)]
+    return _sha256(*parts)[:16]

@@ -1,0 +1,69 @@
+"""The embedded dataset: two of scikit-learn's handwritten digits on a canvas, 100 classes."""
+
+import numpy as np
+
+from headsteer_jax.config.schema import DataConfig
+from headsteer_jax.data.dataset import Dataset, Split, stratified_cut
+from headsteer_jax.errors import HeadSteerError
+
+DIGIT_SIDE = 8  # scikit-learn's digits are 8x8, grey levels 0 to 16
+DIGIT_TEST_FRACTION = 0.25  # share of the source digits that only test canvases use
+
+
+def compose_digits(
+    digits: np.ndarray, values: np.ndarray, per_class: int, side: int, rng: np.random.Generator
+) -> Split:
+    """Canvases of two digits: class 10 a + b shows an `a` in the left half and a `b` in the right, at random places.
+
+    Args:
+      digits: [N, 8, 8] uint8 source digits.
+      values: [N] what each shows, 0 to 9.
+      per_class: canvases for each of the 100 classes.
+      side: the canvas's side in pixels, at least 16.
+    """
+    labels = np.repeat(np.arange(100, dtype=np.int32), per_class)
+    canvases = np.zeros((len(labels), side, side), np.uint8)
+    pixel, half = np.arange(DIGIT_SIDE), side // 2
+    for shown, first_column in ((labels // 10, 0), (labels % 10, half)):
+        chosen = np.zeros(len(labels), np.int64)
+        for value in range(10):
+            wanted = shown == value
+            chosen[wanted] = rng.choice(np.flatnonzero(values == value), wanted.sum())
+        rows = rng.integers(0, side - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel[:, None]
+        columns = first_column + rng.integers(0, half - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel
+        canvases[np.arange(len(labels))[:, None, None], rows, columns] = digits[chosen]
+    return Split(canvases[..., None], labels)
+
+
+def double_digits(config: DataConfig, seed: int) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, two to a canvas; no source digit occurs in two splits.
+
+    Classes "00" to "99"; classes that share a digit at the same place are related.
+    """
+    from sklearn.datasets import load_digits
+
+    if config.image_size < 2 * DIGIT_SIDE:
+        raise HeadSteerError(
+            f"config.data.image_size = {config.image_size}: double_digits needs at least {2 * DIGIT_SIDE} pixels"
+        )
+    source = load_digits()
+    digits = np.round(source.images * (255 / 16)).astype(np.uint8)
+    values = source.target.astype(np.int32)
+    rng = np.random.default_rng([seed, 0])
+    fitting, test = stratified_cut(values, DIGIT_TEST_FRACTION, rng)
+    train, validation = stratified_cut(values[fitting], config.validation_fraction, rng)
+
+    def compose(chosen: np.ndarray, per_class: int) -> Split:
+        split = compose_digits(digits[chosen], values[chosen], per_class, config.image_size, rng)
+        assert isinstance(split.images, np.ndarray)
+        return Split(np.repeat(split.images, config.channels, axis=3), split.labels)
+
+    tens, ones = np.divmod(np.arange(100), 10)
+    related = (tens[:, None] == tens) | (ones[:, None] == ones)
+    return Dataset(
+        train=compose(fitting[train], config.train_per_class or 400),
+        validation=compose(fitting[validation], config.eval_per_class or 100),
+        test=compose(test, config.eval_per_class or 100),
+        class_names=tuple(f"{label:02d}" for label in range(100)),
+        related=related & ~np.eye(100, dtype=bool),
+    )

@@ -1,0 +1,203 @@
+"""Weight files of vision transformers: read as NumPy arrays, and what each publisher calls the tensors.
+
+No pickle is ever executed: .safetensors and .npz hold none, and .pth goes through torch's weights-only loading.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+
+from headsteer_jax.errors import HeadSteerError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
+
+
+class Layout(NamedTuple):
+    """A publisher's names. Templates: {} is the layer's number. Modules that we have are the keys."""
+
+    family: str
+    modules: dict[str, str]  # patches, norm, head; of a layer norm1, query, key, value, out, norm2, mlp_in, mlp_out
+    tokens: dict[str, str]  # cls, positions, registers
+    scales: dict[str, str]  # LayerScale of out and mlp_out
+    leaves: dict[str, str]  # what kernel, bias and a norm's scale are called, with the separator before
+    fused: bool  # query, key and value are one matrix, in this order
+    flax: bool  # kernels are [inputs, outputs], attention's with H and K apart, patches' [h, w, channels, D]
+    ignored: tuple[str, ...]  # beginnings of names that the model has no use for; `head` adds its own
+
+    def name(self, module: str, leaf: str, layer: int | None = None) -> str:
+        """A tensor's name in the file: module of ours, `kernel`, `bias` or `scale`."""
+        return self.modules[module].format(layer) + self.leaves[leaf]
+
+
+TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
+TIMM = Layout(
+    family="timm",
+    modules={
+        "patches": "patch_embed.proj", "norm": "norm", "head": "head", "norm1": "blocks.{}.norm1",
+        "query": "blocks.{}.attn.qkv", "key": "blocks.{}.attn.qkv", "value": "blocks.{}.attn.qkv",
+        "out": "blocks.{}.attn.proj", "norm2": "blocks.{}.norm2",
+        "mlp_in": "blocks.{}.mlp.fc1", "mlp_out": "blocks.{}.mlp.fc2",
+    },
+    tokens={"cls": "cls_token", "positions": "pos_embed", "registers": "reg_token"},
+    scales={"out": "blocks.{}.ls1.gamma", "mlp_out": "blocks.{}.ls2.gamma"},
+    leaves=TORCH, fused=True, flax=False, ignored=("mask_token",),
+)  # fmt: skip
+# the authors' own files; those of the model without registers are the same in both
+DINOV2 = TIMM._replace(family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"})
+HF_VIT = Layout(
+    family="Hugging Face ViTModel",
+    modules={
+        "patches": "embeddings.patch_embeddings.projection", "norm": "layernorm", "head": "classifier",
+        "norm1": "encoder.layer.{}.layernorm_before", "query": "encoder.layer.{}.attention.attention.query",
+        "key": "encoder.layer.{}.attention.attention.key", "value": "encoder.layer.{}.attention.attention.value",
+        "out": "encoder.layer.{}.attention.output.dense", "norm2": "encoder.layer.{}.layernorm_after",
+        "mlp_in": "encoder.layer.{}.intermediate.dense", "mlp_out": "encoder.layer.{}.output.dense",
+    },
+    tokens={
+        "cls": "embeddings.cls_token", "positions": "embeddings.position_embeddings",
+        "registers": "embeddings.register_tokens",
+    },
+    scales={},
+    leaves=TORCH, fused=False, flax=False, ignored=("embeddings.mask_token", "pooler."),
+)  # fmt: skip
+HF_DINOV2 = HF_VIT._replace(
+    family="Hugging Face Dinov2Model",
+    modules=HF_VIT.modules
+    | {
+        "norm1": "encoder.layer.{}.norm1", "norm2": "encoder.layer.{}.norm2",
+        "mlp_in": "encoder.layer.{}.mlp.fc1", "mlp_out": "encoder.layer.{}.mlp.fc2",
+    },
+    scales={"out": "encoder.layer.{}.layer_scale1.lambda1", "mlp_out": "encoder.layer.{}.layer_scale2.lambda1"},
+)  # fmt: skip
+_BLOCK = "Transformer/encoderblock_{}"
+AUGREG = Layout(
+    family="google-research/vision_transformer",
+    modules={
+        "patches": "embedding", "norm": "Transformer/encoder_norm", "head": "head",
+        "norm1": f"{_BLOCK}/LayerNorm_0",
+        **{part: f"{_BLOCK}/MultiHeadDotProductAttention_1/{part}" for part in ("query", "key", "value", "out")},
+        "norm2": f"{_BLOCK}/LayerNorm_2",
+        "mlp_in": f"{_BLOCK}/MlpBlock_3/Dense_0", "mlp_out": f"{_BLOCK}/MlpBlock_3/Dense_1",
+    },
+    tokens={"cls": "cls", "positions": "Transformer/posembed_input/pos_embedding"},
+    scales={},
+    leaves={"kernel": "/kernel", "bias": "/bias", "scale": "/scale"}, fused=False, flax=True, ignored=("pre_logits/",),
+)  # fmt: skip
+# of a model within a model
+PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "module.", "backbone.")
+
+
+def find(where: str) -> Path:
+    """A local file, or one of the Hugging Face hub's, downloaded once into its cache.
+
+    Args:
+      where: a path, hf://owner/model (its model.safetensors), or hf://owner/model/FILE.
+
+    Raises:
+      HeadSteerError: huggingface_hub is not installed, or the file cannot be had.
+    """
+    if not where.startswith("hf://"):
+        return Path(where)
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise HeadSteerError(
+            f"config.model.pretrained = {where}: needs the extra hub: pip install 'headsteer-jax[hub]'"
+        ) from None
+    owner, _, rest = where.removeprefix("hf://").partition("/")
+    model, _, file = rest.partition("/")
+    try:
+        return Path(hf_hub_download(f"{owner}/{model}", file or "model.safetensors"))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise HeadSteerError(
+            f"config.model.pretrained = {where}: cannot be downloaded ({type(error).__name__}: {reason}); "
+            "check the name and the network, or name a local file"
+        ) from None
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """A weight file's tensors as float32, under the names that they have there.
+
+    Raises:
+      HeadSteerError: there is no such file, it is truncated or not what its suffix says, or a tensor holds NaN.
+    """
+    if not path.is_file():
+        raise HeadSteerError(f"config.model.pretrained = {path}: no such file")
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {
+        ".safetensors": load_file,
+        ".npz": _read_npz,
+        ".pth": _read_torch,
+        ".pt": _read_torch,
+    }
+    if path.suffix not in readers:
+        raise HeadSteerError(f"config.model.pretrained = {path}: allowed is a file that ends in {', '.join(SUFFIXES)}")
+    try:
+        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in readers[path.suffix](path).items()}
+    except HeadSteerError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, EOFError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise HeadSteerError(f"{path}: truncated or not a {path.suffix} file ({reason}); download it again") from None
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise HeadSteerError(f"{path}: tensor {name!r} holds NaN or infinity; download it again")
+    return tensors
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # np.load would take another format for what it is
+            raise ValueError("not a zip archive")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # zipfile and zlib have exceptions of their own
+        raise ValueError(str(error)) from None
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise HeadSteerError(f"{path}: a {path.suffix} file needs the extra torch: pip install torch") from None
+    import pickle
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise HeadSteerError(
+            f"{path}: not a file of torch's that holds nothing but tensors; nothing else in it is ever executed. "
+            "Save its state_dict alone, or take a .safetensors file"
+        ) from None
+    for key in ("model", "state_dict", "teacher"):  # the training scripts of DeiT, timm and DINO wrap the weights
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise HeadSteerError(f"{path}: it holds no state_dict, a dict of tensors; save one with torch.save")
+    return {name: tensor.float().numpy() for name, tensor in content.items()}
+
+
+def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, str]:
+    """Whose names these are, and what stands before each of the backbone's.
+
+    Raises:
+      HeadSteerError: a family that is not known.
+    """
+    for prefix in PREFIXES:
+        if prefix + "patch_embed.proj.weight" in tensors:
+            return DINOV2 if prefix + "register_tokens" in tensors else TIMM, prefix
+        if prefix + "embeddings.patch_embeddings.projection.weight" in tensors:
+            of_vit = prefix + "encoder.layer.0.layernorm_before.weight" in tensors
+            return HF_VIT if of_vit else HF_DINOV2, prefix
+        if prefix + "embedding/kernel" in tensors:
+            return AUGREG, prefix
+    some = ", ".join(map(repr, sorted(tensors)[:3]))
+    raise HeadSteerError(
+        f"{path}: no vision transformer under the names of timm, Hugging Face or "
+        f"google-research/vision_transformer; its tensors begin with {some or 'none'}; choose another file"
+    )

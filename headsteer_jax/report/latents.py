@@ -1,0 +1,113 @@
+"""latents.html: one page with a row for every latent that fires."""
+
+import base64
+import io
+import math
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from etils.epath import Path
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from headsteer_jax.config.schema import Config
+from headsteer_jax.data.dataset import Dataset, gather
+from headsteer_jax.runtime.files import write_text
+from headsteer_jax.sae.latents import Arrays
+
+THUMBNAIL = 56  # pixels: images on the page are no larger
+BARS = 5  # classes in a latent's histogram
+LEVELS = 15  # of a patch's heat: one hexadecimal digit
+
+
+def _uri(image: np.ndarray) -> str:
+    """[height, width, channels] uint8 -> a small picture as PNG or JPEG, whichever is shorter."""
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    if max(picture.size) > THUMBNAIL:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    uris = []
+    for kind in ("png", "jpeg"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, quality=85, optimize=True)  # a PNG has no quality
+        uris.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return min(uris, key=len)
+
+
+def _heat(patches_T: np.ndarray, most: float) -> str:
+    """A hexadecimal digit for each patch: 0 where the latent is silent, LEVELS at its strongest."""
+    levels = np.ceil(LEVELS * np.asarray(patches_T, np.float64) / most).clip(0, LEVELS).astype(int)
+    return "".join(f"{level:x}" for level in levels)
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Four digits are more than the page shows."""
+    return [float(f"{value:.4g}") for value in values.tolist()]
+
+
+def _pictures(latent: int, arrays: Arrays, used: np.ndarray, tokens: str) -> list[list[Any]]:
+    """A latent's top images as [place in `used`, activation] and, with patches, [the CLS token's (or null), heat]."""
+    fires = np.flatnonzero(arrays["top_activations"][latent] > 0)
+    strength = arrays["top_activations"][latent, fires]
+    rows: list[list[Any]] = [
+        [place, value]
+        for place, value in zip(
+            np.searchsorted(used, arrays["top_images"][latent, fires]).tolist(), _rounded(strength), strict=True
+        )
+    ]
+    if tokens != "cls":
+        first = 1 if tokens == "all" else 0
+        for row, patches_T in zip(rows, arrays["top_patches"][latent, fires], strict=True):
+            row += [_rounded(patches_T[:1])[0] if first else None, _heat(patches_T[first:], float(strength[0]))]
+    return rows
+
+
+def page_data(arrays: Arrays, dataset: Dataset, config: Config) -> dict[str, Any]:
+    """What the page holds, in JSON's types: columns with an entry for each latent that fires, most selective first.
+
+    `images` has entries for the first config.report.inside of them; they name `thumbnails`, which are there once each.
+    """
+    tokens, frequency = config.sae.tokens, arrays["frequency"]
+    order = np.flatnonzero(frequency > 0)
+    order = order[np.argsort(-arrays["selectivity"][order], kind="stable")]
+    shown = order[: config.report.inside]
+    used = np.unique(arrays["top_images"][shown][arrays["top_activations"][shown] > 0])
+    parts = np.array_split(used, max(1, len(used) // 256))  # whole images are large
+    histogram, spread = [], []
+    for count_C, mean_C in zip(arrays["class_counts"][:, order].T, arrays["class_means"][:, order].T, strict=True):
+        first = np.lexsort((-mean_C, -count_C))[:BARS]  # a dense latent fires on every image of several classes
+        histogram.append([[int(c), int(count_C[c])] for c in first if count_C[c]])
+        spread.append([int(np.count_nonzero(count_C)), int(count_C.sum())])
+    names = [name for name in ("frequency", "token_frequency", "cls_frequency") if name in arrays]
+    return {
+        "classes": list(dataset.class_names),
+        "latent": order.tolist(),
+        **{name: _rounded(arrays[name][order]) for name in (*names, "strength", "selectivity", "cosine")},
+        "effect": [_rounded(effect_F[order]) for effect_F in arrays["effect"].T],
+        "histogram": histogram,
+        "spread": spread,
+        "images": [_pictures(latent, arrays, used, tokens) for latent in shown.tolist()],
+        "image_class": dataset.train.labels[used].tolist(),
+        "thumbnails": [_uri(image) for part in parts for image in gather(dataset.train.images, part)],
+        "grid": 0 if tokens == "cls" else math.isqrt(arrays["top_patches"].shape[-1]),
+    }
+
+
+def write_inside(file: Path, name: str, arrays: Arrays, dataset: Dataset, config: Config) -> None:
+    """Write one page that opens from disk: a row for each latent that fires; its headings sort.
+
+    Args:
+      name: the run's, for the title.
+      arrays: of `look_inside`, on the training split.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    template = environment.from_string(
+        resources.files(__package__).joinpath("templates/latents.html.j2").read_text("utf-8")
+    )
+    data = page_data(arrays, dataset, config)
+    page = template.render(
+        name=name, config=config, data=data, latents=len(arrays["frequency"]), images=len(dataset.train.labels),
+        bars=BARS, levels=LEVELS,
+    )  # fmt: skip
+    write_text(file, page)

@@ -1,0 +1,166 @@
+"""How figures look: colours, fonts, axes and labels that all of them share."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from headsteer_jax.config.schema import Config
+from headsteer_jax.data.dataset import Dataset
+
+WIDTH = 9.5  # inches: at 96 pixels an inch the page's column
+MATRIX_CLASSES = 100  # rows that are legible at that width; of more classes both ends of the ranking are shown
+MONTAGE_CLASSES = 6
+TILE = 56  # pixels: images in the montage are no larger
+COLOURS = {
+    "class": "#D55E00",
+    "global": "#0072B2",
+    "random": "#009E73",
+    "matched_random": "#CC79A7",
+    "gate_aligned": "#E69F00",
+}  # Okabe-Ito
+MORE_COLOURS = ("#56B4E9", "#8C6D31", "#666666", "#F0E442")  # for further strategies, in order
+PHASE_COLOURS = {"dense": "#7F7F7F", "gated": "#000000", "dense_control": "#E69F00"}
+INK, MUTED, PALE = "#222222", "#767676", "#B5B5B5"
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana"],  # of the same widths: an SVG's labels fit with either
+    "font.size": 9,
+    "text.parse_math": False,  # class names hold dollar signs
+    "text.color": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#999999",
+    "ytick.color": "#999999",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "headsteer",  # the same figure has the same bytes
+}
+
+
+class Material(NamedTuple):
+    """All that figures are drawn from."""
+
+    config: Config
+    dataset: Dataset
+    summary: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    rows: list[dict[str, Any]]  # metrics.jsonl
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """Strategy -> colour, in the order of the config."""
+        names = [str(name) for name in self.arrays["strategies"]]
+        more = iter(MORE_COLOURS * len(names))
+        return {name: COLOURS.get(name) or next(more) for name in names}
+
+    @property
+    def main(self) -> str:
+        """The strategy that figures of one strategy show: `class` where it was run."""
+        return "class" if "class" in self.colours else next(iter(self.colours))
+
+    @property
+    def images(self) -> int:
+        """Test images that were steered."""
+        return int(self.arrays["test_count"].sum())
+
+
+def short(name: str, length: int = 16) -> str:
+    """A class name for a label: printable, on one line, cut in its middle where it is long."""
+    name = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
+    return name if len(name) <= length else f"{name[: length - 5]}…{name[-4:]}"
+
+
+def number(value: float) -> str:
+    """As short as it is exact, with a real minus sign."""
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, rounded; never minus zero."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def heads_text(heads: Iterable[int]) -> str:
+    """[2, 5] -> {h2, h5}, counted from 0."""
+    return "{" + ", ".join(f"h{head}" for head in heads) + "}"
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Places near `values`, in their order and at least `gap` apart: for labels beside the ends of lines."""
+    order = np.argsort(values, kind="stable")
+    places = np.array(values, float)[order]
+    for _ in range(20 * len(places)):  # neighbours that are too close share the way
+        for i in range(len(places) - 1):
+            push = max(0.0, gap - (places[i + 1] - places[i])) / 2
+            places[i : i + 2] += (-push, push)
+    return places[np.argsort(order)].tolist()
+
+
+def alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
+    """Alphas on a scale that is linear near 0 and logarithmic beyond, both ways, with labels where there is room."""
+    unit = np.abs(alphas[alphas != 0]).min() if (alphas != 0).any() else 1.0
+    axes.set_xscale("asinh", linear_width=float(unit))
+    room = 0.024 * float(np.ptp(np.arcsinh(alphas / unit)))  # for a character
+    shown: list[float] = []
+    ends = (0, alphas[0], alphas[-1])
+    for alpha in sorted(alphas.tolist(), key=lambda a: (a not in ends, np.log2(abs(a) or 1) % 1 != 0, -abs(a))):
+        for other in shown:
+            apart = abs(np.arcsinh(alpha / unit) - np.arcsinh(other / unit))
+            if apart < room * (1 + (len(number(alpha)) + len(number(other))) / 2):
+                break
+        else:
+            shown.append(alpha)
+    axes.xaxis.set_major_locator(FixedLocator(shown))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.set_xlabel("steering strength \N{GREEK SMALL LETTER ALPHA}")
+
+
+def ticks(axis: Axis, what: str, most: int = 6) -> None:
+    """Usage in fractions, as [LH26] has it; all else in percent."""
+    percent = what != "usage"
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{number(round(100 * value, 6))}%" if percent else number(round(value, 6)))
+    )
+
+
+def plain(axes: Axes) -> None:
+    """No frame, grid or ticks: for images."""
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Within it figures look as ours do; matplotlib's own settings come back after it."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
+        yield

@@ -1,0 +1,71 @@
+"""How far long work has come: a bar with rate and ETA on a terminal, plain lines otherwise. All on standard error; of
+several hosts process 0 speaks."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from headsteer_jax.runtime import hosts
+
+PLAIN_SECONDS = 10.0  # between two plain lines
+
+
+class Progress:
+    """Counts units of work; made by `progress`."""
+
+    def __init__(self, total: int, what: str, unit: str, initial: int) -> None:
+        self._bar = tqdm(
+            total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=True,
+            disable=not (sys.stderr.isatty() and hosts.is_first()),
+        )  # fmt: skip
+        self._what, self._unit, self._total, self._initial, self._done = what, unit, total, initial, initial
+        self._started = self._said = time.monotonic()
+
+    def update(self, units: int, note: str = "") -> None:
+        """Count `units` more; `note` says how it goes (a loss, an accuracy)."""
+        self._done += units
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(units)
+        if self._bar.disable and time.monotonic() - self._said > PLAIN_SECONDS:
+            self._said = time.monotonic()
+            self._line(note)
+
+    @property
+    def done(self) -> int:
+        """Units counted so far."""
+        return self._done
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._bar.disable and time.monotonic() - self._started > PLAIN_SECONDS:
+            self._line("")
+
+    def _line(self, note: str) -> None:
+        if not hosts.is_first():
+            return
+        elapsed = time.monotonic() - self._started
+        text = tqdm.format_meter(
+            self._done, self._total, elapsed, prefix=self._what, unit=self._unit, initial=self._initial, postfix=note,
+            bar_format="{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}",
+        )  # fmt: skip
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(total: int, what: str, unit: str = "step", initial: int = 0) -> Iterator[Progress]:
+    """Show the progress of `total` units of `what`, `initial` of which were done before."""
+    bar = Progress(total, what, unit, initial)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def say(message: str) -> None:
+    """One line for the user, above any bar."""
+    if hosts.is_first():
+        tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()

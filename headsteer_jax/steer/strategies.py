@@ -1,0 +1,312 @@
+"""Which latents to change: a strategy looks at how latents fire on the training split and names some for each class.
+
+A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names ours. A user's own is simpler,
+`(statistics, class) -> latents, weights`, and is named by its import path: `per_class` makes a strategy of it.
+Axes: C classes, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit h is head h).
+"""
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from headsteer_jax.config.schema import SteerConfig
+from headsteer_jax.errors import HeadSteerError
+
+
+class Outcomes(NamedTuple):
+    """Some images at the steered layer, and what every gate pattern there would lead to."""
+
+    labels: np.ndarray  # [N]
+    gate_logits: np.ndarray  # [N, H] unsteered
+    right: np.ndarray  # [N, P] bool: is the answer right under the pattern
+
+
+class LatentStatistics(NamedTuple):
+    """How one autoencoder's latents behave on the training split, and what the gate that they steer does."""
+
+    class_frequency: np.ndarray  # [C, F] share of the class's images on which the latent fires
+    frequency: np.ndarray  # [F] the same over all images
+    strength: np.ndarray  # [F] s_j: mean activation over the images on which it fires; 0 for a dead latent
+    decoder: np.ndarray  # [F, D] in units of the residual stream
+    gate: np.ndarray = np.zeros((0, 0))  # [F, H] a unit of each latent in the gate logits: decoder times gate weights
+    outcomes: tuple[Outcomes, ...] = ()  # of training images (steer.evidence of each class), and of validation
+    class_names: tuple[str, ...] = ()
+
+
+class Choice(NamedTuple):
+    """The latents that a strategy changes in images of each class, and how strongly next to each other."""
+
+    latents: np.ndarray  # [C, S] int32
+    weights: np.ndarray  # [C, S] float32; alpha is multiplied by it
+
+
+Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice]
+ClassStrategy = Callable[[LatentStatistics, int], tuple[Any, Any]]  # -> [S] latents, [S] weights of one class
+
+
+def statistics(
+    z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray | None = None,
+    outcomes: tuple[Outcomes, ...] = (), class_names: tuple[str, ...] = (),
+) -> LatentStatistics:  # fmt: skip
+    """Statistics of the training split's latents.
+
+    Args:
+      z_NF: latents >= 0.
+      labels: [N] classes.
+      decoder_FD: decoder rows over the autoencoder's scale.
+      gate_DH: the gate's weights; with a LayerNorm before them, its derivative at the mean residual. None, like no
+        outcomes: for strategies that do not look at the gate.
+    """
+    fires_NF = z_NF > 0
+    counts_C = np.bincount(labels, minlength=classes)
+    fired_CF = np.stack([fires_NF[labels == label].sum(axis=0) for label in range(classes)])
+    fired_F = fired_CF.sum(axis=0)
+    return LatentStatistics(
+        class_frequency=fired_CF / counts_C[:, None],
+        frequency=fired_F / len(labels),
+        strength=(z_NF.sum(axis=0, dtype=np.float64) / np.maximum(fired_F, 1)).astype(np.float32),
+        decoder=decoder_FD,
+        gate=decoder_FD @ (np.zeros((decoder_FD.shape[1], 0)) if gate_DH is None else gate_DH),
+        outcomes=outcomes,
+        class_names=class_names,
+    )
+
+
+def _eligible(stats: LatentStatistics, config: SteerConfig) -> np.ndarray:
+    """[E] latents that fire, but not on more than config.max_frequency of the images.
+
+    Raises:
+      HeadSteerError: fewer than config.latents are left.
+    """
+    eligible = np.flatnonzero((stats.frequency > 0) & (stats.frequency <= config.max_frequency))
+    if len(eligible) < config.latents:
+        raise HeadSteerError(
+            f"config.steer.latents = {config.latents}: only {len(eligible)} latents fire on the training split at most "
+            f"steer.max_frequency = {config.max_frequency} of the time; choose fewer, or raise it"
+        )
+    return eligible
+
+
+def _most_frequent(frequency_CF: np.ndarray, eligible: np.ndarray, count: int) -> np.ndarray:
+    """[C, S] the `count` eligible latents of highest frequency in each row; ties go to the lower index."""
+    order = np.argsort(-frequency_CF[:, eligible], axis=1, kind="stable")[:, :count]
+    return eligible[order].astype(np.int32)
+
+
+def class_frequent(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """[LH26] per-class: the latents that fire most often on the class's training images."""
+    latents = _most_frequent(stats.class_frequency, _eligible(stats, config), config.latents)
+    return Choice(latents, np.ones(latents.shape, np.float32))
+
+
+def global_frequent(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """[LH26] global: the latents that fire most often on all training images, the same for every class."""
+    latents = _most_frequent(stats.frequency[None], _eligible(stats, config), config.latents)
+    latents = np.repeat(latents, len(stats.class_frequency), axis=0)
+    return Choice(latents, np.ones(latents.shape, np.float32))
+
+
+def random(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """[LH26] random: for each class, latents drawn evenly from those that fire."""
+    eligible = _eligible(stats, config)
+    latents = np.stack([rng.choice(eligible, config.latents, replace=False) for _ in stats.class_frequency])
+    return Choice(latents.astype(np.int32), np.ones(latents.shape, np.float32))
+
+
+def matched_random(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """A control for `class_frequent`: random latents that fire as often as its own and move the residual as far.
+
+    Each of the class's latents is replaced by one drawn from the ten others closest to it in overall frequency; then
+    one weight for all makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, equal to the class's own.
+    """
+    chosen = class_frequent(stats, config, rng)
+    eligible = _eligible(stats, config)
+    latents = np.empty_like(chosen.latents)
+    for row, own in zip(latents, chosen.latents, strict=True):
+        free = np.setdiff1d(eligible, own)
+        for position, latent in enumerate(own):
+            if not len(free):
+                raise HeadSteerError(
+                    f"config.steer.latents = {config.latents}: too many for matched_random, which needs as many others"
+                )
+            closest = np.argsort(np.abs(stats.frequency[free] - stats.frequency[latent]), kind="stable")[:10]
+            pick = rng.choice(closest)
+            row[position] = free[pick]
+            free = np.delete(free, pick)
+    ratio = shift_norm(stats, chosen.latents) / np.maximum(shift_norm(stats, latents), 1e-12)
+    return Choice(latents, np.repeat(ratio[:, None], config.latents, axis=1).astype(np.float32))
+
+
+def shift_norm(stats: LatentStatistics, latents_CS: np.ndarray) -> np.ndarray:
+    """[C] |sum_j s_j d_j|: how far *add* at alpha 1 moves the residual of each class's images."""
+    return np.linalg.norm(np.einsum("CS,CSD->CD", stats.strength[latents_CS], stats.decoder[latents_CS]), axis=1)
+
+
+def gate_aligned(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """Ours: latents of the class whose decoders push the gate where the class keeps its accuracy with fewer heads.
+
+    `wanted_heads` says for each class which heads to close, open or leave alone as alpha grows, from what every gate
+    pattern would answer. The push that does this is then written as a sum of the class's own latents: of the
+    `steer.pool` most frequent ones, the S that serve best, with weights >= 0 (least squares, as small as possible).
+    Made for *add*; where one S-latent sum cannot give the push exactly, the nearest is taken.
+    """
+    pool = _most_frequent(stats.class_frequency, _eligible(stats, config), max(config.pool, config.latents))
+    effect_FH = stats.strength[:, None] * stats.gate  # of *add* at alpha 1
+    latents = np.empty((len(pool), config.latents), np.int32)
+    weights = np.empty(latents.shape, np.float32)
+    for label, own in enumerate(pool):
+        push_H = wanted_push(stats.outcomes, label, config)
+        first = _smallest_weights(effect_FH[own], push_H)
+        best = np.argsort(-first * np.linalg.norm(effect_FH[own], axis=1), kind="stable")[: config.latents]
+        latents[label] = own[best]
+        weights[label] = _smallest_weights(effect_FH[own[best]], push_H)
+    return Choice(latents, weights)
+
+
+def _smallest_weights(effect_SH: np.ndarray, push_H: np.ndarray, ridge: float = 1e-2) -> np.ndarray:
+    """[S] w >= 0, small, for which sum_j w_j effect_j comes closest to the push: min |E^T w - p|^2 + ridge^2 |w|^2."""
+    count = len(effect_SH)
+    return nnls(
+        np.concatenate([effect_SH.T, ridge * np.eye(count)]), np.concatenate([push_H, np.zeros(count)]),
+        maxiter=100 * count,
+    )[0]  # fmt: skip
+
+
+def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig) -> np.ndarray:
+    """[H] shift of the gate logits at alpha 1 that closes, opens or leaves each head, in the order of what it costs.
+
+    At strength alpha a head may cost `alpha * steer.price` of the class's accuracy for the whole layer's usage. A head
+    that is worth closing from some alpha of the grid on is pushed so far that it is closed there on every image seen;
+    one that is worth opening at the first alpha is opened likewise.
+    """
+    alphas = np.unique([alpha for alpha in config.alphas if alpha > 0])
+    heads = outcomes[0].gate_logits.shape[1]
+    if not len(alphas):
+        return np.zeros(heads)
+    path = np.zeros((len(alphas), heads), np.int8)
+    for a, alpha in enumerate(alphas):
+        path[a] = wanted_heads(outcomes, label, alpha * config.price, path[max(a - 1, 0)])
+    logits = np.concatenate([one.gate_logits[one.labels == label] for one in outcomes])
+    margin = 0.05 * np.abs(logits).mean() if len(logits) else 0.0
+    push = np.zeros(heads)
+    for head in range(heads):
+        closed = path[:, head] < 0
+        if closed[-1]:
+            since = alphas[len(alphas) - int(np.argmin(closed[::-1]))] if not closed.all() else alphas[0]
+            push[head] = -(max(logits[:, head].max(), 0.0) + margin) / since
+        elif path[0, head] > 0:
+            push[head] = (max(-logits[:, head].min(), 0.0) + margin) / alphas[0]
+    return push
+
+
+def wanted_heads(outcomes: tuple[Outcomes, ...], label: int, price: float, start: np.ndarray) -> np.ndarray:
+    """[H] -1 close, 0 leave to the gate, 1 open: what is best for a class at a price of usage.
+
+    Maximises accuracy - price * usage, each the mean of its values on training and on validation images of the class,
+    one head at a time from `start` until no change of one head helps. That finds a near optimum, not always the
+    optimum: which is as well, as the best of all 3^H on so few images is best by chance.
+    """
+    heads = len(start)
+    own = [(one.gate_logits[one.labels == label] > 0, one.right[one.labels == label]) for one in outcomes]
+    own = [(on @ (1 << np.arange(heads)), right) for on, right in own if len(on)]
+    used_P = np.bitwise_count(np.arange(2**heads)) / heads
+
+    def worth(wish: np.ndarray) -> float:
+        opened, closed = (int((wish == sign) @ (1 << np.arange(heads))) for sign in (1, -1))
+        total = 0.0
+        for pattern_N, right_NP in own:
+            pattern_N = (pattern_N | opened) & ~closed
+            total += np.mean(right_NP[np.arange(len(pattern_N)), pattern_N]) - price * np.mean(used_P[pattern_N])
+        return total / max(len(own), 1)
+
+    best, value = start.copy(), worth(start)
+    while True:
+        before = value
+        for head in range(heads):
+            for state in (-1, 0, 1):
+                wish = best.copy()
+                wish[head] = state
+                if (other := worth(wish)) > value + 1e-12:
+                    best, value = wish, other
+        if value == before:
+            return best
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "class": class_frequent,
+    "global": global_frequent,
+    "random": random,
+    "matched_random": matched_random,
+    "gate_aligned": gate_aligned,
+}
+
+
+def strategy(name: str) -> Strategy:
+    """One of ours, or a user's own by its import path, `module:function`.
+
+    Raises:
+      HeadSteerError: the name is not known, or the path leads to nothing that can be called.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    if ":" not in name:
+        raise HeadSteerError(
+            f"config.steer.strategies: there is no {name!r}; allowed are {', '.join(STRATEGIES)}, or module:function"
+        )
+    try:
+        function = pkgutil.resolve_name(name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise HeadSteerError(f"config.steer.strategies: {name!r} cannot be imported: {error}") from error
+    if not callable(function):
+        raise HeadSteerError(f"config.steer.strategies: {name!r} is no function")
+    return per_class(function, name)
+
+
+def per_class(function: ClassStrategy, name: str) -> Strategy:
+    """A strategy that asks a user's function about every class.
+
+    Its errors name the strategy, the class and what it returned: latents that do not exist or occur twice, weights
+    that are not finite, or arrays that are not of one length, the same for every class.
+    """
+
+    def every_class(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+        chosen = [function(stats, label) for label in range(len(stats.class_frequency))]
+        length = None
+        for label, pair in enumerate(chosen):
+            own = f" ({stats.class_names[label]!r})" if stats.class_names else ""
+            where = f"strategy {name!r}, class {label}{own}"
+            try:
+                latents, weights = (np.asarray(part) for part in pair)
+                latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
+                weights = weights.astype(np.float32)  # as they are used: what overflows is infinite
+            except (TypeError, ValueError):
+                raise HeadSteerError(
+                    f"{where}: it must return two arrays, of latents (integers) and of weights (numbers)"
+                ) from None
+            length = len(latents) if length is None and latents.ndim == 1 else length
+            if latents.shape != (length,) or weights.shape != (length,) or not length:
+                raise HeadSteerError(
+                    f"{where}: latents of shape {latents.shape} and weights of shape {weights.shape}; allowed are two "
+                    "of the same length, at least 1 and the same for every class"
+                )
+            count = len(stats.frequency)
+            if latents.min() < 0 or latents.max() >= count:
+                wrong = latents[(latents < 0) | (latents >= count)][0]
+                raise HeadSteerError(f"{where}: there is no latent {wrong}; allowed are 0 to {count - 1}")
+            if len(np.unique(latents)) < length:
+                twice = next(latent for latent in latents if (latents == latent).sum() > 1)
+                raise HeadSteerError(f"{where}: latent {twice} twice; each may be chosen once")
+            if not np.isfinite(weights).all():
+                raise HeadSteerError(f"{where}: a weight is {weights[~np.isfinite(weights)][0]}; allowed are numbers")
+        latents_CS, weights_CS = (np.array([np.asarray(pair[part]) for pair in chosen]) for part in (0, 1))
+        return Choice(latents_CS.astype(np.int32), weights_CS.astype(np.float32))
+
+    return every_class
+
+
+def overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:
+    """[C, C'] shared latents over S, of every pair of rows: |A & B| / S, [LH26]'s overlap."""
+    return np.array([[len(np.intersect1d(a, b)) for b in b_CS] for a in a_CS]) / a_CS.shape[1]

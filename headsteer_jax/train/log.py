@@ -1,0 +1,83 @@
+"""The log of training: metrics.jsonl, speed.jsonl and TensorBoard."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from etils.epath import Path
+from tensorboardX import SummaryWriter
+
+from headsteer_jax.runtime import hosts
+from headsteer_jax.runtime.files import explained, in_bucket, make_directory, write_text
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, a row a call; rows that a resumed run will write again are dropped first.
+
+    speed.jsonl beside it: images a second and FLOPs, which are not the same from run to run. Of several hosts process 0
+    writes. A bucket's objects cannot be added to: there the rows are written with each checkpoint (`flush`).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._bucket, self._writes = in_bucket(directory), hosts.is_first()
+        self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "speed")}
+        hosts.first(lambda: bool(make_directory(directory)))
+        self._rows = {name: read_log(path) if self._bucket else [] for name, path in self._paths.items()}
+        self._board = SummaryWriter(str(directory / "tensorboard")) if self._writes and not self._bucket else None
+
+    def forget_after(self, phase: str, step: int) -> None:
+        def forget() -> None:
+            for name, path in self._paths.items():
+                rows = self._rows[name] if self._bucket else read_log(path)
+                self._rows[name] = [row for row in rows if row["phase"] != phase or row["step"] <= step]
+                write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows[name]))
+
+        hosts.first(forget)
+
+    def write(self, phase: str, step: int, values: dict[str, Any], name: str = "metrics") -> None:
+        if not self._writes:
+            return
+        row = {"phase": phase, "step": step, **{field: np.asarray(value).tolist() for field, value in values.items()}}
+        if self._bucket:
+            self._rows[name].append(row)
+        else:
+            with explained(self._paths[name]), self._paths[name].open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if self._board is None:
+            return
+        for field, value in values.items():
+            for index, number in enumerate(np.ravel(value)):
+                tag = f"{phase}/{field}" + (f"/{index}" if np.ndim(value) else "")
+                self._board.add_scalar(tag, float(number), step)
+
+    def flush(self) -> None:
+        if self._bucket and self._writes:
+            for name, path in self._paths.items():
+                write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows[name]))
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk, which the next checkpoint or row reports
+            if self._board is not None:
+                self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl's rows; a last line that an interruption cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+@contextmanager
+def _logging(directory: Path) -> Iterator[Log]:
+    log = Log(directory)
+    try:
+        yield log
+    finally:
+        log.close()

@@ -1,0 +1,163 @@
+"""One training step: the loss, the optimizer, and several steps as one program.
+
+Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step) draws a step's augmentation and noise.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from headsteer_jax.config.schema import Config, PhaseConfig
+from headsteer_jax.data.augment import mixup, training_images
+from headsteer_jax.model.gates import annealed, logistic_noise, usage_loss
+from headsteer_jax.model.vit import ViT, stack_gates
+from headsteer_jax.runtime import mesh
+
+
+class State(NamedTuple):
+    """Everything that training is: saved whole, restored whole. The data position follows from the step."""
+
+    params: Any
+    average: Any  # exponential moving average of params; None without EMA
+    optimizer: Any
+    key: jax.Array  # [2] uint32, the phase's PRNG key
+    step: jax.Array  # int32, optimizer steps done in this phase
+
+
+def evaluated(state: State) -> Any:
+    """The parameters that are evaluated and kept."""
+    return state.params if state.average is None else state.average
+
+
+def optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransformation:
+    """AdamW with clipping, linear warm-up and a cosine; weight decay on matrices only."""
+    warmup = min(round(phase.warmup * phase.steps), phase.steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else phase.learning_rate,
+        phase.learning_rate,
+        warmup,
+        phase.steps,
+        phase.final * phase.learning_rate,
+    )
+
+    def matrices(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.train.clip),
+        optax.adamw(schedule, weight_decay=config.train.weight_decay, mask=matrices),
+    )
+
+
+def scale_gates(updates: Any, scale: float) -> Any:
+    """The optimizer's updates with those of the decision networks times `scale`: a learning rate of their own."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        return update * scale if any(getattr(key, "key", None) == "decide" for key in path) else update
+
+    return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(one, updates)
+
+
+def loss_and_metrics(
+    model: ViT, params: Any, images_BHWC: jax.Array, targets_BC: jax.Array, progress: jax.Array,
+    noise_BAH: jax.Array | None, config: Config,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """Cross-entropy, plus the weighted usage loss where gates are sampled.
+
+    Args:
+      images_BHWC: normalised images.
+      targets_BC: soft labels.
+      progress: share of the phase that is done, which the annealing follows.
+      noise_BAH: logistic noise of the gates, before its scale; None: dense, every head runs.
+    """
+    if noise_BAH is not None:
+        noise_scale, target = annealed(config.gate, progress)
+        logits_BC, out = model.apply(params, images_BHWC, gating="sampled", noise_BAH=noise_scale * noise_BAH)
+        g_BAH, m_BAH = stack_gates(out["gates"]), stack_gates(out["gate_logits"])
+        pressure = config.gate.weight * usage_loss(g_BAH, target, config.gate)
+        usage = {
+            "usage_loss": pressure,
+            "usage_target": target,
+            "gate_noise": noise_scale,
+            "usage_sampled": jnp.mean(g_BAH, axis=(0, 2)),
+            "usage_thresholded": jnp.mean(m_BAH > 0, axis=(0, 2), dtype=jnp.float32),
+        }
+    else:
+        logits_BC, _ = model.apply(params, images_BHWC, gating="dense")
+        pressure, usage = jnp.zeros(()), {}
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy(logits_BC, targets_BC))
+    hits = jnp.argmax(logits_BC, axis=-1) == jnp.argmax(targets_BC, axis=-1)
+    metrics = {"loss": cross_entropy + pressure, "cross_entropy": cross_entropy, "train_accuracy": jnp.mean(hits)}
+    return cross_entropy + pressure, metrics | usage
+
+
+def make_steps(
+    model: ViT, config: Config, phase: PhaseConfig, gated: bool, shardings: State | None = None
+) -> Callable[..., Any]:
+    """`(state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...])`: n steps in one call.
+
+    Several steps in a call let XLA keep its buffers: on a CPU, allocating them afresh costs a quarter of a small step.
+
+    Args:
+      shardings: where the state's arrays live (`mesh.of_state`); None: on one device.
+    """
+    tx = optimizer(config, phase)
+    parts, layers = config.train.accumulate, config.model.depth - config.gate.first_layer
+
+    def gradient(
+        params: Any, images: jax.Array, targets: jax.Array, share: jax.Array, noise: jax.Array | None
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        def of(params: Any, images: jax.Array, targets: jax.Array, noise: jax.Array | None) -> Any:
+            return loss_and_metrics(model, params, images, targets, share, noise, config)
+
+        if parts == 1:
+            return jax.grad(of, has_aux=True)(params, images, targets, noise)
+
+        def cut(x: jax.Array) -> jax.Array:
+            """[B, ...] -> [parts, B / parts, ...], every device's images in each part."""
+            return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+        def add(total: Any, some: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.grad(of, has_aux=True)(params, *some)), None
+
+        given = jax.tree.map(cut, (images, targets, noise))
+        zero = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(jax.grad(of, has_aux=True), params, *jax.tree.map(lambda x: x[0], given)),
+        )
+        total, _ = jax.lax.scan(add, zero, given)
+        return jax.tree.map(lambda leaf: leaf / parts, total)
+
+    def step(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+        images, labels = batch
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key_images, key_mixup, key_noise = jax.random.split(key, 3)
+        images = training_images(key_images, images, config.data)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, model.classes), config.train.label_smoothing)
+        if config.train.mixup > 0:
+            images, targets = mixup(key_mixup, images, targets, config.train.mixup)
+        noise = logistic_noise(key_noise, (len(images), layers, config.model.heads)) if gated else None
+        grads, metrics = gradient(state.params, images, targets, state.step / phase.steps, noise)
+        updates, opt = tx.update(grads, state.optimizer, state.params)
+        updates = scale_gates(updates, config.gate.learning_rate_scale)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = optax.incremental_update(params, average, 1.0 - config.train.ema)
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        return State(params, average, opt, state.key, state.step + 1), metrics
+
+    def steps(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        return jax.lax.scan(step, state, (images, labels))
+
+    if shardings is None:
+        return jax.jit(steps, donate_argnums=0)
+    devices = shardings.step.mesh  # type: ignore[attr-defined]
+    batch = mesh.over_batch(devices, axis=1)
+    return jax.jit(
+        steps, donate_argnums=0, in_shardings=(shardings, batch, batch),
+        out_shardings=(shardings, mesh.everywhere(devices)),
+    )  # fmt: skip
