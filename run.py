@@ -16,8 +16,9 @@ from pathlib import Path
 
 from etils import epath
 
-from headsteer_jax import config as configs
-from headsteer_jax import preemption
+from headsteer_jax.config import files
+from headsteer_jax import errors
+from headsteer_jax.runtime import preemption
 
 STAGES = {
     "train": "the vision transformer: dense, then with head gates, then a dense control of the same length",
@@ -43,7 +44,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         epilog="stages:\n"
         + "\n".join(f"  {name:7} {meaning}" for name, meaning in STAGES.items())
         + "\n\nconfig fields (name, type, default, meaning):\n"
-        + configs.help_text(),
+        + files.help_text(),
     )
     parser.add_argument("--config", default="configs/double_digits.py", help="the experiment (default: %(default)s)")
     parser.add_argument("--workdir", help="where everything is written (default: runs/<config's name>)")
@@ -77,13 +78,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     for argument in rest:
         name, equals, value = argument.partition("=")
         if not name.startswith("--config.") or not equals:
-            raise configs.HeadSteerError(
+            raise errors.HeadSteerError(
                 f"{argument}: no such flag; fields are set by --config.FIELD=VALUE (see --help)"
             )
         overrides[name.removeprefix("--config.")] = value
     for stage in flags.stages.split(","):
         if stage not in STAGES:
-            raise configs.HeadSteerError(
+            raise errors.HeadSteerError(
                 f"--stages={flags.stages}: there is no stage {stage!r}; allowed are {', '.join(STAGES)}"
             )
     return flags, overrides
@@ -101,10 +102,13 @@ def main(arguments: list[str]) -> int:
     _speak_alone()
     try:
         flags, overrides = parse(arguments)
-        config = configs.load_config(_found(flags.config), overrides)
+        config = files.load_config(_found(flags.config), overrides)
         workdir = epath.Path(flags.workdir or Path("runs") / Path(flags.config).stem)
         sys.path.append(os.getcwd())  # a strategy `module:function` may be where the command is given
-        from headsteer_jax import hosts, sparse, stages  # JAX is imported only once the flags are known to be right
+        from headsteer_jax.runtime import hosts
+        from headsteer_jax.runtime import compiled as sparse
+        from headsteer_jax.deploy import export
+        from headsteer_jax import stages
 
         hosts.start(flags.distributed, flags.distributed_timeout)
         sparse.keep_programs()
@@ -112,15 +116,15 @@ def main(arguments: list[str]) -> int:
         hosts.check_equal({f"--{name}": json.dumps(value) for name, value in own.items()})
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
         if flags.export:
-            stages.export(config, workdir, epath.Path(flags.export))
+            export.export(config, workdir, epath.Path(flags.export))
             print(flags.export)
         if flags.export_sae:
-            stages.export_saes(config, workdir, flags.export_sae)
+            export.export_saes(config, workdir, flags.export_sae)
             print(flags.export_sae)
         report = workdir / "report.html"
         if hosts.is_first() and report.exists():
             print(report)
-    except configs.HeadSteerError as error:
+    except errors.HeadSteerError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except preemption.Preempted:

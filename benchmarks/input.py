@@ -21,10 +21,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from headsteer_jax import mesh, train
+from headsteer_jax.runtime import mesh
+from headsteer_jax.data import batches
+from headsteer_jax.train import loop
+from headsteer_jax.train import step
 from headsteer_jax.config import Config, DataConfig, ModelConfig, PhaseConfig, TrainConfig
-from headsteer_jax.data import LazyImages, load
-from headsteer_jax.vit import build
+from headsteer_jax.data.dataset import LazyImages
+from headsteer_jax.data.sources import load
+from headsteer_jax.model.vit import build
 
 CLASSES = 10
 
@@ -59,7 +63,7 @@ def input_rate(config: Config, repeats: int) -> tuple[float, bool]:
     calls = max(4, len(split.labels) // config.train.batch)
     rates = []
     for repeat in range(repeats):
-        each = train.batches(split, config, devices, [(n, n + 1) for n in range(calls)], repeat * calls)
+        each = batches.batches(split, config, devices, [(n, n + 1) for n in range(calls)], repeat * calls)
         began = time.perf_counter()
         for images, _ in each:
             images.block_until_ready()
@@ -70,12 +74,12 @@ def input_rate(config: Config, repeats: int) -> tuple[float, bool]:
 def step_rate(config: Config, repeats: int) -> float:
     """Images a second of the gated training step."""
     model = build(config, CLASSES)
-    params = train.initial_params(model, config, 0)
+    params = loop.initial_params(model, config, 0)
     devices = mesh.training_mesh(config.machine)
-    state = train.initial_state(params, "gated", config)
+    state = loop.initial_state(params, "gated", config)
     live = mesh.of_state(state, devices)
     state = mesh.placed(state, live)
-    run = train.make_steps(model, config, config.train.gated, True, live)
+    run = step.make_steps(model, config, config.train.gated, True, live)
     side, batch = config.data.image_size, config.train.batch
     images = np.random.default_rng(0).integers(0, 256, (1, batch, side, side, 3), dtype=np.uint8)
     given = jax.device_put((images, np.zeros((1, batch), np.int32)), mesh.over_batch(devices, axis=1))

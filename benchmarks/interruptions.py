@@ -41,12 +41,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from headsteer_jax.checkpoint import Checkpoints, read_arrays
-from headsteer_jax.config import HeadSteerError, load_config
-from headsteer_jax.data import load
-from headsteer_jax.labelled import read_sweep
-from headsteer_jax.train import PHASES, State, initial_params, optimizer, read_log
-from headsteer_jax.vit import build
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.runtime.files import read_arrays
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config.files import load_config
+from headsteer_jax.data.sources import load
+from headsteer_jax.analysis.sweep_file import read_sweep
+from headsteer_jax.train.loop import PHASES, initial_params
+from headsteer_jax.train.step import State, optimizer
+from headsteer_jax.train.log import read_log
+from headsteer_jax.model.vit import build
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("train", "sae", "grid", "steer", "layers", "report")

@@ -30,18 +30,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax import sae_train
-from headsteer_jax.activations import over_split, per_image
-from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import Held
-from headsteer_jax.config import Config, MachineConfig, ModelConfig, SAEConfig, load_config
-from headsteer_jax.data import load
-from headsteer_jax.mesh import members_mesh
-from headsteer_jax.progress import say
-from headsteer_jax.sae import SAE, Scaling, centre, fit_scaling, seed_of
-from headsteer_jax.sae_metrics import health
-from headsteer_jax.train import initial_params
-from headsteer_jax.vit import build
+from headsteer_jax.sae import train as sae_train
+from headsteer_jax.model.passes import over_split, per_image
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.sae.residuals import Held
+from headsteer_jax.config import Config, MachineConfig, ModelConfig, SAEConfig
+from headsteer_jax.config.files import load_config
+from headsteer_jax.data.sources import load
+from headsteer_jax.runtime.mesh import members_mesh
+from headsteer_jax.runtime.progress import say
+from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, fit_scaling, seed_of
+from headsteer_jax.sae.metrics import health
+from headsteer_jax.train.loop import initial_params
+from headsteer_jax.model.vit import build
 
 PEERS = Path(__file__).with_name("peers.py")
 RATES = (4e-4, 1e-3, 2e-3)  # tried for everyone

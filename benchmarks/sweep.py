@@ -25,18 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.activations import padded_chunks
-from headsteer_jax.augment import preprocess
+from headsteer_jax.model.passes import padded_chunks
+from headsteer_jax.data.augment import preprocess
 from headsteer_jax.config import Config
-from headsteer_jax.data import Split, gather
-from headsteer_jax.flips import gate_effect, unpacked
-from headsteer_jax.latents import Choice, LatentStatistics, Outcomes, per_class, statistics, strategy
-from headsteer_jax.progress import progress
+from headsteer_jax.data.dataset import Split, gather
+from headsteer_jax.steer.flips import gate_effect
+from headsteer_jax.steer.tally import unpacked
+from headsteer_jax.steer.strategies import Choice, LatentStatistics, Outcomes, per_class, statistics, strategy
+from headsteer_jax.runtime.progress import progress
 from headsteer_jax.runs import Run, load_run
-from headsteer_jax.sae import encode_all, seed_of
-from headsteer_jax.steer import GateProgram, Steering, steered_residual
-from headsteer_jax.sweep import Job, by_flips, by_gates, make_job
-from headsteer_jax.table import Table, fill_table, pattern_of, table_program
+from headsteer_jax.sae.autoencoder import encode_all, seed_of
+from headsteer_jax.steer.steering import GateProgram, Steering, steered_residual
+from headsteer_jax.steer.sweep import Job, by_flips, by_gates, make_job
+from headsteer_jax.steer.table import Table, fill_table, pattern_of, table_program
 
 STRATEGIES = ("class", "global", "random", "matched_random", "gate_aligned", "strongest")
 RANDOM_SEEDS = 20

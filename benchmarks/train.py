@@ -152,9 +152,9 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
     import jax
     import jax.numpy as jnp
 
-    from headsteer_jax.augment import preprocess
-    from headsteer_jax.train import State, make_steps, optimizer
-    from headsteer_jax.vit import build
+    from headsteer_jax.data.augment import preprocess
+    from headsteer_jax.train.step import State, make_steps, optimizer
+    from headsteer_jax.model.vit import build
 
     phase, batch = config.train.dense, config.train.batch
     model = build(config, CLASSES)
@@ -184,7 +184,7 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
     """One number of tokens: a row of the table."""
     import jax
 
-    from headsteer_jax.flops import forward_flops, peak_tflops
+    from headsteer_jax.model.flops import forward_flops, peak_tflops
 
     device = jax.devices()[0]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"

@@ -9,7 +9,6 @@ Of several hosts all run a stage; process 0 decides what is to be done, and writ
 
 import datetime
 import functools
-import importlib
 import json
 import time
 import uuid
@@ -430,29 +429,3 @@ def run(config: Config, workdir: Path, stages: tuple[str, ...], overwrite: bool)
             hosts.first(lambda record=record, stage=stage: write_json(workdir / stage / "done.json", record))  # type: ignore[misc]
             say(f"{stage}: done in {seconds:.0f} s")
             preemption.check()
-
-
-_MOVED = {
-    "export": "headsteer_jax.deploy.export",
-    "export_saes": "headsteer_jax.deploy.export",
-    "PACKAGES": "headsteer_jax.books",
-    "versions": "headsteer_jax.books",
-    "needed": "headsteer_jax.books",
-    "_difference": "headsteer_jax.books",
-    "_reads": "headsteer_jax.books",
-    "_inputs": "headsteer_jax.books",
-    "why_stale": "headsteer_jax.books",
-    "peak_memory_bytes": "headsteer_jax.books",
-    "NEEDS": "headsteer_jax.books",
-    "STAGES": "headsteer_jax.books",
-    "OPTIONAL": "headsteer_jax.books",
-    "SIZES": "headsteer_jax.books",
-    "FROM": "headsteer_jax.books",
-}
-
-
-def __getattr__(name: str) -> object:
-    """The old import path, for one commit."""
-    if name not in _MOVED:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(_MOVED[name]), name)

@@ -15,20 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from headsteer_jax.config import (
-    Config,
-    DataConfig,
-    GateConfig,
-    LayersConfig,
-    ModelConfig,
-    PhaseConfig,
-    ReportConfig,
-    SAEConfig,
-    SteerConfig,
-    TrainConfig,
-)
-from headsteer_jax.data import Split
-from headsteer_jax.vit import build
+from headsteer_jax.config import Config, DataConfig, GateConfig, LayersConfig, ModelConfig, PhaseConfig, ReportConfig, SAEConfig, SteerConfig, TrainConfig
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.model.vit import build
 
 
 def tiny_config(**gate: object) -> Config:

@@ -6,10 +6,10 @@ from conftest import random_params, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsteer_jax.activations import observer, padded_chunks
-from headsteer_jax.augment import preprocess
-from headsteer_jax.data import LazyImages, Split
-from headsteer_jax.vit import build
+from headsteer_jax.model.passes import observer, padded_chunks
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.dataset import LazyImages, Split
+from headsteer_jax.model.vit import build
 
 
 @settings(max_examples=50, deadline=None)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from headsteer_jax import augment as module
-from headsteer_jax.augment import OPERATIONS, mixup, preprocess, training_images
+from headsteer_jax.data import augment as module
+from headsteer_jax.data.augment import OPERATIONS, mixup, preprocess, training_images
 from headsteer_jax.config import DataConfig
 
 SIDE = 12

@@ -22,12 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from headsteer_jax import cache
-from headsteer_jax.augment import preprocess
-from headsteer_jax.cache import Stored, cached, fingerprint, model_fingerprint, open_cache, write_cache
-from headsteer_jax.config import Config, DataConfig, HeadSteerError
-from headsteer_jax.data import LazyImages, Split, _read_folder
-from headsteer_jax.vit import build
+from headsteer_jax.sae import residuals as cache
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.sae.residuals import Stored, cached, fingerprint, open_cache, write_cache
+from headsteer_jax.model.vit import model_fingerprint
+from headsteer_jax.config import Config, DataConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.data.dataset import LazyImages, Split
+from headsteer_jax.data.sources import _read_folder
+from headsteer_jax.model.vit import build
 
 # tensorstore says more about a damaged file when its futures are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -15,18 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from headsteer_jax.checkpoint import (
-    Checkpoints,
-    locked,
-    make_directory,
-    read_arrays,
-    read_json,
-    remove_directory,
-    write_arrays,
-    write_atomically,
-    write_json,
-)
-from headsteer_jax.config import HeadSteerError
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.runtime.lock import locked
+from headsteer_jax.runtime.files import make_directory, read_arrays, read_json, remove_directory, write_arrays, write_atomically, write_json
+from headsteer_jax.errors import HeadSteerError
 
 # tensorstore says more about a damaged file when its futures are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

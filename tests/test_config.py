@@ -7,19 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from headsteer_jax.config import (
-    Config,
-    DataConfig,
-    HeadSteerError,
-    ModelConfig,
-    Section,
-    fields,
-    flatten,
-    help_text,
-    load_config,
-    override,
-    reference,
-)
+from headsteer_jax.config import Config, DataConfig, ModelConfig, Section
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config.files import fields, flatten, help_text, load_config, override, reference
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

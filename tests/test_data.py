@@ -19,18 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from headsteer_jax import data
-from headsteer_jax.config import DataConfig, HeadSteerError
-from headsteer_jax.data import (
-    LazyImages,
-    Split,
-    batch_indices,
-    gather,
-    load,
-    prefetched,
-    related_pairs,
-    stratified_cut,
-)
+from headsteer_jax.data import batches as data
+from headsteer_jax.config import DataConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.data.dataset import LazyImages, Split, gather, related_pairs, stratified_cut
+from headsteer_jax.data.batches import batch_indices, prefetched
+from headsteer_jax.data.sources import load
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

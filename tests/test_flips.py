@@ -8,25 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsteer_jax.config import SteerConfig
-from headsteer_jax.flips import (
-    Answers,
-    Flips,
-    GateEffect,
-    Rows,
-    best_alpha,
-    exact_steps,
-    find_flips,
-    gate_effect,
-    is_affine,
-    least_alpha,
-    look_up,
-    on_grid,
-    packed,
-    tally_of,
-    unpacked,
-)
-from headsteer_jax.latents import Choice
-from headsteer_jax.table import gates_of
+from headsteer_jax.steer.tally import Answers, best_alpha, exact_steps, least_alpha, look_up, on_grid, packed, tally_of, unpacked
+from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine
+from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.table import gates_of
 
 CLASSES, LATENTS, CHOSEN = 4, 30, 5
 

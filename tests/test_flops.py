@@ -6,9 +6,9 @@ import pytest
 from conftest import tiny_config
 
 from headsteer_jax.config import Config, DataConfig, MachineConfig, ModelConfig
-from headsteer_jax.flops import PEAKS, forward_flops, peak_tflops, speed, training_flops
-from headsteer_jax.mesh import training_mesh
-from headsteer_jax.vit import build
+from headsteer_jax.model.flops import PEAKS, forward_flops, peak_tflops, speed, training_flops
+from headsteer_jax.runtime.mesh import training_mesh
+from headsteer_jax.model.vit import build
 
 
 def config(patch: int, **fields: object) -> Config:

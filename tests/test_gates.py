@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from headsteer_jax import gates
+from headsteer_jax.model import gates
 from headsteer_jax.config import GateConfig
 
 

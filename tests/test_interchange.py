@@ -16,16 +16,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from headsteer_jax.config import HeadSteerError
-from headsteer_jax.interchange import (
-    CONSTANT,
-    Imported,
-    export_overcomplete,
-    export_saelens,
-    import_overcomplete,
-    import_saelens,
-)
-from headsteer_jax.sae import SAE, Scaling, centre, decode, encode, folded, uncentre
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.sae.interchange import CONSTANT, Imported, export_overcomplete, export_saelens, import_overcomplete, import_saelens
+from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, decode, encode, folded, uncentre
 
 GOLDENS = Path(__file__).parent / "goldens"  # made by the libraries themselves: make_sae_goldens.py
 D, F, K = 8, 24, 3

@@ -7,20 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsteer_jax.config import HeadSteerError, SteerConfig
-from headsteer_jax.latents import (
-    STRATEGIES,
-    LatentStatistics,
-    Outcomes,
-    overlap,
-    per_class,
-    random,
-    shift_norm,
-    statistics,
-    strategy,
-    wanted_heads,
-    wanted_push,
-)
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config import SteerConfig
+from headsteer_jax.steer.strategies import STRATEGIES, LatentStatistics, Outcomes, overlap, per_class, random, shift_norm, statistics, strategy, wanted_heads, wanted_push
 
 N, F, C, D = 60, 20, 4, 5
 

@@ -7,11 +7,13 @@ import reference
 from conftest import CLASSES, random_params, tiny_config
 from test_steer import setting
 
-from headsteer_jax import layers
-from headsteer_jax.config import Config, HeadSteerError, load_config
-from headsteer_jax.data import Split
-from headsteer_jax.steer import Steering, run_suffix
-from headsteer_jax.vit import ViT, build
+from headsteer_jax.analysis import layers
+from headsteer_jax.config import Config
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config.files import load_config
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.steer.steering import Steering, run_suffix
+from headsteer_jax.model.vit import ViT, build
 
 
 def config_of(**steer: object) -> Config:

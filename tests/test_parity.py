@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from headsteer_jax.config import Config, DataConfig, ModelConfig
-from headsteer_jax.pretrained import timm_tensors
-from headsteer_jax.train import initial_params
-from headsteer_jax.vit import build
+from headsteer_jax.model.pretrained import timm_tensors
+from headsteer_jax.train.loop import initial_params
+from headsteer_jax.model.vit import build
 
 LAYOUTS = {
     "vit_tiny_patch16_224": ("Ti", 16, 0),

@@ -13,11 +13,13 @@ from reference import gelu, in_float64, layer_norm
 from safetensors.numpy import load_file, save_file
 from scipy.special import softmax
 
-from headsteer_jax.config import Config, HeadSteerError, ModelConfig, load_config
-from headsteer_jax.pretrained import load_backbone, resample_patches, resample_positions
-from headsteer_jax.pretrained import timm_tensors as timm_export
-from headsteer_jax.train import initial_params
-from headsteer_jax.vit import build
+from headsteer_jax.config import Config, ModelConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config.files import load_config
+from headsteer_jax.model.pretrained import load_backbone, resample_patches, resample_positions
+from headsteer_jax.model.pretrained import timm_tensors as timm_export
+from headsteer_jax.train.loop import initial_params
+from headsteer_jax.model.vit import build
 
 SHARED = Path(__file__).parents[2] / "shared" / "weights" / "vit_small_patch14.safetensors"
 D, H, L, P, GRID = 24, 3, 2, 4, 2  # width, heads, blocks, patch, positions a side

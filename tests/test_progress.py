@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from headsteer_jax import progress as p
+from headsteer_jax.runtime import progress as p
 
 
 class Terminal(io.StringIO):

@@ -12,14 +12,16 @@ import pytest
 from matplotlib.axis import Axis
 from PIL import Image
 
-from headsteer_jax import report
+from headsteer_jax.report import figures
+from headsteer_jax.report import page
+from headsteer_jax.report import style
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
-from headsteer_jax.data import Dataset, LazyImages, Split
-from headsteer_jax.flips import packed
-from headsteer_jax.stats import class_counts
-from headsteer_jax.summary import summarise
-from headsteer_jax.sweep import alpha_grid
-from headsteer_jax.table import gates_of, pattern_of
+from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.steer.tally import packed
+from headsteer_jax.steer.tally import class_counts
+from headsteer_jax.analysis.summary import summarise
+from headsteer_jax.steer.sweep import alpha_grid
+from headsteer_jax.steer.table import gates_of, pattern_of
 
 HOSTILE = (
     '<b>bold</b> & "quoted"',
@@ -274,19 +276,19 @@ class Written(NamedTuple):
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     run = made_run(**CASES[request.param])
     workdir = tmp_path_factory.mktemp("run")
-    report.write_report(workdir=workdir, **run)
+    page.write_report(workdir=workdir, **run)
     html = (workdir / "report.html").read_text()
     return Written(request.param, run, workdir, Page(html), html)
 
 
 def test_every_figure_has_content_in_both_formats(written: Written) -> None:
-    drawn = set(report.FIGURES) - MISSING.get(written.case, set())
+    drawn = set(figures.FIGURES) - MISSING.get(written.case, set())
     assert {path.name for path in (written.workdir / "figures").iterdir()} == {
         f"{name}.{kind}" for name in drawn for kind in ("png", "svg")
     }
     for name in drawn:
         pixels = np.asarray(Image.open(written.workdir / "figures" / f"{name}.png").convert("L"))
-        assert pixels.shape[1] == round(report.WIDTH * 60)
+        assert pixels.shape[1] == round(style.WIDTH * 60)
         assert 0.01 < np.mean(pixels < 250) < 0.9, name
         svg = ElementTree.parse(written.workdir / "figures" / f"{name}.svg").getroot()
         texts = [element for element in svg.iter() if element.tag.endswith("}text")]
@@ -297,7 +299,7 @@ def test_page_is_self_contained(written: Written) -> None:
     assert len(written.html) < 5_000_000
     assert "@import" not in written.html
     assert "url(" not in written.html
-    drawn = set(report.FIGURES) - MISSING.get(written.case, set())
+    drawn = set(figures.FIGURES) - MISSING.get(written.case, set())
     images = [attrs for tag, attrs in written.page.tags if tag == "img"]
     assert len(images) == len(drawn)
     for tag, attrs in written.page.tags:
@@ -387,17 +389,17 @@ def _boxes(axis: Axis) -> list[Any]:
     return [label.get_window_extent() for label in labels if label.get_visible() and label.get_text()]
 
 
-@pytest.mark.parametrize("name", report.FIGURES)
+@pytest.mark.parametrize("name", figures.FIGURES)
 def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str) -> None:
     arguments = {key: value for key, value in written.run.items() if key != "name"}
-    with report.styled():
-        figure = report.FIGURES[name](report.Material(**arguments))
+    with style.styled():
+        figure = figures.FIGURES[name](style.Material(**arguments))
         if figure is None:
             assert name in MISSING[written.case]
             return
         figure.draw_without_rendering()
         whole = figure.bbox
-        for axes in figure.findobj(lambda artist: isinstance(artist, report.Axes)):
+        for axes in figure.findobj(lambda artist: isinstance(artist, Axes)):
             for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
                 boxes = _boxes(axis)
                 for i, box in enumerate(boxes):
@@ -419,9 +421,9 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
 def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
     run = made_run()
     for name in ("one", "two"):
-        report.write_report(workdir=tmp_path / name, **run)
+        page.write_report(workdir=tmp_path / name, **run)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 2 * len(report.FIGURES) + 1
+    assert len(files) == 2 * len(figures.FIGURES) + 1
     for path in files:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
 
@@ -430,7 +432,7 @@ def test_a_figure_of_an_earlier_report_goes(tmp_path: Path) -> None:
     stale = tmp_path / "figures" / "savers.png"
     stale.parent.mkdir()
     stale.write_bytes(b"old")
-    report.write_report(workdir=tmp_path, **made_run(strategies=("random",), heads=2, seeds=1, rows=False))
+    page.write_report(workdir=tmp_path, **made_run(strategies=("random",), heads=2, seeds=1, rows=False))
     assert not stale.exists()
 
 
@@ -439,7 +441,7 @@ def test_figures_leave_matplotlib_as_it_was() -> None:
 
     before = {name: matplotlib.rcParams[name] for name in matplotlib.rcParams}
     arguments = {key: value for key, value in made_run(heads=2, seeds=1).items() if key != "name"}
-    report.draw(report.Material(**arguments), "sae")
+    figures.draw(style.Material(**arguments), "sae")
     assert {name: matplotlib.rcParams[name] for name in before} == before
 
 
@@ -447,7 +449,7 @@ def test_figures_leave_matplotlib_as_it_was() -> None:
     ("value", "digits", "text"), [(0.5, 3, "+0.500"), (-0.25, 1, "\u22120.2"), (-0.0001, 2, "+0.00"), (3, 0, "+3")]
 )
 def test_signed(value: float, digits: int, text: str) -> None:
-    assert report.signed(value, digits) == text
+    assert style.signed(value, digits) == text
 
 
 @pytest.mark.parametrize(
@@ -455,11 +457,11 @@ def test_signed(value: float, digits: int, text: str) -> None:
     [("pine tree", "pine tree"), ("a\nb\x07 c", "a b c"), ("abcdefghijklmnopqrstuvwxyz", "abcdefghijk\u2026wxyz")],
 )
 def test_short(name: str, text: str) -> None:
-    assert report.short(name) == text
+    assert style.short(name) == text
 
 
 def test_spread_keeps_order_gap_and_what_is_apart_already() -> None:
-    places = report.spread([0.5, 0.51, 0.1, 0.52, 0.9], 0.1)
+    places = style.spread([0.5, 0.51, 0.1, 0.52, 0.9], 0.1)
     assert places[2] == pytest.approx(0.1)
     assert places[4] == pytest.approx(0.9)
     assert np.array(places)[[0, 1, 3]] == pytest.approx([0.41, 0.51, 0.61], abs=0.002)

@@ -17,12 +17,13 @@ import pytest
 import xarray
 from test_data import feature, write_tfds
 
-from headsteer_jax.checkpoint import Checkpoints, read_arrays, write_arrays
-from headsteer_jax.config import HeadSteerError
-from headsteer_jax.flips import unpacked
-from headsteer_jax.labelled import read_sweep
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.runtime.files import read_arrays, write_arrays
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.tally import unpacked
+from headsteer_jax.analysis.sweep_file import read_sweep
 from headsteer_jax.runs import load_run
-from headsteer_jax.train import read_log
+from headsteer_jax.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """

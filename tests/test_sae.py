@@ -9,12 +9,14 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsteer_jax import sae as s
-from headsteer_jax import sparse
-from headsteer_jax.config import HeadSteerError, SAEConfig
+from headsteer_jax.sae import autoencoder
+from headsteer_jax.sae import objective
+from headsteer_jax.sae import sparse
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config import SAEConfig
 
 
-def random_sae(seed: int, D: int = 6, F: int = 10) -> s.SAE:
+def random_sae(seed: int, D: int = 6, F: int = 10) -> autoencoder.SAE:
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((F, D))
     parts = (
@@ -24,36 +26,36 @@ def random_sae(seed: int, D: int = 6, F: int = 10) -> s.SAE:
         rng.standard_normal(D) * 0.1,
         rng.uniform(0.0, 1.0, F),
     )
-    return s.SAE(*(jnp.asarray(part, jnp.float32) for part in parts))
+    return autoencoder.SAE(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 
 @given(st.integers(0, 1000), st.one_of(st.none(), st.integers(1, 12)))
 @settings(max_examples=25, deadline=None)
 def test_encode_and_decode(seed, k):
     sae, u = random_sae(seed), np.random.default_rng(seed + 1).standard_normal((4, 6)).astype(np.float32)
-    z = s.encode(sae, u, k)
-    exact = s.SAE(*(np.asarray(a, np.float64) for a in sae))
+    z = autoencoder.encode(sae, u, k)
+    exact = autoencoder.SAE(*(np.asarray(a, np.float64) for a in sae))
     expected = np.stack([reference.encode(exact, row, k) for row in u.astype(np.float64)])
     chex.assert_trees_all_close(z, expected, atol=2e-6)
-    chex.assert_trees_all_close(s.decode(sae, z), expected @ exact.W_d + exact.b_d, atol=5e-6)
+    chex.assert_trees_all_close(autoencoder.decode(sae, z), expected @ exact.W_d + exact.b_d, atol=5e-6)
     assert k is None or np.all(np.sum(np.asarray(z) > 0, axis=1) <= k)
 
 
 def test_folded_reads_residuals_as_they_are():
     sae, x = random_sae(1), np.random.default_rng(2).standard_normal((50, 6)).astype(np.float32) * 3 + 7
-    scaling = s.Scaling(np.full(6, 7.0, np.float32), np.float32(0.4))
-    whole = s.folded(sae, scaling)
+    scaling = autoencoder.Scaling(np.full(6, 7.0, np.float32), np.float32(0.4))
+    whole = autoencoder.folded(sae, scaling)
     for k in (3, None):
-        z = s.encode(sae, s.centre(scaling, x), k)
-        np.testing.assert_allclose(s.encode(whole, x, k), z / 0.4, atol=2e-5)
-        np.testing.assert_allclose(s.decode(whole, z / 0.4), s.uncentre(scaling, s.decode(sae, z)), rtol=1e-5)
+        z = autoencoder.encode(sae, autoencoder.centre(scaling, x), k)
+        np.testing.assert_allclose(autoencoder.encode(whole, x, k), z / 0.4, atol=2e-5)
+        np.testing.assert_allclose(autoencoder.decode(whole, z / 0.4), autoencoder.uncentre(scaling, autoencoder.decode(sae, z)), rtol=1e-5)
 
 
 def stepped(sae, u, k=3, dead=None, k_aux=0, fast=False, **fields):
     """loss of a config with these fields, and its gradients."""
     c = SAEConfig(**fields)
     dead = jnp.zeros(len(sae.b_e), bool) if dead is None else dead
-    return jax.value_and_grad(lambda one: s.loss(one, u, dead, jnp.int32(k), c, 5, k_aux, fast), has_aux=True)(sae)
+    return jax.value_and_grad(lambda one: objective.loss(one, u, dead, jnp.int32(k), c, 5, k_aux, fast), has_aux=True)(sae)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
@@ -62,7 +64,7 @@ def test_loss_of_every_variant(activation, prefixes):
     """In float64 by its formula; the gradient by the decoder by hand, as it is linear in it."""
     sae, u = random_sae(0), np.random.default_rng(1).standard_normal((8, 6)).astype(np.float32)
     (total, seen), grads = stepped(sae, u, activation=activation, prefixes=prefixes, l1_weight=0.3, l0_weight=0.7)
-    exact = s.SAE(*(np.asarray(a, np.float64) for a in sae))
+    exact = autoencoder.SAE(*(np.asarray(a, np.float64) for a in sae))
     a = np.maximum((u - exact.b_d) @ exact.W_e.T + exact.b_e, 0)
     smallest = 0.0
     if activation == "topk":
@@ -125,7 +127,7 @@ def test_jump_gradients_are_the_straight_through_estimates():
     a, theta = np.array([[0.2, 0.9, 1.2, 3.0], [1.1, 1.0, 0.7, 0.0]]), np.array([1.0, 1.0, 1.0, 0.1])
     eps = 0.5
     g_z, g_on = np.random.default_rng(0).standard_normal((2, 2, 4))
-    (z, on), pull = jax.vjp(lambda a, t: s.jump(a, t, eps), jnp.asarray(a), jnp.asarray(theta))
+    (z, on), pull = jax.vjp(lambda a, t: objective.jump(a, t, eps), jnp.asarray(a), jnp.asarray(theta))
     np.testing.assert_allclose(z, a * (a > theta), rtol=1e-6)
     np.testing.assert_array_equal(on, a > theta)
     by_a, by_theta = pull((jnp.asarray(g_z, jnp.float32), jnp.asarray(g_on, jnp.float32)))
@@ -141,21 +143,21 @@ def test_batch_threshold_is_the_nth_largest(seed, count):
         np.random.default_rng(seed).standard_normal(200) * 10.0 ** np.random.default_rng(seed).integers(-6, 6), 0
     )
     a = a.astype(np.float32).reshape(10, 20)
-    assert s.batch_threshold(jnp.asarray(a), count) == np.sort(a, axis=None)[-count]
+    assert objective.batch_threshold(jnp.asarray(a), count) == np.sort(a, axis=None)[-count]
 
 
 def test_top_k_of_a_k_that_is_not_known_while_compiling():
     a = np.random.default_rng(0).random((20, 30)).astype(np.float32)
-    traced = jax.jit(lambda k: s.top_k(a, k, 9))
+    traced = jax.jit(lambda k: autoencoder.top_k(a, k, 9))
     for k in (1, 4, 9):
-        np.testing.assert_array_equal(traced(k), s.top_k(a, k))
+        np.testing.assert_array_equal(traced(k), autoencoder.top_k(a, k))
 
 
 def test_starts():
     u = jnp.asarray(np.random.default_rng(0).standard_normal((30, 6)), jnp.float32)
     key = jax.random.key(0)
     tied, data, untied, jump = (
-        s.init(key, u, SAEConfig(**fields), 20)
+        objective.init(key, u, SAEConfig(**fields), 20)
         for fields in ({}, {"init": "data"}, {"init": "untied"}, {"activation": "jumprelu", "k": 2})
     )
     for sae in (tied, data, untied, jump):
@@ -180,7 +182,7 @@ def test_auxk_gradient_by_hand():
     u, u_hat = (rng.standard_normal((2, 6)).astype(np.float32) for _ in range(2))
     j = 7
     dead = jnp.arange(10) == j
-    grads = jax.grad(lambda sae: s.aux_k_loss(sae, u, u_hat, dead, 2))(sae)
+    grads = jax.grad(lambda sae: objective.aux_k_loss(sae, u, u_hat, dead, 2))(sae)
     e = (u - u_hat).astype(np.float64)
     V = ((e - e.mean(axis=0)) ** 2).sum()
     w, d, b_d = (np.asarray(a, np.float64) for a in (sae.W_e[j], sae.W_d[j], sae.b_d))
@@ -199,22 +201,22 @@ def test_auxk_gradient_by_hand():
 
 def test_auxk_is_detached_and_0_without_dead_latents():
     sae, u = random_sae(5), np.random.default_rng(6).standard_normal((4, 6)).astype(np.float32)
-    assert s.aux_k_loss(sae, u, 0.5 * u, jnp.zeros(10, bool), 3) == 0
-    grads = jax.grad(lambda u_hat: s.aux_k_loss(sae, u, u_hat, jnp.ones(10, bool), 3))(jnp.asarray(0.5 * u))
+    assert objective.aux_k_loss(sae, u, 0.5 * u, jnp.zeros(10, bool), 3) == 0
+    grads = jax.grad(lambda u_hat: objective.aux_k_loss(sae, u, u_hat, jnp.ones(10, bool), 3))(jnp.asarray(0.5 * u))
     assert not np.asarray(grads).any()  # nothing flows back into the reconstruction
 
 
 def test_scaling():
     x = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32) * 3 + 100
-    scaling = s.fit_scaling(lambda: np.array_split(x, 3), SAEConfig())
-    u = np.asarray(s.centre(scaling, x), np.float64)
+    scaling = autoencoder.fit_scaling(lambda: np.array_split(x, 3), SAEConfig())
+    u = np.asarray(autoencoder.centre(scaling, x), np.float64)
     np.testing.assert_allclose(u.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(u, axis=1).mean(), 4, rtol=1e-5)
-    np.testing.assert_allclose(s.uncentre(scaling, jnp.asarray(u, jnp.float32)), x, rtol=1e-6)
-    off = s.fit_scaling(lambda: [x], SAEConfig(centre=False))
+    np.testing.assert_allclose(autoencoder.uncentre(scaling, jnp.asarray(u, jnp.float32)), x, rtol=1e-6)
+    off = autoencoder.fit_scaling(lambda: [x], SAEConfig(centre=False))
     assert not off.mean.any()
     np.testing.assert_allclose(np.linalg.norm(x * off.scale, axis=1).mean(), 4, rtol=1e-5)
-    assert s.fit_scaling(lambda: [x], SAEConfig(scale=False)).scale == 1
+    assert autoencoder.fit_scaling(lambda: [x], SAEConfig(scale=False)).scale == 1
 
 
 @pytest.mark.parametrize(
@@ -223,10 +225,10 @@ def test_scaling():
 )
 def test_scaling_refuses(x, says):
     with pytest.raises(HeadSteerError, match=says):
-        s.fit_scaling(lambda: [x], SAEConfig())
+        autoencoder.fit_scaling(lambda: [x], SAEConfig())
 
 
 def test_gradient_has_no_radial_part():
     sae = random_sae(0)
-    grads = s.without_radial(jax.tree.map(lambda a: a + 1.0, sae), sae)
+    grads = objective.without_radial(jax.tree.map(lambda a: a + 1.0, sae), sae)
     chex.assert_trees_all_close(jnp.sum(grads.W_d * sae.W_d, axis=1), jnp.zeros(10), atol=1e-6)

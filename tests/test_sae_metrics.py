@@ -7,8 +7,8 @@ import pytest
 import reference
 from test_sae import random_sae
 
-from headsteer_jax import sae as s
-from headsteer_jax import sae_metrics as m
+from headsteer_jax.sae import autoencoder as s
+from headsteer_jax.sae import metrics as m
 
 
 @pytest.mark.parametrize("k", [3, None])

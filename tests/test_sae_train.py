@@ -14,11 +14,14 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from headsteer_jax import sae as s
-from headsteer_jax import sae_train as t
-from headsteer_jax.cache import Held
-from headsteer_jax.config import Config, HeadSteerError
-from headsteer_jax.sae_metrics import health
+from headsteer_jax.sae import autoencoder
+from headsteer_jax.sae import objective
+from headsteer_jax.sae import grid
+from headsteer_jax.sae import train
+from headsteer_jax.sae.residuals import Held
+from headsteer_jax.config import Config
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.sae.metrics import health
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,10 +42,10 @@ def sae_config(**fields: Any) -> Config:
 def test_every_variant_learns(tmp_path: Path, activation: str) -> None:
     x = concepts(640, 24, np.random.default_rng(0))
     config = sae_config(epochs=60, learning_rate=3e-3, activation=activation, l1_weight=0.02)
-    saes, scaling, curves = t.train_members(config, t.seeds(config.sae), Held(x), tmp_path)
+    saes, scaling, curves = train.train_members(config, train.seeds(config.sae), Held(x), tmp_path)
     assert saes.W_d.shape == (3, 48, 24)  # two seeds and the control
     chex.assert_trees_all_close(jnp.linalg.norm(saes.W_d, axis=-1), jnp.ones((3, 48)), atol=1e-5)
-    found = health(s.seed_of(saes, 0), scaling, [x], config.sae.inference_k)
+    found = health(autoencoder.seed_of(saes, 0), scaling, [x], config.sae.inference_k)
     assert found.explained_variance > 0.85
     if activation != "relu":
         assert found.l0 == pytest.approx(4, abs=1.0)  # the k asked for
@@ -57,8 +60,8 @@ def test_matryoshka_prefixes_reconstruct_by_themselves(tmp_path: Path) -> None:
     scores = {}
     for prefixes in ((), (0.25,)):
         config = sae_config(epochs=60, learning_rate=3e-3, prefixes=prefixes, seeds=1, control=False)
-        saes, scaling, _ = t.train_members(config, t.seeds(config.sae), Held(x), tmp_path / str(prefixes))
-        sae = s.seed_of(saes, 0)
+        saes, scaling, _ = train.train_members(config, train.seeds(config.sae), Held(x), tmp_path / str(prefixes))
+        sae = autoencoder.seed_of(saes, 0)
         first = sae._replace(W_e=sae.W_e[:12], b_e=sae.b_e[:12], W_d=sae.W_d[:12], threshold=sae.threshold[:12])
         scores[prefixes] = health(first, scaling, [x], 4).explained_variance
     assert scores[(0.25,)] > scores[()] + 0.2
@@ -67,23 +70,23 @@ def test_matryoshka_prefixes_reconstruct_by_themselves(tmp_path: Path) -> None:
 def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     x = concepts(640, 24, np.random.default_rng(0))
     config = sae_config(epochs=40, learning_rate=3e-3, k_start=8)
-    members = t.seeds(config.sae)
-    whole = t.train_members(config, members, Held(x), tmp_path / "whole")
+    members = train.seeds(config.sae)
+    whole = train.train_members(config, members, Held(x), tmp_path / "whole")
     # what an interruption leaves: the checkpoint of epoch 20
     (tmp_path / "parts").mkdir()
-    kept = t.Checkpoints(tmp_path / "parts" / "checkpoints", keep=2)
+    kept = Checkpoints(tmp_path / "parts" / "checkpoints", keep=2)
     D, F = 24, 48
-    u = s.centre(s.fit_scaling(Held(x).chunks, config.sae), x)
-    state = t.initial_state(config.sae, members, u, F, config.seed)
-    run = t.make_epochs(config.sae, members, F, D, len(x) // config.sae.batch, config.seed)
-    curves = {name: np.zeros((40, 3), np.float32) for name in t.CURVES}
+    u = autoencoder.centre(autoencoder.fit_scaling(Held(x).chunks, config.sae), x)
+    state = train.initial_state(config.sae, members, u, F, config.seed)
+    run = train.make_epochs(config.sae, members, F, D, len(x) // config.sae.batch, config.seed)
+    curves = {name: np.zeros((40, 3), np.float32) for name in train.CURVES}
     for epoch in range(0, 20, 2):
         state, found = run(state, u, epochs=2)
         for name in curves:
             curves[name][epoch : epoch + 2] = found[name]
-    kept.save(20, (t.saved(state, 3), curves), {})
+    kept.save(20, (train.saved(state, 3), curves), {})
     kept.close()
-    resumed = t.train_members(config, members, Held(x), tmp_path / "parts")
+    resumed = train.train_members(config, members, Held(x), tmp_path / "parts")
     chex.assert_trees_all_equal(resumed.saes, whole.saes)
     chex.assert_trees_all_equal(resumed.curves, whole.curves)
 
@@ -93,10 +96,10 @@ def test_one_step_is_adam_by_hand() -> None:
     config = sae_config(batch=32, aux_weight=0.0, warmup=0.0, decay=0.0, epochs=1, seeds=1, control=False)
     c, rng = config.sae, np.random.default_rng(0)
     u = jnp.asarray(rng.standard_normal((32, 24)), jnp.float32)
-    members = t.seeds(c)
-    state = t.initial_state(c, members, u, 48, 0)
-    sae = s.seed_of(state.sae, 0)
-    grads = jax.grad(lambda one: s.loss(one, u, jnp.zeros(48, bool), jnp.int32(c.k), c, c.k, 0, False), has_aux=True)(
+    members = train.seeds(c)
+    state = train.initial_state(c, members, u, 48, 0)
+    sae = autoencoder.seed_of(state.sae, 0)
+    grads = jax.grad(lambda one: objective.loss(one, u, jnp.zeros(48, bool), jnp.int32(c.k), c, c.k, 0, False), has_aux=True)(
         sae
     )[0]
     radial = (np.asarray(grads.W_d) * sae.W_d).sum(axis=1, keepdims=True)
@@ -105,10 +108,10 @@ def test_one_step_is_adam_by_hand() -> None:
     expected = optax.apply_updates(sae, tx.update(grads, tx.init(sae), sae)[0])
     W_d = np.asarray(expected.W_d)
     expected = expected._replace(W_d=W_d / np.linalg.norm(W_d, axis=1, keepdims=True))
-    after, curves = t.make_epochs(c, members, 48, 24, 1, 0)(state, u)
+    after, curves = train.make_epochs(c, members, 48, 24, 1, 0)(state, u)
     # Adam's first step is the gradient's sign: where that is near 0 rounding decides it
     clear = jax.tree.map(lambda g: np.abs(g) > 1e-6, grads)
-    for have, want, mask in zip(s.seed_of(after.sae, 0), expected, clear, strict=True):
+    for have, want, mask in zip(autoencoder.seed_of(after.sae, 0), expected, clear, strict=True):
         np.testing.assert_allclose(np.asarray(have)[mask], np.asarray(want)[mask], atol=2e-6)
     assert after.step == after.epoch == 1
     assert curves["l0"].shape == (1, 1)
@@ -117,34 +120,34 @@ def test_one_step_is_adam_by_hand() -> None:
 def test_a_member_of_a_grid_is_what_it_is_alone(tmp_path: Path) -> None:
     x = concepts(640, 24, np.random.default_rng(0))
     config = sae_config(epochs=6, learning_rate=3e-3)
-    members = t.grid(config.sae, (2, 4, 7), (1e-3, 3e-3), 2)
+    members = grid.grid(config.sae, (2, 4, 7), (1e-3, 3e-3), 2)
     assert len(members.k) == 12
-    together = t.train_members(config, members, Held(x), tmp_path / "grid")
+    together = train.train_members(config, members, Held(x), tmp_path / "grid")
     for number in (0, 5, 11):
-        one = t.Members(*(column[number : number + 1] for column in members))
-        alone = t.train_members(config, one, Held(x), tmp_path / str(number))
-        chex.assert_trees_all_close(s.seed_of(alone.saes, 0), s.seed_of(together.saes, number), atol=2e-5)
+        one = train.Members(*(column[number : number + 1] for column in members))
+        alone = train.train_members(config, one, Held(x), tmp_path / str(number))
+        chex.assert_trees_all_close(autoencoder.seed_of(alone.saes, 0), autoencoder.seed_of(together.saes, number), atol=2e-5)
         np.testing.assert_allclose(alone.curves["l0"][:, 0], together.curves["l0"][:, number], rtol=1e-5)
         assert together.curves["l0"][-1, number] <= members.k[number]
 
 
 def test_the_control_starts_as_the_first_seed_and_sees_another_order(tmp_path: Path) -> None:
     config = sae_config(epochs=1)
-    members = t.seeds(config.sae)
+    members = train.seeds(config.sae)
     u = jnp.asarray(concepts(640, 24, np.random.default_rng(0)))
-    state = t.initial_state(config.sae, members, u, 48, 0)
-    chex.assert_trees_all_equal(s.seed_of(state.sae, 0), s.seed_of(state.sae, 2))
+    state = train.initial_state(config.sae, members, u, 48, 0)
+    chex.assert_trees_all_equal(autoencoder.seed_of(state.sae, 0), autoencoder.seed_of(state.sae, 2))
     assert not np.array_equal(state.sae.W_d[0], state.sae.W_d[1])
-    made = t.train_members(config, members, Held(np.asarray(u)), tmp_path)
+    made = train.train_members(config, members, Held(np.asarray(u)), tmp_path)
     assert not np.array_equal(made.saes.W_d[0], made.saes.W_d[2])
 
 
 def test_k_is_annealed() -> None:
     config = sae_config(epochs=10, k=4, k_start=20, k_anneal=0.5, batch=64, seeds=1, control=False)
     u = jnp.asarray(np.random.default_rng(0).standard_normal((640, 24)), jnp.float32)
-    members = t.seeds(config.sae)
-    state = t.initial_state(config.sae, members, u, 48, 0)
-    _, curves = t.make_epochs(config.sae, members, 48, 24, 10, 0)(state, u, epochs=10)
+    members = train.seeds(config.sae)
+    state = train.initial_state(config.sae, members, u, 48, 0)
+    _, curves = train.make_epochs(config.sae, members, 48, 24, 10, 0)(state, u, epochs=10)
     l0 = np.asarray(curves["l0"])[:, 0]
     # k after n of 50 steps is 20 - 16 n / 50, rounded; the mean over each epoch's ten steps
     wanted = [np.mean([round(max(4, 20 - 16 * n / 50)) for n in range(10 * e, 10 * e + 10)]) for e in range(10)]
@@ -158,12 +161,12 @@ def test_auxk_revives_dead_latents(weight: float, revives: bool) -> None:
     x = concepts(640, 24, np.random.default_rng(1))
     config = sae_config(k=2, epochs=100, learning_rate=3e-3, aux_weight=weight, control=False)
     c = config.sae
-    u = s.centre(s.fit_scaling(lambda: [x], c), x)
-    state = t.initial_state(c, t.seeds(c), u, 48, 0)
+    u = autoencoder.centre(autoencoder.fit_scaling(lambda: [x], c), x)
+    state = train.initial_state(c, train.seeds(c), u, 48, 0)
     weak = jnp.where(jnp.arange(48) < 24, 1e-3, 1.0)[:, None]
     state = state._replace(sae=state.sae._replace(W_e=state.sae.W_e * weak))
-    state, _ = t.make_epochs(c, t.seeds(c), 48, 24, len(x) // c.batch, 0)(state, u, epochs=100)
-    fires = np.asarray(jax.vmap(lambda sae: s.encode(sae, u, 2).sum(axis=0))(state.sae) > 0)
+    state, _ = train.make_epochs(c, train.seeds(c), 48, 24, len(x) // c.batch, 0)(state, u, epochs=100)
+    fires = np.asarray(jax.vmap(lambda sae: autoencoder.encode(sae, u, 2).sum(axis=0))(state.sae) > 0)
     assert fires[:, :24].any() == revives
     if revives:
         assert fires[:, :24].mean() > 0.3
@@ -183,18 +186,18 @@ class Counted(Held):
 def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     x = concepts(30_000, 24, np.random.default_rng(0))  # 2.9 MB
     config = sae_config(epochs=4, learning_rate=3e-3, memory=1, seeds=1, control=False)
-    members = t.seeds(config.sae)
-    made = t.train_members(config, members, Counted(x), tmp_path / "a")
+    members = train.seeds(config.sae)
+    made = train.train_members(config, members, Counted(x), tmp_path / "a")
     assert Counted.most <= 2**20 // (3 * 4 * 24)
     assert np.all(made.curves["mse"] > 0)
-    found = health(s.seed_of(made.saes, 0), made.scaling, [x], 4)
-    whole = t.train_members(sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False), members, Held(x),
+    found = health(autoencoder.seed_of(made.saes, 0), made.scaling, [x], 4)
+    whole = train.train_members(sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False), members, Held(x),
                             tmp_path / "b")  # fmt: skip
-    held = health(s.seed_of(whole.saes, 0), whole.scaling, [x], 4)
+    held = health(autoencoder.seed_of(whole.saes, 0), whole.scaling, [x], 4)
     assert found.explained_variance > held.explained_variance - 0.05
     # stopped after the second epoch's checkpoint, and gone on
-    t.Checkpoints(tmp_path / "a" / "checkpoints", keep=2).forget_after(3)
-    again = t.train_members(config, members, Held(x), tmp_path / "a")
+    Checkpoints(tmp_path / "a" / "checkpoints", keep=2).forget_after(3)
+    again = train.train_members(config, members, Held(x), tmp_path / "a")
     chex.assert_trees_all_equal(again.saes, made.saes)
 
 
@@ -210,10 +213,10 @@ def test_streaming_takes_every_batch_that_there_is(tmp_path: Path, batch: int) -
     """What a group leaves of its last batch goes into the next, so that an epoch has as many steps as planned."""
     x = concepts(40_000, 24, np.random.default_rng(0))
     config = sae_config(epochs=2, memory=1, seeds=1, control=False, batch=batch)
-    made = t.train_members(config, t.seeds(config.sae), InBlocks(x), tmp_path)
+    made = train.train_members(config, train.seeds(config.sae), InBlocks(x), tmp_path)
     assert np.isfinite(made.curves["mse"]).all()
-    state = t.initial_state(config.sae, t.seeds(config.sae), jnp.asarray(x[:100]), 48, 0)
-    ((state, _), _) = t.Checkpoints(tmp_path / "checkpoints").restore((t.saved(state, 1), made.curves))
+    state = train.initial_state(config.sae, train.seeds(config.sae), jnp.asarray(x[:100]), 48, 0)
+    ((state, _), _) = Checkpoints(tmp_path / "checkpoints").restore((train.saved(state, 1), made.curves))
     assert state.step == 2 * (40_000 // batch)
 
 
@@ -227,8 +230,8 @@ from headsteer_jax import sae_train as t
 from headsteer_jax.cache import Held
 config = sae_config(epochs=4, learning_rate=3e-3)
 x = concepts(640, 24, np.random.default_rng(0))
-t.Checkpoints(Path(sys.argv[1]) / "checkpoints", keep=2).forget_after(int(sys.argv[2]))
-made = t.train_members(config, t.seeds(config.sae), Held(x), Path(sys.argv[1]))
+Checkpoints(Path(sys.argv[1]) / "checkpoints", keep=2).forget_after(int(sys.argv[2]))
+made = train.train_members(config, train.seeds(config.sae), Held(x), Path(sys.argv[1]))
 np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
 """
     found = []
@@ -255,7 +258,7 @@ from headsteer_jax import sae_train as t
 from headsteer_jax.cache import Held
 config = sae_config(epochs=3, learning_rate=3e-3)
 x = concepts(640, 24, np.random.default_rng(0))
-made = t.train_members(config, t.seeds(config.sae), Held(x), Path(sys.argv[1]))
+made = train.train_members(config, train.seeds(config.sae), Held(x), Path(sys.argv[1]))
 assert jax.device_count() == int(sys.argv[2])
 np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
 """
@@ -277,20 +280,20 @@ np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
 def test_batch_larger_than_the_data(tmp_path: Path, batch: int, says: str) -> None:
     config = sae_config(batch=batch)
     with pytest.raises(HeadSteerError, match=says):
-        t.train_members(config, t.seeds(config.sae), Held(np.zeros((30, 24), np.float32)), tmp_path)
+        train.train_members(config, train.seeds(config.sae), Held(np.zeros((30, 24), np.float32)), tmp_path)
 
 
 def test_nan_stops_with_the_epoch(tmp_path: Path) -> None:
     config = sae_config(learning_rate=1e30, epochs=20)
     with pytest.raises(HeadSteerError, match=r"loss turned NaN in epoch \d+; the last good checkpoint"):
-        t.train_members(config, t.seeds(config.sae), Held(concepts(640, 24, np.random.default_rng(0))), tmp_path)
+        train.train_members(config, train.seeds(config.sae), Held(concepts(640, 24, np.random.default_rng(0))), tmp_path)
 
 
 def test_a_grid_goes_on_without_the_members_that_turn_nan(tmp_path: Path) -> None:
     x = concepts(640, 24, np.random.default_rng(0))
     config = sae_config(epochs=20)
-    members = t.grid(config.sae, (4,), (1e-3, 1e30), 1)
-    made = t.train_members(config, members, Held(x), tmp_path / "a", "grid")
+    members = grid.grid(config.sae, (4,), (1e-3, 1e30), 1)
+    made = train.train_members(config, members, Held(x), tmp_path / "a", "grid")
     assert np.isfinite(made.curves["mse"][-1]).tolist() == [True, False]
     with pytest.raises(HeadSteerError, match=r"lower config\.grid\.learning_rates"):
-        t.train_members(config, t.grid(config.sae, (4,), (1e30,), 1), Held(x), tmp_path / "b", "grid")
+        train.train_members(config, grid.grid(config.sae, (4,), (1e30,), 1), Held(x), tmp_path / "b", "grid")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsteer_jax import sparse
+from headsteer_jax.sae import sparse
 
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(not sparse.available(), reason="needs a CPU and a C++ compiler")

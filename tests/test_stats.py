@@ -6,19 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from headsteer_jax.stats import (
-    accuracy_at_usage,
-    benjamini_hochberg,
-    bootstrap_means,
-    bootstrap_weights,
-    choose_alpha,
-    class_counts,
-    controls,
-    fewer,
-    front,
-    interval,
-    mcnemar,
-)
+from headsteer_jax.analysis.stats import accuracy_at_usage, benjamini_hochberg, bootstrap_means, bootstrap_weights, choose_alpha, controls, fewer, front, interval, mcnemar
+from headsteer_jax.steer.tally import class_counts
 
 
 @settings(max_examples=50, deadline=None)

@@ -9,11 +9,13 @@ import reference
 from conftest import CLASSES, random_params, tiny_config
 from test_sae import random_sae
 
-from headsteer_jax import steer, vit
-from headsteer_jax.config import Config, HeadSteerError
-from headsteer_jax.latents import Choice
-from headsteer_jax.sae import Scaling
-from headsteer_jax.table import pattern_of
+from headsteer_jax.steer import steering as steer
+from headsteer_jax.model import vit
+from headsteer_jax.config import Config
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.sae.autoencoder import Scaling
+from headsteer_jax.steer.table import pattern_of
 
 K = 4
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_report import made_run
 
-from headsteer_jax.flips import Steps, packed, unpacked
-from headsteer_jax.stats import mcnemar
-from headsteer_jax.summary import saved_classes, summarise
-from headsteer_jax.table import gates_of
+from headsteer_jax.steer.tally import Steps, packed, unpacked
+from headsteer_jax.analysis.stats import mcnemar
+from headsteer_jax.analysis.summary import saved_classes, summarise
+from headsteer_jax.steer.table import gates_of
 
 
 @pytest.fixture(scope="module")

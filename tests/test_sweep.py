@@ -10,28 +10,15 @@ import pytest
 from conftest import CLASSES, random_params, tiny_config
 from test_steer import setting
 
-from headsteer_jax.config import Config, HeadSteerError, SteerConfig
-from headsteer_jax.data import Split
-from headsteer_jax.flips import gate_effect
-from headsteer_jax.latents import LatentStatistics, Outcomes
-from headsteer_jax.steer import GateProgram, Steering
-from headsteer_jax.sweep import (
-    Job,
-    _folds,
-    _top_images,
-    _without_fold,
-    alpha_grid,
-    by_flips,
-    by_gates,
-    by_suffix,
-    check_names,
-    check_validation,
-    make_job,
-    way,
-    why,
-)
-from headsteer_jax.table import fill_table, table_program
-from headsteer_jax.vit import build
+from headsteer_jax.config import Config, SteerConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.steer.flips import gate_effect
+from headsteer_jax.steer.strategies import LatentStatistics, Outcomes
+from headsteer_jax.steer.steering import GateProgram, Steering
+from headsteer_jax.steer.sweep import Job, _folds, _top_images, _without_fold, alpha_grid, by_flips, by_gates, by_suffix, check_names, check_validation, make_job, way, why
+from headsteer_jax.steer.table import fill_table, table_program
+from headsteer_jax.model.vit import build
 
 
 @pytest.mark.parametrize(("images", "latents", "count"), [(50, 300, 4), (3, 5, 8), (7, 128, 7)])

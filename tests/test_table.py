@@ -7,9 +7,11 @@ import pytest
 import reference
 from conftest import CLASSES, random_params, tiny_config
 
-from headsteer_jax import table, vit
-from headsteer_jax.config import Config, HeadSteerError
-from headsteer_jax.data import Split
+from headsteer_jax.steer import table
+from headsteer_jax.model import vit
+from headsteer_jax.config import Config
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.data.dataset import Split
 
 
 def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **steer: object) -> Config:

@@ -13,11 +13,15 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from headsteer_jax import preemption
-from headsteer_jax import train as t
-from headsteer_jax.config import Config, HeadSteerError, MachineConfig, PhaseConfig
-from headsteer_jax.data import Dataset, LazyImages, Split
-from headsteer_jax.vit import build
+from headsteer_jax.runtime import preemption
+from headsteer_jax.data import batches
+from headsteer_jax.train import log
+from headsteer_jax.train import loop
+from headsteer_jax.train import step
+from headsteer_jax.config import Config, MachineConfig, PhaseConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.model.vit import build
 
 
 def blobs(count: int, seed: int) -> Split:
@@ -43,14 +47,14 @@ def with_train(**fields: object) -> Config:
 def final_states(config, dataset, directory):
     states = {}
     for phase in ("dense", "gated", "dense_control"):
-        checkpoints = t.Checkpoints(directory / phase / "last", 2)
+        checkpoints = Checkpoints(directory / phase / "last", 2)
         model = build(config, 3)
-        params = t.initial_params(model, config, config.seed)
+        params = loop.initial_params(model, config, config.seed)
         plan = config.train.dense if phase == "dense" else config.train.gated
-        like = t.State(
+        like = step.State(
             params,
             params if config.train.ema else None,
-            t.optimizer(config, plan).init(params),
+            step.optimizer(config, plan).init(params),
             jnp.zeros(2, jnp.uint32),
             jnp.int32(0),
         )
@@ -62,8 +66,8 @@ def final_states(config, dataset, directory):
 def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch, fields):
     """Stopped in the middle of the dense and of the gated phase, each time after a checkpoint that is not the last."""
     config = with_train(**fields)
-    t.train(config, dataset, tmp_path / "whole")
-    real = t.Checkpoints.save
+    loop.train(config, dataset, tmp_path / "whole")
+    real = Checkpoints.save
     for phase in ("dense", "gated"):
 
         def save(self, step, tree, about, phase=phase):
@@ -72,25 +76,25 @@ def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch,
                 self.wait()
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(t.Checkpoints, "save", save)
+        monkeypatch.setattr(Checkpoints, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            t.train(config, dataset, tmp_path / "parts")
-    monkeypatch.setattr(t.Checkpoints, "save", real)
-    t.train(config, dataset, tmp_path / "parts")
+            loop.train(config, dataset, tmp_path / "parts")
+    monkeypatch.setattr(Checkpoints, "save", real)
+    loop.train(config, dataset, tmp_path / "parts")
     whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
     chex.assert_trees_all_equal(whole, parts)
     assert whole["gated"][0].step == 8
     assert whole["gated"][1]["position"] == (8 + 8) * 16
     assert whole["gated"][1]["config"]["seed"] == 0
     assert np.any(whole["gated"][0].params["params"]["cls"] != whole["dense"][0].params["params"]["cls"])
-    rows = [t.read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    rows = [log.read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     assert rows[0] == rows[1]
 
 
 def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
     config = tiny_config()
-    t.train(config, dataset, tmp_path)
-    rows = t.read_log(tmp_path / "metrics.jsonl")
+    loop.train(config, dataset, tmp_path)
+    rows = log.read_log(tmp_path / "metrics.jsonl")
     gated = [row for row in rows if row["phase"] == "gated" and "usage_sampled" in row]
     assert [row["step"] for row in gated] == [2, 4, 6, 8]
     assert all(len(row["usage_sampled"]) == len(row["usage_thresholded"]) == 2 for row in gated)
@@ -103,15 +107,15 @@ def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
 
 def test_training_learns(dataset, tmp_path):
     config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30, dense_control=False)
-    t.train(config, dataset, tmp_path)
+    loop.train(config, dataset, tmp_path)
     accuracy = [
-        row["validation_accuracy"] for row in t.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
+        row["validation_accuracy"] for row in log.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
     ]
     assert accuracy[1] >= 0.9  # chance: 1/3
 
 
 def test_same_seed_same_bits_other_seed_other_bits(dataset, tmp_path):
-    first, again, other = (t.initial_params(build(tiny_config(), 3), tiny_config(), seed) for seed in (0, 0, 1))
+    first, again, other = (loop.initial_params(build(tiny_config(), 3), tiny_config(), seed) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     assert np.any(first["params"]["cls"] != other["params"]["cls"])
 
@@ -121,7 +125,7 @@ def test_schedule_and_decay_mask():
     plan = PhaseConfig(steps=100, learning_rate=1e-2, warmup=0.1, final=0.1)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
     config = with_train(weight_decay=0.5)
-    tx = t.optimizer(config, plan)
+    tx = step.optimizer(config, plan)
     state, zero = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     decays = []
     for _ in range(100):
@@ -137,10 +141,10 @@ def test_loss_by_hand():
     """Cross-entropy of smoothed labels plus the weighted usage loss, in float64."""
     config = tiny_config()
     model = build(config, 3)
-    params = t.initial_params(model, config, 0)
+    params = loop.initial_params(model, config, 0)
     images = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
     targets = optax.smooth_labels(jax.nn.one_hot(np.arange(6) % 3, 3), 0.1)
-    loss, metrics = t.loss_and_metrics(model, params, images, targets, jnp.float32(1), jnp.zeros((6, 2, 3)), config)
+    loss, metrics = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), jnp.zeros((6, 2, 3)), config)
     logits, out = model.apply(params, images)
     log_p = np.asarray(logits, np.float64) - np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1, keepdims=True))
     cross_entropy = -(np.asarray(targets) * log_p).sum(axis=1).mean()
@@ -152,48 +156,48 @@ def test_loss_by_hand():
 
 def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
     config = with_train(dense=PhaseConfig(steps=12))
-    real = t.training_images
+    real = step.training_images
 
     def bad(key, images, config):
         return real(key, images, config) * jnp.nan
 
     monkeypatch.setattr(t, "training_images", bad)
     with pytest.raises(HeadSteerError, match=r"dense: the loss is nan at step 1; there is no checkpoint yet"):
-        t.train(config, dataset, tmp_path / "early")
+        loop.train(config, dataset, tmp_path / "early")
     monkeypatch.setattr(t, "training_images", real)
-    params = t.initial_params(build(config, 3), config, 0)
-    with t._logging(tmp_path) as log:
-        t.fit(build(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log)
+    params = loop.initial_params(build(config, 3), config, 0)
+    with log._logging(tmp_path) as log:
+        loop.fit(build(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log)
         monkeypatch.setattr(t, "training_images", bad)
         with pytest.raises(HeadSteerError, match=rf"at step 5; the last good checkpoint is {tmp_path}/dense/last/4;"):
-            t.fit(build(config, 3), params, "dense", dataset, config, tmp_path, log)
-    assert t.Checkpoints(tmp_path / "dense" / "last", 2).latest() == 4
+            loop.fit(build(config, 3), params, "dense", dataset, config, tmp_path, log)
+    assert Checkpoints(tmp_path / "dense" / "last", 2).latest() == 4
 
 
 def test_batch_larger_than_the_data(dataset, tmp_path):
     with pytest.raises(HeadSteerError, match=r"config\.train\.batch = 512: allowed is at most the 96"):
-        t.train(with_train(batch=512), dataset, tmp_path)
+        loop.train(with_train(batch=512), dataset, tmp_path)
 
 
 def test_a_cut_off_last_row_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"phase": "dense", "step": 1}) + '\n{"phase": "den')
-    assert t.read_log(path) == [{"phase": "dense", "step": 1}]
+    assert log.read_log(path) == [{"phase": "dense", "step": 1}]
 
 
 def test_missing_checkpoint(dataset, tmp_path):
-    t.train(with_train(dense_control=False), dataset, tmp_path)
+    loop.train(with_train(dense_control=False), dataset, tmp_path)
     shutil.rmtree(tmp_path / "gated" / "last")
     with pytest.raises(HeadSteerError, match="no checkpoint"):
-        t.trained(with_train(dense_control=False), dataset, tmp_path)
+        loop.trained(with_train(dense_control=False), dataset, tmp_path)
 
 
 def test_gates_have_a_learning_rate_of_their_own():
     updates = {"params": {"layers_1": {"decide": {"linear": {"kernel": jnp.ones(2)}}, "out": {"kernel": jnp.ones(2)}}}}
-    scaled = t.scale_gates(updates, 5.0)["params"]["layers_1"]
+    scaled = step.scale_gates(updates, 5.0)["params"]["layers_1"]
     assert scaled["decide"]["linear"]["kernel"].tolist() == [5, 5]
     assert scaled["out"]["kernel"].tolist() == [1, 1]
-    assert t.scale_gates(updates, 1.0) is updates
+    assert step.scale_gates(updates, 1.0) is updates
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -208,8 +212,8 @@ def test_accumulated_gradients_are_the_batchs(gated):
         train = config.train.model_copy(update={"accumulate": parts, "mixup": 0.2})
         one = config.model_copy(update={"train": train})
         model = build(one, 3)
-        state = t.initial_state(t.initial_params(model, one, 0), "gated", one)
-        state, metrics = t.make_steps(model, one, one.train.gated, gated)(state, *batch)
+        state = loop.initial_state(loop.initial_params(model, one, 0), "gated", one)
+        state, metrics = step.make_steps(model, one, one.train.gated, gated)(state, *batch)
         names = ("loss", "train_accuracy", "gradient_norm")
         found.append((state.optimizer[1][0].mu, {name: metrics[name] for name in names}))
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
@@ -217,23 +221,23 @@ def test_accumulated_gradients_are_the_batchs(gated):
 
 def test_batches_are_the_same_in_the_middle_and_for_any_images_in_memory_or_not(dataset):
     config = tiny_config()
-    devices = t.mesh.training_mesh(config.machine)
+    devices = mesh.training_mesh(config.machine)
     calls = [(0, 2), (2, 4), (4, 5), (5, 8)]
-    whole = list(t.batches(dataset.train, config, devices, calls, 3))
+    whole = list(batches.batches(dataset.train, config, devices, calls, 3))
     assert [images.shape for images, _ in whole] == [(n, 16, 8, 8, 1) for n in (2, 2, 1, 3)]
-    chex.assert_trees_all_equal(list(t.batches(dataset.train, config, devices, calls[2:], 3)), whole[2:])
+    chex.assert_trees_all_equal(list(batches.batches(dataset.train, config, devices, calls[2:], 3)), whole[2:])
     lazy = LazyImages(lambda places: (dataset.train.images[i] for i in places), np.arange(96), (8, 8, 1))
-    chex.assert_trees_all_equal(list(t.batches(Split(lazy, dataset.train.labels), config, devices, calls, 3)), whole)
+    chex.assert_trees_all_equal(list(batches.batches(Split(lazy, dataset.train.labels), config, devices, calls, 3)), whole)
     for (first, end), (_, labels) in zip(calls, whole, strict=True):
         for step, row in zip(range(first, end), labels, strict=True):
-            assert np.array_equal(row, dataset.train.labels[t.batch_indices(96, 16, 0, 3 + step)])
+            assert np.array_equal(row, dataset.train.labels[batches.batch_indices(96, 16, 0, 3 + step)])
 
 
 def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
     config = with_train(dense_control=False)
     config = config.model_copy(update={"machine": MachineConfig(profile=True, peak_tflops=1.0)})
-    t.train(config, dataset, tmp_path)
-    rows = t.read_log(tmp_path / "speed.jsonl")
+    loop.train(config, dataset, tmp_path)
+    rows = log.read_log(tmp_path / "speed.jsonl")
     assert [row["step"] for row in rows if row["phase"] == "gated"] == [2, 4, 6, 8]
     assert all(row["mfu"] == pytest.approx(row["tflops_per_device"]) and row["images_per_second"] > 0 for row in rows)
     for phase in ("dense", "gated"):
@@ -243,8 +247,8 @@ def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
 def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
     """It comes in the third call: the checkpoint is of that call's last step, and the end is the uninterrupted one."""
     config = tiny_config()
-    t.train(config, dataset, tmp_path / "whole")
-    real, calls = t.Log.write, []
+    loop.train(config, dataset, tmp_path / "whole")
+    real, calls = log.Log.write, []
 
     def terminated(self, phase, step, values, name="metrics"):
         calls.append((phase, step))
@@ -255,15 +259,15 @@ def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     preemption.install()
     try:
-        monkeypatch.setattr(t.Log, "write", terminated)
+        monkeypatch.setattr(log.Log, "write", terminated)
         with pytest.raises(preemption.Preempted):
-            t.train(config, dataset, tmp_path / "parts")
-        assert t.Checkpoints(tmp_path / "parts" / "gated" / "last", 2).latest() == 6
+            loop.train(config, dataset, tmp_path / "parts")
+        assert Checkpoints(tmp_path / "parts" / "gated" / "last", 2).latest() == 6
         preemption.install()
-        monkeypatch.setattr(t.Log, "write", real)
-        t.train(config, dataset, tmp_path / "parts")
+        monkeypatch.setattr(log.Log, "write", real)
+        loop.train(config, dataset, tmp_path / "parts")
     finally:
         signal.signal(signal.SIGTERM, before)
     whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
     chex.assert_trees_all_equal(whole, parts)
-    assert t.read_log(tmp_path / "whole" / "metrics.jsonl") == t.read_log(tmp_path / "parts" / "metrics.jsonl")
+    assert log.read_log(tmp_path / "whole" / "metrics.jsonl") == log.read_log(tmp_path / "parts" / "metrics.jsonl")

@@ -8,9 +8,9 @@ import pytest
 import reference
 from conftest import random_params, tiny_config
 
-from headsteer_jax import vit
+from headsteer_jax.model import vit
 from headsteer_jax.config import Config, MachineConfig
-from headsteer_jax.vit import build, stack_gates
+from headsteer_jax.model.vit import build, stack_gates
 
 
 def with_model(config: Config, **fields: object) -> Config:
