@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         epilog="stages:\n"
         + "\n".join(f"  {name:7} {meaning}" for name, meaning in STAGES.items())
         + "\n\nconfig fields (name, type, default, meaning):\n"
-        + files.help_text(),
+        + files.describe_fields(),
     )
     parser.add_argument("--config", default="configs/double_digits.py", help="the experiment (default: %(default)s)")
     parser.add_argument("--workdir", help="where everything is written (default: runs/<config's name>)")
@@ -98,7 +98,7 @@ def _speak_alone() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    preemption.install()
+    preemption.install_handler()
     _speak_alone()
     try:
         flags, overrides = parse(arguments)
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
         from headsteer_jax import stages
 
         hosts.start(flags.distributed, flags.distributed_timeout)
-        sparse.keep_programs()
+        sparse.keep_compiled_programs()
         own = {name: value for name, value in vars(flags).items() if not name.startswith("distributed")}
         hosts.check_equal({f"--{name}": json.dumps(value) for name, value in own.items()})
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
@@ -122,14 +122,14 @@ def main(arguments: list[str]) -> int:
             export.export_saes(config, workdir, flags.export_sae)
             print(flags.export_sae)
         report = workdir / "report.html"
-        if hosts.is_first() and report.exists():
+        if hosts.is_first_process() and report.exists():
             print(report)
     except errors.HeadSteerError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except preemption.Preempted:
-        print(preemption.LINE, file=sys.stderr)
-        return preemption.RESUME
+        print(preemption.STOPPED_MESSAGE, file=sys.stderr)
+        return preemption.EXIT_CODE
     except Exception:
         traceback.print_exc()
         return 1

@@ -21,14 +21,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from headsteer_jax.runtime import mesh
-from headsteer_jax.data import batches
-from headsteer_jax.train import loop
-from headsteer_jax.train import step
 from headsteer_jax.config import Config, DataConfig, ModelConfig, PhaseConfig, TrainConfig
+from headsteer_jax.data import batches
 from headsteer_jax.data.dataset import LazyImages
-from headsteer_jax.data.sources import load
-from headsteer_jax.model.vit import build
+from headsteer_jax.data.sources import load_dataset
+from headsteer_jax.model.vit import build_model
+from headsteer_jax.runtime import mesh
+from headsteer_jax.train import loop, step
 
 CLASSES = 10
 
@@ -58,12 +57,12 @@ def config_for(root: Path, side: int, patch: int, batch: int, held: bool) -> Con
 
 def input_rate(config: Config, repeats: int) -> tuple[float, bool]:
     """Images a second of the pipeline alone, once they are on the device; and whether they are decoded as they come."""
-    split = load(config.data, 0).train
+    split = load_dataset(config.data, 0).train
     devices = mesh.training_mesh(config.machine)
     calls = max(4, len(split.labels) // config.train.batch)
     rates = []
     for repeat in range(repeats):
-        each = batches.batches(split, config, devices, [(n, n + 1) for n in range(calls)], repeat * calls)
+        each = batches.device_batches(split, config, devices, [(n, n + 1) for n in range(calls)], repeat * calls)
         began = time.perf_counter()
         for images, _ in each:
             images.block_until_ready()
@@ -73,16 +72,16 @@ def input_rate(config: Config, repeats: int) -> tuple[float, bool]:
 
 def step_rate(config: Config, repeats: int) -> float:
     """Images a second of the gated training step."""
-    model = build(config, CLASSES)
-    params = loop.initial_params(model, config, 0)
+    model = build_model(config, CLASSES)
+    params = loop.init_params(model, config, 0)
     devices = mesh.training_mesh(config.machine)
-    state = loop.initial_state(params, "gated", config)
-    live = mesh.of_state(state, devices)
-    state = mesh.placed(state, live)
-    run = step.make_steps(model, config, config.train.gated, True, live)
+    state = loop.init_state(params, "gated", config)
+    live = mesh.state_shardings(state, devices)
+    state = mesh.place(state, live)
+    run = step.make_training_steps(model, config, config.train.gated, True, live)
     side, batch = config.data.image_size, config.train.batch
     images = np.random.default_rng(0).integers(0, 256, (1, batch, side, side, 3), dtype=np.uint8)
-    given = jax.device_put((images, np.zeros((1, batch), np.int32)), mesh.over_batch(devices, axis=1))
+    given = jax.device_put((images, np.zeros((1, batch), np.int32)), mesh.batch_sharding(devices, axis=1))
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

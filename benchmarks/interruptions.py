@@ -41,16 +41,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from headsteer_jax.analysis.sweep_file import read_sweep
+from headsteer_jax.config.files import load_config
+from headsteer_jax.data.sources import load_dataset
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.vit import build_model
 from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.runtime.files import read_arrays
-from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.config.files import load_config
-from headsteer_jax.data.sources import load
-from headsteer_jax.analysis.sweep_file import read_sweep
-from headsteer_jax.train.loop import PHASES, initial_params
-from headsteer_jax.train.step import State, optimizer
 from headsteer_jax.train.log import read_log
-from headsteer_jax.model.vit import build
+from headsteer_jax.train.loop import PHASES, init_params
+from headsteer_jax.train.step import State, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("train", "sae", "grid", "steer", "layers", "report")
@@ -550,11 +550,11 @@ def damaged_run(campaign: Campaign, number: int) -> None:
 def empty_state(campaign: Campaign) -> State:
     """The shapes of a dense phase's state."""
     config = load_config(str(campaign.config), {})
-    dataset = load(config.data, config.seed)
-    params = initial_params(build(config, len(dataset.class_names)), config, config.seed)
+    dataset = load_dataset(config.data, config.seed)
+    params = init_params(build_model(config, len(dataset.class_names)), config, config.seed)
     average = params if config.train.ema else None
     key = jax.random.key_data(jax.random.key(0))
-    return State(params, average, optimizer(config, config.train.gated).init(params), key, np.int32(0))
+    return State(params, average, make_optimizer(config, config.train.gated).init(params), key, np.int32(0))
 
 
 def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:

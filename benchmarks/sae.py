@@ -30,19 +30,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.sae import train as sae_train
-from headsteer_jax.model.passes import over_split, per_image
-from headsteer_jax.data.augment import preprocess
-from headsteer_jax.sae.residuals import Held
 from headsteer_jax.config import Config, MachineConfig, ModelConfig, SAEConfig
 from headsteer_jax.config.files import load_config
-from headsteer_jax.data.sources import load
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.sources import load_dataset
+from headsteer_jax.model.passes import per_image_program, run_over_split
+from headsteer_jax.model.vit import build_model
 from headsteer_jax.runtime.mesh import members_mesh
 from headsteer_jax.runtime.progress import say
-from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, fit_scaling, seed_of
-from headsteer_jax.sae.metrics import health
-from headsteer_jax.train.loop import initial_params
-from headsteer_jax.model.vit import build
+from headsteer_jax.sae import train as sae_train
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, fit_scaling, scale_input, select_member
+from headsteer_jax.sae.metrics import measure_health
+from headsteer_jax.sae.residuals import ResidualsInMemory
+from headsteer_jax.train.loop import init_params
 
 PEERS = Path(__file__).with_name("peers.py")
 RATES = (4e-4, 1e-3, 2e-3)  # tried for everyone
@@ -65,9 +65,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def make_vectors(file: Path, config: Config) -> None:
     """Residuals of all splits, as float32 arrays `train`, `validation`, `test` and `<split>_labels`."""
-    dataset = load(config.data, config.seed)
-    model = build(config, len(dataset.class_names))
-    params, layer = initial_params(model, config, config.seed), config.sae_layer
+    dataset = load_dataset(config.data, config.seed)
+    model = build_model(config, len(dataset.class_names))
+    params, layer = init_params(model, config, config.seed), config.sae_layer
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
         return (model.apply(params, preprocess(images, config.data), layer, method="before")[:, 0],)
@@ -75,7 +75,7 @@ def make_vectors(file: Path, config: Config) -> None:
     arrays = {}
     for name in ("train", "validation", "test"):
         split = getattr(dataset, name)
-        (arrays[name],) = over_split(per_image(run, config.train.eval_batch), params, split, name)
+        (arrays[name],) = run_over_split(per_image_program(run, config.train.eval_batch), params, split, name)
         arrays[f"{name}_labels"] = split.labels
     np.savez(file, **arrays)
 
@@ -86,16 +86,16 @@ class Bench:
     def __init__(self, file: Path) -> None:
         with np.load(file) as arrays:
             self.x = {name: arrays[name] for name in ("train", "validation", "test")}
-        self.scaling = fit_scaling(Held(self.x["train"]).chunks, SAEConfig())
+        self.scaling = fit_scaling(ResidualsInMemory(self.x["train"]).chunks, SAEConfig())
         self.width = self.x["train"].shape[1]
 
     def config(self, **fields: Any) -> Config:
         # any model of this width: only its width matters here
         return Config(model=ModelConfig(width=self.width, heads=6), sae=SAEConfig(**fields))
 
-    def score(self, sae: SAE, scaling: Scaling, k: int | None) -> dict[str, float]:
+    def score(self, sae: SAEWeights, scaling: Scaling, k: int | None) -> dict[str, float]:
         """By our code, for everyone."""
-        on = {name: health(sae, scaling, Held(x).chunks(), k) for name, x in self.x.items()}
+        on = {name: measure_health(sae, scaling, ResidualsInMemory(x).chunks(), k) for name, x in self.x.items()}
         return {
             "validation": on["validation"].explained_variance,
             "test": on["test"].explained_variance,
@@ -110,18 +110,20 @@ def train_ours(bench: Bench, seeds: int, fields: dict[str, Any]) -> Iterator[dic
     """Train so many seeds in one program; yields the score of each."""
     window = {"dead_window": 0.25} if fields["epochs"] < SHORT else {}
     config = bench.config(seeds=seeds, control=False, **(window | fields))
-    members = sae_train.seeds(config.sae)
+    members = sae_train.seed_members(config.sae)
     with tempfile.TemporaryDirectory() as directory:
-        made = sae_train.train_members(config, members, Held(bench.x["train"]), Path(directory), str(fields))
+        made = sae_train.train_members(
+            config, members, ResidualsInMemory(bench.x["train"]), Path(directory), str(fields)
+        )
     for seed in range(seeds):
-        yield bench.score(seed_of(made.saes, seed), made.scaling, config.sae.inference_k)
+        yield bench.score(select_member(made.saes, seed), made.scaling, config.sae.inference_k)
 
 
 def run_peer(bench: Bench, name: str, python: str, *options: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Train a peer in its environment: its last line, and its arrays."""
     with tempfile.TemporaryDirectory() as directory:
         given, made = Path(directory) / "given.npz", Path(directory) / "made.npz"
-        np.savez(given, train=np.asarray(centre(bench.scaling, bench.x["train"])))
+        np.savez(given, train=np.asarray(scale_input(bench.scaling, bench.x["train"])))
         library = name.split()[0]
         done = subprocess.run(
             [python, str(PEERS), library, str(given), str(made), *options],
@@ -145,7 +147,7 @@ def train_peer(bench: Bench, name: str, python: str, fields: dict[str, Any], see
     _, a = run_peer(bench, name, python, *options)
     b_e = a["b_e"] if a["apply_b_d"] else a["b_e"] + a["W_e"] @ a["b_d"]  # ours subtracts b_d
     threshold = np.broadcast_to(a["threshold"], b_e.shape)
-    sae = SAE(*(jnp.asarray(part, jnp.float32) for part in (a["W_e"], b_e, a["W_d"], a["b_d"], threshold)))
+    sae = SAEWeights(*(jnp.asarray(part, jnp.float32) for part in (a["W_e"], b_e, a["W_d"], a["b_d"], threshold)))
     return bench.score(sae, bench.scaling, int(a["k"]) if a["kind"] == "topk" else None)
 
 
@@ -228,16 +230,16 @@ def seconds(call: Callable[[], Any]) -> float:
 def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     """A training step beside the encoder's one matrix product and the peers' steps, measured in turns."""
     steps, F, D = args.steps, 8 * bench.width, bench.width
-    u_GD = jnp.asarray(centre(bench.scaling, bench.x["train"][: steps * args.batch]))
+    u_GD = jnp.asarray(scale_input(bench.scaling, bench.x["train"][: steps * args.batch]))
     W_FD = jax.random.normal(jax.random.key(0), (F, D))
     product = jax.jit(lambda u, W: u @ W.T)
 
     def trainer(seeds: int, **fields: Any) -> Callable[[], Any]:
         c = bench.config(seeds=seeds, control=False, batch=args.batch, k=TUNED_AT, **fields).sae
-        members = sae_train.seeds(c)
-        members = sae_train.dealt_out(members, members_mesh(len(members.k), MachineConfig()).shape["member"])
-        state = [sae_train.initial_state(c, members, u_GD, F, 0)]
-        run = sae_train.make_epochs(c, members, F, D, steps, 0)
+        members = sae_train.seed_members(c)
+        members = sae_train.pad_members(members, members_mesh(len(members.k), MachineConfig()).shape["member"])
+        state = [sae_train.init_state(c, members, u_GD, F, 0)]
+        run = sae_train.make_epoch_program(c, members, F, D, steps, 0)
 
         def epoch() -> Any:
             state[0], _ = run(state[0], u_GD)

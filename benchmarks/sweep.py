@@ -25,19 +25,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.model.passes import padded_chunks
-from headsteer_jax.data.augment import preprocess
 from headsteer_jax.config import Config
-from headsteer_jax.data.dataset import Split, gather
-from headsteer_jax.steer.flips import gate_effect
-from headsteer_jax.steer.tally import unpacked
-from headsteer_jax.steer.strategies import Choice, LatentStatistics, Outcomes, per_class, statistics, strategy
-from headsteer_jax.runtime.progress import progress
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.dataset import Split, gather_images
+from headsteer_jax.model.passes import padded_chunks
 from headsteer_jax.runs import Run, load_run
-from headsteer_jax.sae.autoencoder import encode_all, seed_of
-from headsteer_jax.steer.steering import GateProgram, Steering, steered_residual
-from headsteer_jax.steer.sweep import Job, by_flips, by_gates, make_job
-from headsteer_jax.steer.table import Table, fill_table, pattern_of, table_program
+from headsteer_jax.runtime.progress import progress
+from headsteer_jax.sae.autoencoder import encode_all, select_member
+from headsteer_jax.steer.flips import gate_effect
+from headsteer_jax.steer.steering import GateProgram, Steering, apply_steering
+from headsteer_jax.steer.strategies import (
+    Choice,
+    LatentStatistics,
+    Outcomes,
+    find_strategy,
+    latent_statistics,
+    per_class_strategy,
+)
+from headsteer_jax.steer.sweep import SplitSweep, make_split_sweep, sweep_by_flips, sweep_by_gates
+from headsteer_jax.steer.table import Table, compile_table_program, fill_table, gates_to_pattern
+from headsteer_jax.steer.tally import unpack_bits
 
 STRATEGIES = ("class", "global", "random", "matched_random", "gate_aligned", "strongest")
 RANDOM_SEEDS = 20
@@ -62,13 +69,13 @@ class Bench:
     def __init__(self, run: Run, memory: int) -> None:
         self.run, self.config = run, with_steer(run.config, memory=memory)
         config, dataset, self.classes = self.config, run.dataset, len(run.dataset.class_names)
-        self.split = Split(gather(dataset.test.images, np.arange(len(dataset.test.labels))), dataset.test.labels)
-        self.program = table_program(run.model, run.params, self.split, config)
+        self.split = Split(gather_images(dataset.test.images, np.arange(len(dataset.test.labels))), dataset.test.labels)
+        self.program = compile_table_program(run.model, run.params, self.split, config)
         self.gates = GateProgram(run.model, run.params, config)
         linear = run.params["params"][f"layers_{config.sae_layer}"]["decide"]["linear"]
         self.linear = np.asarray(linear["kernel"]), np.asarray(linear["bias"])
         began = time.perf_counter()
-        self.sae = seed_of(run.saes, 0)
+        self.sae = select_member(run.saes, 0)
         decoder = np.asarray(self.sae.W_d) / run.scaling.scale
         self.steered = [self._steering(choice) for choice in self._choices(decoder)]
         self.effects = [gate_effect(decoder, self.linear[0], 16)]
@@ -78,12 +85,15 @@ class Bench:
         run, labels = self.run, self.run.dataset.train.labels
         z_NF = encode_all(self.sae, run.scaling, run.x_train, self.config.sae.inference_k)
         some = np.concatenate([np.flatnonzero(labels == label)[:20] for label in range(self.classes)])
-        train = Split(gather(run.dataset.train.images, some), labels[some])
+        train = Split(gather_images(run.dataset.train.images, some), labels[some])
         seen = fill_table(self.program, run.params, train, "train")
         known = Outcomes(train.labels, seen.gate_logits, seen.answers == train.labels[:, None])
-        stats = statistics(z_NF, labels, self.classes, decoder, self.linear[0], (known, known))
+        stats = latent_statistics(z_NF, labels, self.classes, decoder, self.linear[0], (known, known))
         self.strength, steer = stats.strength, self.config.steer
-        named = {name: per_class(strongest, name) if name == "strongest" else strategy(name) for name in STRATEGIES}
+        named = {
+            name: per_class_strategy(strongest, name) if name == "strongest" else find_strategy(name)
+            for name in STRATEGIES
+        }
         chosen = [choose(stats, steer, np.random.default_rng([0, 1])) for choose in named.values()]
         return chosen + [named["random"](stats, steer, np.random.default_rng([0, 2, n])) for n in range(RANDOM_SEEDS)]
 
@@ -93,17 +103,17 @@ class Bench:
     def table(self, split: Split) -> Table:
         return fill_table(self.program, self.run.params, split, "test")
 
-    def job(self, split: Split, table: Table) -> Job:
+    def job(self, split: Split, table: Table) -> SplitSweep:
         kernel, bias = self.linear
         size = np.abs(table.x) @ np.abs(kernel) + np.abs(bias)
-        return make_job("test", split, table, [self.steered], 0, size)
+        return make_split_sweep("test", split, table, [self.steered], 0, size)
 
-    def look_up(self, job: Job, alphas: np.ndarray, both: bool = False) -> list[Any]:
+    def look_up(self, job: SplitSweep, alphas: np.ndarray, both: bool = False) -> list[Any]:
         """Every setting; by the label alone, or by the predicted class as well."""
         if not both:
             count = len(job.split.labels)
             job = job._replace(used=(job.used[0][:count],), rows=by_label(job))
-        return list(by_flips(job, alphas, self.gates, self.effects, self.config.sae.inference_k, self.classes))
+        return list(sweep_by_flips(job, alphas, self.gates, self.effects, self.config.sae.inference_k, self.classes))
 
     def sweep(self, alphas: np.ndarray, both: bool = False, split: Split | None = None) -> list[Any]:
         """From images to counts and bits."""
@@ -111,7 +121,7 @@ class Bench:
         return self.look_up(self.job(split, self.table(split)), alphas, both)
 
 
-def by_label(job: Job) -> Any:
+def by_label(job: SplitSweep) -> Any:
     count = len(job.split.labels)
     return job.rows._replace(**{name: getattr(job.rows, name)[:count] for name in job.rows._fields[:4]})
 
@@ -126,10 +136,10 @@ def plain(run: Run, config: Config) -> Callable[..., Any]:
     @jax.jit
     def forward(params: Any, images: jax.Array, one: Steering, class_B: jax.Array, alpha: jax.Array) -> Any:
         def changed(x_BD: jax.Array) -> jax.Array:
-            return steered_residual(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
+            return apply_steering(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
 
         logits, out = run.model.apply(params, preprocess(images, config.data), gate_input={config.sae_layer: changed})
-        return pattern_of(out["gates"][config.sae_layer]), jnp.argmax(logits, axis=-1)
+        return gates_to_pattern(out["gates"][config.sae_layer]), jnp.argmax(logits, axis=-1)
 
     return forward
 
@@ -255,14 +265,16 @@ def identity(bench: Bench, settings: int, batch: int) -> dict[str, Any]:
                 alphas = np.array(sorted([0.0, float(np.float32(alpha))]))
                 place, single = int(np.flatnonzero(alphas)[0]), job._replace(steered=[[bench.steered[g]]])
                 if mode == "add":
-                    swept = by_flips(single, alphas, program, bench.effects, config.sae.inference_k, bench.classes)
+                    swept = sweep_by_flips(
+                        single, alphas, program, bench.effects, config.sae.inference_k, bench.classes
+                    )
                 else:
-                    swept = by_gates(single, alphas, program, bench.classes)
+                    swept = sweep_by_gates(single, alphas, program, bench.classes)
                 _, _, (tally, _), _ = next(swept)
                 patterns, predictions = over(forward, bench.run, bench.split, batch, bench.steered[g], alpha)
-                ours = unpacked(tally.gates[place], count).T @ (1 << np.arange(heads))
+                ours = unpack_bits(tally.gates[place], count).T @ (1 << np.arange(heads))
                 answers = job.table.answers[np.arange(count), ours]
-                assert (unpacked(tally.right[place], count) == (answers == labels)).all()
+                assert (unpack_bits(tally.right[place], count) == (answers == labels)).all()
                 wrong = int((ours != patterns).sum()), int((answers != predictions).sum())
                 differ["gates"] += wrong[0]
                 differ["predictions"] += wrong[1]

@@ -153,11 +153,11 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
     import jax.numpy as jnp
 
     from headsteer_jax.data.augment import preprocess
-    from headsteer_jax.train.step import State, make_steps, optimizer
-    from headsteer_jax.model.vit import build
+    from headsteer_jax.model.vit import build_model
+    from headsteer_jax.train.step import State, make_optimizer, make_training_steps
 
     phase, batch = config.train.dense, config.train.batch
-    model = build(config, CLASSES)
+    model = build_model(config, CLASSES)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (steps, batch, SIDE, SIDE, CHANNELS), dtype=np.uint8))
     labels = jnp.asarray(rng.integers(0, CLASSES, (steps, batch)).astype(np.int32))
@@ -165,8 +165,10 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
 
     def training(gated: bool) -> Callable[[], Any]:
         key = jax.random.key_data(jax.random.key(1))
-        state = [State(jax.tree.map(jnp.array, params), None, optimizer(config, phase).init(params), key, jnp.int32(0))]
-        run = make_steps(model, config, phase, gated)
+        state = [
+            State(jax.tree.map(jnp.array, params), None, make_optimizer(config, phase).init(params), key, jnp.int32(0))
+        ]
+        run = make_training_steps(model, config, phase, gated)
 
         def call() -> Any:
             state[0], metrics = run(state[0], images, labels)

@@ -6,7 +6,16 @@ From scratch: --config.model.pretrained= ; from a local file: --config.model.pre
 network to run it.
 """
 
-from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, PhaseConfig, SAEConfig, SteerConfig, TrainConfig
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    PhaseConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
 
 STEPS_PER_EPOCH = 45_000 // 256  # after a tenth of train is cut off for validation
 

@@ -4,7 +4,16 @@ Expected (test): dense and gated accuracy 92%, the last layer's usage 0.80 and i
 steering to 0.57 at the same accuracy.
 """
 
-from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, PhaseConfig, SAEConfig, SteerConfig, TrainConfig
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    PhaseConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

@@ -4,7 +4,17 @@
 --config.data.path=DIR --config.model.pretrained=vit_small_patch14.safetensors
 """
 
-from headsteer_jax.config import Config, DataConfig, GateConfig, LayersConfig, ModelConfig, PhaseConfig, SAEConfig, SteerConfig, TrainConfig
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    LayersConfig,
+    ModelConfig,
+    PhaseConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
 
 STEPS_PER_EPOCH = 45_000 // 128
 

@@ -55,7 +55,7 @@ FROM = {
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """What made the numbers."""
     found = {
         "python": platform.python_version(),
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def needed(config: Config, stage: str) -> dict[str, Any]:
+def stage_fields(config: Config, stage: str) -> dict[str, Any]:
     """The fields that a stage depends on, by dotted path."""
     return {
         path: value
@@ -79,7 +79,7 @@ def needed(config: Config, stage: str) -> dict[str, Any]:
     }
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The fields that differ, as text; empty where none does."""
     missing = object()
     return "; ".join(
@@ -100,13 +100,13 @@ def _inputs(workdir: Path, stage: str) -> dict[str, str]:
     return {name: read_json(path)["finished"] for name, path in done.items() if name not in OPTIONAL or path.exists()}
 
 
-def why_stale(config: Config, workdir: Path, stage: str) -> str:
+def explain_staleness(config: Config, workdir: Path, stage: str) -> str:
     """Why what is there of a stage is not this config's, or an empty text."""
     for name in ("done.json", "started.json"):
         path = workdir / stage / name
         if path.exists():
             record = read_json(path)
-            different = _difference(record["config"], needed(config, stage))
+            different = _describe_difference(record["config"], stage_fields(config, stage))
             if different:
                 return different
             if record["inputs"] != _inputs(workdir, stage):

@@ -15,20 +15,20 @@ from etils.epath import Path
 from pydantic import ValidationError
 
 from headsteer_jax.analysis.summary import summarise
-from headsteer_jax.analysis.sweep_file import labelled
-from headsteer_jax.books import why_stale
-from headsteer_jax.config.files import one_line
+from headsteer_jax.analysis.sweep_file import to_dataset
+from headsteer_jax.books import explain_staleness
+from headsteer_jax.config.files import first_fault
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
-from headsteer_jax.data.sources import load
+from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import ViT
-from headsteer_jax.sae.autoencoder import SAE, Scaling
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling
 from headsteer_jax.stages import autoencoders
-from headsteer_jax.steer.strategies import ClassStrategy, Strategy, per_class, strategy
-from headsteer_jax.steer.sweep import Arrays, check_names, check_validation, run_sweep
-from headsteer_jax.steer.tally import Steps
-from headsteer_jax.train.loop import trained
+from headsteer_jax.steer.strategies import ClassStrategy, Strategy, find_strategy, per_class_strategy
+from headsteer_jax.steer.sweep import Arrays, check_strategies_and_classes, check_validation, run_sweep
+from headsteer_jax.steer.tally import StepFunction
+from headsteer_jax.train.loop import load_trained
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Run:
     dataset: Dataset
     model: ViT
     params: Any
-    saes: SAE  # leading axis S
+    saes: SAEWeights  # leading axis S
     scaling: Scaling
     x_train: np.ndarray  # [N, D] residuals of the training split
 
@@ -58,9 +58,9 @@ class Run:
           HeadSteerError: a field, strategy or class that is not right.
         """
         config, arrays, steps = self._swept(strategies, steer)
-        return labelled(arrays | summarise(arrays, config, steps)[1])
+        return to_dataset(arrays | summarise(arrays, config, steps)[1])
 
-    def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> Steps:
+    def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> StepFunction:
         """Accuracy and usage as exact functions of alpha on a split, over all autoencoder seeds, steered by label.
 
         Raises:
@@ -78,7 +78,7 @@ class Run:
 
     def _swept(
         self, strategies: "Strategies", steer: Mapping[str, Any]
-    ) -> tuple[Config, Arrays, dict[str, dict[str, Steps]]]:
+    ) -> tuple[Config, Arrays, dict[str, dict[str, StepFunction]]]:
         """The config that it was made with, the arrays and the steps."""
         if isinstance(strategies, str):
             strategies = [strategies]
@@ -91,8 +91,8 @@ class Run:
         try:
             checked = Config.model_validate(config)
         except ValidationError as error:
-            raise HeadSteerError(one_line(error)) from None
-        check_names(checked, self.dataset.class_names)
+            raise HeadSteerError(first_fault(error)) from None
+        check_strategies_and_classes(checked, self.dataset.class_names)
         check_validation(self.dataset.validation, checked, self.dataset.class_names)
         made = self.dataset, self.model, self.params, self.saes, self.scaling, self.x_train
         return checked, *run_sweep(checked, *made, chosen)
@@ -102,7 +102,7 @@ Strategies = str | Sequence[str] | Mapping[str, str | ClassStrategy]
 
 
 def _strategy(choose: "str | Callable[..., Any]", name: str) -> Strategy:
-    return strategy(choose) if isinstance(choose, str) else per_class(choose, name)
+    return find_strategy(choose) if isinstance(choose, str) else per_class_strategy(choose, name)
 
 
 def _tuples(value: Any) -> Any:
@@ -123,13 +123,13 @@ def load_run(workdir: str | Path) -> Run:
     try:
         config = Config.model_validate_json(path.read_text())
     except ValidationError as error:
-        raise HeadSteerError(f"{path}: damaged, or of another version: {one_line(error)}") from None
+        raise HeadSteerError(f"{path}: damaged, or of another version: {first_fault(error)}") from None
     for stage in ("train", "sae"):
         if not (workdir / stage / "done.json").exists():
             raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --stages=train,sae makes it")
-        if reason := why_stale(config, workdir, stage):
+        if reason := explain_staleness(config, workdir, stage):
             raise HeadSteerError(f"{workdir / stage}: not of this run's config.json ({reason}); run.py makes it again")
-    dataset = load(config.data, config.seed)
-    model, params = trained(config, dataset, workdir / "train")
+    dataset = load_dataset(config.data, config.seed)
+    model, params = load_trained(config, dataset, workdir / "train")
     saes, scaling, x_train, _ = autoencoders(config, params, workdir)
     return Run(config, dataset, model, params, saes, scaling, x_train)

@@ -15,9 +15,20 @@ import jax
 import numpy as np
 import pytest
 
-from headsteer_jax.config import Config, DataConfig, GateConfig, LayersConfig, ModelConfig, PhaseConfig, ReportConfig, SAEConfig, SteerConfig, TrainConfig
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    LayersConfig,
+    ModelConfig,
+    PhaseConfig,
+    ReportConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
 from headsteer_jax.data.dataset import Split
-from headsteer_jax.model.vit import build
+from headsteer_jax.model.vit import build_model
 
 
 def tiny_config(**gate: object) -> Config:
@@ -54,7 +65,7 @@ def split() -> Split:
 def random_params(config: Config, classes: int, seed: int = 0) -> object:
     """Parameters that are nowhere 0, so that nothing drops out of a comparison."""
     side = config.data.image_size
-    params = build(config, classes).init(
+    params = build_model(config, classes).init(
         jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32)
     )
     rng = np.random.default_rng(seed)

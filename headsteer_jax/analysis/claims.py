@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from headsteer_jax.analysis.stats import _pair, accuracy_at_usage, interval
+from headsteer_jax.analysis.stats import accuracy_at_usage, percentile_interval, to_float_list
 from headsteer_jax.config.schema import Config
 
 
@@ -59,11 +59,13 @@ def _claims(
                 usage_R[:, other, 0, rising], accuracy_R[:, other, 0, rising], strict=True,
             )
         ]  # fmt: skip
-        ci = _pair(interval(np.array([one[1] for one in resampled if one is not None]), steer.confidence))
+        ci = to_float_list(
+            percentile_interval(np.array([one[1] for one in resampled if one is not None]), steer.confidence)
+        )
         claims.append(claim | {"usage": found[0], "value": found[1], "interval": ci, "holds": ci[0] > 0})
     sizes = summary["last_layer"]["by_size"]
     subset = float(np.interp(result["usage"], [row["usage"] for row in sizes], [row["random"] for row in sizes]))
-    ci = _pair(interval(accuracy_R[:, g, 0, chosen[g, 0]] - subset, steer.confidence))
+    ci = to_float_list(percentile_interval(accuracy_R[:, g, 0, chosen[g, 0]] - subset, steer.confidence))
     claims.append(
         {
             "claim": "at the usage of class steering, random head subsets are less accurate",
@@ -84,7 +86,7 @@ def _claims(
         )
     if (alphas < 0).any():
         a = int(np.argmax(np.where(alphas < 0, validation_usage[g, 0], -1.0)))
-        ci = _pair(interval(usage_R[:, g, 0, a] - before_usage_R, steer.confidence))
+        ci = to_float_list(percentile_interval(usage_R[:, g, 0, a] - before_usage_R, steer.confidence))
         claims.append(
             {
                 "claim": f"suppression (alpha {alphas[a]:g}, of those below 0 the highest on validation) raises usage",

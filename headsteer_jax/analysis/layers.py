@@ -12,44 +12,48 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, interval
+from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split
-from headsteer_jax.model.passes import over_split, per_image
-from headsteer_jax.model.vit import ViT, answer
+from headsteer_jax.model.passes import per_image_program, run_over_split
+from headsteer_jax.model.vit import ViT, predict_class
 from headsteer_jax.runtime.progress import say
-from headsteer_jax.sae.autoencoder import encode_all, seed_of
-from headsteer_jax.sae.metrics import health
-from headsteer_jax.sae.residuals import cached
-from headsteer_jax.sae.train import seeds, train_members
+from headsteer_jax.sae.autoencoder import encode_all, select_member
+from headsteer_jax.sae.metrics import measure_health
+from headsteer_jax.sae.residuals import load_or_compute_residuals
+from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.steering import Steering, run_suffix
-from headsteer_jax.steer.strategies import class_frequent, statistics
+from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
 
 
-def residuals(model: ViT, params: Any, split: Split, layers: tuple[int, ...], config: Config, what: str) -> Any:
+def layer_residuals(model: ViT, params: Any, split: Split, layers: tuple[int, ...], config: Config, what: str) -> Any:
     """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         _, out = model.apply(params, preprocess(images, config.data))
         return tuple(out["cls"][layer] for layer in layers)
 
-    return dict(zip(layers, over_split(per_image(run, config.train.eval_batch), params, split, what), strict=True))
+    return dict(
+        zip(layers, run_over_split(per_image_program(run, config.train.eval_batch), params, split, what), strict=True)
+    )
 
 
-def all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
+def accuracy_all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
     """Accuracy when one layer drops every head."""
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
         closed = {layer: jnp.zeros((len(images), config.model.heads))}
         logits_BC, _ = model.apply(params, preprocess(images, config.data), gates=closed)
-        return (answer(logits_BC),)
+        return (predict_class(logits_BC),)
 
-    (prediction_N,) = over_split(per_image(run, config.train.eval_batch), params, split, f"layer {layer} off")
+    (prediction_N,) = run_over_split(
+        per_image_program(run, config.train.eval_batch), params, split, f"layer {layer} off"
+    )
     return float(np.mean(prediction_N == split.labels))
 
 
-def _some(split: Split, per_class: int) -> Split:
+def _first_of_each_class(split: Split, per_class: int) -> Split:
     """The first images of each class; 0: all."""
     if not per_class:
         return split
@@ -57,7 +61,7 @@ def _some(split: Split, per_class: int) -> Split:
     return Split(split.images[kept], split.labels[kept])
 
 
-def _row(
+def _summarise_layer(
     validation: tuple[np.ndarray, np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray, np.ndarray],
     config: Config,
 ) -> dict[str, Any]:  # fmt: skip
@@ -76,7 +80,9 @@ def _row(
     right_R = bootstrap_means(lambda _: right, 1, weights, rng)
 
     def change_ci(resampled: np.ndarray) -> list[float]:
-        return [float(end) for end in interval(resampled[:, chosen] - resampled[:, 0], config.steer.confidence)]
+        return [
+            float(end) for end in percentile_interval(resampled[:, chosen] - resampled[:, 0], config.steer.confidence)
+        ]
 
     return {
         "alphas": alphas.tolist(),
@@ -92,7 +98,7 @@ def _row(
     }
 
 
-def profile(
+def profile_layers(
     config: Config, dataset: Dataset, model: ViT, params: Any, directory: Path, cache: str | Path
 ) -> dict[str, Any]:
     """Steer each of config.layers.layers by itself, then all of them together.
@@ -111,9 +117,9 @@ def profile(
     depth = config.model.depth
     layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
     splits = {"validation": dataset.validation, "test": dataset.test}
-    splits = {name: _some(split, config.layers.per_class) for name, split in splits.items()}
-    source = cached(cache, model, params, config, dataset.train, "train", layers, "cls")
-    x_test = residuals(model, params, splits["test"], layers, config, "test: residuals of every layer")
+    splits = {name: _first_of_each_class(split, config.layers.per_class) for name, split in splits.items()}
+    source = load_or_compute_residuals(cache, model, params, config, dataset.train, "train", layers, "cls")
+    x_test = layer_residuals(model, params, splits["test"], layers, config, "test: residuals of every layer")
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
@@ -123,13 +129,15 @@ def profile(
             | {"batch": min(config.sae.batch, len(dataset.train.labels))}
         )
         of_layer = config.model_copy(update={"sae": one})
-        trained = train_members(of_layer, seeds(one), source[layer], directory / str(layer))
-        sae, scaling = seed_of(trained.saes, 0), trained.scaling
+        trained = train_members(of_layer, seed_members(one), source[layer], directory / str(layer))
+        sae, scaling = select_member(trained.saes, 0), trained.scaling
         z_NF = encode_all(sae, scaling, np.concatenate(list(source[layer].chunks())), config.sae.inference_k)
-        stats = statistics(z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale)
-        choice = class_frequent(stats, config.steer, np.random.default_rng(0))
+        stats = latent_statistics(
+            z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale
+        )
+        choice = class_frequent_latents(stats, config.steer, np.random.default_rng(0))
         steered[layer] = Steering(sae, scaling, stats.strength, choice)
-        on_test = health(sae, scaling, [x_test[layer]], config.sae.inference_k)
+        on_test = measure_health(sae, scaling, [x_test[layer]], config.sae.inference_k)
         rows.append(
             {
                 "layer": layer,
@@ -146,11 +154,11 @@ def profile(
                 model, params, split, setting, alphas, config, config.layers.chunk, f"{name}: {what}"
             )
             on.append((gates[0], predictions[0], split.labels))
-        return _row(on[0], on[1], config)
+        return _summarise_layer(on[0], on[1], config)
 
     for row in rows:
         layer = row["layer"]
         row |= measured({layer: steered[layer]}, f"layer {layer} steered")
-        row["all_off"] = all_off(model, params, splits["test"], layer, config)
+        row["all_off"] = accuracy_all_off(model, params, splits["test"], layer, config)
     together = measured(steered, "all steered") if len(layers) > 1 else None
     return {"layers": rows, "together": together, "images": len(splits["test"].labels)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from headsteer_jax.steer.table import gates_of
+from headsteer_jax.steer.table import pattern_to_gates
 from headsteer_jax.steer.tally import class_counts
 
 
@@ -46,19 +46,19 @@ def bootstrap_means(values: Callable[[int], np.ndarray], seeds: int, weights: np
     return means.reshape(len(weights), *own.shape[:-1])
 
 
-def interval(resampled: np.ndarray, confidence: float) -> np.ndarray:
+def percentile_interval(resampled: np.ndarray, confidence: float) -> np.ndarray:
     """Percentile interval: [R, ...] -> [2, ...]."""
     tail = (1 - confidence) / 2
     return np.quantile(resampled, [tail, 1 - tail], axis=0)
 
 
-def mcnemar(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
+def mcnemar_p(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
     """Two-sided exact McNemar p-values: of gained + lost discordant pairs, is the split even? (Binomial(n, 1/2).)"""
     gained, lost = np.asarray(gained), np.asarray(lost)
     return np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))
 
 
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+def adjust_p_values(p: np.ndarray) -> np.ndarray:
     """p-values adjusted for testing all of them (false discovery rate)."""
     return stats.false_discovery_control(p)
 
@@ -92,20 +92,20 @@ def accuracy_at_usage(usage: np.ndarray, accuracy: np.ndarray, wanted: float) ->
     return None
 
 
-def front(usage: np.ndarray, accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def accuracy_front(usage: np.ndarray, accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """[..., A] settings -> [..., L]: the best accuracy of a setting that uses at most so much; NaN where none does."""
     allowed = usage[..., None, :] <= levels[:, None] + 1e-9
     best = np.max(np.where(allowed, accuracy[..., None, :], -np.inf), axis=-1)
     return np.where(np.isfinite(best), best, np.nan)
 
 
-def fewer(before: np.ndarray, after: np.ndarray) -> float:
+def wilcoxon_fewer(before: np.ndarray, after: np.ndarray) -> float:
     """One-sided p-value that paired counts fell: Wilcoxon's signed-rank test (zeros after Pratt); 1 if none moved."""
     change = np.asarray(after, np.float64) - before
     return float(stats.wilcoxon(change, zero_method="pratt", alternative="less").pvalue) if change.any() else 1.0
 
 
-def controls(
+def fixed_subset_controls(
     validation_table: np.ndarray, validation_labels: np.ndarray, test_table: np.ndarray, test_labels: np.ndarray,
     validation_gated: np.ndarray, patterns: np.ndarray, classes: int, heads: int, related: np.ndarray | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -125,7 +125,7 @@ def controls(
       `best_fixed`: the best subset of any size. `oracle`: for each class the smallest subset that keeps the class's
       gated accuracy on validation; with `class_patterns`, [C]. `size_patterns`, [H + 1, C]: of `by_size`'s oracle.
     """
-    size_P = gates_of(patterns, heads).sum(axis=1)
+    size_P = pattern_to_gates(patterns, heads).sum(axis=1)
     tables = ((validation_table, validation_labels), (test_table, test_labels))
     right_VP, right_NP = (table == labels[:, None] for table, labels in tables)
     right = [
@@ -138,7 +138,7 @@ def controls(
     family_CC = np.eye(classes, dtype=np.int64) if related is None else np.eye(classes, dtype=np.int64) | related
 
     def heads_of(pattern: int) -> list[int]:
-        return np.flatnonzero(gates_of(np.array(pattern), heads)).tolist()
+        return np.flatnonzero(pattern_to_gates(np.array(pattern), heads)).tolist()
 
     by_size, size_patterns = [], []
     for size in range(heads + 1):
@@ -183,5 +183,5 @@ def controls(
     }
 
 
-def _pair(values: np.ndarray) -> list[float]:
+def to_float_list(values: np.ndarray) -> list[float]:
     return [float(value) for value in values]

@@ -10,20 +10,20 @@ import numpy as np
 
 from headsteer_jax.analysis.claims import _claims
 from headsteer_jax.analysis.stats import (
-    _pair,
-    benjamini_hochberg,
+    accuracy_front,
+    adjust_p_values,
     bootstrap_means,
     bootstrap_weights,
     choose_alpha,
-    controls,
-    fewer,
-    front,
-    interval,
-    mcnemar,
+    fixed_subset_controls,
+    mcnemar_p,
+    percentile_interval,
+    to_float_list,
+    wilcoxon_fewer,
 )
 from headsteer_jax.config.schema import Config
-from headsteer_jax.steer.table import gates_of
-from headsteer_jax.steer.tally import Steps, best_alpha, least_alpha, unpacked
+from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.tally import StepFunction, best_alpha, smallest_alpha, unpack_bits
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +65,7 @@ def saved_classes(
 
 
 def summarise(
-    arrays: Arrays, config: Config, steps: Mapping[str, Mapping[str, Steps]] | None = None
+    arrays: Arrays, config: Config, steps: Mapping[str, Mapping[str, StepFunction]] | None = None
 ) -> tuple[dict[str, Any], Arrays]:
     """Headline numbers of the sweep.
 
@@ -95,21 +95,24 @@ def summarise(
 
     # scored on test
     before_right = arrays["test_prediction"] == labels
-    before_used = gates_of(arrays["test_pattern"], heads).sum(axis=1)
+    before_used = pattern_to_gates(arrays["test_pattern"], heads).sum(axis=1)
     weights = bootstrap_weights(labels, steer.bootstrap, rng)
     seeds, seeds_rng = arrays["test_right"].shape[1], rng.integers(2**32)  # usage and accuracy draw the same seeds
     usage_R, accuracy_R = (
         bootstrap_means(values, seeds, weights, np.random.default_rng(seeds_rng))  # [R, G, Y, A]
         for values in (
-            lambda seed: unpacked(arrays["test_gates"][:, seed], len(labels)).sum(axis=-2, dtype=np.uint8),
-            lambda seed: unpacked(arrays["test_right"][:, seed], len(labels)),
+            lambda seed: unpack_bits(arrays["test_gates"][:, seed], len(labels)).sum(axis=-2, dtype=np.uint8),
+            lambda seed: unpack_bits(arrays["test_right"][:, seed], len(labels)),
         )
     )
     usage_R = usage_R / heads
     before_usage_R = (weights @ before_used.astype(np.float32)) / (len(labels) * heads)
     before_accuracy_R = (weights @ before_right.astype(np.float32)) / len(labels)
     usage, accuracy = (curve.mean(axis=1) for curve in _curves(arrays, "test"))
-    usage_ci, accuracy_ci = interval(usage_R, steer.confidence), interval(accuracy_R, steer.confidence)
+    usage_ci, accuracy_ci = (
+        percentile_interval(usage_R, steer.confidence),
+        percentile_interval(accuracy_R, steer.confidence),
+    )
     class_usage, class_accuracy = _class_curves(arrays, "test")
     before_C = _unsteered(arrays, "test")
     share_C = count_C / count_C.sum()
@@ -124,12 +127,16 @@ def summarise(
         return {
             "alpha": float(alphas[a]),
             "usage": float(usage[g, y, a]),
-            "usage_ci": _pair(usage_ci[:, g, y, a]),
-            "usage_change_ci": _pair(interval(usage_R[:, g, y, a] - before_usage_R, steer.confidence)),
+            "usage_ci": to_float_list(usage_ci[:, g, y, a]),
+            "usage_change_ci": to_float_list(
+                percentile_interval(usage_R[:, g, y, a] - before_usage_R, steer.confidence)
+            ),
             "accuracy": float(accuracy[g, y, a]),
-            "accuracy_ci": _pair(accuracy_ci[:, g, y, a]),
-            "accuracy_change_ci": _pair(interval(accuracy_R[:, g, y, a] - before_accuracy_R, steer.confidence)),
-            "mcnemar_p": float(mcnemar(gained, lost)),
+            "accuracy_ci": to_float_list(accuracy_ci[:, g, y, a]),
+            "accuracy_change_ci": to_float_list(
+                percentile_interval(accuracy_R[:, g, y, a] - before_accuracy_R, steer.confidence)
+            ),
+            "mcnemar_p": float(mcnemar_p(gained, lost)),
             "classes_saved": int(saved.sum()),
             "alpha_per_class": {
                 "usage": float(np.sum(share_C * each_usage)),
@@ -138,7 +145,7 @@ def summarise(
             },
         }
 
-    control = controls(
+    control = fixed_subset_controls(
         arrays["validation_table"],
         arrays["validation_labels"],
         arrays["test_table"],
@@ -153,9 +160,9 @@ def summarise(
         "unsteered": {
             "alpha": 0.0,
             "usage": float(np.sum(share_C * before_C[0])),
-            "usage_ci": _pair(interval(before_usage_R, steer.confidence)),
+            "usage_ci": to_float_list(percentile_interval(before_usage_R, steer.confidence)),
             "accuracy": float(np.sum(share_C * before_C[1])),
-            "accuracy_ci": _pair(interval(before_accuracy_R, steer.confidence)),
+            "accuracy_ci": to_float_list(percentile_interval(before_accuracy_R, steer.confidence)),
             "classes_saved": 0,
         }
     }
@@ -163,10 +170,10 @@ def summarise(
         steering[name] = at(g, 0) | {
             "by_predicted_class": at(g, 1),
             "curve": {
-                "alpha": _pair(alphas),
-                "usage": _pair(usage[g, 0]),
+                "alpha": to_float_list(alphas),
+                "usage": to_float_list(usage[g, 0]),
                 "usage_ci": usage_ci[:, g, 0].T.tolist(),
-                "accuracy": _pair(accuracy[g, 0]),
+                "accuracy": to_float_list(accuracy[g, 0]),
                 "accuracy_ci": accuracy_ci[:, g, 0].T.tolist(),
             },
         }
@@ -210,7 +217,7 @@ def summarise(
     return summary, extra
 
 
-def _exact(validation: Steps, test: Steps, floor: float, config: Config) -> dict[str, Any]:
+def _exact(validation: StepFunction, test: StepFunction, floor: float, config: Config) -> dict[str, Any]:
     """Alphas chosen on validation among all there are, scored on test: the best one, and those for wanted usages.
 
     Args:
@@ -225,11 +232,11 @@ def _exact(validation: Steps, test: Steps, floor: float, config: Config) -> dict
 
     return scored(best_alpha(validation, floor)) | {
         "steps": len(test.alpha),
-        "for_usage": [{"wanted": u} | scored(least_alpha(validation, u)) for u in config.steer.wanted_usage],
+        "for_usage": [{"wanted": u} | scored(smallest_alpha(validation, u)) for u in config.steer.wanted_usage],
     }
 
 
-def _exact_curves(alphas: np.ndarray, steps: Sequence[Steps], points: int = 501) -> Arrays:
+def _exact_curves(alphas: np.ndarray, steps: Sequence[StepFunction], points: int = 501) -> Arrays:
     """The exact functions at many alphas over the grid's range, dense around 0: for plots."""
     unit = np.abs(alphas[alphas != 0]).min() if len(alphas) > 1 else 1.0
     dense = unit * np.sinh(np.linspace(np.arcsinh(alphas[0] / unit), np.arcsinh(alphas[-1] / unit), points))
@@ -256,13 +263,13 @@ def _against_oracle(
     oracle_R = (weights @ right_KN.T.astype(np.float32)) / len(labels)
     levels = np.arange(len(patterns_KC)) / (len(patterns_KC) - 1)
     for g, name in enumerate(names):
-        reached = front(usage[g, 0, rising], accuracy[g, 0, rising], levels)
-        difference_R = front(usage_R[:, g, 0, rising], accuracy_R[:, g, 0, rising], levels) - oracle_R
+        reached = accuracy_front(usage[g, 0, rising], accuracy[g, 0, rising], levels)
+        difference_R = accuracy_front(usage_R[:, g, 0, rising], accuracy_R[:, g, 0, rising], levels) - oracle_R
         tail = (1 - config.steer.confidence) / 2
         steering[name]["against_oracle"] = [
             {
                 "usage": float(levels[k]), "front": float(reached[k]), "oracle": float(right_KN[k].mean()),
-                "difference_ci": _pair(np.nanquantile(difference_R[:, k], [tail, 1 - tail])),
+                "difference_ci": to_float_list(np.nanquantile(difference_R[:, k], [tail, 1 - tail])),
             }
             for k in np.flatnonzero(np.isfinite(reached))
         ]  # fmt: skip
@@ -285,7 +292,9 @@ def _by_relation(pairs: np.ndarray, related: np.ndarray, config: Config, rng: np
     return {
         "related": float(pairs[related].mean()),
         "unrelated": float(pairs[apart].mean()),
-        "related_minus_unrelated_ci": _pair(interval(np.array(differences), config.steer.confidence)),
+        "related_minus_unrelated_ci": to_float_list(
+            percentile_interval(np.array(differences), config.steer.confidence)
+        ),
     }
 
 
@@ -349,7 +358,7 @@ def _group(arrays: Arrays, g: int, a: int, table: list[dict[str, Any]], config: 
         "promised": {
             "classes": len(rows), "saved": sum(row["saved"] for row in rows),
             "usage_change": change("usage"), "accuracy_change": change("accuracy"),
-            "gained": gained, "lost": lost, "mcnemar_p": float(mcnemar(gained, lost)),
+            "gained": gained, "lost": lost, "mcnemar_p": float(mcnemar_p(gained, lost)),
         },
     }  # fmt: skip
 
@@ -366,8 +375,8 @@ def _fronts(
     rows = [names.index("class"), names.index("gate_aligned")]
     reached = max(usage[row, 0, rising].min() for row in rows)
     levels = np.linspace(reached, usage[rows[0], 0, np.flatnonzero(alphas == 0)[0]], points)
-    own, ours = (front(usage[row, 0, rising], accuracy[row, 0, rising], levels) for row in rows)
-    own_R, ours_R = (front(usage_R[:, row, 0, rising], accuracy_R[:, row, 0, rising], levels) for row in rows)
+    own, ours = (accuracy_front(usage[row, 0, rising], accuracy[row, 0, rising], levels) for row in rows)
+    own_R, ours_R = (accuracy_front(usage_R[:, row, 0, rising], accuracy_R[:, row, 0, rising], levels) for row in rows)
     difference_R = ours_R - own_R
     reached_L = np.isfinite(difference_R).any(axis=0)  # a resampling may use more, and not come down to a level
     levels, own, ours, difference_R = levels[reached_L], own[reached_L], ours[reached_L], difference_R[:, reached_L]
@@ -376,14 +385,14 @@ def _fronts(
         return None
     below = np.nanmin(inner_R, axis=1)
     return {
-        "usage": _pair(levels),
-        "class": _pair(own),
-        "gate_aligned": _pair(ours),
+        "usage": to_float_list(levels),
+        "class": to_float_list(own),
+        "gate_aligned": to_float_list(ours),
         "difference_ci": np.nanquantile(
             difference_R, [(1 - config.steer.confidence) / 2, (1 + config.steer.confidence) / 2], axis=0
         ).T.tolist(),
         "lowest_difference": float(np.min(ours - own)),
-        "lowest_difference_ci": _pair(interval(below, config.steer.confidence)),
+        "lowest_difference_ci": to_float_list(percentile_interval(below, config.steer.confidence)),
     }
 
 
@@ -397,18 +406,18 @@ def _class_table(
     images, on means over seeds. Both with Benjamini-Hochberg over classes.
     """
     gained, lost = (arrays[f"test_{name}"][g, 0, 0, a] for name in ("gained", "lost"))
-    p = mcnemar(gained, lost)
+    p = mcnemar_p(gained, lost)
     count = arrays["test_count"]
     adjusted = np.ones(len(p))
-    adjusted[count > 0] = benjamini_hochberg(p[count > 0])
+    adjusted[count > 0] = adjust_p_values(p[count > 0])
     saved = saved_classes(usage[g, 0, a], accuracy[g, 0, a], before, count, config.steer.saving)
     heads = arrays["test_heads_on"].shape[-1]
     labels = arrays["test_labels"]
-    heads_before = gates_of(arrays["test_pattern"], heads).sum(axis=1)
-    heads_after = unpacked(arrays["test_gates"][g, :, 0, a], len(labels)).sum(axis=1).mean(axis=0)
-    p_usage = np.array([fewer(heads_before[labels == c], heads_after[labels == c]) for c in range(len(count))])
+    heads_before = pattern_to_gates(arrays["test_pattern"], heads).sum(axis=1)
+    heads_after = unpack_bits(arrays["test_gates"][g, :, 0, a], len(labels)).sum(axis=1).mean(axis=0)
+    p_usage = np.array([wilcoxon_fewer(heads_before[labels == c], heads_after[labels == c]) for c in range(len(count))])
     adjusted_usage = np.ones(len(p))
-    adjusted_usage[count > 0] = benjamini_hochberg(p_usage[count > 0])
+    adjusted_usage[count > 0] = adjust_p_values(p_usage[count > 0])
     on_before = arrays["test_unsteered_heads_on"] / np.maximum(count, 1)[:, None]
     on_after = _heads_after(arrays, g, a)
     rows = [

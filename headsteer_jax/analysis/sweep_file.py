@@ -8,7 +8,7 @@ import xarray
 from etils.epath import Path
 
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.runtime.files import MEND, AnyPath, write_bytes
+from headsteer_jax.runtime.files import REMAKE, AnyPath, write_bytes
 
 SETTING = ("strategy", "seed", "named_by", "alpha")
 # dimensions of every array; "SPLIT_" stands for validation_ and test_
@@ -69,7 +69,7 @@ def _dimensions(name: str) -> tuple[str, ...]:
     return DIMENSIONS[name]
 
 
-def labelled(arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
+def to_dataset(arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
     """Arrays by name -> the dataset; docs/outputs.md says what each is."""
     variables = {name: (_dimensions(name), values) for name, values in arrays.items() if name not in COORDINATES}
     heads = arrays["test_unsteered_heads_on"].shape[-1]
@@ -82,7 +82,7 @@ def labelled(arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
     return xarray.Dataset(variables, coordinates)
 
 
-def plain(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
+def to_arrays(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
     """The arrays of a dataset by name, in memory."""
     names = {dimension: name for name, dimension in COORDINATES.items()}
     arrays = {str(name): dataset[name].values for name in dataset.data_vars}
@@ -101,4 +101,4 @@ def read_sweep(path: AnyPath) -> xarray.Dataset:
         return xarray.load_dataset(io.BytesIO(Path(path).read_bytes()), engine="h5netcdf")
     except Exception as error:  # HDF5 fails in many ways
         reason = " ".join(str(error).split())[:160]
-        raise HeadSteerError(f"{path}: missing or damaged ({reason}); {MEND}") from error
+        raise HeadSteerError(f"{path}: missing or damaged ({reason}); {REMAKE}") from error

@@ -19,7 +19,7 @@ from headsteer_jax.config.schema import Config, Section
 from headsteer_jax.errors import HeadSteerError
 
 
-def one_line(error: ValidationError, prefix: str = "") -> str:
+def first_fault(error: ValidationError, prefix: str = "") -> str:
     """The first fault of a validation, as `config.FIELD = VALUE: what is allowed`."""
     fault = error.errors(include_url=False)[0]
     path = ".".join([prefix, *map(str, fault["loc"])] if prefix else map(str, fault["loc"]))
@@ -31,16 +31,16 @@ def one_line(error: ValidationError, prefix: str = "") -> str:
 
 
 def _did_you_mean(path: str) -> str:
-    close = difflib.get_close_matches(path, [name for name, *_ in fields()], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(path, [name for name, *_ in list_fields()], n=1, cutoff=0.5)
     return f"; did you mean config.{close[0]}?" if close else "; run.py --help lists the fields"
 
 
-def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+def list_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Every leaf field: its dotted path, type and help text."""
     for name, info in section.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from fields(annotation, f"{prefix}{name}.")
+            yield from list_fields(annotation, f"{prefix}{name}.")
         else:
             metadata = (annotation, *info.metadata) if info.metadata else (annotation,)
             typed = Annotated[metadata] if len(metadata) > 1 else annotation
@@ -79,7 +79,7 @@ def override(config: Config, path: str, text: str) -> Config:
     Raises:
       HeadSteerError: no such field, or a text that is not of its type or range.
     """
-    typed = {name: annotation for name, annotation, *_ in fields()}
+    typed = {name: annotation for name, annotation, *_ in list_fields()}
     if path not in typed:
         raise HeadSteerError(f"config.{path}: there is no such field{_did_you_mean(path)}")
     try:
@@ -117,7 +117,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
             raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}, not a Config")
     except ValidationError as error:
         section = error.title.removesuffix("Config").lower()
-        raise HeadSteerError(f"{one_line(error, section)} (in {path})") from None
+        raise HeadSteerError(f"{first_fault(error, section)} (in {path})") from None
     except KeyError:
         raise HeadSteerError(f"--config={path}: the file defines no get_config()") from None
     except HeadSteerError:
@@ -129,19 +129,19 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
     try:  # the overrides were put in without the checks across fields
         return Config.model_validate(config.model_dump())
     except ValidationError as error:
-        raise HeadSteerError(one_line(error)) from None
+        raise HeadSteerError(first_fault(error)) from None
 
 
-def help_text() -> str:
+def describe_fields() -> str:
     """The config's fields with type, default and meaning, for --help."""
     defaults = flatten(Config())
     return "\n".join(
-        f"  --config.{path} ({_type_name(annotation)}; {_default(defaults[path])})\n      {text}"
-        for path, annotation, text in fields()
+        f"  --config.{path} ({_type_name(annotation)}; {_format_default(defaults[path])})\n      {text}"
+        for path, annotation, text in list_fields()
     )
 
 
-def reference() -> str:
+def render_reference() -> str:
     """docs/configuration.md: a table of fields for each section."""
     defaults = flatten(Config())
     lines = [
@@ -152,7 +152,7 @@ def reference() -> str:
         "`python -m headsteer_jax.config > docs/configuration.md`.",
     ]
     before = None
-    for path, annotation, text in fields():
+    for path, annotation, text in list_fields():
         section = path.rpartition(".")[0].partition(".")[0]
         if section != before:
             about = Config.model_fields[section].annotation.__doc__ if section else Config.__doc__
@@ -160,13 +160,13 @@ def reference() -> str:
             lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
             before = section
         kind, shown, meaning = (
-            cell.replace("|", "\\|") for cell in (_type_name(annotation), _default(defaults[path]), text)
+            cell.replace("|", "\\|") for cell in (_type_name(annotation), _format_default(defaults[path]), text)
         )
         lines.append(f"| `{path}` | {kind} | {shown} | {meaning} |")
     return "\n".join(lines)
 
 
-def _default(value: Any) -> str:
+def _format_default(value: Any) -> str:
     return "empty" if value in ("", []) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

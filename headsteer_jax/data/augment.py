@@ -16,15 +16,15 @@ from headsteer_jax.config.schema import DataConfig
 
 def preprocess(images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
     """[B, height, width, C] uint8 of any size -> [B, S, S, C] float32: centre square, resized, scaled, normalised."""
-    return _normalised(_square(images_BhwC, config.image_size), config)
+    return _normalise(_resize_to_square(images_BhwC, config.image_size), config)
 
 
-def training_images(key: jax.Array, images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
+def augment_and_normalise(key: jax.Array, images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
     """`preprocess` with `augment` before the normalisation; the same bits as `preprocess` where all of it is off."""
-    return _normalised(augment(key, _square(images_BhwC, config.image_size), config), config)
+    return _normalise(augment(key, _resize_to_square(images_BhwC, config.image_size), config), config)
 
 
-def _square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
+def _resize_to_square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
     """[B, h, w, C] uint8 -> [B, S, S, C] float32, 0 to 1: the largest centred square, resized to `side`."""
     height, width = images_BhwC.shape[1:3]
     square = min(height, width)
@@ -36,7 +36,7 @@ def _square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
     return jax.image.resize(images_BssC, shape, "bilinear", antialias=True)
 
 
-def _normalised(images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
+def _normalise(images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
     return (images_BSSC - jnp.array(config.mean, jnp.float32)) / jnp.array(config.std, jnp.float32)
 
 
@@ -81,7 +81,7 @@ OPERATIONS = (
     "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
     "identity", "auto_contrast", "solarize", "posterize", "contrast", "brightness", "sharpness", "colour",
 )  # fmt: skip
-GEOMETRIC = 5  # the first ones, which move pixels
+GEOMETRIC_OPERATIONS = 5  # the first ones, which move pixels
 
 
 def _random_operation(key: jax.Array, image_SSC: jax.Array, strength: float) -> jax.Array:
@@ -92,10 +92,10 @@ def _random_operation(key: jax.Array, image_SSC: jax.Array, strength: float) -> 
     key_operation, key_sign = jax.random.split(key)
     count = len(OPERATIONS) - (image_SSC.shape[2] == 1)
     sign = jax.random.rademacher(key_sign, (), jnp.float32)
-    return operation(image_SSC, jax.random.randint(key_operation, (), 0, count), strength, sign)
+    return apply_operation(image_SSC, jax.random.randint(key_operation, (), 0, count), strength, sign)
 
 
-def operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: jax.Array) -> jax.Array:
+def apply_operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: jax.Array) -> jax.Array:
     """OPERATIONS[number] on one image.
 
     Args:
@@ -107,7 +107,7 @@ def operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: ja
 
     # Under vmap a switch computes every branch, and moving pixels costs most: the geometric operations share one warp,
     # where at most one of these five numbers is not 0.
-    rotate, shear_x, shear_y, right, down = strength * sign * jax.nn.one_hot(number, GEOMETRIC)
+    rotate, shear_x, shear_y, right, down = strength * sign * jax.nn.one_hot(number, GEOMETRIC_OPERATIONS)
     cos, sin = jnp.cos(rotate * jnp.pi / 6), jnp.sin(rotate * jnp.pi / 6)  # 30 degrees
     # Where each pixel (row, column) comes from, about the centre: shears of 0.3, shifts of 45% of the side.
     row, column = jnp.meshgrid(*[jnp.arange(side) - (side - 1) / 2] * 2, indexing="ij")
@@ -143,7 +143,7 @@ def operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: ja
     ]
     if channels == 1:
         tonal.pop()
-    return jnp.clip(jax.lax.switch(jnp.maximum(number - GEOMETRIC, 0), tonal, image_SSC), 0, 1)
+    return jnp.clip(jax.lax.switch(jnp.maximum(number - GEOMETRIC_OPERATIONS, 0), tonal, image_SSC), 0, 1)
 
 
 def mixup(

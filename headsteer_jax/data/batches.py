@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import Split, gather
+from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.runtime import mesh
 
 T = TypeVar("T")
 
 
-def prefetched(function: Callable[[int], T], count: int, start: int = 0, threads: int = 2) -> Iterator[T]:
+def prefetch(function: Callable[[int], T], count: int, start: int = 0, threads: int = 2) -> Iterator[T]:
     """function(i) for i in range(start, count), in order, computed ahead in threads.
 
     What a call raises is raised here when its turn comes.
@@ -36,7 +36,7 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     return order[position * batch : (position + 1) * batch]
 
 
-def batches(
+def device_batches(
     split: Split, config: Config, devices: Mesh, calls: Sequence[tuple[int, int]], offset: int
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Each call's images [n, B, h, w, c] uint8 and labels [n, B], on the devices, ahead of the call in threads.
@@ -49,15 +49,15 @@ def batches(
       offset: of the phase's first step, in steps of the whole training.
     """
     batch, count = config.train.batch, len(split.labels)
-    live, rows = mesh.over_batch(devices, axis=1), mesh.own_rows(mesh.over_batch(devices), batch)
+    live, rows = mesh.batch_sharding(devices, axis=1), mesh.local_rows(mesh.batch_sharding(devices), batch)
 
     def one(call: int) -> tuple[jax.Array, jax.Array]:
         indices = np.stack([batch_indices(count, batch, config.seed, offset + i)[rows] for i in range(*calls[call])])
-        images = gather(split.images, indices.ravel())
+        images = gather_images(split.images, indices.ravel())
         images = images.reshape(*indices.shape, *images.shape[1:])
         return tuple(
             jax.make_array_from_process_local_data(live, part, (len(part), batch, *part.shape[2:]))
             for part in (images, split.labels[indices])
         )
 
-    return prefetched(one, len(calls), threads=config.machine.prefetch)
+    return prefetch(one, len(calls), threads=config.machine.prefetch)

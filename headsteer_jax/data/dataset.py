@@ -61,7 +61,7 @@ class LazyImages:
 class Split:
     """Images and their classes."""
 
-    images: np.ndarray | LazyImages  # [N, height, width, channels] uint8; `gather` reads both
+    images: np.ndarray | LazyImages  # [N, height, width, channels] uint8; `gather_images` reads both
     labels: np.ndarray  # [N] int32, in [0, C)
 
 
@@ -119,25 +119,25 @@ def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]
             raise HeadSteerError(f"{field}: {name!r} is named twice; name it once")
 
 
-def gather(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.ndarray:
+def gather_images(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.ndarray:
     """[M] indices -> [M, height, width, channels] uint8, from a split's images in either form."""
     return images[indices] if isinstance(images, np.ndarray) else images.gather(indices)
 
 
-SAMPLE = 16  # images of a split too large for memory that are decoded for its fingerprint
+SAMPLED_IMAGES = 16  # images of a split too large for memory that are decoded for its fingerprint
 
 
-def _sha256(*parts: Any) -> str:
+def sha256_of(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else json.dumps(part).encode())
     return digest.hexdigest()
 
 
-def data_fingerprint(dataset: Dataset) -> str:
+def fingerprint_dataset(dataset: Dataset) -> str:
     """Of all labels and of some images of each split: where two hosts' differ they do not read the same data."""
     parts: list[Any] = [list(dataset.class_names)]
     for split in (dataset.train, dataset.validation, dataset.test):
-        some = np.linspace(0, len(split.labels) - 1, SAMPLE).astype(int)
-        parts += [list(split.images.shape), split.labels.astype(np.int64), gather(split.images, some)]
-    return _sha256(*parts)[:16]
+        some = np.linspace(0, len(split.labels) - 1, SAMPLED_IMAGES).astype(int)
+        parts += [list(split.images.shape), split.labels.astype(np.int64), gather_images(split.images, some)]
+    return sha256_of(*parts)[:16]

@@ -1,4 +1,4 @@
-"""Where images come from: each source as a function from the config to train and test, and `load`, which cuts them.
+"""Where images come from: each source as a function from the config to train and test, and `load_dataset`, which cuts them.
 
 The validation split is always cut from train, stratified by class, before anything is fitted."""
 
@@ -21,7 +21,7 @@ from headsteer_jax.data.digits import double_digits
 from headsteer_jax.errors import HeadSteerError
 
 
-def load(config: DataConfig, seed: int) -> Dataset:
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """The dataset of a config; what is random follows from the seed.
 
     Validation is cut from train first; then the numbers for each class are limited. Images of one common size keep it
@@ -82,7 +82,7 @@ def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], 
 
 
 @contextmanager
-def _blaming(culprit: str, mend: str) -> Iterator[None]:
+def _explain(culprit: str, mend: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes one line: the culprit, the reason's first line, the mend."""
     try:
         yield
@@ -93,7 +93,7 @@ def _blaming(culprit: str, mend: str) -> Iterator[None]:
         raise HeadSteerError(f"{culprit}: {reason or type(error).__name__}; {mend}") from None
 
 
-def _decode(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
+def _decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
     """An encoded image -> [height, width, channels] uint8.
 
     Args:
@@ -103,7 +103,7 @@ def _decode(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int],
       fit: crop the centre and resize (bicubic) to this shape; otherwise an image of another size is an error.
     """
     height, width, channels = shape
-    with _blaming(culprit, "replace or remove it"):
+    with _explain(culprit, "replace or remove it"):
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode[0] in "IF":  # Pillow would clip these to 8 bits, not scale them
                 raise HeadSteerError(f"{culprit}: its pixels are not of 8 bits (mode {image.mode}); convert it")
@@ -121,7 +121,7 @@ def _read_npz(config: DataConfig) -> Source:
     def array(file: Any, key: str) -> np.ndarray:
         if key not in file:
             raise HeadSteerError(f"{config.path}: there is no array {key!r}; it holds {', '.join(file) or 'none'}")
-        with _blaming(f"{config.path}: array {key!r}", "write the file anew, without pickled objects"):
+        with _explain(f"{config.path}: array {key!r}", "write the file anew, without pickled objects"):
             return file[key]
 
     def split(file: Any, what: str) -> Split:
@@ -144,7 +144,7 @@ def _read_npz(config: DataConfig) -> Source:
         return Split(images, labels.astype(np.int64))
 
     with (
-        _blaming(config.path, "config.data.path should name a readable .npz file"),
+        _explain(config.path, "config.data.path should name a readable .npz file"),
         np.load(config.path, allow_pickle=False) as file,
     ):
         train, test = split(file, "train"), split(file, "test")
@@ -189,7 +189,7 @@ def _read_folder(config: DataConfig) -> Source:
     }
     sizes: set[tuple[int, int]] = set()
     for path, _ in files[train] + files[test]:
-        with _blaming(str(path), "replace or remove it"), Image.open(path) as image:  # reads the header only
+        with _explain(str(path), "replace or remove it"), Image.open(path) as image:  # reads the header only
             sizes.add(image.size)
         if len(sizes) > 1:
             break
@@ -201,7 +201,7 @@ def _read_folder(config: DataConfig) -> Source:
         shape = (height, width, config.channels)
 
         def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
-            return (_decode(paths[i], str(paths[i]), shape, fit) for i in indices)
+            return (_decode_image(paths[i], str(paths[i]), shape, fit) for i in indices)
 
         labels = np.array([label for _, label in files[directory]], np.int32)
         return Split(LazyImages(decode, np.arange(len(paths)), shape), labels)
@@ -221,7 +221,7 @@ def _read_tfds(config: DataConfig) -> Source:
 
     where = config.path or tfds.core.constants.DATA_DIR
     prepared = f"{config.name} in {where}"
-    with _blaming(prepared, "check config.data.name, and prepare it with file_format='array_record'"):
+    with _explain(prepared, "check config.data.name, and prepare it with file_format='array_record'"):
         try:
             builder = builder_from_files(config.name, data_dir=config.path or None)
         except tfds.core.DatasetNotFoundError:
@@ -248,14 +248,14 @@ def _read_tfds(config: DataConfig) -> Source:
             records = builder.as_data_source(what, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
             def features(indices: Sequence[int]) -> Iterator[Any]:
-                with _blaming(f"{prepared}, split {what!r}", "prepare it anew"):
+                with _explain(f"{prepared}, split {what!r}", "prepare it anew"):
                     for record in records.__getitems__(indices):
                         yield tf_example_pb2.Example.FromString(record).features.feature
 
             def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
                 for index, feature in zip(indices, features(indices), strict=True):
                     culprit = f"{prepared}, split {what!r}, image {index}"
-                    yield _decode(feature[image_key].bytes_list.value[0], culprit, shape, fit)
+                    yield _decode_image(feature[image_key].bytes_list.value[0], culprit, shape, fit)
 
             labels = np.zeros(len(records), np.int32)
             for start in range(0, len(labels), 1000):
@@ -282,14 +282,14 @@ def _prepare_tfds(config: DataConfig, where: str) -> Any:
     import tensorflow_datasets as tfds
 
     missing = f"config.data.name = {config.name!r} is not prepared in {where} (config.data.path)"
-    with _blaming(missing, "check the name"):
+    with _explain(missing, "check the name"):
         try:
             tfds.builder_cls(config.name.partition("/")[0].partition(":")[0])
         except tfds.core.DatasetNotFoundError:
             raise HeadSteerError(f"{missing} and TFDS knows no such dataset; check the name and the path") from None
     if importlib.util.find_spec("tensorflow") is None:
         raise HeadSteerError(f"{missing}; preparing it needs TensorFlow: pip install 'headsteer-jax[prepare]'")
-    with _blaming(f"{missing} and could not be downloaded (network?)", f"prepare it elsewhere and copy it to {where}"):
+    with _explain(f"{missing} and could not be downloaded (network?)", f"prepare it elsewhere and copy it to {where}"):
         builder = tfds.builder(config.name, data_dir=config.path or None, file_format="array_record")
         builder.download_and_prepare()
     return builder

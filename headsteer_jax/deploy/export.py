@@ -3,17 +3,17 @@
 import safetensors.numpy
 from etils.epath import Path
 
-from headsteer_jax.books import why_stale
+from headsteer_jax.books import explain_staleness
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.sources import load
+from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import timm_tensors
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.files import make_directory, write_bytes
-from headsteer_jax.sae.autoencoder import seed_of
+from headsteer_jax.sae.autoencoder import select_member
 from headsteer_jax.sae.interchange import export_overcomplete, export_saelens
 from headsteer_jax.stages import autoencoders
-from headsteer_jax.train.loop import trained
+from headsteer_jax.train.loop import load_trained
 
 
 def export(config: Config, workdir: Path, file: Path) -> None:
@@ -26,15 +26,17 @@ def export(config: Config, workdir: Path, file: Path) -> None:
         raise HeadSteerError(f"--export={file}: allowed is a file that ends in .safetensors")
     if not (workdir / "train" / "done.json").exists():
         raise HeadSteerError(f"--export needs train, which is not done in {workdir}: add it to --stages")
-    if why := why_stale(config, workdir, "train"):
+    if why := explain_staleness(config, workdir, "train"):
         raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
-    _, params = trained(config, hosts.everywhere(lambda: load(config.data, config.seed)), workdir / "train")
+    _, params = load_trained(
+        config, hosts.on_every_process(lambda: load_dataset(config.data, config.seed)), workdir / "train"
+    )
 
     def write() -> None:
         make_directory(file.parent)
         write_bytes(file, safetensors.numpy.save(timm_tensors(params)))
 
-    hosts.first(write)
+    hosts.on_first_process(write)
 
 
 def export_saes(config: Config, workdir: Path, target: str) -> None:
@@ -51,9 +53,11 @@ def export_saes(config: Config, workdir: Path, target: str) -> None:
         raise HeadSteerError(f"--export_sae={target}: allowed is saelens:DIR or overcomplete:DIR")
     if not (workdir / "sae" / "done.json").exists():
         raise HeadSteerError(f"--export_sae needs sae, which is not done in {workdir}: add it to --stages")
-    if why := why_stale(config, workdir, "sae"):
+    if why := explain_staleness(config, workdir, "sae"):
         raise HeadSteerError(f"--export_sae: {workdir / 'sae'} is of another config ({why}); name its config")
-    _, params = trained(config, hosts.everywhere(lambda: load(config.data, config.seed)), workdir / "train")
+    _, params = load_trained(
+        config, hosts.on_every_process(lambda: load_dataset(config.data, config.seed)), workdir / "train"
+    )
     saes, scaling, _, _ = autoencoders(config, params, workdir)
 
     def write() -> None:
@@ -61,10 +65,10 @@ def export_saes(config: Config, workdir: Path, target: str) -> None:
         for seed in range(config.sae.seeds):
             about = {"model_name": workdir.name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
                      "tokens": config.sae.tokens}  # fmt: skip
-            given = seed_of(saes, seed), scaling, config.sae.activation, config.sae.k
+            given = select_member(saes, seed), scaling, config.sae.activation, config.sae.k
             if library == "saelens":
                 export_saelens(*given, directory / f"seed_{seed}", about)
             else:
                 export_overcomplete(*given, directory / f"seed_{seed}.safetensors", about)
 
-    hosts.first(write)
+    hosts.on_first_process(write)

@@ -54,7 +54,7 @@ def peak_tflops(config: Config, device: jax.Device) -> float | None:
     return found
 
 
-def speed(config: Config, classes: int, images_per_second: float, mesh: Mesh) -> dict[str, float]:
+def training_speed(config: Config, classes: int, images_per_second: float, mesh: Mesh) -> dict[str, float]:
     """images_per_second of all devices, tflops_per_device, and mfu where the device's peak is known."""
     tflops = images_per_second * training_flops(config, classes) / mesh.size / 1e12
     found = {"images_per_second": images_per_second, "tflops_per_device": tflops}

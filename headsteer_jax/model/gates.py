@@ -74,7 +74,7 @@ def usage_loss(g_BAH: jax.Array, target: jax.Array | float, config: GateConfig) 
     return jnp.mean(jnp.abs(gap) if config.loss == "absolute" else gap**2)
 
 
-def annealed(config: GateConfig, progress: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+def anneal(config: GateConfig, progress: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """Noise scale and usage target at a share `progress` of the gated phase.
 
     Over the first `config.anneal` of the phase both go linearly: the noise to 0, the target from 1 to its value.

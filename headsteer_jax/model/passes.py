@@ -15,14 +15,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import Split, gather
+from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.vit import Gating, ViT, answer, stack_gates
+from headsteer_jax.model.vit import Gating, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import local_mesh
 from headsteer_jax.runtime.progress import progress
 
-CALLS = 2  # under way at once: while one waits for its images, or has work for one core only, the other goes on
+CALLS_IN_FLIGHT = (
+    2  # under way at once: while one waits for its images, or has work for one core only, the other goes on
+)
 
 
 class Observed(NamedTuple):
@@ -38,7 +40,9 @@ class Observed(NamedTuple):
 
 
 Observe = Callable[[Any, Split, str], Observed]
-Function = Callable[..., tuple[jax.Array, ...]]  # (params, images [B, height, width, channels] uint8, ...) -> arrays
+PerImageFunction = Callable[
+    ..., tuple[jax.Array, ...]
+]  # (params, images [B, height, width, channels] uint8, ...) -> arrays
 
 
 class Program(NamedTuple):
@@ -57,14 +61,14 @@ def dealt() -> NamedSharding:
     return NamedSharding(local_mesh(), PartitionSpec("data"))
 
 
-def replicated(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """The same on each of this host's devices."""
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
-        tree = hosts.fetched(tree)
+        tree = hosts.to_numpy(tree)
     return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec()))
 
 
-def per_image(function: Function, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
+def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
     """A function of which each image is computed by itself, for all devices of this host.
 
     Args:
@@ -79,7 +83,7 @@ def per_image(function: Function, size: int, *, arrays: int = 1, fixed: int = 1)
     return Program(jax.jit(sharded), size)
 
 
-class Fit(NamedTuple):
+class CompiledFit(NamedTuple):
     """A compiled program and how much it takes at once; 0: not even one fits, which needs `needed` bytes."""
 
     run: Any
@@ -87,7 +91,7 @@ class Fit(NamedTuple):
     needed: int
 
 
-def largest(compile_for: Callable[[int], Any], most: int, memory: int, calls: int = 1) -> Fit:
+def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: int, calls: int = 1) -> CompiledFit:
     """The program for the largest number, at most `most`, that stays within a budget.
 
     Args:
@@ -101,21 +105,21 @@ def largest(compile_for: Callable[[int], Any], most: int, memory: int, calls: in
         plan = compiled.memory_analysis()
         needed = calls * (plan.temp_size_in_bytes + plan.output_size_in_bytes)
         if needed <= memory * 2**20:
-            return Fit(compiled, size, needed)
+            return CompiledFit(compiled, size, needed)
         if size == 1:
-            return Fit(None, 0, needed)
+            return CompiledFit(None, 0, needed)
         size = max(1, min(size - 1, int(0.95 * size * memory * 2**20 / needed)))
 
 
-def too_small(fit: Fit, memory: int, what: str) -> HeadSteerError:
+def memory_error(fit: CompiledFit, memory: int, what: str) -> HeadSteerError:
     return HeadSteerError(f"config.steer.memory = {memory}: too small, as {what} needs {-(-fit.needed // 2**20)} MiB")
 
 
-def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
+def compile_program_within_memory(program: Program, params: Any, split: Split, memory: int) -> Program:
     """The program compiled for images like a split's, with as many in a call as fit a budget, at most program.size.
 
     Args:
-      memory: see `largest`.
+      memory: see `compile_within_memory`.
 
     Raises:
       HeadSteerError: not even one image fits.
@@ -124,11 +128,11 @@ def fitted(program: Program, params: Any, split: Split, memory: int) -> Program:
     def compile_for(size: int) -> Any:
         shape = (size * jax.local_device_count(), *split.images.shape[1:])
         images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
-        return program.run.lower(replicated(params), images).compile()
+        return program.run.lower(replicate(params), images).compile()
 
-    fit = largest(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS)
+    fit = compile_within_memory(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS_IN_FLIGHT)
     if not fit.size:
-        raise too_small(fit, memory, "one image")
+        raise memory_error(fit, memory, "one image")
     return Program(fit.run, fit.size, compiled=True)
 
 
@@ -141,7 +145,7 @@ def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.
     return list(filled.reshape(-1, size))
 
 
-def passes(
+def stream_split(
     program: Program, params: Any, split: Split, what: str, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """What a program gives for the images `start` to `stop` (None: all), call by call in order: arrays, first axis n.
@@ -150,7 +154,7 @@ def passes(
     whatever `start`, `stop` and the number of devices are, so that its bits are the same. `what` names the work in the
     progress.
     """
-    count, params = len(split.labels), replicated(params)
+    count, params = len(split.labels), replicate(params)
     stop = count if stop is None else stop
     if start >= stop:
         return
@@ -159,11 +163,11 @@ def passes(
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
     def one(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
-        return jax.device_get(program.run(params, jax.device_put(gather(split.images, chunk), dealt())))
+        return jax.device_get(program.run(params, jax.device_put(gather_images(split.images, chunk), dealt())))
 
-    with progress(stop, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS) as threads:
+    with progress(stop, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS_IN_FLIGHT) as threads:
         calls = (threads.submit(one, chunk) for chunk in chunks)
-        waiting = deque(itertools.islice(calls, CALLS))
+        waiting = deque(itertools.islice(calls, CALLS_IN_FLIGHT))
         while waiting:
             arrays = waiting.popleft().result()
             waiting.extend(itertools.islice(calls, 1))
@@ -173,25 +177,25 @@ def passes(
             yield part
 
 
-def over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
+def run_over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
     """What a program gives for a whole split: its arrays, with first axis N, on every host.
 
     Each host has a share of the calls, so that every image is seen once. `what` names the work in the progress.
     """
-    count, params = len(split.labels), replicated(params)
+    count, params = len(split.labels), replicate(params)
     size = min(program.size, count)
-    begin, end = (min(call * size, count) for call in hosts.share(-(-count // size)))
+    begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
 
     def own() -> list[np.ndarray]:
         # a host without a share makes one image's call as well: it must know the arrays' types
-        parts = list(passes(program, params, split, what, begin, end) if begin < end else passes(
+        parts = list(stream_split(program, params, split, what, begin, end) if begin < end else stream_split(
             program, params, split, what, 0, 1))  # fmt: skip
         return [np.concatenate(arrays)[: end - begin] for arrays in zip(*parts, strict=True)]
 
-    return [hosts.joined(array) for array in hosts.everywhere(own)]
+    return [hosts.gather_rows(array) for array in hosts.on_every_process(own)]
 
 
-def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
+def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
     """`(params, split, what) -> Observed`: runs the model over a whole split, without augmentation.
 
     It is made once and called often, so that the forward pass is compiled once. `what` names the work in the progress.
@@ -203,7 +207,7 @@ def observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
 
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         logits_BC, out = model.apply(params, preprocess(images, config.data), gating=gating)
-        return answer(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
+        return predict_class(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
 
-    program = per_image(forward, config.train.eval_batch)
-    return lambda params, split, what: Observed(*over_split(program, params, split, what))
+    program = per_image_program(forward, config.train.eval_batch)
+    return lambda params, split, what: Observed(*run_over_split(program, params, split, what))

@@ -14,7 +14,7 @@ import numpy as np
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.weights import TIMM, find, read, recognise
+from headsteer_jax.model.weights import TIMM, locate_weights, read_tensors, recognise_layout
 
 
 class Loaded(NamedTuple):
@@ -72,9 +72,9 @@ def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, 
       HeadSteerError: the file cannot be had or read, is of no known family, or a tensor is missing, surplus or
         misshapen; it names the tensor as the file does.
     """
-    m, path = config.model, find(config.model.pretrained)
-    tensors = read(path)
-    layout, prefix = recognise(path, tensors)
+    m, path = config.model, locate_weights(config.model.pretrained)
+    tensors = read_tensors(path)
+    layout, prefix = recognise_layout(path, tensors)
     left, resampled, folded, taken = dict(tensors), [], [], []
     heads, head_width = m.heads, m.width // m.heads
 

@@ -75,8 +75,8 @@ class Block(nn.Module):
           y_BQHK, what attention gives, and v_BQHK, the values of the same tokens.
         """
         n_BTD = self.norm1(x_BTD)
-        q_BQHK = self._split(_rows(self.query, n_BTD[:, :queries]))
-        k_BTHK, v_BTHK = self._split(_rows(self.key, n_BTD)), self._split(_rows(self.value, n_BTD))
+        q_BQHK = self._split(_apply_to_rows(self.query, n_BTD[:, :queries]))
+        k_BTHK, v_BTHK = self._split(_apply_to_rows(self.key, n_BTD)), self._split(_apply_to_rows(self.value, n_BTD))
         scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK) / (q_BQHK.shape[-1] ** 0.5)
         weights_BHQT = nn.softmax(scores_BHQT.astype(jnp.float32)).astype(v_BTHK.dtype)
         return jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK), v_BTHK[:, :queries]
@@ -88,13 +88,13 @@ class Block(nn.Module):
             y_BQHK = y_BQHK * g_B1H1
             if self.gate.dropped == "identity":
                 y_BQHK = y_BQHK + v_BQHK * (1 - g_B1H1)
-        return self.feed_forward(x_BQD + _rows(self.out, y_BQHK.reshape(x_BQD.shape)))
+        return self.feed_forward(x_BQD + _apply_to_rows(self.out, y_BQHK.reshape(x_BQD.shape)))
 
     def feed_forward(self, x_BQD: jax.Array) -> jax.Array:
         """The MLP and what it is added to."""
         gelu = exact_gelu if self.model.gelu == "exact" else nn.gelu
-        hidden_BQM = gelu(_rows(self.mlp_in, self.norm2(x_BQD)))
-        return x_BQD + _rows(self.mlp_out, hidden_BQM)
+        hidden_BQM = gelu(_apply_to_rows(self.mlp_in, self.norm2(x_BQD)))
+        return x_BQD + _apply_to_rows(self.mlp_out, hidden_BQM)
 
     def contributions(self, y_BHK: jax.Array, v_BHK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The projection of `finish`, head by head, for one token: what each head adds when it runs.
@@ -127,7 +127,7 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
-def _rows(dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
+def _apply_to_rows(dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
     """A dense layer on one long matrix of tokens.
 
     With B and T kept apart, XLA's CPU compiler transposes both operands of the weight gradient in memory: training
@@ -301,7 +301,7 @@ class ViT(nn.Module):
         return self.classify(x_BTD[:, 0]), out
 
 
-def answer(logits_BC: jax.Array) -> jax.Array:
+def predict_class(logits_BC: jax.Array) -> jax.Array:
     """[..., C] -> [...] int32 class of the largest logit; of equals the first.
 
     The place of the maximum instead of `argmax`, which XLA's CPU compiler makes one scalar loop.
@@ -310,7 +310,7 @@ def answer(logits_BC: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(logits_BC == logits_BC.max(axis=-1, keepdims=True), classes, classes[-1]), axis=-1)
 
 
-def model_fingerprint(params: Any) -> str:
+def fingerprint_params(params: Any) -> str:
     """Of a model's parameters: their names and bits."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -318,7 +318,7 @@ def model_fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(config: Config, classes: int) -> ViT:
+def build_model(config: Config, classes: int) -> ViT:
     """The model of a config, for so many classes."""
     grid = config.data.image_size // config.model.patch
     how = config.machine

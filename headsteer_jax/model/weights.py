@@ -91,7 +91,7 @@ AUGREG = Layout(
 PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "module.", "backbone.")
 
 
-def find(where: str) -> Path:
+def locate_weights(where: str) -> Path:
     """A local file, or one of the Hugging Face hub's, downloaded once into its cache.
 
     Args:
@@ -120,7 +120,7 @@ def find(where: str) -> Path:
         ) from None
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """A weight file's tensors as float32, under the names that they have there.
 
     Raises:
@@ -182,7 +182,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     return {name: tensor.float().numpy() for name, tensor in content.items()}
 
 
-def recognise(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, str]:
+def recognise_layout(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, str]:
     """Whose names these are, and what stands before each of the backbone's.
 
     Raises:

@@ -17,29 +17,29 @@ from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from headsteer_jax.data.dataset import gather
+from headsteer_jax.data.dataset import gather_images
 from headsteer_jax.report.style import (
     COLOURS,
     INK,
     MATRIX_CLASSES,
     MONTAGE_CLASSES,
     MUTED,
+    PAGE_INCHES,
     PALE,
     PHASE_COLOURS,
     TILE,
-    WIDTH,
-    Material,
-    alpha_axis,
-    number,
-    plain,
-    short,
-    spread,
-    styled,
-    ticks,
+    ReportData,
+    apply_style,
+    format_number,
+    remove_frame,
+    set_alpha_axis,
+    set_ticks,
+    shorten,
+    spread_labels,
 )
 
 
-def heads_on(m: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def head_use_by_class(m: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classes that have test images, by saving, and [C', H] how often each head runs before and after steering.
 
     After: under `main` at its chosen alpha, mean over seeds.
@@ -54,9 +54,9 @@ def heads_on(m: Material) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return order, before[order], after[order]
 
 
-def steering(m: Material) -> Figure:
+def draw_steering(m: ReportData) -> Figure:
     """Accuracy and usage against alpha ([LH26], figures 2 and 3)."""
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 3.9), layout="constrained")
     before = m.summary["steering"]["unsteered"]
     titles = {"accuracy": "Accuracy", "usage": f"Heads in use, layer {m.summary['last_layer']['layer']}"}
     for axes, (what, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
@@ -77,10 +77,10 @@ def steering(m: Material) -> Figure:
                 markeredgewidth=1.8,
             )  # fmt: skip
             ends.append(curve[what][-1])
-        alpha_axis(axes, m.arrays["alphas"])
-        ticks(axes.yaxis, what)
+        set_alpha_axis(axes, m.arrays["alphas"])
+        set_ticks(axes.yaxis, what)
         axes.set_title(f"{title} (test, n = {m.images:,})")
-        places = spread(ends, 0.065 * float(np.ptp(axes.get_ylim())))
+        places = spread_labels(ends, 0.065 * float(np.ptp(axes.get_ylim())))
         labels = {"unsteered": INK} | m.colours
         for place, (name, colour) in zip(places, labels.items(), strict=True):
             axes.text(
@@ -90,9 +90,9 @@ def steering(m: Material) -> Figure:
     return figure
 
 
-def front(m: Material) -> Figure:
+def draw_front(m: ReportData) -> Figure:
     """Accuracy against usage: every strategy's path, and what head subsets reach without any steering."""
-    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 5.4), layout="constrained")
     steer, layer = m.summary["steering"], m.summary["last_layer"]
     sizes = layer["by_size"]
     usage = [row["usage"] for row in sizes]
@@ -131,13 +131,13 @@ def front(m: Material) -> Figure:
                    for axis, what in (("x", "usage"), ("y", "accuracy"))},
             )  # fmt: skip
         axes.plot(points[0]["usage"], points[0]["accuracy"], "D", color=INK, markersize=7, zorder=5, label="unsteered")
-        ticks(axes.xaxis, "usage")
-        ticks(axes.yaxis, "accuracy")
+        set_ticks(axes.xaxis, "usage")
+        set_ticks(axes.yaxis, "accuracy")
         axes.set_xlabel(f"heads in use, layer {layer['layer']}")
     whole.set_title(f"Accuracy (test, n = {m.images:,})")
     near.set_title("The same, near the chosen strengths")
-    near.set_xlim(*_around(points, "usage"))
-    near.set_ylim(*_around(points, "accuracy"))
+    near.set_xlim(*_limits_around(points, "usage"))
+    near.set_ylim(*_limits_around(points, "accuracy"))
     whole.set_xlim(-0.04, 1.17)
     for name, place in (("all_on", 1.0), ("all_off", 0.0)):
         whole.annotate(
@@ -147,17 +147,17 @@ def front(m: Material) -> Figure:
     return figure
 
 
-def _around(points: Sequence[dict[str, Any]], what: str) -> tuple[float, float]:
+def _limits_around(points: Sequence[dict[str, Any]], what: str) -> tuple[float, float]:
     """Limits that hold every point's interval with some room."""
     ends = [end for point in points for end in point[f"{what}_ci"]]
     room = max(0.12 * (max(ends) - min(ends)), 0.005)
     return min(ends) - room, max(ends) + room
 
 
-def heads(m: Material) -> Figure:
+def draw_heads(m: ReportData) -> Figure:
     """Which heads each class uses, before and after steering."""
-    order, before, after = heads_on(m)
-    names = [short(m.dataset.class_names[c]) for c in order]
+    order, before, after = head_use_by_class(m)
+    names = [shorten(m.dataset.class_names[c]) for c in order]
     half = (len(order) + 1) // 2
     if len(order) > MATRIX_CLASSES:
         end = MATRIX_CLASSES // 2
@@ -168,7 +168,7 @@ def heads(m: Material) -> Figure:
         blocks = {"": slice(0, None)}
     longest = max(len(names[block]) for block in blocks.values())
     height = 0.155 * max(longest, 6)
-    figure = Figure(figsize=(WIDTH, 1.5 + height), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 1.5 + height), layout="constrained")
     parts = figure.subfigures(1, len(blocks), squeeze=False)[0]
     for part, (title, block) in zip(parts, blocks.items(), strict=True):
         panels = part.subplots(1, 3)
@@ -186,7 +186,7 @@ def heads(m: Material) -> Figure:
             axes.set_xticks(range(values.shape[1]), [f"h{head}" for head in range(values.shape[1])])
             axes.tick_params("x", labelsize=8 if values.shape[1] <= 6 else 6)
             axes.set_yticks([])
-            plain(axes)
+            remove_frame(axes)
         panels[0].set_yticks(range(len(names[block])), names[block], fontsize=7.5)
         for axes, image, label, marks in (
             (list(panels[:2]), drawn[0], "images on which the head runs", [0, 0.5, 1]),
@@ -202,12 +202,12 @@ def heads(m: Material) -> Figure:
     return figure
 
 
-def overlap(m: Material) -> Figure | None:
+def draw_overlap(m: ReportData) -> Figure | None:
     """Latents that classes have in common."""
     if "overlap_class_class" not in m.arrays:
         return None
     pairs = m.arrays["overlap_class_class"].mean(axis=0)
-    shown = heads_on(m)[0]
+    shown = head_use_by_class(m)[0]
     if len(shown) > MATRIX_CLASSES:
         shown = np.concatenate([shown[: MATRIX_CLASSES // 2], shown[-MATRIX_CLASSES // 2 :]])
     matrix = pairs[np.ix_(shown, shown)]
@@ -218,21 +218,25 @@ def overlap(m: Material) -> Figure | None:
     matrix = np.where(np.eye(len(shown), dtype=bool), np.nan, matrix)
     size = m.config.steer.latents
 
-    figure = Figure(figsize=(WIDTH, 6.9 if len(shown) > 40 else 4.8), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 6.9 if len(shown) > 40 else 4.8), layout="constrained")
     axes, side = figure.subplots(1, 2, width_ratios=[3.1, 1])
     top = float(np.nanmax(matrix, initial=1 / size))
     image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=top, interpolation="none")
-    names = [short(m.dataset.class_names[c], 13) for c in shown]
+    names = [shorten(m.dataset.class_names[c], 13) for c in shown]
     step = 1 if len(shown) <= 50 else 2  # every other label on the right: twice the room
     axes.set_yticks(range(0, len(shown), step), names[::step], fontsize=7 if step > 1 else 7.5)
     axes.set_xticks([])
-    plain(axes)
+    remove_frame(axes)
     if step > 1:
         right = axes.secondary_yaxis("right")
         right.set_yticks(range(1, len(shown), 2), names[1::2], fontsize=7)
         right.tick_params(length=0)
         right.spines["right"].set_visible(False)
-    part = f" ({MATRIX_CLASSES} classes: half save most, half least)" if len(heads_on(m)[0]) > MATRIX_CLASSES else ""
+    part = (
+        f" ({MATRIX_CLASSES} classes: half save most, half least)"
+        if len(head_use_by_class(m)[0]) > MATRIX_CLASSES
+        else ""
+    )
     axes.set_title(f"Shared latents of two classes, of {size} each{part}")
     axes.set_anchor("N")
     bar = figure.colorbar(image, ax=axes, location="bottom", aspect=40, shrink=0.6, pad=0.01)
@@ -258,7 +262,7 @@ def overlap(m: Material) -> Figure | None:
     side.set_xlim(left=0)
     side.spines["left"].set_visible(False)
     side.grid(False, axis="y")
-    ticks(side.xaxis, "overlap", most=4)
+    set_ticks(side.xaxis, "overlap", most=4)
     side.set_title("Shared latents")
     side.set_xlabel("dot: mean, thick: middle half,\nthin: middle 90%", fontsize=8, loc="left")
     side.set_box_aspect(0.42 * len(groups))
@@ -266,12 +270,12 @@ def overlap(m: Material) -> Figure | None:
     return figure
 
 
-def savers(m: Material) -> Figure | None:
+def draw_savers(m: ReportData) -> Figure | None:
     """The classes that save most at no loss: usage, accuracy and heads, before and after."""
     table = m.summary.get("classes", [])[: m.config.report.top_classes]
     if not table:
         return None
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.3 * len(table)), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 1.2 + 0.3 * len(table)), layout="constrained")
     count = m.config.model.heads
     *panels, which = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 0.2 * count])
     for axes, what in zip(panels, ("usage", "accuracy"), strict=True):
@@ -281,7 +285,7 @@ def savers(m: Material) -> Figure | None:
             axes.plot([before, after], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
             axes.plot(before, row, "o", color=colour, markerfacecolor="white", markersize=7, zorder=3)
             axes.plot(after, row, "o", color=colour, markersize=7, zorder=4)
-        ticks(axes.xaxis, what)
+        set_ticks(axes.xaxis, what)
         axes.grid(False, axis="y")
         axes.tick_params("y", length=0)
         axes.spines["left"].set_visible(False)
@@ -298,8 +302,8 @@ def savers(m: Material) -> Figure | None:
     which.set_xticks(range(count), [f"h{head}" if count <= 6 else f"{head}" for head in range(count)])
     which.set_xlim(-0.7, count - 0.3)
     which.set_title("Heads")
-    plain(which)
-    panels[0].set_yticks(range(len(table)), [short(one["name"], 24) for one in table])
+    remove_frame(which)
+    panels[0].set_yticks(range(len(table)), [shorten(one["name"], 24) for one in table])
     panels[0].set_ylim(len(table) - 0.4, -0.6)
 
     def ring(colour: str, fill: str, label: str) -> Line2D:
@@ -313,7 +317,7 @@ def savers(m: Material) -> Figure | None:
     return figure
 
 
-def _strip(images: np.ndarray, own: np.ndarray, fires: np.ndarray) -> np.ndarray:
+def _image_strip(images: np.ndarray, own: np.ndarray, fires: np.ndarray) -> np.ndarray:
     """Images in a row, [height, width, 3] uint8: those of the class underlined, those without activation left white."""
     longest = max(images.shape[1:3])
     scale = max(1, TILE // longest) if longest <= TILE else TILE / longest  # whole steps up: small images stay sharp
@@ -327,28 +331,28 @@ def _strip(images: np.ndarray, own: np.ndarray, fires: np.ndarray) -> np.ndarray
     return strip.reshape(height + 5, -1, 3)
 
 
-def latents(m: Material) -> Figure:
+def draw_latents(m: ReportData) -> Figure:
     """The training images that most activate the latents chosen for some classes (first seed)."""
     by_name = {str(name): c for c, name in enumerate(m.arrays["class_names"])}
     rows = m.summary.get("classes")
-    ranked = [by_name[row["name"]] for row in rows] if rows else heads_on(m)[0].tolist()
+    ranked = [by_name[row["name"]] for row in rows] if rows else head_use_by_class(m)[0].tolist()
     classes = ranked[: min(MONTAGE_CLASSES, m.config.report.top_classes)]
     g = list(m.colours).index(m.main)
     chosen = m.arrays["latents"][g, 0]
     shown = min(m.config.report.top_latents, chosen.shape[1])
     columns = min(2, shown)
     lines = -(-shown // columns)
-    figure = Figure(figsize=(WIDTH, len(classes) * (0.42 + 0.82 * lines)), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, len(classes) * (0.42 + 0.82 * lines)), layout="constrained")
     parts = figure.subfigures(len(classes), 1, squeeze=False)[:, 0]
     for part, c in zip(parts, classes, strict=True):
-        part.suptitle(short(m.dataset.class_names[c], 60), x=0.008, ha="left", fontsize=10.5, fontweight="bold")
+        part.suptitle(shorten(m.dataset.class_names[c], 60), x=0.008, ha="left", fontsize=10.5, fontweight="bold")
         panels = part.subplots(lines, columns, squeeze=False).ravel()
         for axes in panels:
             axes.set_axis_off()
         for axes, latent in zip(panels, chosen[c, :shown], strict=False):
             indices = m.arrays["top_images"][latent]
-            strip = _strip(
-                gather(m.dataset.train.images, indices),
+            strip = _image_strip(
+                gather_images(m.dataset.train.images, indices),
                 m.dataset.train.labels[indices] == c,
                 m.arrays["top_activations"][latent] > 0,
             )
@@ -362,21 +366,23 @@ def latents(m: Material) -> Figure:
     return figure
 
 
-def layers(m: Material) -> Figure | None:
+def draw_layers(m: ReportData) -> Figure | None:
     """How steerable each gated layer is: usage and accuracy before and after, at the alpha chosen for it."""
     found = m.summary["by_layer"]
     if found is None:
         return None
     rows = [(f"layer {row['layer']}", row) for row in found["layers"]]
     rows += [("all of them", found["together"])] if found["together"] else []
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 1.4 + 0.3 * len(rows)), layout="constrained")
     usage, accuracy = figure.subplots(1, 2, sharey=True)
     colour = COLOURS["class"]
     for place, (_, row) in enumerate(rows):
         usage.plot([row["usage_before"], row["usage_after"]], [place] * 2, color=colour, linewidth=2.2, zorder=2)
         usage.plot(row["usage_before"], place, "o", color=colour, markerfacecolor="white", markersize=7, zorder=3)
         usage.plot(row["usage_after"], place, "o", color=colour, markersize=7, zorder=4)
-        usage.text(1.04, place, f"\N{GREEK SMALL LETTER ALPHA} {number(row['alpha'])}", va="center", fontsize=8.5)
+        usage.text(
+            1.04, place, f"\N{GREEK SMALL LETTER ALPHA} {format_number(row['alpha'])}", va="center", fontsize=8.5
+        )
         change = row["accuracy_after"] - row["accuracy_before"]
         accuracy.plot(row["accuracy_change_ci"], [place] * 2, color=colour, linewidth=2.2, zorder=2)
         accuracy.plot(change, place, "o", color=colour, markersize=7, zorder=3)
@@ -388,7 +394,7 @@ def layers(m: Material) -> Figure | None:
     usage.set_title(f"Heads in use (test, n = {found['images']:,})")
     accuracy.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     accuracy.set_title("Change of accuracy")
-    ticks(accuracy.xaxis, "accuracy")
+    set_ticks(accuracy.xaxis, "accuracy")
     for axes in (usage, accuracy):
         axes.grid(False, axis="y")
         axes.tick_params("y", length=0)
@@ -415,12 +421,12 @@ def _series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -
     return np.array([step for step, _ in found]), np.array([value for _, value in found])
 
 
-def training(m: Material) -> Figure | None:
+def draw_training(m: ReportData) -> Figure | None:
     """Loss and accuracy of every phase; sampled and thresholded usage of every gated layer."""
     if not m.rows:
         return None
     dense = max((row["step"] for row in m.rows if row["phase"] == "dense"), default=0)
-    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 6.4), layout="constrained")
     (loss, accuracy), (sampled, thresholded) = figure.subplots(2, 2)
     for phase, colour in PHASE_COLOURS.items():
         offset = 0 if phase == "dense" else dense
@@ -433,23 +439,23 @@ def training(m: Material) -> Figure | None:
     if loss.get_legend_handles_labels()[0]:
         loss.legend()
     accuracy.set_title("Accuracy: training (thin), validation (dots)")
-    ticks(accuracy.yaxis, "accuracy")
+    set_ticks(accuracy.yaxis, "accuracy")
 
     first = m.config.gate.first_layer
-    layers = m.config.model.depth - first
-    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, layers))
+    gated_layers = m.config.model.depth - first
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, gated_layers))
     panels = {"sampled": sampled, "thresholded": thresholded}
     for name, axes in panels.items():
         steps, values = _series(m.rows, "gated", f"usage_{name}", dense)
-        for layer in range(layers if len(steps) else 0):
+        for layer in range(gated_layers if len(steps) else 0):
             axes.plot(steps, values[:, layer], color=shades[layer], linewidth=1.2, label=f"layer {first + layer}")
         target = _series(m.rows, "gated", "usage_target", dense)
         axes.plot(*target, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="target")
         axes.set_title(f"Heads in use, {name} gates (training batches)")
         axes.set_ylim(-0.03, 1.03)
-        ticks(axes.yaxis, "usage")
+        set_ticks(axes.yaxis, "usage")
     steps, values = _series(m.rows, "gated", "validation_usage", dense)
-    for layer in range(layers if len(steps) else 0):
+    for layer in range(gated_layers if len(steps) else 0):
         thresholded.plot(steps, values[:, layer], "o", color=shades[layer], markersize=3.5)
     thresholded.set_title("Heads in use, thresholded gates (dots: validation)")
     for axes in (loss, accuracy, sampled, thresholded):
@@ -461,14 +467,14 @@ def training(m: Material) -> Figure | None:
     return figure
 
 
-def grid(m: Material) -> Figure | None:
+def draw_grid(m: ReportData) -> Figure | None:
     """What k and the learning rate do: explained variance and dead latents of the stage grid."""
     found = m.summary["grid"]
     if found is None:
         return None
     rows = found["rows"]
     ks, rates = ([*sorted({row[name] for row in rows})] for name in ("k", "learning_rate"))
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 3.4), layout="constrained")
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(rates)))
     panels = {"explained_variance": "Explained variance (test)", "dead_fraction": "Dead latents"}
     for axes, (what, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -480,18 +486,18 @@ def grid(m: Material) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(ks))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
         axes.set_xlabel("k (dots: seeds)")
         axes.set_title(title)
-        ticks(axes.yaxis, "usage" if what == "explained_variance" else "dead")
+        set_ticks(axes.yaxis, "usage" if what == "explained_variance" else "dead")
     figure.axes[1].set_ylim(bottom=0)
     figure.axes[0].legend()
     return figure
 
 
-def sae(m: Material) -> Figure:
+def draw_sae(m: ReportData) -> Figure:
     """The autoencoders' training, and how often their latents fire."""
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    figure = Figure(figsize=(PAGE_INCHES, 5.6), layout="constrained")
     (mse, l0), (dead, histogram) = figure.subplots(2, 2)
     epochs = np.arange(1, len(m.arrays["sae_mse"]) + 1)
     for axes, values, title in (
@@ -504,7 +510,7 @@ def sae(m: Material) -> Figure:
         axes.set_xlabel(f"epoch (a line per seed: {values.shape[1]})")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_ylim(bottom=0)
-    ticks(dead.yaxis, "dead")
+    set_ticks(dead.yaxis, "dead")
     frequency = m.arrays["frequency"]
     fires = frequency[frequency > 0]
     lowest = np.floor(np.log10(fires.min())) if len(fires) else -4.0
@@ -523,23 +529,23 @@ def sae(m: Material) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Material], Figure | None]] = {
-    "steering": steering,
-    "front": front,
-    "savers": savers,
-    "heads": heads,
-    "latents": latents,
-    "overlap": overlap,
-    "layers": layers,
-    "training": training,
-    "sae": sae,
-    "grid": grid,
+FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
+    "steering": draw_steering,
+    "front": draw_front,
+    "savers": draw_savers,
+    "heads": draw_heads,
+    "latents": draw_latents,
+    "overlap": draw_overlap,
+    "layers": draw_layers,
+    "training": draw_training,
+    "sae": draw_sae,
+    "grid": draw_grid,
 }
 
 
-def draw(m: Material, name: str) -> dict[str, bytes] | None:
+def render_figure(m: ReportData, name: str) -> dict[str, bytes] | None:
     """One figure as PNG and SVG; None where this run has nothing for it."""
-    with styled():
+    with apply_style():
         figure = FIGURES[name](m)
         if figure is None:
             return None

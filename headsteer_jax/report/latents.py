@@ -12,16 +12,16 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import Dataset, gather
+from headsteer_jax.data.dataset import Dataset, gather_images
 from headsteer_jax.runtime.files import write_text
 from headsteer_jax.sae.latents import Arrays
 
 THUMBNAIL = 56  # pixels: images on the page are no larger
-BARS = 5  # classes in a latent's histogram
-LEVELS = 15  # of a patch's heat: one hexadecimal digit
+CLASSES_SHOWN = 5  # classes in a latent's histogram
+HEAT_LEVELS = 15  # of a patch's heat: one hexadecimal digit
 
 
-def _uri(image: np.ndarray) -> str:
+def _thumbnail_uri(image: np.ndarray) -> str:
     """[height, width, channels] uint8 -> a small picture as PNG or JPEG, whichever is shorter."""
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     if max(picture.size) > THUMBNAIL:
@@ -34,9 +34,9 @@ def _uri(image: np.ndarray) -> str:
     return min(uris, key=len)
 
 
-def _heat(patches_T: np.ndarray, most: float) -> str:
+def _heat_digits(patches_T: np.ndarray, most: float) -> str:
     """A hexadecimal digit for each patch: 0 where the latent is silent, LEVELS at its strongest."""
-    levels = np.ceil(LEVELS * np.asarray(patches_T, np.float64) / most).clip(0, LEVELS).astype(int)
+    levels = np.ceil(HEAT_LEVELS * np.asarray(patches_T, np.float64) / most).clip(0, HEAT_LEVELS).astype(int)
     return "".join(f"{level:x}" for level in levels)
 
 
@@ -58,7 +58,7 @@ def _pictures(latent: int, arrays: Arrays, used: np.ndarray, tokens: str) -> lis
     if tokens != "cls":
         first = 1 if tokens == "all" else 0
         for row, patches_T in zip(rows, arrays["top_patches"][latent, fires], strict=True):
-            row += [_rounded(patches_T[:1])[0] if first else None, _heat(patches_T[first:], float(strength[0]))]
+            row += [_rounded(patches_T[:1])[0] if first else None, _heat_digits(patches_T[first:], float(strength[0]))]
     return rows
 
 
@@ -75,7 +75,9 @@ def page_data(arrays: Arrays, dataset: Dataset, config: Config) -> dict[str, Any
     parts = np.array_split(used, max(1, len(used) // 256))  # whole images are large
     histogram, spread = [], []
     for count_C, mean_C in zip(arrays["class_counts"][:, order].T, arrays["class_means"][:, order].T, strict=True):
-        first = np.lexsort((-mean_C, -count_C))[:BARS]  # a dense latent fires on every image of several classes
+        first = np.lexsort((-mean_C, -count_C))[
+            :CLASSES_SHOWN
+        ]  # a dense latent fires on every image of several classes
         histogram.append([[int(c), int(count_C[c])] for c in first if count_C[c]])
         spread.append([int(np.count_nonzero(count_C)), int(count_C.sum())])
     names = [name for name in ("frequency", "token_frequency", "cls_frequency") if name in arrays]
@@ -88,12 +90,12 @@ def page_data(arrays: Arrays, dataset: Dataset, config: Config) -> dict[str, Any
         "spread": spread,
         "images": [_pictures(latent, arrays, used, tokens) for latent in shown.tolist()],
         "image_class": dataset.train.labels[used].tolist(),
-        "thumbnails": [_uri(image) for part in parts for image in gather(dataset.train.images, part)],
+        "thumbnails": [_thumbnail_uri(image) for part in parts for image in gather_images(dataset.train.images, part)],
         "grid": 0 if tokens == "cls" else math.isqrt(arrays["top_patches"].shape[-1]),
     }
 
 
-def write_inside(file: Path, name: str, arrays: Arrays, dataset: Dataset, config: Config) -> None:
+def write_latents_page(file: Path, name: str, arrays: Arrays, dataset: Dataset, config: Config) -> None:
     """Write one page that opens from disk: a row for each latent that fires; its headings sort.
 
     Args:
@@ -108,6 +110,6 @@ def write_inside(file: Path, name: str, arrays: Arrays, dataset: Dataset, config
     data = page_data(arrays, dataset, config)
     page = template.render(
         name=name, config=config, data=data, latents=len(arrays["frequency"]), images=len(dataset.train.labels),
-        bars=BARS, levels=LEVELS,
+        bars=CLASSES_SHOWN, levels=HEAT_LEVELS,
     )  # fmt: skip
     write_text(file, page)

@@ -11,8 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
-from headsteer_jax.report.figures import FIGURES, draw
-from headsteer_jax.report.style import Material, heads_text, number, signed
+from headsteer_jax.report.figures import FIGURES, render_figure
+from headsteer_jax.report.style import ReportData, format_heads, format_number, format_signed
 from headsteer_jax.runtime.files import make_directory, write_bytes, write_text
 
 
@@ -33,11 +33,11 @@ def write_report(
       arrays: all of sweep.nc.
       rows: metrics.jsonl.
     """
-    m = Material(config, dataset, summary, arrays, rows)
+    m = ReportData(config, dataset, summary, arrays, rows)
     directory = make_directory(workdir / "figures")
     images = {}
     for figure in FIGURES:
-        files = draw(m, figure)
+        files = render_figure(m, figure)
         for kind in ("png", "svg"):
             path = directory / f"{figure}.{kind}"
             if files is None:
@@ -47,7 +47,7 @@ def write_report(
         if files is not None:
             images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed, "heads": heads_text}
+    environment.filters |= {"number": format_number, "signed": format_signed, "heads": format_heads}
     template = environment.from_string(
         resources.files(__package__).joinpath("templates/report.html.j2").read_text("utf-8")
     )

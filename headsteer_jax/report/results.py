@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from headsteer_jax.config.files import flatten, load_config
 from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.report.style import heads_text, number, signed
+from headsteer_jax.report.style import format_heads, format_number, format_signed
 from headsteer_jax.runtime.files import make_directory, read_json, write_bytes, write_text
 
 
@@ -29,7 +29,7 @@ def run_command(config: Config, name: str, based_on: Config, path: str) -> str:
     return " \\\n".join([f"python run.py --config={path} --workdir=runs/{name}", *changed])
 
 
-def page(summary: dict[str, Any], folder: str, command: str, made_by: str) -> str:
+def render_results(summary: dict[str, Any], folder: str, command: str, made_by: str) -> str:
     """The page's text.
 
     Args:
@@ -44,7 +44,7 @@ def page(summary: dict[str, Any], folder: str, command: str, made_by: str) -> st
     curve = summary["steering"]["class"]["curve"]
     lowest = min(range(len(curve["alpha"])), key=lambda a: (curve["alpha"][a] >= 0, -curve["usage"][a]))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed, "heads": heads_text}
+    environment.filters |= {"number": format_number, "signed": format_signed, "heads": format_heads}
     template = environment.from_string(
         resources.files(__package__).joinpath("templates/results.md.j2").read_text("utf-8")
     )
@@ -61,7 +61,7 @@ def page(summary: dict[str, Any], folder: str, command: str, made_by: str) -> st
     )  # fmt: skip
 
 
-def write_page(workdir: Path, file: Path, config_file: str) -> None:
+def write_results(workdir: Path, file: Path, config_file: str) -> None:
     """Write the page and, in a folder of its name, the figures that it shows.
 
     Raises:
@@ -78,7 +78,7 @@ def write_page(workdir: Path, file: Path, config_file: str) -> None:
     folder = make_directory(file.parent / file.stem)
     for figure in sorted((workdir / "figures").glob("*.png")):
         write_bytes(folder / figure.name, figure.read_bytes())
-    write_text(file, page(summary, file.stem, command, made_by))
+    write_text(file, render_results(summary, file.stem, command, made_by))
 
 
 def main(arguments: list[str]) -> int:
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m headsteer_jax.results RUN_DIRECTORY PAGE.md CONFIG.py", file=sys.stderr)
         return 2
     try:
-        write_page(Path(arguments[0]), Path(arguments[1]), arguments[2])
+        write_results(Path(arguments[0]), Path(arguments[1]), arguments[2])
     except HeadSteerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

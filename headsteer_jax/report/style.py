@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
 
-WIDTH = 9.5  # inches: at 96 pixels an inch the page's column
+PAGE_INCHES = 9.5  # inches: at 96 pixels an inch the page's column
 MATRIX_CLASSES = 100  # rows that are legible at that width; of more classes both ends of the ranking are shown
 MONTAGE_CLASSES = 6
 TILE = 56  # pixels: images in the montage are no larger
@@ -62,7 +62,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-class Material(NamedTuple):
+class ReportData(NamedTuple):
     """All that figures are drawn from."""
 
     config: Config
@@ -89,28 +89,28 @@ class Material(NamedTuple):
         return int(self.arrays["test_count"].sum())
 
 
-def short(name: str, length: int = 16) -> str:
+def shorten(name: str, length: int = 16) -> str:
     """A class name for a label: printable, on one line, cut in its middle where it is long."""
     name = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
     return name if len(name) <= length else f"{name[: length - 5]}…{name[-4:]}"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """As short as it is exact, with a real minus sign."""
     return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
-def signed(value: float, digits: int) -> str:
+def format_signed(value: float, digits: int) -> str:
     """With its sign, rounded; never minus zero."""
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def heads_text(heads: Iterable[int]) -> str:
+def format_heads(heads: Iterable[int]) -> str:
     """[2, 5] -> {h2, h5}, counted from 0."""
     return "{" + ", ".join(f"h{head}" for head in heads) + "}"
 
 
-def spread(values: Sequence[float], gap: float) -> list[float]:
+def spread_labels(values: Sequence[float], gap: float) -> list[float]:
     """Places near `values`, in their order and at least `gap` apart: for labels beside the ends of lines."""
     order = np.argsort(values, kind="stable")
     places = np.array(values, float)[order]
@@ -121,7 +121,7 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     return places[np.argsort(order)].tolist()
 
 
-def alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
+def set_alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
     """Alphas on a scale that is linear near 0 and logarithmic beyond, both ways, with labels where there is room."""
     unit = np.abs(alphas[alphas != 0]).min() if (alphas != 0).any() else 1.0
     axes.set_xscale("asinh", linear_width=float(unit))
@@ -131,26 +131,28 @@ def alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
     for alpha in sorted(alphas.tolist(), key=lambda a: (a not in ends, np.log2(abs(a) or 1) % 1 != 0, -abs(a))):
         for other in shown:
             apart = abs(np.arcsinh(alpha / unit) - np.arcsinh(other / unit))
-            if apart < room * (1 + (len(number(alpha)) + len(number(other))) / 2):
+            if apart < room * (1 + (len(format_number(alpha)) + len(format_number(other))) / 2):
                 break
         else:
             shown.append(alpha)
     axes.xaxis.set_major_locator(FixedLocator(shown))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
     axes.set_xlabel("steering strength \N{GREEK SMALL LETTER ALPHA}")
 
 
-def ticks(axis: Axis, what: str, most: int = 6) -> None:
+def set_ticks(axis: Axis, what: str, most: int = 6) -> None:
     """Usage in fractions, as [LH26] has it; all else in percent."""
     percent = what != "usage"
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{number(round(100 * value, 6))}%" if percent else number(round(value, 6)))
+        FuncFormatter(
+            lambda value, _: f"{format_number(round(100 * value, 6))}%" if percent else format_number(round(value, 6))
+        )
     )
 
 
-def plain(axes: Axes) -> None:
+def remove_frame(axes: Axes) -> None:
     """No frame, grid or ticks: for images."""
     axes.grid(False)
     axes.tick_params(length=0)
@@ -159,7 +161,7 @@ def plain(axes: Axes) -> None:
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def apply_style() -> Iterator[None]:
     """Within it figures look as ours do; matplotlib's own settings come back after it."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks

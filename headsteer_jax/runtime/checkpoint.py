@@ -21,7 +21,7 @@ from etils.epath import Path
 
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.files import MEND, AnyPath, explained, in_bucket
+from headsteer_jax.runtime.files import REMAKE, AnyPath, explain_write_errors, is_in_bucket
 from headsteer_jax.runtime.progress import say
 
 Tree = TypeVar("Tree")
@@ -30,7 +30,7 @@ FORMAT = 1  # of checkpoints: raise it when older programs cannot read them
 
 
 @contextmanager
-def _once() -> Iterator[None]:
+def _silence_thread_errors() -> Iterator[None]:
     """While orbax works: a failure is raised here; what its threads go on to print about it is left out."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     yield
@@ -39,10 +39,10 @@ def _once() -> Iterator[None]:
 
 def _crc32(leaf: Any) -> int:
     """Of an array's bits."""
-    return zlib.crc32(np.ascontiguousarray(hosts.fetched(leaf)).tobytes())
+    return zlib.crc32(np.ascontiguousarray(hosts.to_numpy(leaf)).tobytes())
 
 
-def _sums(tree: Any, about: Mapping[str, Any]) -> dict[str, int]:
+def _checksums(tree: Any, about: Mapping[str, Any]) -> dict[str, int]:
     """Checksums of every array and of the JSON object: orbax and its storage notice some damage, not all."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     own = {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
@@ -60,13 +60,13 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-PASSING = "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+TRANSIENT_ERRORS = "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
 
 
-def _passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether trying again may help: what was not read is not therefore damaged."""
     io = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError)
-    return io or isinstance(error, MemoryError) or bool(re.search(PASSING, str(error)))
+    return io or isinstance(error, MemoryError) or bool(re.search(TRANSIENT_ERRORS, str(error)))
 
 
 class Checkpoints:
@@ -83,20 +83,20 @@ class Checkpoints:
           writes: what an interrupted write left is deleted; a reader must not, as a run may be writing there.
         """
         directory = os.fspath(directory)
-        self.directory = Path(directory if in_bucket(directory) else os.path.abspath(directory))
+        self.directory = Path(directory if is_in_bucket(directory) else os.path.abspath(directory))
         # named one by one, processes wait for each other by the coordinator, which gives up where one has failed
-        everyone = set(range(hosts.count())) if hosts.count() > 1 else None
+        everyone = set(range(hosts.process_count())) if hosts.process_count() > 1 else None
         together = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=everyone)
-        with explained(self.directory):
+        with explain_write_errors(self.directory):
             if writes:
-                hosts.first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+                hosts.on_first_process(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             elif not self.directory.exists():
-                raise HeadSteerError(f"{self.directory}: no checkpoint; {MEND}")
+                raise HeadSteerError(f"{self.directory}: no checkpoint; {REMAKE}")
             self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=False, cleanup_tmp_directories=writes, read_only=not writes,
-                    single_host_load_and_broadcast=hosts.count() > 1, multiprocessing_options=together,
+                    single_host_load_and_broadcast=hosts.process_count() > 1, multiprocessing_options=together,
                 ),
             )  # fmt: skip
 
@@ -107,8 +107,8 @@ class Checkpoints:
           HeadSteerError: the disk is full or not writable; earlier checkpoints are intact.
         """
         about = json.loads(json.dumps(dict(about)))
-        entry = {"format": FORMAT, "sums": _sums(tree, about), "about": about}
-        with explained(self.directory / str(step)), _once():
+        entry = {"format": FORMAT, "sums": _checksums(tree, about), "about": about}
+        with explain_write_errors(self.directory / str(step)), _silence_thread_errors():
             items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(entry))
             self._manager.save(step, args=items, force=True)
 
@@ -118,7 +118,7 @@ class Checkpoints:
         Raises:
           HeadSteerError: as `save`.
         """
-        with explained(self.directory), _once():
+        with explain_write_errors(self.directory), _silence_thread_errors():
             self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
@@ -140,12 +140,12 @@ class Checkpoints:
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         if not steps:
-            raise HeadSteerError(f"{self.directory}: no checkpoint; {MEND}")
+            raise HeadSteerError(f"{self.directory}: no checkpoint; {REMAKE}")
         fault: Damaged | None = None
         for one in steps:
             try:
-                tree, entry = hosts.everywhere(functools.partial(self._read, like, one), Damaged)
-                about = hosts.everywhere(functools.partial(self._checked, tree, entry, one), Damaged)
+                tree, entry = hosts.on_every_process(functools.partial(self._read, like, one), Damaged)
+                about = hosts.on_every_process(functools.partial(self._checked, tree, entry, one), Damaged)
             except Damaged as error:
                 fault = fault or error
                 continue
@@ -166,24 +166,24 @@ class Checkpoints:
         abstract, path = jax.tree.map(wanted, like), self.directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
         try:
-            with _once():
+            with _silence_thread_errors():
                 items = self._manager.restore(step, args=args)
             tree, entry = items.state, items.about
             version = int(entry.get("format", 0))
         except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
-            if _passing(error):
+            if _is_transient(error):
                 reason = " ".join(str(error).split())[:160]
                 raise HeadSteerError(
                     f"{path}: cannot be read ({reason}); mend that and run the same command"
                 ) from error
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
-            raise Damaged(f"{path}: truncated, damaged or of another model ({reason}); {MEND}") from error
+            raise Damaged(f"{path}: truncated, damaged or of another model ({reason}); {REMAKE}") from error
         if version > FORMAT:
             raise HeadSteerError(
                 f"{path}: of format {version}, where this version knows {FORMAT}; upgrade headsteer-jax"
             )
         if not version:
-            raise HeadSteerError(f"{path}: of an older version of HeadSteer, without checksums; {MEND}")
+            raise HeadSteerError(f"{path}: of an older version of HeadSteer, without checksums; {REMAKE}")
         for have, want in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if have.shape != want.shape or have.dtype != want.dtype:
                 raise HeadSteerError(
@@ -195,10 +195,10 @@ class Checkpoints:
     def _checked(self, tree: Any, entry: Any, step: int) -> dict[str, Any]:
         """The JSON object, once all checksums are right."""
         about, sums = entry.get("about"), entry.get("sums", {})
-        found = _sums(tree, about)
+        found = _checksums(tree, about)
         if wrong := [name for name in found if found[name] != sums.get(name)]:
             path = self.directory / str(step)
-            raise Damaged(f"{path}: damaged (the checksum of {wrong[0]} is wrong); {MEND}")
+            raise Damaged(f"{path}: damaged (the checksum of {wrong[0]} is wrong); {REMAKE}")
         return about
 
     def forget_after(self, step: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 
-def kept() -> Path:
+def cache_dir() -> Path:
     """Where programs compiled for this machine are kept: $XDG_CACHE_HOME/headsteer_jax (default ~/.cache).
 
     Raises:
@@ -18,18 +18,18 @@ def kept() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
 
 
-def keep_programs() -> None:
+def keep_compiled_programs() -> None:
     """Let XLA keep compiled programs from run to run, unless JAX_COMPILATION_CACHE_DIR names a place (or none).
 
     Apart for each kind of processor: homes are shared, and a CPU's programs use its own instructions.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with suppress(RuntimeError):
-            name = f"xla-{hashlib.sha256(_processor().encode()).hexdigest()[:8]}"
-            jax.config.update("jax_compilation_cache_dir", str(kept() / name))
+            name = f"xla-{hashlib.sha256(processor_flags().encode()).hexdigest()[:8]}"
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / name))
 
 
-def _processor() -> str:
+def processor_flags() -> str:
     """What instructions this processor has, as Linux tells: -march=native means others on another one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

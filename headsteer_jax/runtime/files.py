@@ -18,14 +18,14 @@ from headsteer_jax.errors import HeadSteerError
 AnyPath = str | os.PathLike[str]
 
 # a stage that is not done goes on from what is left of it, and those after it are made again
-MEND = "delete it and its stage's done.json, then run the same command with --overwrite"
+REMAKE = "delete it and its stage's done.json, then run the same command with --overwrite"
 
 for _name in ("absl", "asyncio"):  # orbax tells of every save, and of a failed one once for each array
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 @contextmanager
-def explained(path: AnyPath) -> Iterator[None]:
+def explain_write_errors(path: AnyPath) -> Iterator[None]:
     """Turn what the operating system says about a write into one line."""
     try:
         yield
@@ -43,7 +43,7 @@ def explained(path: AnyPath) -> Iterator[None]:
         raise
 
 
-def in_bucket(path: AnyPath) -> bool:
+def is_in_bucket(path: AnyPath) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
@@ -54,9 +54,9 @@ def make_directory(path: str | Path) -> Path:
       HeadSteerError: it cannot be made or written to.
     """
     path = Path(path)
-    with explained(path):
+    with explain_write_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        if not in_bucket(path):
+        if not is_in_bucket(path):
             with tempfile.TemporaryFile(dir=path):
                 pass
     return path
@@ -68,7 +68,7 @@ def remove_directory(path: Path) -> None:
     A bucket has no renames: there what is left of a stage keeps its started.json, which tells of what config it is,
     until the end.
     """
-    doomed = path if in_bucket(path) else path.with_name(f".{path.name}.removed")
+    doomed = path if is_in_bucket(path) else path.with_name(f".{path.name}.removed")
     if doomed != path:
         if doomed.exists():
             doomed.rmtree()
@@ -90,8 +90,8 @@ def write_atomically(file: AnyPath, write: Callable[[BinaryIO], object]) -> None
     An object in a bucket appears whole by itself.
     """
     path = Path(file)
-    with explained(path):
-        if in_bucket(path):
+    with explain_write_errors(path):
+        if is_in_bucket(path):
             whole = io.BytesIO()
             write(whole)
             path.write_bytes(whole.getvalue())
@@ -129,7 +129,7 @@ def read_json(path: AnyPath) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, OSError) as error:
-        raise HeadSteerError(f"{path}: missing or damaged ({error}); {MEND}") from None
+        raise HeadSteerError(f"{path}: missing or damaged ({error}); {REMAKE}") from None
 
 
 def read_arrays(path: AnyPath) -> dict[str, np.ndarray]:
@@ -138,4 +138,4 @@ def read_arrays(path: AnyPath) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a truncated zip fails in many ways
-        raise HeadSteerError(f"{path}: missing or damaged ({error}); {MEND}") from None
+        raise HeadSteerError(f"{path}: missing or damaged ({error}); {REMAKE}") from None

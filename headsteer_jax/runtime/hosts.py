@@ -1,7 +1,7 @@
 """Several processes as one program: one on each host of a cluster, or a lone one, by the same code.
 
-Every process runs every line. What is decided or written once is decided or written by process 0, in `first`, and told
-to the others; what each does for its share is done in `everywhere`. A mistake that one of them meets is then every
+Every process runs every line. What is decided or written once is decided or written by process 0, in `on_first_process`, and told
+to the others; what each does for its share is done in `on_every_process`. A mistake that one of them meets is then every
 one's, so that none waits for another that has left.
 """
 
@@ -22,7 +22,7 @@ from headsteer_jax.errors import HeadSteerError
 
 T = TypeVar("T")
 
-PATIENCE = 7 * 24 * 3600  # seconds that one process waits for another that is alive: stages take hours
+BARRIER_SECONDS = 7 * 24 * 3600  # seconds that one process waits for another that is alive: stages take hours
 
 # what a cluster's launcher sets in each of several processes; a lone host has none of these
 CLUSTERS: dict[str, Callable[[str], bool]] = {
@@ -58,10 +58,12 @@ def start(where: str, timeout: int) -> None:
         host, _, port = coordinator.rpartition(":")
         if len(numbers) != 2 or not all(text.isdigit() for text in (*numbers, port)) or not host:
             raise HeadSteerError(f"--distributed={where}: allowed is auto or HOST:PORT,PROCESSES,PROCESS")
-        count, number = map(int, numbers)
-        if number >= count:
-            raise HeadSteerError(f"--distributed={where}: process {number} of {count}; allowed is 0 to {count - 1}")
-        arguments = {"coordinator_address": coordinator, "num_processes": count, "process_id": number}
+        processes, number = map(int, numbers)
+        if number >= processes:
+            raise HeadSteerError(
+                f"--distributed={where}: process {number} of {processes}; allowed is 0 to {processes - 1}"
+            )
+        arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": number}
 
     def too_late() -> None:
         line = f"error: not all processes met at {coordinator} within {timeout} s; check that each runs this command"
@@ -80,24 +82,24 @@ def start(where: str, timeout: int) -> None:
         timer.cancel()
 
 
-def count() -> int:
+def process_count() -> int:
     return jax.process_count()
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process writes and speaks for all."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
     """Until every process is here. By the coordinator: a collective of devices would give up after a while."""
-    if count() > 1:
-        multihost.sync_global_processes(what, processes=set(range(count())), timeout=PATIENCE)
+    if process_count() > 1:
+        multihost.sync_global_processes(what, processes=set(range(process_count())), timeout=BARRIER_SECONDS)
 
 
-def exchanged(own: bytes) -> list[bytes]:
+def exchange_bytes(own: bytes) -> list[bytes]:
     """Every process's bytes, told to all."""
-    if count() == 1:
+    if process_count() == 1:
         return [own]
     wait_for_all("exchange")
     length_P = multihost_utils.process_allgather(np.int32(len(own)))
@@ -107,7 +109,7 @@ def exchanged(own: bytes) -> list[bytes]:
     return [row[:length].tobytes() for row, length in zip(rows, length_P, strict=True)]
 
 
-def _attempted(function: Callable[[], T]) -> tuple[T | None, str, BaseException | None]:
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str, BaseException | None]:
     """(result, the line for the others, what to raise here)."""
     try:
         return function(), "", None
@@ -117,16 +119,16 @@ def _attempted(function: Callable[[], T]) -> tuple[T | None, str, BaseException 
         return None, f"process {jax.process_index()} failed with {type(error).__name__}: {error}", error
 
 
-def first(function: Callable[[], T]) -> T:
+def on_first_process(function: Callable[[], T]) -> T:
     """What process 0 makes of it, in JSON's types, told to all.
 
     Raises:
       HeadSteerError: process 0 failed; in every process.
     """
-    if count() == 1:
+    if process_count() == 1:
         return function()
-    result, line, error = _attempted(function) if is_first() else (None, "", None)
-    line, result = json.loads(exchanged(json.dumps([line, result]).encode())[0])
+    result, line, error = _attempt(function) if is_first_process() else (None, "", None)
+    line, result = json.loads(exchange_bytes(json.dumps([line, result]).encode())[0])
     if error is not None:
         raise error
     if line:
@@ -134,17 +136,17 @@ def first(function: Callable[[], T]) -> T:
     return result
 
 
-def everywhere(function: Callable[[], T], kind: type[HeadSteerError] = HeadSteerError) -> T:
+def on_every_process(function: Callable[[], T], kind: type[HeadSteerError] = HeadSteerError) -> T:
     """What this process makes of it, once all have succeeded.
 
     Raises:
       HeadSteerError: one of them failed; in every process the first one's line, and of its kind where that is `kind`.
     """
-    if count() == 1:
+    if process_count() == 1:
         return function()
-    result, line, error = _attempted(function)
+    result, line, error = _attempt(function)
     own = json.dumps([type(error).__name__, line])
-    for name, failed in map(json.loads, exchanged(own.encode())):
+    for name, failed in map(json.loads, exchange_bytes(own.encode())):
         if failed:
             raise (kind if name == kind.__name__ else HeadSteerError)(failed) from error
     return result  # type: ignore[return-value]
@@ -152,7 +154,7 @@ def everywhere(function: Callable[[], T], kind: type[HeadSteerError] = HeadSteer
 
 def check_equal(what: dict[str, str]) -> None:
     """Raises HeadSteerError, in every process, where one has another text than process 0 under some name."""
-    texts = [json.loads(text) for text in exchanged(json.dumps(what).encode())]
+    texts = [json.loads(text) for text in exchange_bytes(json.dumps(what).encode())]
     for name in what:
         for number, text in enumerate(texts):
             if text[name] != texts[0][name]:
@@ -162,22 +164,22 @@ def check_equal(what: dict[str, str]) -> None:
                 )
 
 
-def wait_to_leave() -> None:
+def wait_before_exit() -> None:
     """Before a process ends early: where the first one is gone, JAX aborts the others before they can speak."""
     if jax.distributed.is_initialized():
         with suppress(Exception):
-            multihost.sync_global_processes("leave", processes=set(range(count())), timeout=10)
+            multihost.sync_global_processes("leave", processes=set(range(process_count())), timeout=10)
 
 
-def share(total: int) -> tuple[int, int]:
+def process_share(total: int) -> tuple[int, int]:
     """Which of `total` pieces of work are this process's: from, to."""
     number = jax.process_index()
-    return total * number // count(), total * (number + 1) // count()
+    return total * number // process_count(), total * (number + 1) // process_count()
 
 
-def joined(array: np.ndarray) -> np.ndarray:
+def gather_rows(array: np.ndarray) -> np.ndarray:
     """Every process's [n, ...], one after the other; n may differ. Not of 64 bits, which JAX would halve."""
-    if count() == 1:
+    if process_count() == 1:
         return array
     wait_for_all("join")
     length_P = multihost_utils.process_allgather(np.int32(len(array)))
@@ -187,7 +189,7 @@ def joined(array: np.ndarray) -> np.ndarray:
     return np.concatenate([row[:length] for row, length in zip(rows, length_P, strict=True)])
 
 
-def fetched(tree: Any) -> Any:
+def to_numpy(tree: Any) -> Any:
     """The whole of every array as NumPy's, wherever its parts are."""
 
     def one(leaf: Any) -> np.ndarray:

@@ -9,14 +9,16 @@ from contextlib import contextmanager, suppress
 from etils.epath import Path
 
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.runtime.files import explained, in_bucket
+from headsteer_jax.runtime.files import explain_write_errors, is_in_bucket
 from headsteer_jax.runtime.progress import say
 
-BEAT = 10.0  # seconds between two signs of life of a run in a bucket; after three without one it is taken for dead
+HEARTBEAT_SECONDS = (
+    10.0  # seconds between two signs of life of a run in a bucket; after three without one it is taken for dead
+)
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def hold_lock(workdir: Path) -> Iterator[None]:
     """While in here no other run may write into the directory.
 
     On a local disk the lock is the operating system's, which ends with the process, however that ends. In a bucket it
@@ -26,10 +28,10 @@ def locked(workdir: Path) -> Iterator[None]:
       HeadSteerError: another run holds it.
     """
     busy = f"{workdir}: another run is writing here; wait until it has ended, or choose another --workdir"
-    if not in_bucket(workdir):
+    if not is_in_bucket(workdir):
         import fcntl
 
-        with explained(workdir / ".lock"), open(workdir / ".lock", "a") as file:
+        with explain_write_errors(workdir / ".lock"), open(workdir / ".lock", "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -44,7 +46,7 @@ def locked(workdir: Path) -> Iterator[None]:
     if before := content():
         say(f"{workdir}: another run's lock; waiting whether it is alive")
         for _ in range(3):
-            time.sleep(BEAT)
+            time.sleep(HEARTBEAT_SECONDS)
             if (now := content()) not in ("", before):
                 raise HeadSteerError(busy)
             if not now:
@@ -52,13 +54,13 @@ def locked(workdir: Path) -> Iterator[None]:
 
     def beat() -> None:
         number = 0
-        while not ended.wait(BEAT):
+        while not ended.wait(HEARTBEAT_SECONDS):
             number += 1
             with suppress(Exception):  # the network may come back
                 path.write_text(f"{own} {number}")
 
     path.write_text(own)
-    time.sleep(BEAT / 10)  # of two that start at once the first sees the second's
+    time.sleep(HEARTBEAT_SECONDS / 10)  # of two that start at once the first sees the second's
     if not content().startswith(own):
         raise HeadSteerError(busy)
     thread = threading.Thread(target=beat, daemon=True)

@@ -13,11 +13,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from headsteer_jax.config.schema import Config, MachineConfig
 from headsteer_jax.errors import HeadSteerError
 
-BATCH = ("data", "fsdp")  # the axes that a batch is dealt out over
-SMALL = 2**10  # arrays of fewer numbers are whole on every device
+BATCH_AXES = ("data", "fsdp")  # the axes that a batch is dealt out over
+SMALLEST_CUT_ARRAY = 2**10  # arrays of fewer numbers are whole on every device
 
 
-def _row(devices: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> Mesh:
+def _line_of_devices(devices: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
@@ -41,8 +41,8 @@ def training_mesh(machine: MachineConfig) -> Mesh:
             f"config.machine.data = {data}: several hosts use all {there} devices; allowed is {there} / fsdp, or 0"
         )
     if data * fsdp == there:
-        return jax.make_mesh((data, fsdp), BATCH, axis_types=(AxisType.Auto,) * 2)
-    return _row(jax.devices()[: data * fsdp], BATCH, (data, fsdp))
+        return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return _line_of_devices(jax.devices()[: data * fsdp], BATCH_AXES, (data, fsdp))
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
@@ -56,30 +56,30 @@ def check_batch(config: Config, mesh: Mesh) -> None:
         )
 
 
-def over_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """An array whose axis number `axis` is B."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def of_state(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: Mesh) -> Any:
     """For every array of a training state where it lives: cut over `fsdp` along its longest axis that allows it."""
     parts = mesh.shape["fsdp"]
 
     def one(leaf: Any) -> NamedSharding:
         axes = [axis for axis in np.argsort(leaf.shape, kind="stable")[::-1] if leaf.shape[axis] % parts == 0]
-        if parts == 1 or leaf.size < SMALL or not axes:
-            return everywhere(mesh)
+        if parts == 1 or leaf.size < SMALLEST_CUT_ARRAY or not axes:
+            return replicated_sharding(mesh)
         return NamedSharding(mesh, PartitionSpec(*[None] * int(axes[0]), "fsdp"))
 
     return jax.tree.map(one, state)
 
 
-def placed(tree: Any, shardings: Any) -> Any:
+def place(tree: Any, shardings: Any) -> Any:
     """Arrays that every process has whole, put where they live; always copies, as steps donate their state."""
 
     def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -89,7 +89,7 @@ def placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def own_rows(sharding: NamedSharding, count: int) -> np.ndarray:
+def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
     """[n] which of `count` rows, dealt out over a batch's axis 0, this process's devices need, ascending."""
     slices = sharding.addressable_devices_indices_map((count,)).values()
     return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
@@ -97,11 +97,11 @@ def own_rows(sharding: NamedSharding, count: int) -> np.ndarray:
 
 def local_mesh() -> Mesh:
     """This process's devices in a row, for passes over its share of a split."""
-    return _row(jax.local_devices(), ("data",), (jax.local_device_count(),))
+    return _line_of_devices(jax.local_devices(), ("data",), (jax.local_device_count(),))
 
 
 def members_mesh(members: int, machine: MachineConfig) -> Mesh:
     """Axes member, data, over the devices of `training_mesh`: independent members first, then each one's batch."""
     devices = training_mesh(machine).devices
     side_by_side = max(n for n in range(1, devices.size + 1) if devices.size % n == 0 and n <= members)
-    return _row(devices, ("member", "data"), (side_by_side, devices.size // side_by_side))
+    return _line_of_devices(devices, ("member", "data"), (side_by_side, devices.size // side_by_side))

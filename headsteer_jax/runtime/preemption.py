@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-RESUME = os.EX_TEMPFAIL  # 75: a temporary failure, try again
-LINE = "stopped by SIGTERM: the same command goes on where it was"
+EXIT_CODE = os.EX_TEMPFAIL  # 75: a temporary failure, try again
+STOPPED_MESSAGE = "stopped by SIGTERM: the same command goes on where it was"
 
 
 class Preempted(BaseException):
@@ -31,8 +31,8 @@ class Handler:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if not self.waits:
-            os.write(2, f"{LINE}\n".encode())
-            os._exit(RESUME)
+            os.write(2, f"{STOPPED_MESSAGE}\n".encode())
+            os._exit(EXIT_CODE)
 
     def together(self) -> bool:
         """Of several processes, whose SIGTERM JAX's own service hears instead: true in all at the same question."""
@@ -43,7 +43,7 @@ class Handler:
         return self.asked
 
 
-def install() -> None:
+def install_handler() -> None:
     """From now on."""
     signal.signal(signal.SIGTERM, Handler())
 
@@ -53,7 +53,7 @@ def _handler() -> Handler | None:
     return handler if isinstance(handler, Handler) else None
 
 
-def check() -> None:
+def raise_if_preempted() -> None:
     """Raises Preempted in all of several processes, where one of them got SIGTERM; they ask together."""
     import jax
 
@@ -63,7 +63,7 @@ def check() -> None:
 
 
 @contextmanager
-def at_checkpoints() -> Iterator[Callable[[], bool]]:
+def defer_to_checkpoints() -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM waits: gives `asked()`, true once it is time to save and raise Preempted.
 
     Of several processes each must ask as often.

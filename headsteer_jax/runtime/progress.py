@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, total: int, what: str, unit: str, initial: int) -> None:
         self._bar = tqdm(
             total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=True,
-            disable=not (sys.stderr.isatty() and hosts.is_first()),
+            disable=not (sys.stderr.isatty() and hosts.is_first_process()),
         )  # fmt: skip
         self._what, self._unit, self._total, self._initial, self._done = what, unit, total, initial, initial
         self._started = self._said = time.monotonic()
@@ -44,7 +44,7 @@ class Progress:
             self._line("")
 
     def _line(self, note: str) -> None:
-        if not hosts.is_first():
+        if not hosts.is_first_process():
             return
         elapsed = time.monotonic() - self._started
         text = tqdm.format_meter(
@@ -66,6 +66,6 @@ def progress(total: int, what: str, unit: str = "step", initial: int = 0) -> Ite
 
 def say(message: str) -> None:
     """One line for the user, above any bar."""
-    if hosts.is_first():
+    if hosts.is_first_process():
         tqdm.write(message, file=sys.stderr)
         sys.stderr.flush()

@@ -2,7 +2,7 @@
 
     u = (x - mean) * scale;  a = ReLU(W_e (u - b_d) + b_e);  z = a where large enough, else 0;  u_hat = W_d^T z + b_d
 
-What is large enough is all that the variants differ in, and the config says it: there is one `encode`, one `decode` and
+What is large enough is all that the variants differ in, and the config says it: there is one `encode_scaled`, one `decode_scaled` and
 one `loss`. Axes: B, N residuals, D width, F latents, K places for active latents, M dead latents, S autoencoders.
 """
 
@@ -18,7 +18,7 @@ from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.errors import HeadSteerError
 
 
-class SAE(NamedTuple):
+class SAEWeights(NamedTuple):
     """One autoencoder's parameters, or with a leading axis S those of several. A row of W_e and W_d is a latent's."""
 
     W_e: jax.Array  # [F, D] encoder
@@ -59,17 +59,17 @@ def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Sca
     return Scaling(mean_D.astype(np.float32), np.asarray(scale, np.float32))
 
 
-def centre(scaling: Scaling, x_BD: jax.Array | np.ndarray) -> jax.Array:
+def scale_input(scaling: Scaling, x_BD: jax.Array | np.ndarray) -> jax.Array:
     """u = (x - mean) * scale."""
     return (jnp.asarray(x_BD) - scaling.mean) * scaling.scale
 
 
-def uncentre(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
+def unscale_output(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
     """x = u / scale + mean."""
     return u_BD / scaling.scale + scaling.mean
 
 
-def top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
+def keep_top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
     """TopK_k: the k largest of each row stay, the rest become 0.
 
     Of values that tie with the k-th, all stay: among float32 activations that are not 0 this does not happen in
@@ -89,48 +89,48 @@ def top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.A
     return jnp.where(a_BF < jnp.min(best_BK, axis=-1, keepdims=True), 0.0, a_BF)  # NaN stays
 
 
-def pre_activations(sae: SAE, u_BD: jax.Array) -> jax.Array:
+def compute_pre_activations(sae: SAEWeights, u_BD: jax.Array) -> jax.Array:
     """a = ReLU(W_e (u - b_d) + b_e), [B, F]."""
     return jax.nn.relu((u_BD - sae.b_d) @ sae.W_e.T + sae.b_e)
 
 
-def encode(sae: SAE, u_BD: jax.Array, k: int | None) -> jax.Array:
+def encode_scaled(sae: SAEWeights, u_BD: jax.Array, k: int | None) -> jax.Array:
     """z, [B, F] >= 0.
 
     Args:
       k: TopK's [TopK, eq. 3]; None: what is above the thresholds (BatchTopK, JumpReLU, ReLU).
     """
-    a_BF = pre_activations(sae, u_BD)
-    return jnp.where(a_BF > sae.threshold, a_BF, 0.0) if k is None else top_k(a_BF, k)
+    a_BF = compute_pre_activations(sae, u_BD)
+    return jnp.where(a_BF > sae.threshold, a_BF, 0.0) if k is None else keep_top_k(a_BF, k)
 
 
-def decode(sae: SAE, z_BF: jax.Array) -> jax.Array:
+def decode_scaled(sae: SAEWeights, z_BF: jax.Array) -> jax.Array:
     """u_hat = W_d^T z + b_d, [B, D]."""
     return z_BF @ sae.W_d + sae.b_d
 
 
-def unit_rows(W_FD: jax.Array) -> jax.Array:
+def normalise_rows(W_FD: jax.Array) -> jax.Array:
     return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
-def encode_all(sae: SAE, scaling: Scaling, x_ND: np.ndarray, k: int | None, chunk: int = 4096) -> np.ndarray:
+def encode_all(sae: SAEWeights, scaling: Scaling, x_ND: np.ndarray, k: int | None, chunk: int = 4096) -> np.ndarray:
     """[N, F] float32 latents of one autoencoder for a whole split, in chunks."""
     parts = (x_ND[i : i + chunk] for i in range(0, len(x_ND), chunk))
     return np.concatenate([np.asarray(encode_residuals(sae, scaling, x_BD, k)) for x_BD in parts])
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def encode_residuals(sae: SAE, scaling: Scaling, x_BD: jax.Array, k: int | None) -> jax.Array:
+def encode_residuals(sae: SAEWeights, scaling: Scaling, x_BD: jax.Array, k: int | None) -> jax.Array:
     """[B, F] latents of residuals as they are in the model."""
-    return encode(sae, centre(scaling, x_BD), k)
+    return encode_scaled(sae, scale_input(scaling, x_BD), k)
 
 
-def seed_of(saes: SAE, seed: int) -> SAE:
+def select_member(saes: SAEWeights, seed: int) -> SAEWeights:
     """One of the autoencoders trained side by side."""
     return jax.tree.map(lambda leaf: leaf[seed], saes)
 
 
-def folded(sae: SAE, scaling: Scaling) -> SAE:
+def fold_scaling(sae: SAEWeights, scaling: Scaling) -> SAEWeights:
     """The same autoencoder of residuals as they are, for export: centring and scale are in its weights.
 
     Latents are divided by the scale, decoder rows keep their norm: x_hat = W_d^T (z / scale) + (mean + b_d / scale).

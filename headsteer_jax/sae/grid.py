@@ -6,7 +6,7 @@ from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.sae.train import Members
 
 
-def grid(c: SAEConfig, ks: tuple[int, ...], rates: tuple[float, ...], count: int) -> Members:
+def grid_members(c: SAEConfig, ks: tuple[int, ...], rates: tuple[float, ...], count: int) -> Members:
     """Every k with every learning rate, `count` seeds each; seed s begins alike in all of them."""
     k, rate, seed = (axis.ravel() for axis in np.meshgrid(ks, rates or (c.learning_rate,), range(count), indexing="ij"))
     number = seed.astype(np.int32)

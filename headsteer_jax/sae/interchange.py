@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model import weights
 from headsteer_jax.runtime.files import make_directory, write_bytes, write_json
-from headsteer_jax.sae.autoencoder import SAE, Scaling, folded
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, fold_scaling
 
 SAELENS_LAYOUT = "6.54.12"  # of sae_lens; a config that names none is read as one from before 6.0
 # our activation: SAELens' architecture in files, in training, and what training calls k there
@@ -40,13 +40,13 @@ OVERCOMPLETE_TENSORS = {
     f"{LINEAR}.weight", f"{LINEAR}.bias", "encoder.weight", "encoder.bias", "encoder.tied_to._weights",
     "encoder.tied_to.multiplier", DICTIONARY, "dictionary.multiplier", "thresholds",
 }  # fmt: skip
-CONSTANT = 2.0**20  # the constant concept's value: above any latent, and a power of two, which rounds nothing
+CONSTANT_VALUE = 2.0**20  # the constant concept's value: above any latent, and a power of two, which rounds nothing
 
 
 class Imported(NamedTuple):
     """An autoencoder from elsewhere, of residuals as they are."""
 
-    sae: SAE
+    sae: SAEWeights
     scaling: Scaling  # mean 0, scale 1
     activation: str  # as in SAEConfig.activation
     k: int | None  # as in SAEConfig.k; None: the file does not say
@@ -58,7 +58,7 @@ class Imported(NamedTuple):
 
 
 def export_saelens(
-    sae: SAE, scaling: Scaling, kind: str, k: int, directory: Path, about: Mapping[str, Any] | None = None
+    sae: SAEWeights, scaling: Scaling, kind: str, k: int, directory: Path, about: Mapping[str, Any] | None = None
 ) -> None:
     """Write cfg.json and sae_weights.safetensors, as `sae_lens.SAE.load_from_disk(directory)` reads them.
 
@@ -70,7 +70,7 @@ def export_saelens(
     Raises:
       HeadSteerError: the directory cannot be written.
     """
-    raw = jax.tree.map(np.asarray, folded(sae, scaling))
+    raw = jax.tree.map(np.asarray, fold_scaling(sae, scaling))
     F, D = raw.W_e.shape
     architecture, trained, name = SAELENS[kind]
     config: dict[str, Any] = {
@@ -87,7 +87,7 @@ def export_saelens(
     if architecture == "jumprelu":
         tensors["threshold"] = raw.threshold
     make_directory(directory)
-    write_bytes(directory / "sae_weights.safetensors", _bytes(tensors, {"format": "pt"}))
+    write_bytes(directory / "sae_weights.safetensors", _to_bytes(tensors, {"format": "pt"}))
     write_json(directory / "cfg.json", config)
 
 
@@ -120,7 +120,7 @@ def import_saelens(directory: Path, width: int | None = None) -> Imported:
     architecture = c.get("architecture", "standard")
     activation_fn = c.get("activation_fn", c.get("activation_fn_str", "relu"))  # before 6.0
     if activation_fn == "topk":
-        architecture, c = "topk", {**c, "k": _object(c, "activation_fn_kwargs").get("k")}
+        architecture, c = "topk", {**c, "k": _read_object(c, "activation_fn_kwargs").get("k")}
     hook = str(c.get("hook_name", c.get("hook_point", "")))
     settings = {
         "architecture": (architecture, ("standard", "topk", "jumprelu", *BATCH_TOPK)),
@@ -140,9 +140,9 @@ def import_saelens(directory: Path, width: int | None = None) -> Imported:
                 + (", or fold the normalisation in SAELens and save it again" if name.startswith("norm") else "")
             )
 
-    D, F = (_whole(config, c, name) for name in ("d_in", "d_sae"))
+    D, F = (_read_integer(config, c, name) for name in ("d_in", "d_sae"))
     path = config.with_name("sae_weights.safetensors")
-    tensors = _read(path)
+    tensors = _read_file(path)
     shapes: dict[str, tuple[int, ...]] = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
     if architecture == "jumprelu":
         shapes["threshold"] = (F,)
@@ -152,29 +152,29 @@ def import_saelens(directory: Path, width: int | None = None) -> Imported:
         del tensors["scaling_factor"]  # SAELens wrote it for a while, and reads it as nothing
     if surplus := sorted(set(tensors) - set(shapes)):
         raise HeadSteerError(f"{path}: a {architecture} SAE has no place for the tensor {surplus[0]!r}; choose another")
-    W_DF, b_e, W_d, b_d, *thresholds = (_take(path, tensors, name, shape) for name, shape in shapes.items())
+    W_DF, b_e, W_d, b_d, *thresholds = (_read_tensor(path, tensors, name, shape) for name, shape in shapes.items())
     W_e, threshold = W_DF.T, sum(thresholds, np.zeros(F))
     if settings["rescale_acts_by_decoder_norm"][0] and architecture in ("topk", *BATCH_TOPK):
         length_F = np.linalg.norm(W_d, axis=1)
         W_e, b_e = W_e * length_F[:, None], b_e * length_F
         W_d = W_d / np.where(length_F > 0, length_F, 1.0)[:, None]
 
-    metadata = _object(c, "metadata")
-    details = _object(metadata, "training_architecture_details")
+    metadata = _read_object(c, "metadata")
+    details = _read_object(metadata, "training_architecture_details")
     activation = {"standard": "relu", "topk": "topk"}.get(architecture, "jumprelu")
     k = c.get("k", details.get("k", details.get("target_l0")))
     if (architecture in BATCH_TOPK or metadata.get("training_architecture") in BATCH_TOPK) and np.ptp(threshold) == 0:
         activation = "batch_topk"
     if activation == "topk":
-        k = _whole(config, c, "k", F)
+        k = _read_integer(config, c, "k", F)
     else:  # only a note of how it was trained
         k = round(k) if isinstance(k, int | float) and 1 <= k <= F else None
     subtracts = settings["apply_b_dec_to_input"][0]
-    return _imported(path, (W_e, b_e, W_d, b_d, threshold), subtracts, activation, k, width)
+    return _to_imported(path, (W_e, b_e, W_d, b_d, threshold), subtracts, activation, k, width)
 
 
 def export_overcomplete(
-    sae: SAE, scaling: Scaling, kind: str, k: int, path: Path, about: Mapping[str, Any] | None = None
+    sae: SAEWeights, scaling: Scaling, kind: str, k: int, path: Path, about: Mapping[str, Any] | None = None
 ) -> None:
     """Write the state_dict of overcomplete's TopKSAE, BatchTopKSAE, JumpSAE or (relu) SAE; metadata say which:
 
@@ -190,7 +190,7 @@ def export_overcomplete(
 
     Args, Raises: as export_saelens; `about` goes into the metadata.
     """
-    raw = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), folded(sae, scaling))
+    raw = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fold_scaling(sae, scaling))
     F, D = raw.W_e.shape
     if kind == "batch_topk" and np.ptp(raw.threshold) > 0:
         kind = "jumprelu"  # BatchTopKSAE has one threshold for all
@@ -200,8 +200,8 @@ def export_overcomplete(
     }  # fmt: skip
     tensors = {
         f"{LINEAR}.weight": np.vstack([raw.W_e, np.zeros(D)]),
-        f"{LINEAR}.bias": np.append(raw.b_e - raw.W_e @ raw.b_d, CONSTANT),
-        DICTIONARY: np.vstack([raw.W_d, raw.b_d / CONSTANT]),
+        f"{LINEAR}.bias": np.append(raw.b_e - raw.W_e @ raw.b_d, CONSTANT_VALUE),
+        DICTIONARY: np.vstack([raw.W_d, raw.b_d / CONSTANT_VALUE]),
         "dictionary.multiplier": np.zeros(()),
     }
     if kind != "relu":
@@ -213,7 +213,7 @@ def export_overcomplete(
     elif kind == "jumprelu":
         tensors["thresholds"] = np.log(np.maximum(np.append(raw.threshold, 0.0), np.finfo(np.float32).tiny))
     make_directory(path.parent)
-    write_bytes(path, _bytes(tensors, {"overcomplete": json.dumps(metadata)}))  # one: several come in random order
+    write_bytes(path, _to_bytes(tensors, {"overcomplete": json.dumps(metadata)}))  # one: several come in random order
 
 
 def import_overcomplete(path: Path, width: int | None = None) -> Imported:
@@ -229,7 +229,7 @@ def import_overcomplete(path: Path, width: int | None = None) -> Imported:
     Raises:
       HeadSteerError: as import_saelens, or the metadata are missing or of a class that is not supported.
     """
-    tensors = _read(path)
+    tensors = _read_file(path)
     with safe_open(path, framework="np") as file:
         text = (file.metadata() or {}).get("overcomplete", "{}")
     activations = {name: activation for activation, name in OVERCOMPLETE.items()}
@@ -256,23 +256,23 @@ def import_overcomplete(path: Path, width: int | None = None) -> Imported:
             f"{path}: its metadata say normalization = {normalization!r}; allowed is l2, max_l2, l1, max_l1, identity"
         )
 
-    W_d = _take(path, tensors, DICTIONARY, (None, None))
+    W_d = _read_tensor(path, tensors, DICTIONARY, (None, None))
     F, D = W_d.shape
     if normalization != "identity":  # sae/dictionary.py
         length_F1 = np.linalg.norm(W_d, ord=int(normalization[-1]), axis=1, keepdims=True)
         W_d = W_d / (length_F1.max() if normalization.startswith("max") else length_F1 + 1e-8)
-    W_d = W_d * np.exp(_take(path, tensors, "dictionary.multiplier", ()))
+    W_d = W_d * np.exp(_read_tensor(path, tensors, "dictionary.multiplier", ()))
     tied = "encoder.tied_to._weights" in tensors
     encoder = "encoder" if tied or "encoder.weight" in tensors else LINEAR
-    W_e = W_d if tied else _take(path, tensors, f"{encoder}.weight", (F, D))
+    W_e = W_d if tied else _read_tensor(path, tensors, f"{encoder}.weight", (F, D))
     has_bias = encoder == LINEAR or "encoder.bias" in tensors
-    b_e = _take(path, tensors, f"{encoder}.bias", (F,)) if has_bias else np.zeros(F)
+    b_e = _read_tensor(path, tensors, f"{encoder}.bias", (F,)) if has_bias else np.zeros(F)
 
     activation, k, threshold = activations[name], None, np.zeros(F)
     if activation == "topk":
-        k = _whole(path, arguments, "top_k", F)
+        k = _read_integer(path, arguments, "top_k", F)
     elif activation == "jumprelu":
-        threshold = np.exp(_take(path, tensors, "thresholds", (F,)))
+        threshold = np.exp(_read_tensor(path, tensors, "thresholds", (F,)))
     elif activation == "batch_topk":
         try:
             threshold = threshold + float(m["running_threshold"])
@@ -294,22 +294,22 @@ def import_overcomplete(path: Path, width: int | None = None) -> Imported:
         W_e, b_e, W_d, threshold = W_e[:last], b_e[:last], W_d[:last], threshold[:last]
         k = k - 1 if k else None
     if k is None and "k" in m:
-        k = _whole(path, m, "k")
-    return _imported(path, (W_e, b_e, W_d, b_d, threshold), False, activation, k, width)
+        k = _read_integer(path, m, "k")
+    return _to_imported(path, (W_e, b_e, W_d, b_d, threshold), False, activation, k, width)
 
 
-def _bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+def _to_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     return save({name: np.asarray(value, np.float32, order="C") for name, value in tensors.items()}, metadata)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path) -> dict[str, np.ndarray]:
     """A .safetensors file's tensors, float32 and finite."""
     if not path.is_file() or path.suffix != ".safetensors":
         raise HeadSteerError(f"{path}: no such .safetensors file; choose an SAE's file that is there")
-    return weights.read(path)
+    return weights.read_tensors(path)
 
 
-def _take(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+def _read_tensor(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """A tensor of this shape, where None is any length, in float64."""
     if name not in tensors:
         raise HeadSteerError(f"{path}: there is no tensor {name!r}, which an SAE of this kind has; save it again")
@@ -322,12 +322,12 @@ def _take(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple
     return tensors[name].astype(np.float64)
 
 
-def _object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _read_object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = values.get(name)
     return value if isinstance(value, dict) else {}
 
 
-def _whole(path: Path, values: Mapping[str, Any], name: str, most: int | None = None) -> int:
+def _read_integer(path: Path, values: Mapping[str, Any], name: str, most: int | None = None) -> int:
     value = values.get(name)
     if type(value) is not int or not 1 <= value <= (most or value):
         allowed = f"1 to {most}" if most else "1 and more"
@@ -335,7 +335,7 @@ def _whole(path: Path, values: Mapping[str, Any], name: str, most: int | None = 
     return value
 
 
-def _imported(
+def _to_imported(
     path: Path, parameters: Sequence[np.ndarray], subtracts: bool, activation: str, k: int | None, width: int | None
 ) -> Imported:
     """From a SAE's parameters, in order. `subtracts`: the other one takes b_d from its input first, as ours does."""
@@ -344,5 +344,5 @@ def _imported(
     if width not in (None, D):
         raise HeadSteerError(f"{path}: it reads residuals of width {D}, the model's are {width} wide; choose another")
     b_e = b_e if subtracts else b_e + W_e @ b_d
-    sae = SAE(*(jnp.asarray(value, jnp.float32) for value in (W_e, b_e, W_d, b_d, threshold)))
+    sae = SAEWeights(*(jnp.asarray(value, jnp.float32) for value in (W_e, b_e, W_d, b_d, threshold)))
     return Imported(sae, Scaling(np.zeros(D, np.float32), np.asarray(1.0, np.float32)), activation, k)

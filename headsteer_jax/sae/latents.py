@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.sae.autoencoder import SAE, Scaling, encode_residuals
-from headsteer_jax.sae.metrics import class_selectivity, max_cosines
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, encode_residuals
+from headsteer_jax.sae.metrics import class_selectivity, nearest_cosines
 from headsteer_jax.sae.residuals import Residuals, Tokens
 
 Arrays = dict[str, np.ndarray]
 
-ROWS = 4096  # residuals that are encoded at once
+ROWS_AT_ONCE = 4096  # residuals that are encoded at once
 
 
-class Top(NamedTuple):
+class TopImages(NamedTuple):
     """The images that activate each latent most, of those seen so far, strongest first."""
 
     activation: jax.Array  # [F, K]; 0: an empty place
@@ -28,7 +28,7 @@ class Top(NamedTuple):
 
 
 @jax.jit
-def _with_more(top: Top, z_ITF: jax.Array, begin: jax.Array) -> Top:
+def _merge_top_images(top: TopImages, z_ITF: jax.Array, begin: jax.Array) -> TopImages:
     """Those of image `begin` and after as well; of images that tie the first come first."""
     F, K = top.activation.shape
     joined = jnp.concatenate([top.activation, z_ITF.max(axis=1).T], axis=1)
@@ -37,15 +37,15 @@ def _with_more(top: Top, z_ITF: jax.Array, begin: jax.Array) -> Top:
     image_FK = jnp.where(new_FK, begin + i_FK, jnp.take_along_axis(top.image, old_FK, axis=1))
     kept_FKT = jnp.take_along_axis(top.tokens, old_FK[:, :, None], axis=1)
     tokens_FKT = jnp.where(new_FK[:, :, None], z_ITF[i_FK, :, jnp.arange(F)[:, None]], kept_FKT)
-    return Top(activation_FK, image_FK.astype(jnp.int32), tokens_FKT)
+    return TopImages(activation_FK, image_FK.astype(jnp.int32), tokens_FKT)
 
 
-def _encoded(
-    sae: SAE, scaling: Scaling, k: int | None, parts: Iterable[np.ndarray], tokens: int, count: int
+def _encode_images(
+    sae: SAEWeights, scaling: Scaling, k: int | None, parts: Iterable[np.ndarray], tokens: int, count: int
 ) -> Iterator[jax.Array]:
     """[I, T', F] latents of `count` images, the same I every time, so that it is compiled once: the last is filled up
     with images on which nothing fires."""
-    size = tokens * max(1, min(ROWS // tokens, count))
+    size = tokens * max(1, min(ROWS_AT_ONCE // tokens, count))
 
     def encode(x_BD: np.ndarray) -> jax.Array:
         z_BF = encode_residuals(sae, scaling, x_BD, k)
@@ -62,8 +62,8 @@ def _encoded(
         yield encode(filled_BD).at[len(held_BD) // tokens :].set(0.0)
 
 
-def look_inside(
-    sae: SAE, scaling: Scaling, k: int | None, source: Residuals, x_cls_ND: np.ndarray, labels_N: np.ndarray,
+def profile_latents(
+    sae: SAEWeights, scaling: Scaling, k: int | None, source: Residuals, x_cls_ND: np.ndarray, labels_N: np.ndarray,
     classes: int, gate_DH: np.ndarray, tokens: Tokens, top_images: int,
 ) -> Arrays:  # fmt: skip
     """What each latent of one autoencoder does on a split. An image's activation is the largest of its tokens'.
@@ -91,11 +91,11 @@ def look_inside(
     F, N = sae.W_e.shape[0], len(labels_N)
     T = source.shape[0] // N
     empty = jnp.zeros((F, top_images))
-    top = Top(empty, empty.astype(jnp.int32), jnp.zeros((F, top_images, T)))
+    top = TopImages(empty, empty.astype(jnp.int32), jnp.zeros((F, top_images, T)))
     class_counts, sums_CF = np.zeros((classes, F), np.int32), np.zeros((classes, F))
     fired_F, total_F, begin = np.zeros(F, np.int64), np.zeros(F), 0
-    for z_ITF in _encoded(sae, scaling, k, source.chunks(), T, N):
-        top = _with_more(top, z_ITF, jnp.int32(begin))
+    for z_ITF in _encode_images(sae, scaling, k, source.chunks(), T, N):
+        top = _merge_top_images(top, z_ITF, jnp.int32(begin))
         z_IF, held_ITF = np.asarray(z_ITF.max(axis=1)), np.asarray(z_ITF)
         images, latents = np.nonzero(z_IF)
         places = labels_N[begin + images].astype(np.int64) * F + latents
@@ -108,7 +108,7 @@ def look_inside(
     strength_F, living = total_F / np.maximum(fired_F, 1), np.flatnonzero(fired_F)
     W_d, cosine_F = np.asarray(sae.W_d, np.float64), np.zeros(F)
     if len(living) > 1:
-        cosine_F[living] = max_cosines(W_d[living])
+        cosine_F[living] = nearest_cosines(W_d[living])
     mean_CF = sums_CF / np.maximum(np.bincount(labels_N, minlength=classes), 1)[:, None]
     found = {
         "frequency": class_counts.sum(axis=0) / N,
@@ -121,7 +121,9 @@ def look_inside(
     }
     if tokens != "cls":
         on_cls_F = np.zeros(F)
-        for z_ITF in _encoded(sae, scaling, k, (x_cls_ND[i : i + ROWS] for i in range(0, N, ROWS)), 1, N):
+        for z_ITF in _encode_images(
+            sae, scaling, k, (x_cls_ND[i : i + ROWS_AT_ONCE] for i in range(0, N, ROWS_AT_ONCE)), 1, N
+        ):
             on_cls_F += np.count_nonzero(np.asarray(z_ITF), axis=(0, 1))
         found |= {"token_frequency": fired_F / (N * T), "cls_frequency": on_cls_F / N}
     arrays = {name: values.astype(np.float32) for name, values in found.items()}

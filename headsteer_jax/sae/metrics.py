@@ -10,9 +10,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, encode_residuals
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, encode_residuals, scale_input
 
-MATCHED = 4096  # decoder rows
+MATCHED_ROWS = 4096  # decoder rows
 
 
 class Health(NamedTuple):
@@ -25,7 +25,7 @@ class Health(NamedTuple):
     frequency: np.ndarray  # [F], share of the split on which each latent fires
 
 
-def health(sae: SAE, scaling: Scaling, chunks: Iterable[np.ndarray], k: int | None) -> Health:
+def measure_health(sae: SAEWeights, scaling: Scaling, chunks: Iterable[np.ndarray], k: int | None) -> Health:
     """The measures of one autoencoder on one split, [n, D] residuals at a time."""
     W_d, b_d = np.asarray(sae.W_d, np.float64), np.asarray(sae.b_d, np.float64)
     error, squares, total_D, count = 0.0, 0.0, np.zeros(len(b_d)), 0
@@ -33,7 +33,7 @@ def health(sae: SAE, scaling: Scaling, chunks: Iterable[np.ndarray], k: int | No
     for x_nD in chunks:
         for x_BD in np.array_split(x_nD, -(-len(x_nD) // 4096)):
             z_BF = csr_array(np.asarray(encode_residuals(sae, scaling, x_BD, k)))
-            u_BD = np.asarray(centre(scaling, x_BD), np.float64)
+            u_BD = np.asarray(scale_input(scaling, x_BD), np.float64)
             error += np.sum((u_BD - (z_BF.astype(np.float64) @ W_d + b_d)) ** 2)
             squares, total_D, count = squares + np.sum(u_BD**2), total_D + u_BD.sum(axis=0), count + len(u_BD)
             fired_F += np.bincount(z_BF.indices, minlength=len(W_d))
@@ -47,7 +47,7 @@ def health(sae: SAE, scaling: Scaling, chunks: Iterable[np.ndarray], k: int | No
     )
 
 
-def max_cosines(W_FD: np.ndarray, chunk: int = 1024) -> np.ndarray:
+def nearest_cosines(W_FD: np.ndarray, chunk: int = 1024) -> np.ndarray:
     """[F] each decoder row's largest cosine with another row: near 1 where two latents are one."""
     unit = W_FD / np.maximum(np.linalg.norm(W_FD, axis=1, keepdims=True), 1e-12)
     best = np.empty(len(unit), unit.dtype)
@@ -58,8 +58,8 @@ def max_cosines(W_FD: np.ndarray, chunk: int = 1024) -> np.ndarray:
     return best
 
 
-def class_means(
-    sae: SAE, scaling: Scaling, x_ND: np.ndarray, labels: np.ndarray, classes: int, k: int | None
+def mean_activation_by_class(
+    sae: SAEWeights, scaling: Scaling, x_ND: np.ndarray, labels: np.ndarray, classes: int, k: int | None
 ) -> np.ndarray:
     """[C, F] float64 mean activation of each latent on the images of each class; 0 for a class without images."""
     sums_CF, counts_C = np.zeros((classes, len(sae.b_e))), np.bincount(labels, minlength=classes)
@@ -83,7 +83,7 @@ def class_selectivity(mean_CF: np.ndarray) -> np.ndarray:
     return np.where(most > 0, (most - rest) / np.maximum(most + rest, 1e-30), 0.0)
 
 
-def of_latents(W_FD: np.ndarray, frequency_F: np.ndarray, mean_CF: np.ndarray, dense: float) -> dict[str, float]:
+def summarise_latents(W_FD: np.ndarray, frequency_F: np.ndarray, mean_CF: np.ndarray, dense: float) -> dict[str, float]:
     """What an autoencoder's latents are like.
 
     Args:
@@ -96,7 +96,7 @@ def of_latents(W_FD: np.ndarray, frequency_F: np.ndarray, mean_CF: np.ndarray, d
       and `twins`, the share whose nearest other is above 0.9.
     """
     living = frequency_F > 0
-    nearest = max_cosines(W_FD[living]) if living.sum() > 1 else np.zeros(1)
+    nearest = nearest_cosines(W_FD[living]) if living.sum() > 1 else np.zeros(1)
     selectivity = class_selectivity(mean_CF[:, living]) if living.any() else np.zeros(1)
     return {
         "dead_fraction": float(np.mean(~living)),
@@ -107,15 +107,15 @@ def of_latents(W_FD: np.ndarray, frequency_F: np.ndarray, mean_CF: np.ndarray, d
     }
 
 
-def matched_cosine(A_FD: np.ndarray, B_FD: np.ndarray) -> float:
+def match_decoders(A_FD: np.ndarray, B_FD: np.ndarray) -> float:
     """Mean cosine of decoder rows under the best one-to-one matching (Hungarian algorithm; Fel et al. 2025,
     arXiv:2502.12892): 1 where one autoencoder's latents are the other's in another order.
 
     Of dictionaries of different sizes the smaller is matched whole; of a first one of more than 4,096 rows so many,
     drawn at random, as the time grows with the square. NaN where one is empty.
     """
-    if len(A_FD) > MATCHED:
-        A_FD = A_FD[np.random.default_rng(0).choice(len(A_FD), MATCHED, replace=False)]
+    if len(A_FD) > MATCHED_ROWS:
+        A_FD = A_FD[np.random.default_rng(0).choice(len(A_FD), MATCHED_ROWS, replace=False)]
     if not len(A_FD) or not len(B_FD):
         return float("nan")
     A, B = (W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-12) for W in (A_FD, B_FD))
@@ -123,8 +123,8 @@ def matched_cosine(A_FD: np.ndarray, B_FD: np.ndarray) -> float:
     return float(np.mean(cosines[linear_sum_assignment(cosines, maximize=True)], dtype=np.float64))
 
 
-def stability(seeds: list[np.ndarray], control: list[np.ndarray]) -> dict[str, float | None]:
-    """How alike autoencoders of different seeds are (`matched_cosine` of living decoder rows), and beside what.
+def compare_seeds(seeds: list[np.ndarray], control: list[np.ndarray]) -> dict[str, float | None]:
+    """How alike autoencoders of different seeds are (`match_decoders` of living decoder rows), and beside what.
 
     Args:
       seeds: each seed's living decoder rows, [F', D].
@@ -134,7 +134,7 @@ def stability(seeds: list[np.ndarray], control: list[np.ndarray]) -> dict[str, f
       `seeds`: the mean over pairs; `same_start`: the first seed and the control; `random`: the first seed and rows
       drawn evenly from the sphere, which is what matching alone gives. None where there is nothing to compare.
     """
-    pairs = [matched_cosine(a, b) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
+    pairs = [match_decoders(a, b) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
     rows = np.random.default_rng(0).standard_normal(seeds[0].shape)
 
     def known(value: float) -> float | None:
@@ -142,6 +142,6 @@ def stability(seeds: list[np.ndarray], control: list[np.ndarray]) -> dict[str, f
 
     return {
         "seeds": known(float(np.mean(pairs))) if pairs else None,
-        "same_start": known(matched_cosine(seeds[0], control[0])) if control else None,
-        "random": known(matched_cosine(seeds[0], rows)),
+        "same_start": known(match_decoders(seeds[0], control[0])) if control else None,
+        "random": known(match_decoders(seeds[0], rows)),
     }

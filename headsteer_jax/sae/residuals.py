@@ -27,23 +27,23 @@ from etils import epath
 
 from headsteer_jax.config.schema import Config, DataConfig
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import SAMPLE, LazyImages, Split, _sha256, gather
+from headsteer_jax.data.dataset import SAMPLED_IMAGES, LazyImages, Split, gather_images, sha256_of
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.passes import Program, over_split, passes, per_image
-from headsteer_jax.model.vit import ViT, model_fingerprint
+from headsteer_jax.model.passes import Program, per_image_program, run_over_split, stream_split
+from headsteer_jax.model.vit import ViT, fingerprint_params
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.files import explained
+from headsteer_jax.runtime.files import explain_write_errors
 from headsteer_jax.runtime.progress import say
 
 Tokens = Literal["cls", "patches", "all"]
 Directory = str | os.PathLike[str]  # local, or gs://bucket/path
 
-FORMAT = 1  # in the fingerprint: raise it when the files or the forward pass change
+CACHE_FORMAT = 1  # in the fingerprint: raise it when the files or the forward pass change
 SHARD_BYTES = 32 * 2**20
-BLOCKS = 32  # of a shard, or a few more
+BLOCKS_PER_SHARD = 32  # of a shard, or a few more
 CALL_BYTES = 256 * 2**20  # that one call of the model may return, two of which are under way
 RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "4s"}  # of a bucket; TensorStore's own take minutes
-PATIENCE = 60  # seconds for a bucket's first answer
+CONNECT_SECONDS = 60  # seconds for a bucket's first answer
 
 
 class Residuals(Protocol):
@@ -59,7 +59,7 @@ class Residuals(Protocol):
         """All of them, about `rows` at a time; which ones come together is random."""
 
 
-class Held(NamedTuple):
+class ResidualsInMemory(NamedTuple):
     """Residuals in memory."""
 
     x_ND: np.ndarray
@@ -81,7 +81,7 @@ class Held(NamedTuple):
             yield self.x_ND[order[begin : begin + rows]]
 
 
-class Stored(NamedTuple):
+class StoredResiduals(NamedTuple):
     """Residuals in a TensorStore array, each image's tokens one after the other as rows.
 
     Every method raises HeadSteerError where what it reads is missing or damaged. `chunks` and `groups` read ahead: two
@@ -167,7 +167,7 @@ UNREACHABLE = "ABORTED|UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EX
 def _blaming(where: str, fault: str, mend: str) -> Iterator[None]:
     """What TensorStore says becomes one line."""
     try:
-        with explained(where):
+        with explain_write_errors(where):
             yield
     except (ValueError, KeyError, TypeError, TimeoutError) as error:  # TensorStore's are ValueErrors, whatever it is
         reason = " ".join(str(error).split()).partition(" [")[0] or type(error).__name__
@@ -176,7 +176,7 @@ def _blaming(where: str, fault: str, mend: str) -> Iterator[None]:
         raise HeadSteerError(f"{where}: {fault} ({reason}); {mend}") from None
 
 
-def _files(config: DataConfig) -> list[tuple[str, int, float]]:
+def _source_files(config: DataConfig) -> list[tuple[str, int, float]]:
     """Name, size and time of change of every file of a dataset that is decoded as it is read."""
     paths: Iterable[Any] = ()
     if config.source == "folder":
@@ -189,7 +189,7 @@ def _files(config: DataConfig) -> list[tuple[str, int, float]]:
     return [("/".join(path.parts[-3:]), about.length, about.mtime) for path, about in facts]
 
 
-def ingredients(config: Config, params: Any, split: Split) -> dict[str, Any]:
+def fingerprint_ingredients(config: Config, params: Any, split: Split) -> dict[str, Any]:
     """Everything that the residuals of a split depend on, in JSON's types.
 
     Images in memory are hashed whole. Of those that are decoded as they are read it is a hash of which they are (their
@@ -197,32 +197,34 @@ def ingredients(config: Config, params: Any, split: Split) -> dict[str, Any]:
     """
     images, shape = split.images, list(split.images.shape)
     if isinstance(images, LazyImages):
-        some = np.linspace(0, len(images) - 1, SAMPLE).astype(int)
-        pixels = _sha256(shape, _files(config.data), images._places.astype(np.int64), gather(images, some))
+        some = np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int)
+        pixels = sha256_of(
+            shape, _source_files(config.data), images._places.astype(np.int64), gather_images(images, some)
+        )
     else:
-        pixels = _sha256(shape, images)
+        pixels = sha256_of(shape, images)
     return {
-        "format": FORMAT,
-        "model": model_fingerprint(params),
+        "format": CACHE_FORMAT,
+        "model": fingerprint_params(params),
         "config.model": config.model.model_dump(exclude={"pretrained", "pretrained_head"}),
         "config.gate": config.gate.model_dump(include={"first_layer", "layer_norm", "dropped"}),
         "config.data": config.data.model_dump(include={"image_size", "channels", "mean", "std"}),
         "images": pixels,
-        "labels": _sha256(split.labels.astype(np.int64)),
+        "labels": sha256_of(split.labels.astype(np.int64)),
     }
 
 
-def fingerprint(config: Config, params: Any, split: Split) -> str:
-    """Of the model, the images and their preprocessing: 16 hexadecimal digits (see `ingredients`)."""
-    return _sha256(ingredients(config, params, split))[:16]
+def fingerprint_residuals(config: Config, params: Any, split: Split) -> str:
+    """Of the model, the images and their preprocessing: 16 hexadecimal digits (see `fingerprint_ingredients`)."""
+    return sha256_of(fingerprint_ingredients(config, params, split))[:16]
 
 
 def _shape(config: Config, split: Split, tokens: Tokens) -> tuple[int, int, int]:
     """(N, T', D)."""
-    return len(split.labels), _kept(config, tokens), config.model.width
+    return len(split.labels), _tokens_per_image(config, tokens), config.model.width
 
 
-def _kept(config: Config, tokens: Tokens) -> int:
+def _tokens_per_image(config: Config, tokens: Tokens) -> int:
     """T'."""
     patches = (config.data.image_size // config.model.patch) ** 2
     return {"cls": 1, "patches": patches, "all": 1 + patches}[tokens]
@@ -241,15 +243,15 @@ def _program(model: ViT, config: Config, layers: Sequence[int], tokens: Tokens) 
             residuals.append(x_BTD)
         return tuple(jnp.concatenate([x_BTD[:, part] for part in parts], axis=1) for x_BTD in residuals)
 
-    image_bytes = 4 * len(layers) * _kept(config, tokens) * config.model.width
-    return per_image(run, max(1, min(config.train.eval_batch, CALL_BYTES // image_bytes)))
+    image_bytes = 4 * len(layers) * _tokens_per_image(config, tokens) * config.model.width
+    return per_image_program(run, max(1, min(config.train.eval_batch, CALL_BYTES // image_bytes)))
 
 
 def _layout(shape: tuple[int, int, int], shard_bytes: int) -> tuple[int, int]:
     """Images of a shard and of a block."""
     count, tokens, width = shape
     shard = min(count, max(1, shard_bytes // (4 * tokens * width)))
-    block = max(1, shard // BLOCKS)
+    block = max(1, shard // BLOCKS_PER_SHARD)
     return shard // block * block, block
 
 
@@ -275,21 +277,21 @@ def _open(place: Place, shape: Sequence[int], shard: int, block: int, create: bo
     return ts.open(spec, open=True, create=create).result()
 
 
-def _shards(place: Place) -> set[int]:
+def _written_shards(place: Place) -> set[int]:
     """The shards that are there; TensorStore writes each whole or not at all."""
     keys = place.open().list(ts.KvStore.KeyRange("c/", "c0")).result()
     found = (re.fullmatch(rb"c/(\d+)/0/0", key) for key in keys)
     return {int(match[1]) for match in found if match}
 
 
-def _meta(place: Place) -> Any:
+def _read_meta(place: Place) -> Any:
     """What is in meta.json; None where the array is not complete."""
     with _blaming(place.name, *READING):
-        read = place.open().read("meta.json").result(timeout=PATIENCE)
+        read = place.open().read("meta.json").result(timeout=CONNECT_SECONDS)
         return json.loads(read.value) if read.state == "value" else None
 
 
-def _regrouped(calls: Iterable[tuple[np.ndarray, ...]], begin: int, shard: int, count: int) -> Iterator[Any]:
+def _regroup_into_shards(calls: Iterable[tuple[np.ndarray, ...]], begin: int, shard: int, count: int) -> Iterator[Any]:
     """What calls give from image `begin` on, as (first image, last, arrays) of each shard."""
     held: tuple[np.ndarray, ...] = ()
     for call in calls:
@@ -311,13 +313,13 @@ def write_cache(
     Args:
       directory: local or gs://bucket/path.
       name: the split's.
-      of: the `ingredients`, where they are known.
+      of: the `fingerprint_ingredients`, where they are known.
 
     Raises:
       HeadSteerError: the disk is full or not writable, the bucket cannot be reached, an image cannot be read.
     """
-    of = of or hosts.first(lambda: ingredients(config, params, split))
-    mark, layers, shape = _sha256(of)[:16], sorted(set(layers)), _shape(config, split, tokens)
+    of = of or hosts.on_first_process(lambda: fingerprint_ingredients(config, params, split))
+    mark, layers, shape = sha256_of(of)[:16], sorted(set(layers)), _shape(config, split, tokens)
     shard, block = _layout(shape, shard_bytes)
     shards = -(-shape[0] // shard)
     places, root = [_place(directory, mark, name, f"layer_{layer}_{tokens}") for layer in layers], _place(directory)
@@ -331,15 +333,15 @@ def write_cache(
         return arrays
 
     def own_shards() -> None:
-        arrays, (begin, end) = opened(create=False), hosts.share(shards)
+        arrays, (begin, end) = opened(create=False), hosts.process_share(shards)
         with _blaming(root.name, *WRITING):
-            there = set.intersection(*map(_shards, places))
+            there = set.intersection(*map(_written_shards, places))
         missing = next((number for number in range(begin, end) if number not in there), end)
         start, stop = missing * shard, min(end * shard, shape[0])
         if missing > begin:
             say(f"{what}: going on from image {start}")
-        calls = passes(_program(model, config, layers, tokens), params, split, what, start, stop)
-        for first, last, parts in _regrouped(calls, start, shard, stop):
+        calls = stream_split(_program(model, config, layers, tokens), params, split, what, start, stop)
+        for first, last, parts in _regroup_into_shards(calls, start, shard, stop):
             with _blaming(root.name, *WRITING):  # the model's next calls are under way
                 writes = [array[first:last].write(part) for array, part in zip(arrays, parts, strict=True)]
                 for write in writes:
@@ -352,19 +354,19 @@ def write_cache(
             for layer, place in zip(layers, places, strict=True):
                 place.open().write("meta.json", json.dumps(about | {"layer": layer}, indent=2).encode()).result()
 
-    hosts.first(lambda: bool(opened(create=True)))
-    hosts.everywhere(own_shards)
-    hosts.first(write_meta)
+    hosts.on_first_process(lambda: bool(opened(create=True)))
+    hosts.on_every_process(own_shards)
+    hosts.on_first_process(write_meta)
 
 
-def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, tokens: Tokens) -> Stored:
+def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, tokens: Tokens) -> StoredResiduals:
     """The residuals that `write_cache` wrote.
 
     Raises:
       HeadSteerError: there are none, they are incomplete or damaged, or of another fingerprint, split, layer or tokens.
     """
     place, root = _place(directory, fingerprint, name, f"layer_{layer}_{tokens}"), _place(directory)
-    meta = _meta(place)
+    meta = _read_meta(place)
     if meta is None:
         with _blaming(root.name, *READING):
             keys = sorted(key.decode() for key in root.open().list().result())
@@ -382,16 +384,16 @@ def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, to
                     "same command"
                 )
         array = _open(place, meta["shape"], meta["shard"], meta["block"], create=False)
-        missing = set(range(-(-meta["shape"][0] // meta["shard"]))) - _shards(place)
+        missing = set(range(-(-meta["shape"][0] // meta["shard"]))) - _written_shards(place)
         if missing:
             raise ValueError(f"shard {min(missing)} is missing")
-    return Stored(array, meta["block"], place.name)
+    return StoredResiduals(array, meta["block"], place.name)
 
 
-def cached(
+def load_or_compute_residuals(
     directory: Directory | None, model: ViT, params: Any, config: Config, split: Split, name: str,
     layers: Iterable[int], tokens: Tokens, shard_bytes: int = SHARD_BYTES,
-) -> dict[int, Stored]:  # fmt: skip
+) -> dict[int, StoredResiduals]:  # fmt: skip
     """{layer: its residuals}: those in the cache, and what is missing there from one forward pass.
 
     Args:
@@ -402,23 +404,25 @@ def cached(
     """
     layers = sorted(set(layers))
     if directory is None:
-        arrays = over_split(_program(model, config, layers, tokens), params, split, f"{name}: {tokens} residuals")
+        arrays = run_over_split(_program(model, config, layers, tokens), params, split, f"{name}: {tokens} residuals")
         _, block = _layout(_shape(config, split, tokens), shard_bytes)
-        return {layer: Stored(ts.array(x), block, "memory") for layer, x in zip(layers, arrays, strict=True)}
-    of = hosts.first(lambda: ingredients(config, params, split))
-    mark = _sha256(of)[:16]
+        return {layer: StoredResiduals(ts.array(x), block, "memory") for layer, x in zip(layers, arrays, strict=True)}
+    of = hosts.on_first_process(lambda: fingerprint_ingredients(config, params, split))
+    mark = sha256_of(of)[:16]
 
     def absent() -> list[int]:
-        return [layer for layer in layers if _meta(_place(directory, mark, name, f"layer_{layer}_{tokens}")) is None]
+        return [
+            layer for layer in layers if _read_meta(_place(directory, mark, name, f"layer_{layer}_{tokens}")) is None
+        ]
 
-    if missing := hosts.first(absent):
-        if hosts.is_first():
-            _say_stale(_place(directory), mark, name)
+    if missing := hosts.on_first_process(absent):
+        if hosts.is_first_process():
+            _report_stale(_place(directory), mark, name)
         write_cache(directory, model, params, config, split, name, missing, tokens, shard_bytes, of)
     return {layer: open_cache(directory, mark, name, layer, tokens) for layer in layers}
 
 
-def _say_stale(root: Place, mark: str, name: str) -> None:
+def _report_stale(root: Place, mark: str, name: str) -> None:
     """Tell of what other models or data left in the cache of a split: it is never read, and never deleted either."""
     sizes: dict[str, int] = {}
     with suppress(Exception):  # it only informs: what others keep there must not stop a run

@@ -20,16 +20,16 @@ from headsteer_jax.config.schema import Config, MachineConfig, SAEConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.checkpoint import Checkpoints
-from headsteer_jax.runtime.mesh import everywhere, members_mesh, placed
-from headsteer_jax.runtime.preemption import Preempted, at_checkpoints
+from headsteer_jax.runtime.mesh import members_mesh, place, replicated_sharding
+from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress, say
 from headsteer_jax.sae import sparse
-from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, fit_scaling, unit_rows
-from headsteer_jax.sae.objective import Measured, init, loss, without_radial
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, fit_scaling, normalise_rows, scale_input
+from headsteer_jax.sae.objective import StepMetrics, autoencoder_loss, init_weights, remove_radial_gradient
 from headsteer_jax.sae.residuals import Residuals
 
 CURVES = ("mse", "l0", "dead")
-OF_MEMBERS = ("sae", "optimizer", "silent")  # what of a state has a leading axis S
+MEMBER_FIELDS = ("sae", "optimizer", "silent")  # what of a state has a leading axis S
 
 
 class Members(NamedTuple):
@@ -44,14 +44,14 @@ class Members(NamedTuple):
 class SAEState(NamedTuple):
     """Everything that training is; with a leading axis S on every leaf but the last two."""
 
-    sae: SAE
+    sae: SAEWeights
     optimizer: Any
     silent: jax.Array  # [S, F] int32, steps since the latent last fired
     step: Any  # int32, steps done
     epoch: Any  # int32, epochs done
 
 
-def seeds(c: SAEConfig) -> Members:
+def seed_members(c: SAEConfig) -> Members:
     """config.sae.seeds members; and the control, if asked for: the first one's start on another order."""
     count = c.seeds + c.control
     number = np.arange(count, dtype=np.int32)
@@ -59,7 +59,7 @@ def seeds(c: SAEConfig) -> Members:
     return Members(np.full(count, c.k, np.int32), np.full(count, c.learning_rate, np.float32), init, number)
 
 
-def rate_at(c: SAEConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+def rate_schedule(c: SAEConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """The learning rate over its peak: linear warm-up, and linear decay to 0 over the last share of the steps."""
     warmup = round(c.warmup * steps)
     decay = min(round(c.decay * steps), steps - warmup)
@@ -73,13 +73,13 @@ def rate_at(c: SAEConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     )
 
 
-def of_members(mesh: Mesh) -> SAEState:
+def member_shardings(mesh: Mesh) -> SAEState:
     """Where a state's arrays live: members dealt out, the counters everywhere."""
     own = NamedSharding(mesh, PartitionSpec("member"))
-    return SAEState(own, own, own, everywhere(mesh), everywhere(mesh))  # type: ignore[arg-type]
+    return SAEState(own, own, own, replicated_sharding(mesh), replicated_sharding(mesh))  # type: ignore[arg-type]
 
 
-def make_epochs(
+def make_epoch_program(
     c: SAEConfig, members: Members, F: int, D: int, steps_per_epoch: int, seed: int, mesh: Mesh | None = None
 ) -> Callable[..., Any]:
     """`(state, u [G, D], part, epochs=n) -> (state, Curves [n, S])`: n epochs over these residuals, in one call.
@@ -94,12 +94,12 @@ def make_epochs(
     steps = c.epochs * steps_per_epoch
     tx, rate, window = (
         optax.scale_by_adam(),
-        rate_at(c, steps),
+        rate_schedule(c, steps),
         min(max(1, round(c.dead_window * steps_per_epoch)), 2**31 - 1),
     )
     k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
     most = max(int(members.k.max()), c.k_start)
-    fast = sparse.available()
+    fast = sparse.is_available()
 
     def k_at(member: Members, step: jax.Array) -> jax.Array:
         if not c.k_start or c.activation not in ("topk", "batch_topk"):
@@ -110,8 +110,8 @@ def make_epochs(
     def one_step(one: SAEState, member: Members, u_BD: jax.Array, k_aux: int) -> tuple[SAEState, dict[str, jax.Array]]:
         dead_F = one.silent >= window
         k = k_at(member, one.step)
-        grads, seen = jax.grad(loss, has_aux=True)(one.sae, u_BD, dead_F, k, c, most, k_aux, fast)
-        grads = without_radial(grads, one.sae) if c.decoder_norm == "unit" else grads
+        grads, seen = jax.grad(autoencoder_loss, has_aux=True)(one.sae, u_BD, dead_F, k, c, most, k_aux, fast)
+        grads = remove_radial_gradient(grads, one.sae) if c.decoder_norm == "unit" else grads
         if c.unit_gradient:
             length = optax.global_norm(grads)
             grads = jax.tree.map(lambda leaf: leaf / jnp.maximum(length, 1e-20), grads)
@@ -119,7 +119,7 @@ def make_epochs(
         by = -member.learning_rate * rate(one.step)
         sae = jax.tree.map(lambda leaf, update: leaf + by * update, one.sae, updates)
         sae = sae._replace(threshold=_threshold(one.sae, sae, seen, c, max(0.01, 20 / steps)))
-        sae = sae._replace(W_d=unit_rows(sae.W_d)) if c.decoder_norm == "unit" else sae
+        sae = sae._replace(W_d=normalise_rows(sae.W_d)) if c.decoder_norm == "unit" else sae
         silent_F = jnp.where(seen.fired > 0, 0, one.silent + 1)
         curves = {"mse": seen.mse, "l0": seen.l0, "dead": jnp.mean(dead_F)}
         return one._replace(sae=sae, optimizer=optimizer, silent=silent_F), curves
@@ -156,7 +156,7 @@ def make_epochs(
     def run(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
         return jax.lax.scan(lambda s, _: one_epoch(s, members, u_GD, part), state, None, length=epochs)
 
-    live, own, whole = of_members(mesh), PartitionSpec("member"), PartitionSpec()
+    live, own, whole = member_shardings(mesh), PartitionSpec("member"), PartitionSpec()
     specs = SAEState(own, own, own, whole, whole)  # type: ignore[arg-type]
 
     @functools.partial(
@@ -169,16 +169,16 @@ def make_epochs(
             in_specs=(specs, own, whole, whole), out_specs=(specs, PartitionSpec(None, "member")),
         )(state, members, u_GD, part)  # fmt: skip
 
-    dealt_members = placed(members, Members(*[NamedSharding(mesh, own)] * 4))
+    dealt_members = place(members, Members(*[NamedSharding(mesh, own)] * 4))
 
     def epochs_of(state: SAEState, u_GD: jax.Array, part: int = 0, epochs: int = 1) -> Any:
         with jax.set_mesh(mesh):
-            return program(state, dealt_members, u_GD, placed(np.int32(part), everywhere(mesh)), epochs=epochs)
+            return program(state, dealt_members, u_GD, place(np.int32(part), replicated_sharding(mesh)), epochs=epochs)
 
     return epochs_of
 
 
-def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig, rate: float) -> jax.Array:
+def _threshold(before: SAEWeights, after: SAEWeights, seen: StepMetrics, c: SAEConfig, rate: float) -> jax.Array:
     """JumpReLU's thresholds stay >= 0; BatchTopK's is a moving mean of the batches' smallest active values.
 
     Args:
@@ -193,52 +193,54 @@ def _threshold(before: SAE, after: SAE, seen: Measured, c: SAEConfig, rate: floa
     return before.threshold
 
 
-def initial_state(c: SAEConfig, members: Members, u_GD: jax.Array, F: int, seed: int) -> SAEState:
+def init_state(c: SAEConfig, members: Members, u_GD: jax.Array, F: int, seed: int) -> SAEState:
     """The start of all members; number n's key is fold_in(fold_in(key(seed), 100), n)."""
     key = jax.random.fold_in(jax.random.key(seed), 100)
-    saes = jax.vmap(lambda number: init(jax.random.fold_in(key, number), u_GD, c, F))(jnp.asarray(members.init))
+    saes = jax.vmap(lambda number: init_weights(jax.random.fold_in(key, number), u_GD, c, F))(jnp.asarray(members.init))
     saes = jax.tree.map(jnp.copy, saes)  # tied weights are one buffer, which cannot be donated twice
     optimizer = jax.vmap(optax.scale_by_adam().init)(saes)
     return SAEState(saes, optimizer, jnp.zeros((len(members.k), F), jnp.int32), jnp.int32(0), jnp.int32(0))
 
 
-def dealt_out(members: Members, devices: int) -> Members:
+def pad_members(members: Members, devices: int) -> Members:
     """Filled up by repeating the last, so that every device has as many."""
     missing = -len(members.k) % devices
     return Members(*(np.concatenate([column, np.repeat(column[-1:], missing)]) for column in members))
 
 
-def saved(state: SAEState, wanted: int) -> SAEState:
+def state_to_checkpoint(state: SAEState, wanted: int) -> SAEState:
     """What a checkpoint holds: the members asked for, as NumPy arrays, which any number of devices can go on with.
 
     Copies: the next steps take the state's own memory.
     """
-    state = hosts.fetched(state)
+    state = hosts.to_numpy(state)
     return state._replace(
-        **{name: jax.tree.map(lambda leaf: leaf[:wanted].copy(), getattr(state, name)) for name in OF_MEMBERS}
+        **{name: jax.tree.map(lambda leaf: leaf[:wanted].copy(), getattr(state, name)) for name in MEMBER_FIELDS}
     )
 
 
-def resumed(state: SAEState, members: int, mesh: Mesh) -> SAEState:
-    """A checkpoint's state with members filled up as `dealt_out` does, on the devices."""
+def state_from_checkpoint(state: SAEState, members: int, mesh: Mesh) -> SAEState:
+    """A checkpoint's state with members filled up as `pad_members` does, on the devices."""
 
     def fill(leaf: np.ndarray) -> np.ndarray:
         return np.concatenate([leaf, np.repeat(leaf[-1:], members - len(leaf), axis=0)])
 
-    state = state._replace(**{name: jax.tree.map(fill, getattr(state, name)) for name in OF_MEMBERS})
-    parts = zip(state, of_members(mesh), strict=True)
-    return SAEState(*(placed(part, jax.tree.map(lambda _, where=where: where, part)) for part, where in parts))
+    state = state._replace(**{name: jax.tree.map(fill, getattr(state, name)) for name in MEMBER_FIELDS})
+    parts = zip(state, member_shardings(mesh), strict=True)
+    return SAEState(*(place(part, jax.tree.map(lambda _, where=where: where, part)) for part, where in parts))
 
 
-class Trained(NamedTuple):
+class TrainedMembers(NamedTuple):
     """What training gives: autoencoders with leading axis S, their scaling, and curves [epochs, S]."""
 
-    saes: SAE
+    saes: SAEWeights
     scaling: Scaling
     curves: dict[str, np.ndarray]
 
 
-def train_members(config: Config, members: Members, source: Residuals, directory: Path, what: str = "sae") -> Trained:
+def train_members(
+    config: Config, members: Members, source: Residuals, directory: Path, what: str = "sae"
+) -> TrainedMembers:
     """Train autoencoders on the training split's residuals, resumed where it stopped.
 
     Residuals that fit config.sae.memory stay on the device, and an epoch is a scan. Of more, blocks come in a new
@@ -263,7 +265,7 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             "autoencoder; config.machine.data says how many devices are used"
         )
     scaling = fit_scaling(source.chunks, c)
-    wanted, members = len(members.k), dealt_out(members, mesh.shape["member"])
+    wanted, members = len(members.k), pad_members(members, mesh.shape["member"])
     held = count * D * 4 <= c.memory * 2**20
     rows = count if held else max(c.batch, c.memory * 2**20 // (3 * 4 * D))
 
@@ -275,10 +277,10 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             whole = len(joined_GD) if held else len(joined_GD) // c.batch * c.batch
             rest_RD = joined_GD[whole:]
             if whole:
-                yield placed(centre(scaling, joined_GD[:whole]), everywhere(mesh))
+                yield place(scale_input(scaling, joined_GD[:whole]), replicated_sharding(mesh))
 
     first_GD = next(parts(0))
-    state = saved(initial_state(c, members, jnp.asarray(hosts.fetched(first_GD)), F, config.seed), wanted)
+    state = state_to_checkpoint(init_state(c, members, jnp.asarray(hosts.to_numpy(first_GD)), F, config.seed), wanted)
     u_GD = first_GD if held else None
     del first_GD
     curves = {name: np.zeros((c.epochs, wanted), np.float32) for name in CURVES}
@@ -288,13 +290,13 @@ def train_members(config: Config, members: Members, source: Residuals, directory
         curves = {name: np.array(values) for name, values in curves.items()}
         checkpoints.forget_after(int(state.epoch))
     start = int(state.epoch)
-    state = resumed(state, len(members.k), mesh)
+    state = state_from_checkpoint(state, len(members.k), mesh)
     if 0 < start < c.epochs:
         say(f"{what}: going on from epoch {start}")
-    run = make_epochs(c, members, F, D, count // c.batch, config.seed, mesh)
+    run = make_epoch_program(c, members, F, D, count // c.batch, config.seed, mesh)
     every = max(1, c.epochs // 10)  # epochs between checkpoints
     at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if held else 1
-    with at_checkpoints() as asked, progress(c.epochs, what, "epoch", initial=start) as bar:
+    with defer_to_checkpoints() as asked, progress(c.epochs, what, "epoch", initial=start) as bar:
         for number in range(start, c.epochs, at_once):
             done = number + at_once
             if u_GD is not None:
@@ -302,20 +304,20 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             else:
                 found, weight = dict.fromkeys(CURVES, 0.0), 0
                 for part, u_PD in enumerate(parts(number)):
-                    state = state._replace(epoch=placed(np.int32(number), everywhere(mesh)))
+                    state = state._replace(epoch=place(np.int32(number), replicated_sharding(mesh)))
                     state, one = run(state, u_PD, part)
-                    one = hosts.fetched(one)
+                    one = hosts.to_numpy(one)
                     found = {name: found[name] + one[name] * len(u_PD) for name in CURVES}
                     weight += len(u_PD)
                 found = {name: values / weight for name, values in found.items()}
-            found = hosts.fetched(found)
+            found = hosts.to_numpy(found)
             for name in curves:
                 curves[name][number:done] = found[name][:, :wanted]
             finite = np.isfinite(curves["mse"][number:done]).all(axis=0)
             stopping = asked()
             save = done // every > number // every or done == c.epochs or stopping
             if save:
-                kept = saved(state, wanted)
+                kept = state_to_checkpoint(state, wanted)
                 finite &= np.all([np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in kept.sae], axis=0)
             if not (finite.any() if what == "grid" else finite.all()):
                 field = "grid.learning_rates" if what == "grid" else "sae.learning_rate"
@@ -333,4 +335,4 @@ def train_members(config: Config, members: Members, source: Residuals, directory
             mse, dead = (curves[name][done - 1, finite].mean() for name in ("mse", "dead"))
             bar.update(at_once, f"mse {mse:.4f}, dead {dead:.2%}")
         checkpoints.close()
-    return Trained(saved(state, wanted).sae, scaling, curves)
+    return TrainedMembers(state_to_checkpoint(state, wanted).sae, scaling, curves)

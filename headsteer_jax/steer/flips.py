@@ -19,10 +19,10 @@ import numpy as np
 from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.steer.strategies import Choice
 
-ROUNDING = 2.0**-24  # float32's unit roundoff
+UNIT_ROUNDOFF = 2.0**-24  # float32's unit roundoff
 
 
-def is_affine(config: SteerConfig, gate_layer_norm: bool) -> bool:
+def is_affine_in_alpha(config: SteerConfig, gate_layer_norm: bool) -> bool:
     """Do the closed forms of this file hold?"""
     return config.mode == "add" and config.form == "delta" and config.target == "policy" and not gate_layer_norm
 
@@ -42,7 +42,7 @@ def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int) -> Ga
     probability (Higham & Mary 2019, doi:10.1137/18M1226312). Of our models' gate logits the worst was off by 2.
     """
     decoder_FD, gate_DH = np.asarray(decoder_FD, np.float64), np.asarray(gate_DH, np.float64)
-    slack = np.sqrt(decoder_FD.shape[1] + latents) * ROUNDING
+    slack = np.sqrt(decoder_FD.shape[1] + latents) * UNIT_ROUNDOFF
     return GateEffect(decoder_FD @ gate_DH, np.abs(decoder_FD) @ np.abs(gate_DH), float(slack))
 
 
@@ -87,14 +87,16 @@ def find_flips(rows: Rows, choice: Choice, strength_F: np.ndarray, effect: GateE
         falls = np.flatnonzero(sign * a < 0)  # active latents that go to 0 on this ray
         kinked = np.zeros(len(rows.image), bool)
         kinked[row[falls]] = True
-        found.append(_straight(rows, np.flatnonzero(~kinked), rise_CH, reach_CH, effect.slack, sign))
+        found.append(_flips_of_affine_rows(rows, np.flatnonzero(~kinked), rise_CH, reach_CH, effect.slack, sign))
         if len(falls):
             falling = row[falls], z[falls], np.abs(a[falls]), effect.logits[latent[falls]]
-            found.append(_kinked(rows, np.flatnonzero(kinked), rise_CH, reach_CH, *falling, effect.slack, sign))
+            found.append(
+                _flips_of_kinked_rows(rows, np.flatnonzero(kinked), rise_CH, reach_CH, *falling, effect.slack, sign)
+            )
     return Flips(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def _doubt(
+def _uncertain_interval(
     value: np.ndarray, slope: np.ndarray, bound: np.ndarray, growth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """From and to how far on a logit may be rounded to the other side of 0: |value + t slope| <= bound + t growth.
@@ -109,7 +111,7 @@ def _doubt(
     return begin, end
 
 
-def _straight(
+def _flips_of_affine_rows(
     rows: Rows, which: np.ndarray, rise_CH: np.ndarray, reach_CH: np.ndarray, slack: float, sign: float
 ) -> Flips:
     """Flips of rows whose logits are affine on a ray: at most one for each head."""
@@ -121,13 +123,13 @@ def _straight(
     at, head = np.nonzero(np.where(m_RH > 0, rise_RH < 0, rise_RH > 0))
     slope, reach = rise_RH[at, head], reach_CH[by_R[at], head]
     m = m_RH[at, head].astype(np.float64)
-    low, high = _doubt(m, slope, slack * rows.size[which[at], head], slack * reach)
+    low, high = _uncertain_interval(m, slope, slack * rows.size[which[at], head], slack * reach)
     # heads that do not flip, but begin near 0
     zero, idle = np.nonzero(np.abs(m_RH) <= slack * rows.size[which])
     moved = reach_CH[by_R[zero], idle] > 0
     zero, idle = zero[moved], idle[moved]
     bound, growth = slack * rows.size[which[zero], idle], slack * reach_CH[by_R[zero], idle]
-    _, until = _doubt(m_RH[zero, idle], rise_RH[zero, idle], bound, growth)
+    _, until = _uncertain_interval(m_RH[zero, idle], rise_RH[zero, idle], bound, growth)
     return Flips(
         which[at], head, sign * (-m / slope),
         np.concatenate([which[at], which[zero]]),
@@ -136,7 +138,7 @@ def _straight(
     )  # fmt: skip
 
 
-def _kinked(
+def _flips_of_kinked_rows(
     rows: Rows, which: np.ndarray, rise_CH: np.ndarray, reach_CH: np.ndarray, row: np.ndarray, z: np.ndarray,
     rate: np.ndarray, effect: np.ndarray, slack: float, sign: float,
 ) -> Flips:  # fmt: skip
@@ -193,13 +195,13 @@ def _kinked(
     begin, value = t_QK[q, segment], value_QK[q, segment]
     growth_Q = slack * reach_CH[by_R[at_Q], head_Q]
     bound_QK = slack * rows.size[which[at_Q], head_Q][:, None] + t_QK * growth_Q[:, None]
-    low, high = _doubt(value, slope, bound_QK[q, segment], growth_Q[q])
+    low, high = _uncertain_interval(value, slope, bound_QK[q, segment], growth_Q[q])
     # places where the logit bends near 0: as far as it may stay there on either side
     p, bend = np.nonzero(np.abs(value_QK) <= bound_QK)
     back, on = np.maximum(bend - 1, 0), np.minimum(bend + 1, most)
     near = value_QK[p, bend], bound_QK[p, bend], growth_Q[p]
-    _, before = _doubt(near[0], slope_QK[p, back], *near[1:])
-    _, after = _doubt(near[0], slope_QK[p, bend], *near[1:])
+    _, before = _uncertain_interval(near[0], slope_QK[p, back], *near[1:])
+    _, after = _uncertain_interval(near[0], slope_QK[p, bend], *near[1:])
     return Flips(
         which[at_Q[q]], head_Q[q], sign * (begin - value / slope),
         which[np.concatenate([at_Q[q], at_Q[p]])],

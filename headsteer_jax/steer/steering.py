@@ -17,14 +17,21 @@ import numpy as np
 
 from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import Split, gather
-from headsteer_jax.model.passes import dealt, largest, padded_chunks, per_image, replicated, too_small
-from headsteer_jax.model.vit import ViT, answer, stack_gates
+from headsteer_jax.data.dataset import Split, gather_images
+from headsteer_jax.model.passes import (
+    compile_within_memory,
+    dealt,
+    memory_error,
+    padded_chunks,
+    per_image_program,
+    replicate,
+)
+from headsteer_jax.model.vit import ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.progress import progress
-from headsteer_jax.sae.autoencoder import SAE, Scaling, centre, decode, encode, uncentre
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, decode_scaled, encode_scaled, scale_input, unscale_output
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.table import pattern_of
+from headsteer_jax.steer.table import gates_to_pattern
 
 Mode = Literal["add", "scale", "clamp", "ablate"]
 
@@ -32,13 +39,13 @@ Mode = Literal["add", "scale", "clamp", "ablate"]
 class Steering(NamedTuple):
     """One layer's autoencoder and what is changed in it."""
 
-    sae: SAE
+    sae: SAEWeights
     scaling: Scaling
     strength: np.ndarray  # [F] mean activation where a latent fires
     choice: Choice
 
 
-def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.Array, mode: Mode) -> jax.Array:
+def steer_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.Array, mode: Mode) -> jax.Array:
     """z' of the chosen latents [LH26]; alpha 0 changes nothing, but for clamp.
 
     add: z + alpha w s;  scale: (1 + alpha w) z;  clamp: alpha w s;  ablate: (1 - alpha) z with alpha cut to [0, 1].
@@ -63,7 +70,7 @@ def steered_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: ja
     return jnp.maximum(z_BS, 0.0)
 
 
-def steered_residual(
+def apply_steering(
     one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, k: int | None, config: SteerConfig
 ) -> jax.Array:
     """x' [B, D].
@@ -74,17 +81,17 @@ def steered_residual(
       class_B: the class by which each image is steered.
       alpha: one for all images, or [B].
     """
-    z_BF = encode(one.sae, centre(one.scaling, x_BD), k)
+    z_BF = encode_scaled(one.sae, scale_input(one.scaling, x_BD), k)
     latents_BS, w_BS = jnp.asarray(one.choice.latents)[class_B], jnp.asarray(one.choice.weights)[class_B]
     z_BS = jnp.take_along_axis(z_BF, latents_BS, axis=1)
     rows_BSD = one.sae.W_d[latents_BS] / one.scaling.scale
-    base_BD = x_BD if config.form == "delta" else uncentre(one.scaling, decode(one.sae, z_BF))
+    base_BD = x_BD if config.form == "delta" else unscale_output(one.scaling, decode_scaled(one.sae, z_BF))
     s_BS = jnp.asarray(one.strength)[latents_BS]
-    change_BS = steered_latents(z_BS, s_BS, w_BS, jnp.reshape(alpha, (-1, 1)), config.mode) - z_BS
+    change_BS = steer_latents(z_BS, s_BS, w_BS, jnp.reshape(alpha, (-1, 1)), config.mode) - z_BS
     return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
 
 
-def suffix(
+def run_from_layer(
     model: ViT, params: Any, x_BTD: jax.Array, steered_BD: jax.Array, layer: int, target: Literal["policy", "residual"]
 ) -> tuple[jax.Array, jax.Array]:
     """The model from `layer` on, with x' in its gate (policy) or in its block as well (residual).
@@ -114,8 +121,8 @@ class GateProgram:
         self._chunk = steer.chunk
 
         def pattern(params: Any, one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array) -> jax.Array:
-            steered_BD = steered_residual(one, x_BD, class_B, alpha, k, steer)
-            return pattern_of(model.apply(params, steered_BD, layer, method="gate_logits"))
+            steered_BD = apply_steering(one, x_BD, class_B, alpha, k, steer)
+            return gates_to_pattern(model.apply(params, steered_BD, layer, method="gate_logits"))
 
         self._one_each = jax.jit(pattern)
         self._all = jax.jit(
@@ -169,22 +176,22 @@ def run_suffix(
     ) -> tuple[jax.Array, ...]:
         def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
             def change(x_BD: jax.Array, one: Steering) -> jax.Array:
-                return steered_residual(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
+                return apply_steering(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
 
             changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
             whole = config.steer.target == "residual"
 
             def rest(m: ViT) -> tuple[jax.Array, Any]:
                 last_BTD, out = m.blocks(x_BTD, layers[0], gate_input=changes, steer_residual=whole)
-                return answer(m.classify(last_BTD[:, 0])), out["gates"]
+                return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
 
             prediction_B, gates = model.apply(params, method=rest)
             return stack_gates({layer: gates[layer] for layer in layers}) > 0, prediction_B
 
         return jax.vmap(at, out_axes=1)(alphas_A)
 
-    size, params = min(chunk, count), replicated(params)
-    program = per_image(after, size, arrays=2, fixed=3).run
+    size, params = min(chunk, count), replicate(params)
+    program = per_image_program(after, size, arrays=2, fixed=3).run
     while True:  # as many alphas at once as fit; where not even one does, fewer images
         images = size * jax.local_device_count()
 
@@ -192,37 +199,37 @@ def run_suffix(
             x_BTD = jax.ShapeDtypeStruct((images, tokens, config.model.width), jnp.float32, sharding=dealt())
             class_B = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=dealt())
             return program.lower(
-                params, replicated(settings[0][0]), replicated(np.zeros(at_once, np.float32)), x_BTD, class_B
+                params, replicate(settings[0][0]), replicate(np.zeros(at_once, np.float32)), x_BTD, class_B
             ).compile()
 
-        found = largest(compile_for, len(alphas), config.steer.memory)
+        found = compile_within_memory(compile_for, len(alphas), config.steer.memory)
         if found.size:
             break
         if size == 1:
-            raise too_small(found, config.steer.memory, "one image under one alpha")
+            raise memory_error(found, config.steer.memory, "one image under one alpha")
         size = max(1, size // 2)
-    prefix = per_image(before, size).run
-    begin, end = (min(call * size, count) for call in hosts.share(-(-count // size)))
+    prefix = per_image_program(before, size).run
+    begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     shape = (len(settings), len(alphas), end - begin)
     gates = np.zeros((*shape, len(layers), config.model.heads), bool)
     predictions = np.zeros(shape, np.int32)
-    steered_V = [replicated(steered) for steered, _ in settings]
+    steered_V = [replicate(steered) for steered, _ in settings]
 
     def own() -> None:
         with progress(len(settings) * (end - begin), what, "image") as bar:
             for indices in padded_chunks(begin, end, size, jax.local_device_count()):
-                (x_BTD,) = prefix(params, gather(split.images, indices))
+                (x_BTD,) = prefix(params, gather_images(split.images, indices))
                 kept = min(len(indices), end - indices[0])
                 for v, (_, class_N) in enumerate(settings):
                     class_B = jax.device_put(class_N[indices].astype(np.int32), dealt())
                     for some in range(0, len(alphas), found.size):
                         which = np.minimum(np.arange(some, some + found.size), len(alphas) - 1)
-                        alphas_A = replicated(np.asarray(alphas, np.float32)[which])
+                        alphas_A = replicate(np.asarray(alphas, np.float32)[which])
                         parts = jax.device_get(found.run(params, steered_V[v], alphas_A, x_BTD, class_B))
                         here = slice(indices[0] - begin, indices[0] - begin + kept)
                         gates[v, which, here] = np.moveaxis(parts[0][:kept], 1, 0)
                         predictions[v, which, here] = parts[1][:kept].T
                     bar.update(kept)
 
-    hosts.everywhere(own)
-    return tuple(np.moveaxis(hosts.joined(np.moveaxis(a, 2, 0)), 0, 2) for a in (gates, predictions))  # type: ignore[return-value]
+    hosts.on_every_process(own)
+    return tuple(np.moveaxis(hosts.gather_rows(np.moveaxis(a, 2, 0)), 0, 2) for a in (gates, predictions))  # type: ignore[return-value]

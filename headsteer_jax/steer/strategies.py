@@ -1,7 +1,7 @@
 """Which latents to change: a strategy looks at how latents fire on the training split and names some for each class.
 
 A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names ours. A user's own is simpler,
-`(statistics, class) -> latents, weights`, and is named by its import path: `per_class` makes a strategy of it.
+`(statistics, class) -> latents, weights`, and is named by its import path: `per_class_strategy` makes a strategy of it.
 Axes: C classes, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit h is head h).
 """
 
@@ -47,7 +47,7 @@ Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice
 ClassStrategy = Callable[[LatentStatistics, int], tuple[Any, Any]]  # -> [S] latents, [S] weights of one class
 
 
-def statistics(
+def latent_statistics(
     z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray | None = None,
     outcomes: tuple[Outcomes, ...] = (), class_names: tuple[str, ...] = (),
 ) -> LatentStatistics:  # fmt: skip
@@ -96,33 +96,33 @@ def _most_frequent(frequency_CF: np.ndarray, eligible: np.ndarray, count: int) -
     return eligible[order].astype(np.int32)
 
 
-def class_frequent(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+def class_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """[LH26] per-class: the latents that fire most often on the class's training images."""
     latents = _most_frequent(stats.class_frequency, _eligible(stats, config), config.latents)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
-def global_frequent(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+def global_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """[LH26] global: the latents that fire most often on all training images, the same for every class."""
     latents = _most_frequent(stats.frequency[None], _eligible(stats, config), config.latents)
     latents = np.repeat(latents, len(stats.class_frequency), axis=0)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
-def random(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+def random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """[LH26] random: for each class, latents drawn evenly from those that fire."""
     eligible = _eligible(stats, config)
     latents = np.stack([rng.choice(eligible, config.latents, replace=False) for _ in stats.class_frequency])
     return Choice(latents.astype(np.int32), np.ones(latents.shape, np.float32))
 
 
-def matched_random(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """A control for `class_frequent`: random latents that fire as often as its own and move the residual as far.
+def matched_random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """A control for `class_frequent_latents`: random latents that fire as often as its own and move the residual as far.
 
     Each of the class's latents is replaced by one drawn from the ten others closest to it in overall frequency; then
     one weight for all makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, equal to the class's own.
     """
-    chosen = class_frequent(stats, config, rng)
+    chosen = class_frequent_latents(stats, config, rng)
     eligible = _eligible(stats, config)
     latents = np.empty_like(chosen.latents)
     for row, own in zip(latents, chosen.latents, strict=True):
@@ -145,7 +145,7 @@ def shift_norm(stats: LatentStatistics, latents_CS: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.einsum("CS,CSD->CD", stats.strength[latents_CS], stats.decoder[latents_CS]), axis=1)
 
 
-def gate_aligned(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+def gate_aligned_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """Ours: latents of the class whose decoders push the gate where the class keeps its accuracy with fewer heads.
 
     `wanted_heads` says for each class which heads to close, open or leave alone as alpha grows, from what every gate
@@ -236,15 +236,15 @@ def wanted_heads(outcomes: tuple[Outcomes, ...], label: int, price: float, start
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "class": class_frequent,
-    "global": global_frequent,
-    "random": random,
-    "matched_random": matched_random,
-    "gate_aligned": gate_aligned,
+    "class": class_frequent_latents,
+    "global": global_frequent_latents,
+    "random": random_latents,
+    "matched_random": matched_random_latents,
+    "gate_aligned": gate_aligned_latents,
 }
 
 
-def strategy(name: str) -> Strategy:
+def find_strategy(name: str) -> Strategy:
     """One of ours, or a user's own by its import path, `module:function`.
 
     Raises:
@@ -262,10 +262,10 @@ def strategy(name: str) -> Strategy:
         raise HeadSteerError(f"config.steer.strategies: {name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise HeadSteerError(f"config.steer.strategies: {name!r} is no function")
-    return per_class(function, name)
+    return per_class_strategy(function, name)
 
 
-def per_class(function: ClassStrategy, name: str) -> Strategy:
+def per_class_strategy(function: ClassStrategy, name: str) -> Strategy:
     """A strategy that asks a user's function about every class.
 
     Its errors name the strategy, the class and what it returned: latents that do not exist or occur twice, weights
@@ -307,6 +307,6 @@ def per_class(function: ClassStrategy, name: str) -> Strategy:
     return every_class
 
 
-def overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:
+def latent_overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:
     """[C, C'] shared latents over S, of every pair of rows: |A & B| / S, [LH26]'s overlap."""
     return np.array([[len(np.intersect1d(a, b)) for b in b_CS] for a in a_CS]) / a_CS.shape[1]

@@ -1,7 +1,7 @@
 """The steering experiment: every strategy, seed and alpha on the validation and the test split, as counts and bits.
 
 Latents are chosen on the training split. Nothing is chosen here: `summary` does, on validation alone. How a setting's
-gates and answers are found is decided by `way`, and said.
+gates and answers are found is decided by `choose_method`, and said.
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, R rows (an image with the class that steers
 it), C classes, H heads, F latents.
 """
@@ -22,38 +22,38 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.passes import Program
 from headsteer_jax.model.vit import ViT
 from headsteer_jax.runtime.progress import progress, say
-from headsteer_jax.sae.autoencoder import SAE, Scaling, encode_all, seed_of
-from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, encode_all, select_member
+from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.steering import GateProgram, Steering, run_suffix
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
     Outcomes,
     Strategy,
-    gate_aligned,
-    overlap,
-    statistics,
-    strategy,
+    find_strategy,
+    gate_aligned_latents,
+    latent_overlap,
+    latent_statistics,
 )
-from headsteer_jax.steer.table import Table, fill_table, gates_of, listed_patterns, table_program
+from headsteer_jax.steer.table import Table, compile_table_program, fill_table, list_patterns, pattern_to_gates
 from headsteer_jax.steer.tally import (
     Answers,
-    Steps,
+    StepFunction,
     Tally,
     class_counts,
-    exact_steps,
-    look_up,
-    on_grid,
-    packed,
-    tally_of,
+    exact_step_function,
+    pack_bits,
+    place_on_grid,
+    tally_flips,
+    tally_gates,
 )
 
 NAMED_BY = ("true", "predicted")  # the class that steers an image: its label, or what the unsteered model says
 Arrays = dict[str, np.ndarray]
-Way = Literal["flips", "gates", "suffix"]
+Method = Literal["flips", "gates", "suffix"]
 
 
-def way(config: Config) -> Way:
+def choose_method(config: Config) -> Method:
     """How settings are evaluated: the cheapest way that is exact for this config.
 
     flips: the gates' flips in closed form, answers from the table; gates: the steered residual goes through the gate
@@ -61,35 +61,35 @@ def way(config: Config) -> Way:
     """
     if config.steer.target == "residual" or config.model.heads > MOST_HEADS:
         return "suffix"
-    return "flips" if is_affine(config.steer, config.gate.layer_norm) else "gates"
+    return "flips" if is_affine_in_alpha(config.steer, config.gate.layer_norm) else "gates"
 
 
-def why(config: Config) -> str:
+def describe_method(config: Config) -> str:
     """The way that was chosen, for the log."""
     heads, steer = config.model.heads, config.steer
-    if way(config) == "suffix":
+    if choose_method(config) == "suffix":
         reason = "target is residual" if steer.target == "residual" else f"{heads} heads are too many for a table"
         return f"sweep: the layers from {config.sae_layer} on run for every setting, as {reason}"
     table = f"sweep: one pass, then look-ups among 2^{heads} = {2**heads} gate patterns"
-    if way(config) == "flips":
+    if choose_method(config) == "flips":
         return f"{table}; exact in alpha"
     reason = "the gate has a LayerNorm" if config.gate.layer_norm else f"{steer.mode} in {steer.form} form"
     return f"{table}; the gate is computed for every alpha ({reason})"
 
 
-def alpha_grid(config: SteerConfig) -> np.ndarray:
+def make_alpha_grid(config: SteerConfig) -> np.ndarray:
     """[A] float64, sorted, with 0: the unsteered model is part of every sweep."""
     return np.unique(np.array([0.0, *config.alphas]))
 
 
-def check_names(config: Config, class_names: tuple[str, ...]) -> None:
+def check_strategies_and_classes(config: Config, class_names: tuple[str, ...]) -> None:
     """Raises HeadSteerError for a strategy or a class that does not exist, before anything is computed."""
     for name in config.steer.strategies:
-        strategy(name)
+        find_strategy(name)
     check_classes("config.steer.classes", config.steer.classes, class_names)
 
 
-def _scored(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
+def _select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
     """The images of config.steer.classes, or all."""
     if not config.steer.classes:
         return split
@@ -115,11 +115,11 @@ def _unsteered(split: str, table: Table, labels: np.ndarray, classes: int, heads
         f"{split}_prediction": table.prediction,
         f"{split}_table": table.answers,
         f"{split}_unsteered_correct": class_counts(table.prediction == labels, labels, classes),
-        f"{split}_unsteered_heads_on": class_counts(gates_of(table.pattern, heads).T, labels, classes).T,
+        f"{split}_unsteered_heads_on": class_counts(pattern_to_gates(table.pattern, heads).T, labels, classes).T,
     }
 
 
-def _folds(labels: np.ndarray) -> np.ndarray:
+def _halve_each_class(labels: np.ndarray) -> np.ndarray:
     """[N] 0 or 1: every class's images in two halves, by turns."""
     fold_N = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
@@ -152,7 +152,7 @@ def check_validation(split: Split, config: Config, class_names: tuple[str, ...])
             )
 
 
-def _evidence(
+def _pattern_evidence(
     config: Config, wanted: bool, dataset: Dataset, program: Program, params: Any, table: Table, validation: Split
 ) -> tuple[Outcomes, ...]:
     """What gate_aligned looks at: steer.evidence training images of each class, and the validation split.
@@ -176,7 +176,7 @@ def _evidence(
     )
 
 
-class Job(NamedTuple):
+class SplitSweep(NamedTuple):
     """One split and everything that steers it."""
 
     name: str  # of the split
@@ -199,9 +199,9 @@ class Job(NamedTuple):
         return Answers(labels, self.table.pattern.astype(np.int64), self.table.answers == labels[:, None])
 
 
-def make_job(
+def make_split_sweep(
     name: str, split: Split, table: Table, steered: list[list[Steering]], offset: np.ndarray | int, size_NH: np.ndarray
-) -> Job:
+) -> SplitSweep:
     """
     Args:
       offset: added to each image's class: the row of the choices that steers it.
@@ -216,27 +216,29 @@ def make_job(
     predicted[:count] = table.prediction == labels
     none = np.zeros(0, np.int64)
     rows = Rows(image, steered_by, table.gate_logits[image], size_NH[image], (none, none, none))
-    return Job(name, split, table, rows, (true, predicted), steered)
+    return SplitSweep(name, split, table, rows, (true, predicted), steered)
 
 
-def active_latents(
-    sae: SAE, scaling: Scaling, x_ND: np.ndarray, image: np.ndarray, k: int | None
+def find_active_latents(
+    sae: SAEWeights, scaling: Scaling, x_ND: np.ndarray, image: np.ndarray, k: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, latent and activation wherever a latent is active in one of the rows; rows ascend."""
     z_RF = csr_array(encode_all(sae, scaling, x_ND, k, chunk=1000))[image]
     return np.repeat(np.arange(len(image)), np.diff(z_RF.indptr)), z_RF.indices, z_RF.data
 
 
-Swept = Iterator[tuple[int, int, list[Tally], Flips | None]]  # seed, strategy, a tally for each way to name the class
+SettingTallies = Iterator[
+    tuple[int, int, list[Tally], Flips | None]
+]  # seed, strategy, a tally for each way to name the class
 
 
-def by_flips(
-    job: Job, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], k: int | None, classes: int
-) -> Swept:
+def sweep_by_flips(
+    job: SplitSweep, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], k: int | None, classes: int
+) -> SettingTallies:
     """Every setting from the closed form; what lies within float32's rounding is decided by the model itself."""
     answers = job.answers
     rows = [
-        job.rows._replace(active=active_latents(row[0].sae, row[0].scaling, job.table.x, job.rows.image, k))
+        job.rows._replace(active=find_active_latents(row[0].sae, row[0].scaling, job.table.x, job.rows.image, k))
         for row in job.steered
     ]
 
@@ -244,12 +246,12 @@ def by_flips(
         s, g = place
         steering = job.steered[s][g]
         flips = find_flips(rows[s], steering.choice, steering.strength, effects[s])
-        grid = on_grid(flips, alphas)
+        grid = place_on_grid(flips, alphas)
         decided = program(
             steering, job.table.x[job.rows.image[grid.unsure_row]], job.rows.steered_by[grid.unsure_row],
             alphas[grid.unsure_place], each=True,
         )  # fmt: skip
-        return [look_up(grid, decided, rows[s], used, answers, alphas, classes) for used in job.used], flips
+        return [tally_flips(grid, decided, rows[s], used, answers, alphas, classes) for used in job.used], flips
 
     places = list(np.ndindex(len(job.steered), len(job.steered[0])))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -257,7 +259,7 @@ def by_flips(
             yield s, g, tallies, flips
 
 
-def by_gates(job: Job, alphas: np.ndarray, program: GateProgram, classes: int) -> Swept:
+def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, classes: int) -> SettingTallies:
     """Every setting by the gate itself, and the table."""
     heads, labels, rows = job.rows.gate_logits.shape[1], job.split.labels, job.rows
     was = job.table.prediction == labels
@@ -269,11 +271,13 @@ def by_gates(job: Job, alphas: np.ndarray, program: GateProgram, classes: int) -
                 own = np.flatnonzero(used)
                 own = own[np.argsort(rows.image[own])]
                 right_AN = job.table.answers[rows.image[own], pattern_AR[:, own]] == labels
-                tallies.append(tally_of(gates_of(pattern_AR[:, own], heads), right_AN, was, labels, classes))
+                tallies.append(tally_gates(pattern_to_gates(pattern_AR[:, own], heads), right_AN, was, labels, classes))
             yield s, g, tallies, None
 
 
-def by_suffix(job: Job, alphas: np.ndarray, model: ViT, params: Any, config: Config, classes: int) -> Swept:
+def sweep_by_suffix(
+    job: SplitSweep, alphas: np.ndarray, model: ViT, params: Any, config: Config, classes: int
+) -> SettingTallies:
     """Every setting by the layers from the steered one on."""
     labels, was = job.split.labels, job.table.prediction == job.split.labels
     by_class = [job.class_of(y) for y in range(len(NAMED_BY))]
@@ -288,14 +292,14 @@ def by_suffix(job: Job, alphas: np.ndarray, model: ViT, params: Any, config: Con
         for number, (s, g) in enumerate(own):
             tallies = []
             for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY)):
-                tallies.append(tally_of(gates[v, :, :, 0], predictions[v] == labels, was, labels, classes))
+                tallies.append(tally_gates(gates[v, :, :, 0], predictions[v] == labels, was, labels, classes))
             yield s, g, tallies, None
 
 
 def run_sweep(
-    config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAE, scaling: Scaling, x_train: np.ndarray,
+    config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAEWeights, scaling: Scaling, x_train: np.ndarray,
     strategies: Mapping[str, Strategy],
-) -> tuple[Arrays, dict[str, dict[str, Steps]]]:  # fmt: skip
+) -> tuple[Arrays, dict[str, dict[str, StepFunction]]]:  # fmt: skip
     """The whole sweep.
 
     Args:
@@ -307,38 +311,38 @@ def run_sweep(
       The arrays of sweep.nc (docs/outputs.md names each), and, where alpha is exact, for each split and strategy
       accuracy and usage as functions of it, over all seeds, steered by the label.
     """
-    steer, classes, heads, how = config.steer, len(dataset.class_names), config.model.heads, way(config)
-    alphas, names = alpha_grid(steer), tuple(strategies)
-    say(why(config))
+    steer, classes, heads, how = config.steer, len(dataset.class_names), config.model.heads, choose_method(config)
+    alphas, names = make_alpha_grid(steer), tuple(strategies)
+    say(describe_method(config))
     if 0 not in steer.alphas:
         say("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
     splits = {
-        "validation": _scored(dataset.validation, config, dataset.class_names),
-        "test": _scored(dataset.test, config, dataset.class_names),
+        "validation": _select_classes(dataset.validation, config, dataset.class_names),
+        "test": _select_classes(dataset.test, config, dataset.class_names),
     }
     arrays: Arrays = {
         "strategies": np.array(names), "named_by": np.array(NAMED_BY), "alphas": alphas,
-        "class_names": np.array(dataset.class_names), "subset": listed_patterns(config),
+        "class_names": np.array(dataset.class_names), "subset": list_patterns(config),
     }  # fmt: skip
     if dataset.related is not None:
         arrays["related"] = dataset.related
-    program = table_program(model, params, splits["test"], config)
+    program = compile_table_program(model, params, splits["test"], config)
     tables = {name: fill_table(program, params, split, f"{name}: every gate pattern") for name, split in splits.items()}
     for name, split in splits.items():
         arrays |= _unsteered(name, tables[name], split.labels, classes, heads)
 
-    aligned = any(one is gate_aligned for one in strategies.values())
-    evidence = _evidence(config, aligned, dataset, program, params, tables["validation"], splits["validation"])
-    gate_DH = gate_weights(model, params, config.sae_layer, x_train)
-    fold_N = _folds(splits["validation"].labels)
+    aligned = any(one is gate_aligned_latents for one in strategies.values())
+    evidence = _pattern_evidence(config, aligned, dataset, program, params, tables["validation"], splits["validation"])
+    gate_DH = gate_jacobian(model, params, config.sae_layer, x_train)
+    fold_N = _halve_each_class(splits["validation"].labels)
     chosen: list[list[Steering]] = []  # [S][G]
     crossed: list[list[Steering]] = []  # the same with 2 C rows of choices, for validation
     effects, frequencies = [], []
     for seed in range(config.sae.seeds):
-        sae = seed_of(saes, seed)
+        sae = select_member(saes, seed)
         z_NF = encode_all(sae, scaling, x_train, config.sae.inference_k)
         decoder = np.asarray(sae.W_d) / scaling.scale
-        stats = statistics(z_NF, dataset.train.labels, classes, decoder, gate_DH, evidence, dataset.class_names)
+        stats = latent_statistics(z_NF, dataset.train.labels, classes, decoder, gate_DH, evidence, dataset.class_names)
         seen = [stats, *(_without_fold(stats, fold_N, fold) for fold in (0, 1))]
         chosen.append([])
         crossed.append([])
@@ -353,23 +357,23 @@ def run_sweep(
         if seed == 0:
             arrays["top_images"], arrays["top_activations"] = _top_images(z_NF, config.report.top_images)
             arrays["class_frequency"] = stats.class_frequency.astype(np.float32)
-    arrays |= {"frequency": np.stack(frequencies)} | _choices(chosen)
+    arrays |= {"frequency": np.stack(frequencies)} | _stack_choices(chosen)
 
     gates = GateProgram(model, params, config)
-    steps: dict[str, dict[str, Steps]] = {}
+    steps: dict[str, dict[str, StepFunction]] = {}
     for name, split in splits.items():
         steered, offset = (crossed, classes * fold_N) if name == "validation" else (chosen, 0)
         size_NH = np.zeros_like(tables[name].gate_logits)
         if how == "flips":
             linear = jax.tree.map(np.asarray, params["params"][f"layers_{config.sae_layer}"]["decide"]["linear"])
             size_NH = np.abs(tables[name].x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
-        job = make_job(name, split, tables[name], steered, offset, size_NH)
+        job = make_split_sweep(name, split, tables[name], steered, offset, size_NH)
         if how == "flips":
-            swept = by_flips(job, alphas, gates, effects, config.sae.inference_k, classes)
+            swept = sweep_by_flips(job, alphas, gates, effects, config.sae.inference_k, classes)
         elif how == "gates":
-            swept = by_gates(job, alphas, gates, classes)
+            swept = sweep_by_gates(job, alphas, gates, classes)
         else:
-            swept = by_suffix(job, alphas, model, params, config, classes)
+            swept = sweep_by_suffix(job, alphas, model, params, config, classes)
         shape = (len(names), config.sae.seeds, len(NAMED_BY))
         found: Arrays = {}
         flips: dict[tuple[int, int], Flips] = {}
@@ -384,31 +388,33 @@ def run_sweep(
                 if own is not None:
                     flips[g, s] = own
                 bar.update(1)
-        before = packed(tables[name].prediction == split.labels)
+        before = pack_bits(tables[name].prediction == split.labels)
         lost = arrays[f"{name}_unsteered_correct"] + found[f"{name}_gained"] - found[f"{name}_correct"]
         arrays |= found | {f"{name}_lost": lost, f"{name}_unsteered_right": before}
         if flips:
             answers = job.answers
             steps[name] = {
-                one: exact_steps([(flips[g, s], job.rows, job.used[0], answers) for s in range(config.sae.seeds)])
+                one: exact_step_function(
+                    [(flips[g, s], job.rows, job.used[0], answers) for s in range(config.sae.seeds)]
+                )
                 for g, one in enumerate(names)
             }
     by_name = {one: arrays["latents"][g] for g, one in enumerate(names)}  # [S, C, K]
     if "class" in by_name:
-        arrays["overlap_class_class"] = np.stack([overlap(one, one) for one in by_name["class"]])
+        arrays["overlap_class_class"] = np.stack([latent_overlap(one, one) for one in by_name["class"]])
     if "class" in by_name and "global" in by_name:
         pairs = zip(by_name["global"], by_name["class"], strict=True)
-        arrays["overlap_global_class"] = np.stack([overlap(g[:1], c)[0] for g, c in pairs])
+        arrays["overlap_global_class"] = np.stack([latent_overlap(g[:1], c)[0] for g, c in pairs])
     return arrays, steps
 
 
-def gate_weights(model: ViT, params: Any, layer: int, x_ND: np.ndarray) -> np.ndarray:
+def gate_jacobian(model: ViT, params: Any, layer: int, x_ND: np.ndarray) -> np.ndarray:
     """[D, H] derivative of the gate logits at the mean residual: the gate's weights, unless it has a LayerNorm."""
     gate = jax.jacobian(lambda x_D: model.apply(params, x_D[None], layer, method="gate_logits")[0])
     return np.asarray(gate(jnp.asarray(x_ND.mean(axis=0, dtype=np.float64), jnp.float32))).T
 
 
-def _choices(chosen: list[list[Steering]]) -> Arrays:
+def _stack_choices(chosen: list[list[Steering]]) -> Arrays:
     """latents and weights [G, S, C, most]: strategies that choose fewer latents are filled with -1 and 0."""
     most = max(one.choice.latents.shape[1] for one in chosen[0])
     filled: Arrays = {}

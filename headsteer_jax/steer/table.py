@@ -16,23 +16,23 @@ import numpy as np
 from headsteer_jax.config.schema import MOST_HEADS, Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
-from headsteer_jax.model.passes import Program, fitted, over_split, per_image
-from headsteer_jax.model.vit import ViT, answer
+from headsteer_jax.model.passes import Program, compile_program_within_memory, per_image_program, run_over_split
+from headsteer_jax.model.vit import ViT, predict_class
 
-BLOCK = 2048  # rows of the products that fill the table: more leave a CPU's cache
+ROWS_PER_PRODUCT = 2048  # rows of the products that fill the table: more leave a CPU's cache
 
 
-def pattern_of(g_BH: jax.Array) -> jax.Array:
+def gates_to_pattern(g_BH: jax.Array) -> jax.Array:
     """[..., H] gates -> [...] int32 pattern, whose bit h is head h."""
     return jnp.sum((g_BH > 0) << jnp.arange(g_BH.shape[-1]), axis=-1, dtype=jnp.int32)
 
 
-def gates_of(pattern: np.ndarray, heads: int) -> np.ndarray:
+def pattern_to_gates(pattern: np.ndarray, heads: int) -> np.ndarray:
     """[...] patterns -> [..., H] bool gates."""
     return (np.asarray(pattern)[..., None] >> np.arange(heads)) & 1 > 0
 
 
-def listed_patterns(config: Config) -> np.ndarray:
+def list_patterns(config: Config) -> np.ndarray:
     """[P] int64, ascending: all 2^H patterns; above MOST_HEADS heads steer.subsets of them.
 
     Those hold none and all heads, every single head and every set that lacks one; the others are drawn, as many of
@@ -51,7 +51,7 @@ def listed_patterns(config: Config) -> np.ndarray:
     return np.array(sorted(found))
 
 
-def pattern_answers(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patterns_P: jax.Array) -> jax.Array:
+def predict_under_patterns(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patterns_P: jax.Array) -> jax.Array:
     """[P, B] int32 classes that follow when `layer` runs each pattern's heads, whatever its gate says.
 
     In the last layer only the CLS query is needed, and attention does not depend on the gates: each head's
@@ -67,13 +67,13 @@ def pattern_answers(model: ViT, params: Any, x_BTD: jax.Array, layer: int, patte
 
             def summed(g_H: jax.Array) -> jax.Array:
                 added_BD = always_BD + jnp.einsum("H,BHD->BD", g_H, each_BHD, precision=jax.lax.Precision.HIGHEST)
-                return answer(m.last_logits(x_BTD[:, 0], added_BD))
+                return predict_class(m.last_logits(x_BTD[:, 0], added_BD))
 
-            return jax.lax.map(summed, gates_PH, batch_size=max(1, BLOCK // count))
+            return jax.lax.map(summed, gates_PH, batch_size=max(1, ROWS_PER_PRODUCT // count))
 
         def forced(g_H: jax.Array) -> jax.Array:
             last_BTD, _ = m.blocks(x_BTD, layer, gates={layer: jnp.broadcast_to(g_H, (count, heads))})
-            return answer(m.classify(last_BTD[:, 0]))
+            return predict_class(m.classify(last_BTD[:, 0]))
 
         return jax.lax.map(forced, gates_PH)
 
@@ -90,29 +90,29 @@ class Table(NamedTuple):
     answers: np.ndarray  # [N, P] int32, the prediction under each listed pattern
 
 
-def table_program(model: ViT, params: Any, split: Split, config: Config) -> Program:
+def compile_table_program(model: ViT, params: Any, split: Split, config: Config) -> Program:
     """The pass that fills a table, compiled within the memory budget for images like a split's.
 
     Raises:
       HeadSteerError: the budget is too small for one image.
     """
-    layer, listed_P = config.sae_layer, jnp.asarray(listed_patterns(config), jnp.int32)
+    layer, listed_P = config.sae_layer, jnp.asarray(list_patterns(config), jnp.int32)
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         x_BTD = model.apply(params, preprocess(images, config.data), layer, method="before")
         m_BH = model.apply(params, x_BTD[:, 0], layer, method="gate_logits")
-        answers_BP = pattern_answers(model, params, x_BTD, layer, listed_P).T
-        pattern_B = pattern_of(m_BH)
+        answers_BP = predict_under_patterns(model, params, x_BTD, layer, listed_P).T
+        pattern_B = gates_to_pattern(m_BH)
         if len(listed_P) == 2**config.model.heads:
             own_B = jnp.take_along_axis(answers_BP, pattern_B[:, None], axis=1)[:, 0]
         else:
             last_BTD, _ = model.apply(params, x_BTD, layer, method="blocks")
-            own_B = answer(model.apply(params, last_BTD[:, 0], method="classify"))
+            own_B = predict_class(model.apply(params, last_BTD[:, 0], method="classify"))
         return x_BTD[:, 0], m_BH, pattern_B, own_B, answers_BP
 
-    return fitted(per_image(run, config.steer.chunk), params, split, config.steer.memory)
+    return compile_program_within_memory(per_image_program(run, config.steer.chunk), params, split, config.steer.memory)
 
 
 def fill_table(program: Program, params: Any, split: Split, what: str) -> Table:
     """One pass over a split."""
-    return Table(*over_split(program, params, split, what))
+    return Table(*run_over_split(program, params, split, what))

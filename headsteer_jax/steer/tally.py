@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from headsteer_jax.steer.flips import Flips, Rows
-from headsteer_jax.steer.table import gates_of
+from headsteer_jax.steer.table import pattern_to_gates
 
 
-class Grid(NamedTuple):
+class GridFlips(NamedTuple):
     """Flips placed on a grid of alphas: each takes effect at `place` and everywhere further out."""
 
     row: np.ndarray  # [E]
@@ -23,7 +23,7 @@ class Grid(NamedTuple):
     unsure_place: np.ndarray  # [M] index into alphas
 
 
-def on_grid(flips: Flips, alphas: np.ndarray) -> Grid:
+def place_on_grid(flips: Flips, alphas: np.ndarray) -> GridFlips:
     """Where on a sorted grid that holds 0 each flip takes effect; those beyond its ends are left out."""
     zero = int(np.searchsorted(alphas, 0.0))
     rises = ~np.signbit(flips.alpha)
@@ -38,7 +38,7 @@ def on_grid(flips: Flips, alphas: np.ndarray) -> Grid:
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     place = np.repeat(since[some], lengths) + within
     key = np.unique((np.repeat(flips.unsure_row[some], lengths) * len(alphas) + place)[place != zero])
-    return Grid(flips.row[inside], flips.head[inside], index[inside], *np.divmod(key, len(alphas)))
+    return GridFlips(flips.row[inside], flips.head[inside], index[inside], *np.divmod(key, len(alphas)))
 
 
 class Tally(NamedTuple):
@@ -59,7 +59,7 @@ class Answers(NamedTuple):
     right: np.ndarray  # [N, P] bool
 
 
-def _walk(
+def _follow_flips(
     row: np.ndarray, head: np.ndarray, outward: np.ndarray, rows: Rows, answers: Answers
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The images of flips in order, path by path from alpha 0 outwards, and what each flip does.
@@ -80,8 +80,14 @@ def _walk(
     return image, after, table[image * patterns + (after ^ bit)], table[image * patterns + after]
 
 
-def look_up(
-    grid: Grid, decided: np.ndarray, rows: Rows, used_R: np.ndarray, answers: Answers, alphas: np.ndarray, classes: int
+def tally_flips(
+    grid: GridFlips,
+    decided: np.ndarray,
+    rows: Rows,
+    used_R: np.ndarray,
+    answers: Answers,
+    alphas: np.ndarray,
+    classes: int,
 ) -> Tally:
     """The tally of the rows in use, one for each image, from where their gates flip.
 
@@ -95,7 +101,7 @@ def look_up(
     path = row * 2 + (index > zero)
     order = np.argsort(path * len(alphas) + np.abs(index - zero))
     row, head, index, path = row[order], head[order], index[order], path[order]
-    image, after, right_before, right_after = _walk(row, head, path, rows, answers)
+    image, after, right_before, right_after = _follow_flips(row, head, path, rows, answers)
 
     size = -(-count // 64) * 8
     right, gates = np.zeros((len(alphas), size), np.uint8), np.zeros((len(alphas), heads, size), np.uint8)
@@ -104,12 +110,12 @@ def look_up(
     np.bitwise_xor.at(right.reshape(-1), index[changed] * size + byte[changed], mask[changed])
     np.bitwise_xor.at(gates.reshape(-1), (index * heads + head) * size + byte, mask)
     was = answers.right[np.arange(count), answers.pattern]
-    base = gates_of(answers.pattern, heads)
+    base = pattern_to_gates(answers.pattern, heads)
     for bits, start in ((right, was), (gates, base.T)):
         wide = bits.view(np.uint64)
         np.bitwise_xor.accumulate(wide[zero:], axis=0, out=wide[zero:])
         np.bitwise_xor.accumulate(wide[zero::-1], axis=0, out=wide[zero::-1])
-        wide ^= packed(start).view(np.uint64)
+        wide ^= pack_bits(start).view(np.uint64)
 
     label = answers.labels[image]
 
@@ -135,22 +141,24 @@ def look_up(
     return outcomes
 
 
-def packed(values: np.ndarray) -> np.ndarray:
+def pack_bits(values: np.ndarray) -> np.ndarray:
     """[..., N] bool -> [..., N/8] uint8: bit n % 8 of byte n // 8; padded to whole words of 8 bytes."""
     bits = np.packbits(values, axis=-1, bitorder="little")
     return np.ascontiguousarray(np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 8)]))
 
 
-def unpacked(bits: np.ndarray, count: int) -> np.ndarray:
+def unpack_bits(bits: np.ndarray, count: int) -> np.ndarray:
     """[..., N/8] uint8 -> [..., N] bool."""
     return np.unpackbits(bits, axis=-1, count=count, bitorder="little").view(bool)
 
 
-def tally_of(gates_ANH: np.ndarray, right_AN: np.ndarray, was_N: np.ndarray, labels: np.ndarray, classes: int) -> Tally:
+def tally_gates(
+    gates_ANH: np.ndarray, right_AN: np.ndarray, was_N: np.ndarray, labels: np.ndarray, classes: int
+) -> Tally:
     """The tally of every image's gates and answers themselves, where there are no flips to follow."""
     gates_AHN = np.moveaxis(gates_ANH, -1, -2)
     return Tally(
-        packed(right_AN), packed(gates_AHN),
+        pack_bits(right_AN), pack_bits(gates_AHN),
         class_counts(right_AN, labels, classes).astype(np.int32),
         class_counts(right_AN & ~was_N, labels, classes).astype(np.int32),
         np.moveaxis(class_counts(gates_AHN, labels, classes), -1, -2).astype(np.int32),
@@ -158,7 +166,7 @@ def tally_of(gates_ANH: np.ndarray, right_AN: np.ndarray, was_N: np.ndarray, lab
 
 
 def _correct(
-    outcomes: Tally, grid: Grid, decided: np.ndarray, rows: Rows, used_R: np.ndarray, answers: Answers
+    outcomes: Tally, grid: GridFlips, decided: np.ndarray, rows: Rows, used_R: np.ndarray, answers: Answers
 ) -> None:
     """Where the model's own arithmetic decides otherwise than the closed form, the model is right: in place."""
     heads, image = outcomes.gates.shape[1], rows.image[grid.unsure_row]
@@ -167,7 +175,7 @@ def _correct(
     have = have_MH @ (1 << np.arange(heads))
     for m in np.flatnonzero(used_R[grid.unsure_row] & (have != decided)):
         n, a, label = image[m], grid.unsure_place[m], answers.labels[image[m]]
-        gates_H = gates_of(decided[m], heads)
+        gates_H = pattern_to_gates(decided[m], heads)
         change = int(answers.right[n, decided[m]]) - int(answers.right[n, have[m]])
         outcomes.gates[a, :, byte[m]] ^= np.where(gates_H != have_MH[m], mask[m], np.uint8(0))
         outcomes.right[a, byte[m]] ^= mask[m] * np.uint8(change != 0)
@@ -176,7 +184,7 @@ def _correct(
         outcomes.gained[a, label] += 0 if answers.right[n, answers.pattern[n]] else change
 
 
-class Steps(NamedTuple):
+class StepFunction(NamedTuple):
     """Accuracy and usage as exact functions of alpha on the whole real line: constant between two steps.
 
     Counts are over all images, and over all autoencoder seeds.
@@ -203,7 +211,7 @@ class Steps(NamedTuple):
         return np.searchsorted(self.alpha, alpha, side="right")
 
 
-def exact_steps(parts: Sequence[tuple[Flips, Rows, np.ndarray, Answers]]) -> Steps:
+def exact_step_function(parts: Sequence[tuple[Flips, Rows, np.ndarray, Answers]]) -> StepFunction:
     """Steps of several autoencoders' flips together.
 
     Args:
@@ -216,12 +224,12 @@ def exact_steps(parts: Sequence[tuple[Flips, Rows, np.ndarray, Answers]]) -> Ste
         path = row * 2 + ~np.signbit(alpha)
         order = np.lexsort((np.abs(alpha), path))
         row, head, alpha, path = row[order], head[order], alpha[order], path[order]
-        _, after, right_before, right_after = _walk(row, head, path, rows, answers)
+        _, after, right_before, right_after = _follow_flips(row, head, path, rows, answers)
         gained = right_after.astype(np.int8) - right_before.astype(np.int8)
         moves.append((alpha, gained, np.where((after >> head) & 1, 1, -1).astype(np.int8)))
         heads = rows.gate_logits.shape[1]
         correct += int(answers.right[np.arange(len(answers.labels)), answers.pattern].sum())
-        heads_on += int(gates_of(answers.pattern, heads).sum())
+        heads_on += int(pattern_to_gates(answers.pattern, heads).sum())
     alpha, gained, opened = (np.concatenate(part) for part in zip(*moves, strict=True))
     order = np.argsort(alpha, kind="stable")
     alpha, falls = alpha[order], np.signbit(alpha[order])
@@ -232,10 +240,10 @@ def exact_steps(parts: Sequence[tuple[Flips, Rows, np.ndarray, Answers]]) -> Ste
         return np.concatenate([left, [start], start + np.cumsum(step[~falls])])
 
     images = sum(len(answers.labels) for *_, answers in parts)
-    return Steps(alpha, path_of(gained, correct), path_of(opened, heads_on), images, heads)
+    return StepFunction(alpha, path_of(gained, correct), path_of(opened, heads_on), images, heads)
 
 
-def least_alpha(steps: Steps, usage: float) -> float | None:
+def smallest_alpha(steps: StepFunction, usage: float) -> float | None:
     """The smallest alpha >= 0 that brings usage down to a wanted one; None where none does."""
     first = int(np.searchsorted(steps.alpha, 0.0))
     reached = np.flatnonzero(steps.usage[first:] <= usage)
@@ -244,7 +252,7 @@ def least_alpha(steps: Steps, usage: float) -> float | None:
     return 0.0 if reached[0] == 0 else float(steps.alpha[first + reached[0] - 1])
 
 
-def best_alpha(steps: Steps, floor: float) -> float:
+def best_alpha(steps: StepFunction, floor: float) -> float:
     """The alpha > 0 of lowest usage that keeps the accuracy at `floor` or above, of all alphas; 0 where none does.
 
     It is the middle of its interval; of an interval without an end, half as far again as its beginning.

@@ -10,10 +10,10 @@ from etils.epath import Path
 from tensorboardX import SummaryWriter
 
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.files import explained, in_bucket, make_directory, write_text
+from headsteer_jax.runtime.files import explain_write_errors, is_in_bucket, make_directory, write_text
 
 
-class Log:
+class TrainingLog:
     """metrics.jsonl and TensorBoard, a row a call; rows that a resumed run will write again are dropped first.
 
     speed.jsonl beside it: images a second and FLOPs, which are not the same from run to run. Of several hosts process 0
@@ -21,9 +21,9 @@ class Log:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._bucket, self._writes = in_bucket(directory), hosts.is_first()
+        self._bucket, self._writes = is_in_bucket(directory), hosts.is_first_process()
         self._paths = {name: directory / f"{name}.jsonl" for name in ("metrics", "speed")}
-        hosts.first(lambda: bool(make_directory(directory)))
+        hosts.on_first_process(lambda: bool(make_directory(directory)))
         self._rows = {name: read_log(path) if self._bucket else [] for name, path in self._paths.items()}
         self._board = SummaryWriter(str(directory / "tensorboard")) if self._writes and not self._bucket else None
 
@@ -34,7 +34,7 @@ class Log:
                 self._rows[name] = [row for row in rows if row["phase"] != phase or row["step"] <= step]
                 write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows[name]))
 
-        hosts.first(forget)
+        hosts.on_first_process(forget)
 
     def write(self, phase: str, step: int, values: dict[str, Any], name: str = "metrics") -> None:
         if not self._writes:
@@ -43,7 +43,7 @@ class Log:
         if self._bucket:
             self._rows[name].append(row)
         else:
-            with explained(self._paths[name]), self._paths[name].open("a") as file:
+            with explain_write_errors(self._paths[name]), self._paths[name].open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self._board is None:
             return
@@ -75,8 +75,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _logging(directory: Path) -> Iterator[Log]:
-    log = Log(directory)
+def open_log(directory: Path) -> Iterator[TrainingLog]:
+    log = TrainingLog(directory)
     try:
         yield log
     finally:

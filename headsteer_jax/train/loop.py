@@ -22,48 +22,54 @@ import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.config.schema import Config, PhaseConfig
-from headsteer_jax.data.batches import batches
+from headsteer_jax.data.batches import device_batches
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.flops import speed
-from headsteer_jax.model.passes import Observe, observer
+from headsteer_jax.model.flops import training_speed
+from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
-from headsteer_jax.model.vit import Gating, ViT, build, model_fingerprint
+from headsteer_jax.model.vit import Gating, ViT, build_model, fingerprint_params
 from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.checkpoint import Checkpoints
-from headsteer_jax.runtime.files import MEND
-from headsteer_jax.runtime.preemption import Preempted, at_checkpoints
+from headsteer_jax.runtime.files import REMAKE
+from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress, say
-from headsteer_jax.train.log import Log, _logging
-from headsteer_jax.train.step import State, evaluated, make_steps, optimizer
+from headsteer_jax.train.log import TrainingLog, open_log
+from headsteer_jax.train.step import State, evaluation_params, make_optimizer, make_training_steps
 
 Phase = Literal["dense", "gated", "dense_control"]
 PHASES: tuple[Phase, ...] = ("dense", "gated", "dense_control")
-GATING: dict[Phase, Gating] = {"dense": "dense", "gated": "thresholded", "dense_control": "dense"}  # in evaluation
+EVALUATION_GATING: dict[Phase, Gating] = {
+    "dense": "dense",
+    "gated": "thresholded",
+    "dense_control": "dense",
+}  # in evaluation
 
 
-def initial_params(model: ViT, config: Config, seed: int) -> Any:
+def init_params(model: ViT, config: Config, seed: int) -> Any:
     """The model's variables before training, whole on every host: random, with the pretrained backbone where the config
     names one."""
     key = jax.random.fold_in(jax.random.key(seed), 0)
     side, channels = config.data.image_size, config.data.channels
     params = jax.jit(model.init)(key, jnp.zeros((1, side, side, channels)))
     if config.model.pretrained:
-        params, report = hosts.everywhere(lambda: load_backbone(params, config))
+        params, report = hosts.on_every_process(lambda: load_backbone(params, config))
         say(str(report))
-    hosts.check_equal({"the initial model": model_fingerprint(params)})
+    hosts.check_equal({"the initial model": fingerprint_params(params)})
     return params
 
 
-def initial_state(params: Any, phase: Phase, config: Config) -> State:
+def init_state(params: Any, phase: Phase, config: Config) -> State:
     """The start of a phase."""
     plan: PhaseConfig = config.train.dense if phase == "dense" else config.train.gated
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + PHASES.index(phase))
     average = params if config.train.ema else None
-    return State(params, average, optimizer(config, plan).init(params), jax.random.key_data(key), jnp.int32(0))
+    return State(params, average, make_optimizer(config, plan).init(params), jax.random.key_data(key), jnp.int32(0))
 
 
-def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config, directory: Path, log: Log) -> State:
+def train_phase(
+    model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config, directory: Path, log: TrainingLog
+) -> State:
     """One phase, from `params` or from its own last checkpoint, to its end.
 
     Checkpoints, each with the phase, the step, the data position and the config: `<phase>/last` (machine.keep of them,
@@ -85,15 +91,15 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
     last, best = (
         Checkpoints(directory / phase / name, keep) for name, keep in (("last", config.machine.keep), ("best", 1))
     )
-    state = jax.eval_shape(lambda: initial_state(params, phase, config))
-    shardings = mesh.of_state(state, devices)
+    state = jax.eval_shape(lambda: init_state(params, phase, config))
+    shardings = mesh.state_shardings(state, devices)
     best_accuracy = -1.0
     if last.latest() is not None:
         like = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, shardings)
         state, about = last.restore(like)
         best_accuracy = about["best_accuracy"]
     else:
-        state = mesh.placed(initial_state(params, phase, config), shardings)
+        state = mesh.place(init_state(params, phase, config), shardings)
     start = int(state.step)
     if start == plan.steps:
         return state
@@ -107,8 +113,8 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
     ends = sorted({*range(0, plan.steps, t.steps_per_call), plan.steps} - set(range(start + 1)))
     calls = list(zip([start, *ends[:-1]], ends, strict=True))
     offset = t.dense.steps if phase != "dense" else 0  # later phases go on in the order of the data
-    steps = make_steps(model, config, plan, gated, shardings)
-    observe = observer(model, config, GATING[phase], config.sae_layer)
+    steps = make_training_steps(model, config, plan, gated, shardings)
+    observe = make_observer(model, config, EVALUATION_GATING[phase], config.sae_layer)
     pending: tuple[int, Any] | None = None
     recorded = time.monotonic()
 
@@ -130,7 +136,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
         means = {name: value.mean(axis=0) for name, value in metrics.items()}
         log.write(phase, step, means)
         seconds, recorded = time.monotonic() - recorded, time.monotonic()
-        reached = speed(config, model.classes, done * batch / seconds, devices)
+        reached = training_speed(config, model.classes, done * batch / seconds, devices)
         log.write(phase, step, reached, "speed")
         return means | reached
 
@@ -142,11 +148,11 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
         log.flush()
         last.save(step, state, about)
 
-    with at_checkpoints() as asked, progress(plan.steps, phase, initial=start) as bar:
+    with defer_to_checkpoints() as asked, progress(plan.steps, phase, initial=start) as bar:
         for number, ((first, end), (images, labels)) in enumerate(
-            zip(calls, batches(dataset.train, config, devices, calls, offset), strict=True)
+            zip(calls, device_batches(dataset.train, config, devices, calls, offset), strict=True)
         ):
-            with _traced(directory / "profile" / phase if config.machine.profile and number == 1 else None):
+            with _profile(directory / "profile" / phase if config.machine.profile and number == 1 else None):
                 state, metrics = steps(state, images, labels)
                 if config.machine.profile and number == 1:
                     jax.block_until_ready(state)
@@ -163,7 +169,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
                 if settled and accuracy > best_accuracy:
                     best_accuracy = accuracy
                     about = {"phase": phase, "step": end, "best_accuracy": accuracy}
-                    best.save(end, evaluated(state), about)
+                    best.save(end, evaluation_params(state), about)
                     best.wait()  # on disk before a checkpoint that names it as the best so far
                 save(end)
                 note = f"validation accuracy {accuracy:.3f}"
@@ -183,7 +189,7 @@ def fit(model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config,
 
 
 @contextmanager
-def _traced(where: Path | None) -> Iterator[None]:
+def _profile(where: Path | None) -> Iterator[None]:
     """A jax.profiler trace, for TensorBoard or Perfetto."""
     if where is None:
         yield
@@ -192,13 +198,13 @@ def _traced(where: Path | None) -> Iterator[None]:
             yield
 
 
-def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, step: int, log: Log) -> float:
+def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, step: int, log: TrainingLog) -> float:
     """Accuracy on the validation split, logged with every gated layer's thresholded usage.
 
     Raises:
       HeadSteerError: the residuals are not finite.
     """
-    seen = observe(evaluated(state), dataset.validation, f"{phase}: validation")
+    seen = observe(evaluation_params(state), dataset.validation, f"{phase}: validation")
     accuracy = seen.accuracy(dataset.validation.labels)
     if not np.isfinite(seen.x).all():
         raise HeadSteerError(f"{phase}: the residuals are not finite at step {step}; lower the learning rate")
@@ -207,25 +213,27 @@ def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, ste
     return accuracy
 
 
-def train(config: Config, dataset: Dataset, directory: Path) -> None:
+def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
     """All phases, each resumed where it stopped; see the top of this file for what starts from what."""
-    model = build(config, len(dataset.class_names))
-    params = initial_params(model, config, config.seed)
-    with _logging(directory) as log:
+    model = build_model(config, len(dataset.class_names))
+    params = init_params(model, config, config.seed)
+    with open_log(directory) as log:
         if config.train.dense.steps:
-            params = hosts.fetched(evaluated(fit(model, params, "dense", dataset, config, directory, log)))
-        fit(model, params, "gated", dataset, config, directory, log)
+            params = hosts.to_numpy(
+                evaluation_params(train_phase(model, params, "dense", dataset, config, directory, log))
+            )
+        train_phase(model, params, "gated", dataset, config, directory, log)
         if config.train.dense_control:
-            fit(model, params, "dense_control", dataset, config, directory, log)
+            train_phase(model, params, "dense_control", dataset, config, directory, log)
 
 
-def trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "gated") -> tuple[ViT, Any]:
+def load_trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "gated") -> tuple[ViT, Any]:
     """The model and the parameters that a finished training left in `directory`.
 
     Raises:
       HeadSteerError: the checkpoint is missing, damaged or of another config.
     """
-    model = build(config, len(dataset.class_names))
+    model = build_model(config, len(dataset.class_names))
     side, channels = config.data.image_size, config.data.channels
 
     def like(make: Callable[[], Any]) -> Any:
@@ -242,6 +250,6 @@ def trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "g
         last = Checkpoints(directory / phase / "last", writes=False)
         step = last.latest()
         if step is not None and step != plan.steps:
-            raise HeadSteerError(f"{last.directory}: it ends at step {step} of {plan.steps}; {MEND}")
-        kept = evaluated(last.restore(like(lambda: initial_state(params(), phase, config)), step)[0])
+            raise HeadSteerError(f"{last.directory}: it ends at step {step} of {plan.steps}; {REMAKE}")
+        kept = evaluation_params(last.restore(like(lambda: init_state(params(), phase, config)), step)[0])
     return model, jax.device_put(kept, jax.local_devices()[0])

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from headsteer_jax.config.schema import Config, PhaseConfig
-from headsteer_jax.data.augment import mixup, training_images
-from headsteer_jax.model.gates import annealed, logistic_noise, usage_loss
+from headsteer_jax.data.augment import augment_and_normalise, mixup
+from headsteer_jax.model.gates import anneal, logistic_noise, usage_loss
 from headsteer_jax.model.vit import ViT, stack_gates
 from headsteer_jax.runtime import mesh
 
@@ -27,12 +27,12 @@ class State(NamedTuple):
     step: jax.Array  # int32, optimizer steps done in this phase
 
 
-def evaluated(state: State) -> Any:
+def evaluation_params(state: State) -> Any:
     """The parameters that are evaluated and kept."""
     return state.params if state.average is None else state.average
 
 
-def optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransformation:
+def make_optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransformation:
     """AdamW with clipping, linear warm-up and a cosine; weight decay on matrices only."""
     warmup = min(round(phase.warmup * phase.steps), phase.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -74,7 +74,7 @@ def loss_and_metrics(
       noise_BAH: logistic noise of the gates, before its scale; None: dense, every head runs.
     """
     if noise_BAH is not None:
-        noise_scale, target = annealed(config.gate, progress)
+        noise_scale, target = anneal(config.gate, progress)
         logits_BC, out = model.apply(params, images_BHWC, gating="sampled", noise_BAH=noise_scale * noise_BAH)
         g_BAH, m_BAH = stack_gates(out["gates"]), stack_gates(out["gate_logits"])
         pressure = config.gate.weight * usage_loss(g_BAH, target, config.gate)
@@ -94,7 +94,7 @@ def loss_and_metrics(
     return cross_entropy + pressure, metrics | usage
 
 
-def make_steps(
+def make_training_steps(
     model: ViT, config: Config, phase: PhaseConfig, gated: bool, shardings: State | None = None
 ) -> Callable[..., Any]:
     """`(state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...])`: n steps in one call.
@@ -102,9 +102,9 @@ def make_steps(
     Several steps in a call let XLA keep its buffers: on a CPU, allocating them afresh costs a quarter of a small step.
 
     Args:
-      shardings: where the state's arrays live (`mesh.of_state`); None: on one device.
+      shardings: where the state's arrays live (`mesh.state_shardings`); None: on one device.
     """
-    tx = optimizer(config, phase)
+    tx = make_optimizer(config, phase)
     parts, layers = config.train.accumulate, config.model.depth - config.gate.first_layer
 
     def gradient(
@@ -135,7 +135,7 @@ def make_steps(
         images, labels = batch
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key_images, key_mixup, key_noise = jax.random.split(key, 3)
-        images = training_images(key_images, images, config.data)
+        images = augment_and_normalise(key_images, images, config.data)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, model.classes), config.train.label_smoothing)
         if config.train.mixup > 0:
             images, targets = mixup(key_mixup, images, targets, config.train.mixup)
@@ -156,8 +156,8 @@ def make_steps(
     if shardings is None:
         return jax.jit(steps, donate_argnums=0)
     devices = shardings.step.mesh  # type: ignore[attr-defined]
-    batch = mesh.over_batch(devices, axis=1)
+    batch = mesh.batch_sharding(devices, axis=1)
     return jax.jit(
         steps, donate_argnums=0, in_shardings=(shardings, batch, batch),
-        out_shardings=(shardings, mesh.everywhere(devices)),
+        out_shardings=(shardings, mesh.replicated_sharding(devices)),
     )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Steering any layer, and several at once: each image again in float64, gate by gate."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+from conftest import CLASSES, random_params, tiny_config
+from test_steer import setting
+
+from headsteer_jax.analysis import layers
+from headsteer_jax.config import Config
+from headsteer_jax.config.files import load_config
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.vit import ViT, build_model
+from headsteer_jax.steer.steering import Steering, run_suffix
+
+
+def config_of(**steer: object) -> Config:
+    config = tiny_config()
+    return config.model_copy(
+        update={
+            "steer": config.steer.model_copy(update=steer),
+            "layers": config.layers.model_copy(update={"alphas": (8.0, -20.0), "chunk": 4, "per_class": 0}),
+        }
+    )
+
+
+def by_hand(
+    params: object, image: np.ndarray, label: int, steered: dict[int, Steering], alpha: float, config: Config
+) -> tuple[dict[int, np.ndarray], int]:
+    """The model layer by layer: every steered gate reads its own steered residual."""
+    p, m = params["params"], config.model
+    embedded = reference.vit(params, image, config, "dense")[3][0]  # CLS; the rest is embedded again below
+    side = m.patch
+    tokens = [
+        np.einsum("hwc,hwcD->D", image[r : r + side, c : c + side], p["patches"]["kernel"]) + p["patches"]["bias"]
+        for r in range(0, image.shape[0], side)
+        for c in range(0, image.shape[1], side)
+    ]
+    x = np.concatenate([p["cls"][0], np.array(tokens)]) + p["positions"][0]
+    np.testing.assert_allclose(x[0], embedded)
+    gates = {}
+    for layer in range(m.depth):
+        own, g = p[f"layers_{layer}"], None
+        if layer >= config.gate.first_layer:
+            reads = x[0]
+            if layer in steered:
+                one = steered[layer]
+                exact = type(one.sae)(*(np.asarray(a, np.float64) for a in one.sae))
+                reads = reference.steered(
+                    exact, one.scaling.mean.astype(np.float64), float(one.scaling.scale), reads, one.strength,
+                    (one.choice.latents[label], one.choice.weights[label]), alpha, config.sae.k, "add", "delta",
+                )  # fmt: skip
+                if config.steer.target == "residual":
+                    x = np.concatenate([reads[None], x[1:]])
+            g = (reference.gate_logits(reads, own, config.gate, m.layer_norm_epsilon) > 0).astype(float)
+            gates[layer] = g
+        x = reference.block(x, own, m, g, config.gate.dropped)
+    answer = reference.dense(reference.layer_norm(x[0], p["norm"], m.layer_norm_epsilon), p["head"])
+    return gates, int(np.argmax(answer))
+
+
+def steered_at(
+    model: ViT, params: object, split: Split, steered: dict[int, Steering], config: Config
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gates and predictions at alpha 0, 8 and -20, by the labels."""
+    alphas = np.array([0.0, 8.0, -20.0])
+    gates, predictions = run_suffix(model, params, split, [(steered, split.labels)], alphas, config, 4, "test")
+    return gates[0], predictions[0]
+
+
+@pytest.mark.parametrize("target", ["policy", "residual"])
+@pytest.mark.parametrize("which", [(1,), (2,), (1, 2)], ids=str)
+def test_steered_layers_match_reference(which: tuple[int, ...], target: str) -> None:
+    config = config_of(target=target)
+    params = random_params(config, CLASSES)
+    images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    labels = np.random.default_rng(2).integers(0, CLASSES, 6).astype(np.int32)
+    steered = {layer: setting(layer) for layer in which}
+    gates, predictions = steered_at(build_model(config, CLASSES), params, Split(images, labels), steered, config)
+    assert gates.shape == (3, 6, len(which), 3)
+    exact = reference.in_float64(jax.device_get(params))
+    differs = 0
+    for a, alpha in enumerate((0.0, 8.0, -20.0)):
+        for i in range(6):
+            wanted, answer = by_hand(exact, images[i] / 255.0, int(labels[i]), steered, alpha, config)
+            for place, layer in enumerate(which):
+                np.testing.assert_array_equal(gates[a, i, place], wanted[layer])
+            assert predictions[a, i] == answer
+            differs += not np.array_equal(gates[a, i], gates[0, i])
+    assert differs > 2  # steering does change gates
+
+
+def test_alpha_0_is_the_unsteered_model() -> None:
+    config = config_of()
+    params, model = random_params(config, CLASSES), build_model(config, CLASSES)
+    images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    split = Split(images, np.zeros(6, np.int32))
+    gates, predictions = steered_at(model, params, split, {1: setting(0), 2: setting(1)}, config)
+    logits, out = model.apply(params, images.astype(np.float32) / 255)
+    np.testing.assert_array_equal(predictions[0], np.argmax(logits, axis=1))
+    for place, layer in enumerate((1, 2)):
+        np.testing.assert_array_equal(gates[0, :, place], out["gates"][layer] > 0)
+
+
+def test_all_off_drops_every_head_of_one_layer() -> None:
+    config = config_of()
+    params, model = random_params(config, CLASSES), build_model(config, CLASSES)
+    images = np.random.default_rng(1).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    exact = reference.in_float64(jax.device_get(params))
+    answers = [
+        int(np.argmax(reference.vit(exact, image / 255.0, config, "thresholded", {1: np.zeros(3)})[0]))
+        for image in images
+    ]
+    split = Split(images, np.array(answers, np.int32))
+    split.labels[:5] = (split.labels[:5] + 1) % CLASSES
+    assert layers.accuracy_all_off(model, params, split, 1, config) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0", r"config.layers.layers = \(0,\): allowed is gated layers, none twice: 1 to"),
+        ("1,1", "none twice"),
+        ("1,-4", "none twice"),
+        ("99", "allowed is gated layers"),
+    ],
+)
+def test_layers_that_cannot_be_steered(text: str, says: str) -> None:
+    from pathlib import Path
+
+    config = Path(__file__).parents[1] / "configs" / "double_digits.py"
+    with pytest.raises(HeadSteerError, match=says):
+        load_config(config, {"layers.layers": text})

@@ -1,0 +1,187 @@
+"""Configs: every field documented, every impossible value one line that names field, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from headsteer_jax.config import Config, DataConfig, ModelConfig, Section
+from headsteer_jax.config.files import describe_fields, flatten, list_fields, load_config, override, render_reference
+from headsteer_jax.errors import HeadSteerError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A config file that leaves every default: depth 4, width 96, heads 6, images of 20 pixels."""
+    path = tmp_path / "plain.py"
+    path.write_text("from headsteer_jax.config import Config\n\n\ndef get_config():\n    return Config()\n")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+def test_the_papers_model() -> None:
+    """[LH26]: ViT-S, 12 layers, 6 heads, width 384; 384 -> 3072 latents of the last layer; 100 epochs."""
+    config = load_config(next(path for path in CONFIGS if path.stem == "cifar100_vit_s"))
+    assert (config.model.depth, config.model.heads, config.model.width) == (12, 6, 384)
+    assert (config.latents, config.sae_layer, config.sae.epochs) == (3072, 11, 100)
+    assert (config.data.source, config.data.name) == ("tfds", "cifar100")
+
+
+def test_sizes() -> None:
+    assert ModelConfig.of_size("Ti").width == 192
+    assert ModelConfig.of_size("B", patch=2) == ModelConfig(depth=12, width=768, heads=12, patch=2)
+
+
+def test_every_field_is_documented_and_in_the_help() -> None:
+    text = " ".join(describe_fields().split())
+    for name, _, meaning in list_fields():
+        assert len(meaning) > 5, name
+        assert f"{name} " in text
+        assert meaning.partition(". ")[0] in text
+
+
+def test_the_documentation_is_up_to_date() -> None:
+    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    assert page.read_text() == render_reference() + "\n", f"python -m headsteer_jax.config > {page}"
+
+
+def test_flatten_holds_every_field() -> None:
+    assert flatten(Config()).keys() == {name for name, *_ in list_fields()}
+
+
+def test_configs_are_frozen_and_hashable() -> None:
+    assert hash(Config()) == hash(Config())
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("seed", "7", 7),
+        ("model.depth", "6", 6),
+        ("gate.target", "0.5", 0.5),
+        ("gate.target", "1", 1.0),
+        ("gate.layer_norm", "true", True),
+        ("steer.mode", "scale", "scale"),
+        ("steer.alphas", "-1,0.5,2", (-1.0, 0.5, 2.0)),
+        ("steer.alphas", "(1.0, 2.0)", (1.0, 2.0)),
+        ("steer.classes", "07,42", ("07", "42")),
+        ("steer.classes", "", ()),
+        ("data.path", "a=b,c", "a=b,c"),
+        ("train.gated.learning_rate", "1e-4", 1e-4),
+        ("sae.layer", "-2", -2),
+    ],
+)
+def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -> None:
+    assert flatten(load_config(plain, {path: text}))[path] == (list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "parts"),
+    [
+        ("model.dept", "6", ["config.model.dept", "no such field", "config.model.depth"]),
+        ("nonsense", "6", ["config.nonsense", "no such field"]),
+        ("model", "6", ["config.model:", "no such field"]),
+        ("model.depth", "six", ["config.model.depth = 'six'", "integer"]),
+        ("model.depth", "1.5", ["config.model.depth = '1.5'", "integer"]),
+        ("model.depth", "0", ["config.model.depth", "greater than 0"]),
+        ("gate.target", "0", ["config.gate.target", "greater than 0"]),
+        ("gate.target", "1.01", ["config.gate.target", "less than or equal to 1"]),
+        ("gate.target", "nan", ["config.gate.target"]),
+        ("gate.bias", "inf", ["config.gate.bias", "finite"]),
+        ("train.label_smoothing", "1", ["config.train.label_smoothing", "less than 1"]),
+        ("steer.mode", "boost", ["config.steer.mode", "'add'", "'ablate'"]),
+        ("steer.alphas", "1,x", ["config.steer.alphas"]),
+        ("steer.alphas", "1,nan", ["config.steer.alphas", "finite"]),
+        ("model.heads", "5", ["config.model.heads = 5", "a divisor of model.width = 96"]),
+        ("model.heads", "48", ["config.model.heads = 48", "at most 30"]),
+        ("model.heads", "16", ["config.steer.strategies = ", "without 'gate_aligned'", "model.heads = 16, above 12"]),
+        ("model.patch", "3", ["config.model.patch = 3", "a divisor of data.image_size = 20"]),
+        ("sae.k", "1000", ["config.sae.k = 1000", "at most the 768 latents"]),
+        ("sae.layer", "0", ["config.sae.layer = 0", "a gated layer: 1 to 3"]),
+        ("sae.layer", "4", ["config.sae.layer = 4", "a gated layer: 1 to 3"]),
+        ("steer.latents", "769", ["config.steer.latents = 769", "at most the 768"]),
+        ("steer.alphas", "", ["config.steer.alphas = ()", "at least one"]),
+        ("steer.alphas", "1,1", ["config.steer.alphas = (1.0, 1.0)", "none twice"]),
+        ("steer.strategies", "class,class", ["config.steer.strategies", "none twice"]),
+        ("gate.first_layer", "4", ["config.gate.first_layer = 4", "below model.depth = 4"]),
+        ("train.eval_every", "30", ["config.train.eval_every = 30", "a multiple of train.steps_per_call = 25"]),
+        ("train.gated.steps", "0", ["config.train.gated.steps = 0", "at least 1"]),
+        ("data.channels", "3", ["config.data.mean", "data.channels = 3"]),
+        ("data.source", "tfds", ["config.data.name", "TFDS dataset's name"]),
+        ("data.source", "npz", ["config.data.path", "a path"]),
+    ],
+)
+def test_impossible_overrides(path: str, text: str, parts: list[str], plain: Path) -> None:
+    with pytest.raises(HeadSteerError) as error:
+        load_config(plain, {path: text})
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("", ["no get_config()"]),
+        ("def get_config(): return 3", ["returned int, not a Config"]),
+        ("import nothing_of_this_name", ["ModuleNotFoundError"]),
+        ("def get_config(:", ["SyntaxError"]),
+        ("from headsteer_jax.config import *\ndef get_config(): return Config(modle=1)", ["config.modle", "no such"]),
+        (
+            "from headsteer_jax.config import *\ndef get_config(): return Config(data=DataConfig(image_size=20.5))",
+            ["config.data.image_size = 20.5", "integer"],
+        ),
+        (
+            "from headsteer_jax.config import *\ndef get_config(): return Config(model=ModelConfig(heads=7))",
+            ["config.model.heads = 7", "a divisor of model.width"],
+        ),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, source: str, parts: list[str]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(HeadSteerError) as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+    for part in ["mine.py", *parts]:
+        assert part in str(error.value)
+
+
+def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(HeadSteerError, match=r"none\.py: no such file"):
+        load_config(tmp_path / "none.py")
+
+
+def test_overrides_are_checked_together(plain: Path) -> None:
+    """Each alone would be refused: a patch of 8 does not divide 20, nor does 4 divide 30... together they fit."""
+    config = load_config(plain, {"data.image_size": "32", "model.patch": "8"})
+    assert (config.data.image_size, config.model.patch) == (32, 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(), st.floats())
+def test_numbers_survive_the_command_line(seed: int, target: float) -> None:
+    """What a text sets is the number itself or an error, never another number."""
+    for path, value in (("seed", seed), ("gate.target", target)):
+        try:
+            found = flatten(override(Config(), path, repr(value)))[path]
+        except HeadSteerError:
+            assert value < 0 or not 0 < value <= 1
+        else:
+            assert found == value
+
+
+def test_sections_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(ValidationError, match="extra"):
+        DataConfig(sorce="npz")  # type: ignore[call-arg]
+    assert issubclass(Config, Section)

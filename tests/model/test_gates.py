@@ -1,0 +1,73 @@
+"""The decision network, the straight-through gradient, the usage loss and the annealing, against closed forms."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from headsteer_jax.config import GateConfig
+from headsteer_jax.model import gates
+
+
+def test_threshold_is_strict():
+    chex.assert_trees_all_equal(gates.threshold(jnp.array([-1.0, 0.0, 1e-30])), jnp.array([0.0, 0.0, 1.0]))
+
+
+@settings(deadline=None)
+@given(st.floats(-5, 5), st.floats(-5, 5), st.sampled_from([0.5, 1.0, 5.0]))
+def test_straight_through(m, noise, temperature):
+    """Forward 1[sigmoid((m + noise) / tau) > 1/2]; backward sigmoid' / tau."""
+    m, noise = np.float32(m), np.float32(noise)
+    assume(m + noise == 0 or abs(m + noise) > 1e-30)  # XLA takes subnormal numbers for 0
+    value, slope = jax.value_and_grad(gates.straight_through)(m, noise, temperature)
+    s = 1 / (1 + np.exp(-(np.float64(m) + noise) / temperature))
+    assert float(value) == (m + noise > 0)
+    np.testing.assert_allclose(slope, s * (1 - s) / temperature, rtol=1e-5, atol=1e-6)  # float32's 1 - s
+
+
+def test_sampling_frequency_is_the_sigmoid():
+    """With standard logistic noise a head is kept with probability sigmoid(m)."""
+    m = jnp.array([-1.0, 0.0, 1.1])
+    noise = gates.logistic_noise(jax.random.key(0), (200_000, 3))
+    kept = np.asarray(gates.straight_through(m, noise, 1.0) > 0.5).mean(axis=0)
+    p = 1 / (1 + np.exp(-np.asarray(m, float)))
+    assert np.all(np.abs(kept - p) < 4 * np.sqrt(p * (1 - p) / 200_000))
+
+
+@pytest.mark.parametrize("scope", ["layer", "mean"])
+@pytest.mark.parametrize("loss", ["absolute", "squared"])
+def test_usage_loss(scope, loss):
+    g = np.random.default_rng(0).integers(0, 2, (5, 3, 4)).astype(np.float32)
+    config = GateConfig(scope=scope, loss=loss)
+    means = [g[:, layer].mean() for layer in range(3)] if scope == "layer" else [g.mean()]
+    expected = np.mean([abs(u - 0.6) if loss == "absolute" else (u - 0.6) ** 2 for u in means])
+    np.testing.assert_allclose(gates.usage_loss(g, 0.6, config), expected, rtol=1e-5)
+
+
+def test_layer_scope_sees_what_the_mean_hides():
+    g = jnp.stack([jnp.ones((2, 3)), jnp.zeros((2, 3))], axis=1)  # one layer full, one empty
+    assert gates.usage_loss(g, 0.5, GateConfig(scope="mean")) == 0
+    assert gates.usage_loss(g, 0.5, GateConfig(scope="layer")) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("progress", "noise", "target"), [(0.0, 2.0, 1.0), (0.25, 1.0, 0.9), (0.5, 0.0, 0.8), (1.0, 0.0, 0.8)]
+)
+def test_annealing(progress, noise, target):
+    config = GateConfig(noise=2.0, target=0.8, anneal=0.5)
+    chex.assert_trees_all_close(gates.anneal(config, progress), (noise, target), atol=1e-6)
+
+
+def test_no_annealing_means_settled_from_the_start():
+    chex.assert_trees_all_close(gates.anneal(GateConfig(anneal=0.0, target=0.7), 0.0), (0.0, 0.7), atol=1e-7)
+
+
+def test_gate_starts_open():
+    gate = gates.Gate(6, GateConfig(bias=2.0), 1e-6)
+    x = jax.random.normal(jax.random.key(1), (50, 96))
+    m, _ = gate.init_with_output(jax.random.key(0), x)
+    assert m.shape == (50, 6)
+    assert m.min() > 0

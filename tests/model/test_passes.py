@@ -1,0 +1,44 @@
+"""One pass over a split: the same as the model on all images at once, whatever the chunks."""
+
+import numpy as np
+import pytest
+from conftest import random_params, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.dataset import LazyImages, Split
+from headsteer_jax.model.passes import make_observer, padded_chunks
+from headsteer_jax.model.vit import build_model
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 30))
+def test_chunks_cover_every_image_once_in_one_size(count: int, size: int) -> None:
+    chunks = padded_chunks(0, count, size)
+    assert {len(chunk) for chunk in chunks} == {size}
+    flat = np.concatenate(chunks)
+    assert flat[:count].tolist() == list(range(count))
+    assert len(flat) - count < size
+    assert np.array_equal(np.concatenate(padded_chunks(0, count, size, devices=3))[:count], np.arange(count))
+    assert {len(chunk) for chunk in padded_chunks(0, count, size, devices=3)} == {3 * size}
+    assert not flat[count:].any()
+
+
+@pytest.mark.parametrize("gating", ["dense", "thresholded"])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_observed_is_what_the_model_says(gating: str, lazy: bool) -> None:
+    config = tiny_config()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"eval_batch": 16})})
+    model, params = build_model(config, 7), random_params(config, 7)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (37, 8, 8, 1), dtype=np.uint8), rng.integers(0, 7, 37)
+    held = LazyImages(lambda places: images[places], np.arange(37), (8, 8, 1)) if lazy else images
+    seen = make_observer(model, config, gating, 1)(params, Split(held, labels), "test")
+    logits, out = model.apply(params, preprocess(images, config.data), gating=gating)
+    np.testing.assert_array_equal(seen.prediction, np.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(seen.gates, np.stack([out["gates"][1], out["gates"][2]], axis=1))
+    np.testing.assert_allclose(seen.x, out["cls"][1], atol=1e-5)
+    np.testing.assert_allclose(seen.gate_logits, out["gate_logits"][1], atol=1e-5)
+    assert seen.accuracy(labels) == sum(np.argmax(np.asarray(logits), axis=-1) == labels) / 37
+    assert seen.gates.all() == (gating == "dense")

@@ -1,0 +1,310 @@
+"""Training: it learns, revives dead latents, resumes bit for bit, and a grid is what its members are alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+
+from headsteer_jax.config import Config
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.sae import autoencoder, grid, objective, train
+from headsteer_jax.sae.metrics import measure_health
+from headsteer_jax.sae.residuals import ResidualsInMemory
+
+ROOT = Path(__file__).parent.parent
+
+
+def concepts(count: int, D: int, rng: np.random.Generator) -> np.ndarray:
+    """Residuals that truly are sparse sums of 12 directions."""
+    directions = rng.standard_normal((12, D))
+    active = rng.random((count, 12)) < 0.2
+    return ((active * rng.uniform(1, 2, active.shape)) @ directions).astype(np.float32)
+
+
+def sae_config(**fields: Any) -> Config:
+    config = tiny_config()
+    return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
+def test_every_variant_learns(tmp_path: Path, activation: str) -> None:
+    x = concepts(640, 24, np.random.default_rng(0))
+    config = sae_config(epochs=60, learning_rate=3e-3, activation=activation, l1_weight=0.02)
+    saes, scaling, curves = train.train_members(config, train.seed_members(config.sae), ResidualsInMemory(x), tmp_path)
+    assert saes.W_d.shape == (3, 48, 24)  # two seeds and the control
+    chex.assert_trees_all_close(jnp.linalg.norm(saes.W_d, axis=-1), jnp.ones((3, 48)), atol=1e-5)
+    found = measure_health(autoencoder.select_member(saes, 0), scaling, [x], config.sae.inference_k)
+    assert found.explained_variance > 0.85
+    if activation != "relu":
+        assert found.l0 == pytest.approx(4, abs=1.0)  # the k asked for
+    np.testing.assert_allclose(curves["mse"][-1, 0], found.mse, rtol=0.15)
+    assert not np.array_equal(saes.W_d[0], saes.W_d[1])
+    if activation in ("batch_topk", "jumprelu"):
+        assert (np.asarray(saes.threshold) > 0).any(axis=1).all()
+
+
+def test_matryoshka_prefixes_reconstruct_by_themselves(tmp_path: Path) -> None:
+    x = concepts(640, 24, np.random.default_rng(0))
+    scores = {}
+    for prefixes in ((), (0.25,)):
+        config = sae_config(epochs=60, learning_rate=3e-3, prefixes=prefixes, seeds=1, control=False)
+        saes, scaling, _ = train.train_members(
+            config, train.seed_members(config.sae), ResidualsInMemory(x), tmp_path / str(prefixes)
+        )
+        sae = autoencoder.select_member(saes, 0)
+        first = sae._replace(W_e=sae.W_e[:12], b_e=sae.b_e[:12], W_d=sae.W_d[:12], threshold=sae.threshold[:12])
+        scores[prefixes] = measure_health(first, scaling, [x], 4).explained_variance
+    assert scores[(0.25,)] > scores[()] + 0.2
+
+
+def test_resumes_bit_for_bit(tmp_path: Path) -> None:
+    x = concepts(640, 24, np.random.default_rng(0))
+    config = sae_config(epochs=40, learning_rate=3e-3, k_start=8)
+    members = train.seed_members(config.sae)
+    whole = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "whole")
+    # what an interruption leaves: the checkpoint of epoch 20
+    (tmp_path / "parts").mkdir()
+    kept = Checkpoints(tmp_path / "parts" / "checkpoints", keep=2)
+    D, F = 24, 48
+    u = autoencoder.scale_input(autoencoder.fit_scaling(ResidualsInMemory(x).chunks, config.sae), x)
+    state = train.init_state(config.sae, members, u, F, config.seed)
+    run = train.make_epoch_program(config.sae, members, F, D, len(x) // config.sae.batch, config.seed)
+    curves = {name: np.zeros((40, 3), np.float32) for name in train.CURVES}
+    for epoch in range(0, 20, 2):
+        state, found = run(state, u, epochs=2)
+        for name in curves:
+            curves[name][epoch : epoch + 2] = found[name]
+    kept.save(20, (train.state_to_checkpoint(state, 3), curves), {})
+    kept.close()
+    resumed = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "parts")
+    chex.assert_trees_all_equal(resumed.saes, whole.saes)
+    chex.assert_trees_all_equal(resumed.curves, whole.curves)
+
+
+def test_one_step_is_adam_by_hand() -> None:
+    """optax.adam on the gradient without its radial part, then unit rows."""
+    config = sae_config(batch=32, aux_weight=0.0, warmup=0.0, decay=0.0, epochs=1, seeds=1, control=False)
+    c, rng = config.sae, np.random.default_rng(0)
+    u = jnp.asarray(rng.standard_normal((32, 24)), jnp.float32)
+    members = train.seed_members(c)
+    state = train.init_state(c, members, u, 48, 0)
+    sae = autoencoder.select_member(state.sae, 0)
+    grads = jax.grad(
+        lambda one: objective.autoencoder_loss(one, u, jnp.zeros(48, bool), jnp.int32(c.k), c, c.k, 0, False),
+        has_aux=True,
+    )(sae)[0]
+    radial = (np.asarray(grads.W_d) * sae.W_d).sum(axis=1, keepdims=True)
+    grads = grads._replace(W_d=grads.W_d - radial * sae.W_d)
+    tx = optax.adam(c.learning_rate)
+    expected = optax.apply_updates(sae, tx.update(grads, tx.init(sae), sae)[0])
+    W_d = np.asarray(expected.W_d)
+    expected = expected._replace(W_d=W_d / np.linalg.norm(W_d, axis=1, keepdims=True))
+    after, curves = train.make_epoch_program(c, members, 48, 24, 1, 0)(state, u)
+    # Adam's first step is the gradient's sign: where that is near 0 rounding decides it
+    clear = jax.tree.map(lambda g: np.abs(g) > 1e-6, grads)
+    for have, want, mask in zip(autoencoder.select_member(after.sae, 0), expected, clear, strict=True):
+        np.testing.assert_allclose(np.asarray(have)[mask], np.asarray(want)[mask], atol=2e-6)
+    assert after.step == after.epoch == 1
+    assert curves["l0"].shape == (1, 1)
+
+
+def test_a_member_of_a_grid_is_what_it_is_alone(tmp_path: Path) -> None:
+    x = concepts(640, 24, np.random.default_rng(0))
+    config = sae_config(epochs=6, learning_rate=3e-3)
+    members = grid.grid_members(config.sae, (2, 4, 7), (1e-3, 3e-3), 2)
+    assert len(members.k) == 12
+    together = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "grid")
+    for number in (0, 5, 11):
+        one = train.Members(*(column[number : number + 1] for column in members))
+        alone = train.train_members(config, one, ResidualsInMemory(x), tmp_path / str(number))
+        chex.assert_trees_all_close(
+            autoencoder.select_member(alone.saes, 0), autoencoder.select_member(together.saes, number), atol=2e-5
+        )
+        np.testing.assert_allclose(alone.curves["l0"][:, 0], together.curves["l0"][:, number], rtol=1e-5)
+        assert together.curves["l0"][-1, number] <= members.k[number]
+
+
+def test_the_control_starts_as_the_first_seed_and_sees_another_order(tmp_path: Path) -> None:
+    config = sae_config(epochs=1)
+    members = train.seed_members(config.sae)
+    u = jnp.asarray(concepts(640, 24, np.random.default_rng(0)))
+    state = train.init_state(config.sae, members, u, 48, 0)
+    chex.assert_trees_all_equal(autoencoder.select_member(state.sae, 0), autoencoder.select_member(state.sae, 2))
+    assert not np.array_equal(state.sae.W_d[0], state.sae.W_d[1])
+    made = train.train_members(config, members, ResidualsInMemory(np.asarray(u)), tmp_path)
+    assert not np.array_equal(made.saes.W_d[0], made.saes.W_d[2])
+
+
+def test_k_is_annealed() -> None:
+    config = sae_config(epochs=10, k=4, k_start=20, k_anneal=0.5, batch=64, seeds=1, control=False)
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((640, 24)), jnp.float32)
+    members = train.seed_members(config.sae)
+    state = train.init_state(config.sae, members, u, 48, 0)
+    _, curves = train.make_epoch_program(config.sae, members, 48, 24, 10, 0)(state, u, epochs=10)
+    l0 = np.asarray(curves["l0"])[:, 0]
+    # k after n of 50 steps is 20 - 16 n / 50, rounded; the mean over each epoch's ten steps
+    wanted = [np.mean([round(max(4, 20 - 16 * n / 50)) for n in range(10 * e, 10 * e + 10)]) for e in range(10)]
+    assert np.all(l0 <= np.array(wanted) + 1e-4)
+    np.testing.assert_allclose(l0, wanted, atol=0.5)  # below where fewer than k are positive
+
+
+@pytest.mark.parametrize(("weight", "revives"), [(0.0, False), (1 / 32, True)])
+def test_auxk_revives_dead_latents(weight: float, revives: bool) -> None:
+    """Latents whose encoder is too weak to be among the top k get no gradient but AuxK's."""
+    x = concepts(640, 24, np.random.default_rng(1))
+    config = sae_config(k=2, epochs=100, learning_rate=3e-3, aux_weight=weight, control=False)
+    c = config.sae
+    u = autoencoder.scale_input(autoencoder.fit_scaling(lambda: [x], c), x)
+    state = train.init_state(c, train.seed_members(c), u, 48, 0)
+    weak = jnp.where(jnp.arange(48) < 24, 1e-3, 1.0)[:, None]
+    state = state._replace(sae=state.sae._replace(W_e=state.sae.W_e * weak))
+    state, _ = train.make_epoch_program(c, train.seed_members(c), 48, 24, len(x) // c.batch, 0)(state, u, epochs=100)
+    fires = np.asarray(jax.vmap(lambda sae: autoencoder.encode_scaled(sae, u, 2).sum(axis=0))(state.sae) > 0)
+    assert fires[:, :24].any() == revives
+    if revives:
+        assert fires[:, :24].mean() > 0.3
+
+
+class Counted(ResidualsInMemory):
+    """Says how many rows it gave at once."""
+
+    most = 0
+
+    def groups(self, rows: int, rng: np.random.Generator) -> Any:
+        for part in super().groups(rows, rng):
+            Counted.most = max(Counted.most, len(part))
+            yield part
+
+
+def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
+    x = concepts(30_000, 24, np.random.default_rng(0))  # 2.9 MB
+    config = sae_config(epochs=4, learning_rate=3e-3, memory=1, seeds=1, control=False)
+    members = train.seed_members(config.sae)
+    made = train.train_members(config, members, Counted(x), tmp_path / "a")
+    assert Counted.most <= 2**20 // (3 * 4 * 24)
+    assert np.all(made.curves["mse"] > 0)
+    found = measure_health(autoencoder.select_member(made.saes, 0), made.scaling, [x], 4)
+    whole = train.train_members(sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False), members, ResidualsInMemory(x),
+                            tmp_path / "b")  # fmt: skip
+    held = measure_health(autoencoder.select_member(whole.saes, 0), whole.scaling, [x], 4)
+    assert found.explained_variance > held.explained_variance - 0.05
+    # stopped after the second epoch's checkpoint, and gone on
+    Checkpoints(tmp_path / "a" / "checkpoints", keep=2).forget_after(3)
+    again = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "a")
+    chex.assert_trees_all_equal(again.saes, made.saes)
+
+
+class InBlocks(ResidualsInMemory):
+    """Gives whole images of five tokens, as the cache does: fewer rows at a time than asked for."""
+
+    def groups(self, rows: int, rng: np.random.Generator) -> Any:
+        return super().groups(rows // 5 * 5, rng)
+
+
+@pytest.mark.parametrize("batch", [64, 10923, 9999])
+def test_streaming_takes_every_batch_that_there_is(tmp_path: Path, batch: int) -> None:
+    """What a group leaves of its last batch goes into the next, so that an epoch has as many steps as planned."""
+    x = concepts(40_000, 24, np.random.default_rng(0))
+    config = sae_config(epochs=2, memory=1, seeds=1, control=False, batch=batch)
+    made = train.train_members(config, train.seed_members(config.sae), InBlocks(x), tmp_path)
+    assert np.isfinite(made.curves["mse"]).all()
+    state = train.init_state(config.sae, train.seed_members(config.sae), jnp.asarray(x[:100]), 48, 0)
+    ((state, _), _) = Checkpoints(tmp_path / "checkpoints").restore((train.state_to_checkpoint(state, 1), made.curves))
+    assert state.step == 2 * (40_000 // batch)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
+    program = """
+import sys, numpy as np
+sys.path[:0] = ["tests"]
+from pathlib import Path
+from test_sae_train import concepts, sae_config
+from headsteer_jax import sae_train as t
+from headsteer_jax.cache import Held
+config = sae_config(epochs=4, learning_rate=3e-3)
+x = concepts(640, 24, np.random.default_rng(0))
+Checkpoints(Path(sys.argv[1]) / "checkpoints", keep=2).forget_after(int(sys.argv[2]))
+made = train.train_members(config, train.seeds(config.sae), Held(x), Path(sys.argv[1]))
+np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
+"""
+    found = []
+    for devices, kept in (("1", "9"), ("2", "3"), ("1", "3")):  # whole on one; from epoch 3 on two; again on one
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "w"), kept], check=True, cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        with np.load(tmp_path / "w.npz") as arrays:
+            found.append(dict(arrays))
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, atol=1e-5)
+        np.testing.assert_array_equal(found[2][name], values)
+
+
+def test_several_devices_train_the_same(tmp_path: Path) -> None:
+    program = """
+import sys, numpy as np, jax
+sys.path[:0] = ["tests"]
+from pathlib import Path
+from test_sae_train import concepts, sae_config
+from headsteer_jax import sae_train as t
+from headsteer_jax.cache import Held
+config = sae_config(epochs=3, learning_rate=3e-3)
+x = concepts(640, 24, np.random.default_rng(0))
+made = train.train_members(config, train.seeds(config.sae), Held(x), Path(sys.argv[1]))
+assert jax.device_count() == int(sys.argv[2])
+np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
+"""
+    found = []
+    for devices in ("1", "4"):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        path = tmp_path / devices
+        subprocess.run(
+            [sys.executable, "-c", program, str(path), devices], check=True, cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        with np.load(f"{path}.npz") as arrays:
+            found.append(dict(arrays))
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "says"), [(64, r"config\.sae\.batch = 64: allowed is at most the 30")])
+def test_batch_larger_than_the_data(tmp_path: Path, batch: int, says: str) -> None:
+    config = sae_config(batch=batch)
+    with pytest.raises(HeadSteerError, match=says):
+        train.train_members(
+            config, train.seed_members(config.sae), ResidualsInMemory(np.zeros((30, 24), np.float32)), tmp_path
+        )
+
+
+def test_nan_stops_with_the_epoch(tmp_path: Path) -> None:
+    config = sae_config(learning_rate=1e30, epochs=20)
+    with pytest.raises(HeadSteerError, match=r"loss turned NaN in epoch \d+; the last good checkpoint"):
+        train.train_members(
+            config,
+            train.seed_members(config.sae),
+            ResidualsInMemory(concepts(640, 24, np.random.default_rng(0))),
+            tmp_path,
+        )
+
+
+def test_a_grid_goes_on_without_the_members_that_turn_nan(tmp_path: Path) -> None:
+    x = concepts(640, 24, np.random.default_rng(0))
+    config = sae_config(epochs=20)
+    members = grid.grid_members(config.sae, (4,), (1e-3, 1e30), 1)
+    made = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "a", "grid")
+    assert np.isfinite(made.curves["mse"][-1]).tolist() == [True, False]
+    with pytest.raises(HeadSteerError, match=r"lower config\.grid\.learning_rates"):
+        train.train_members(
+            config, grid.grid_members(config.sae, (4,), (1e30,), 1), ResidualsInMemory(x), tmp_path / "b", "grid"
+        )

@@ -1,0 +1,104 @@
+"""The table of all gate patterns against the model, in float64, pattern by pattern."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+import reference
+from conftest import CLASSES, random_params, tiny_config
+
+from headsteer_jax.config import Config
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model import vit
+from headsteer_jax.steer import table
+
+
+def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **steer: object) -> Config:
+    config = tiny_config(dropped=dropped)
+    return config.model_copy(
+        update={
+            "sae": config.sae.model_copy(update={"layer": layer}),
+            "steer": config.steer.model_copy(update=steer),
+            "model": config.model.model_copy(update={"dtype": dtype}),
+        }
+    )
+
+
+def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:
+    model, params = vit.build_model(config, CLASSES), random_params(config, CLASSES)
+    return (
+        model,
+        params,
+        table.fill_table(table.compile_table_program(model, params, split, config), params, split, "table"),
+    )
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("dropped", ["zero", "identity"])
+def test_table_is_the_model_under_every_pattern(split, layer, dropped):
+    """Also for a layer before the last, where later gates react to what the earlier one changed."""
+    config = config_of(layer, dropped)
+    model, params, found = filled(config, split)
+    exact = reference.in_float64(params)
+    rng = np.random.default_rng(0)
+    for i, pattern in zip(rng.integers(0, 90, 24), np.arange(24) % 8, strict=True):
+        forced = {config.sae_layer: table.pattern_to_gates(np.array(pattern), 3).astype(float)}
+        logits, *_ = reference.vit(exact, split.images[i] / 255.0, config, "thresholded", forced)
+        assert found.answers[i, pattern] == np.argmax(logits)
+    logits, out = model.apply(params, split.images / np.float32(255))
+    chex.assert_trees_all_equal(found.pattern, np.asarray(table.gates_to_pattern(out["gates"][config.sae_layer])))
+    chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
+    chex.assert_trees_all_equal(found.prediction, found.answers[np.arange(90), found.pattern])
+    assert len(np.unique(found.answers)) > 2
+
+
+def test_contributions_of_a_bfloat16_model(split):
+    """Each head's contribution is summed in float32, and rounded where the model itself rounds."""
+    config = config_of(dtype="bfloat16")
+    model, params, found = filled(config, split)
+    images, forward = split.images / np.float32(255), jax.jit(lambda p, i, g: model.apply(p, i, gates={2: g})[0])
+    agree = []
+    for pattern in range(8):
+        gates = np.broadcast_to(table.pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
+        logits = np.asarray(forward(params, images, gates))
+        agree.append(found.answers[:, pattern] == logits.argmax(axis=1))
+    assert np.mean(agree) > 0.99
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_a_smaller_budget_changes_nothing(split, memory):
+    _, _, whole = filled(config_of(), split)
+    model = vit.build_model(config_of(), CLASSES)
+    program = table.compile_table_program(model, random_params(config_of(), CLASSES), split, config_of(memory=memory))
+    assert program.size <= 64
+    _, _, found = filled(config_of(memory=memory, chunk=7), split)
+    chex.assert_trees_all_equal(found.answers, whole.answers)
+    chex.assert_trees_all_equal(found.pattern, whole.pattern)
+
+
+def test_more_heads_than_a_table_holds(split):
+    """Above 12 heads a sample of the subsets: its answers are the model's, and the unsteered one is its own pass."""
+    config = config_of(subsets=64)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"width": 26, "heads": 13})})
+    listed = table.list_patterns(config)
+    assert len(listed) >= 64
+    sizes = table.pattern_to_gates(listed, 13).sum(axis=1)
+    assert (np.bincount(sizes) > 0).all()
+    assert {0, 2**13 - 1, *(1 << h for h in range(13)), *(2**13 - 1 - (1 << h) for h in range(13))} <= set(listed)
+    assert (np.diff(listed) > 0).all()
+    model, params, found = filled(config, split)
+    images = split.images / np.float32(255)
+    for place in (0, 3, 40, len(listed) - 1):
+        gates = np.broadcast_to(table.pattern_to_gates(listed[place], 13), (90, 13)).astype(np.float32)
+        logits, _ = model.apply(params, images, gates={2: gates})
+        chex.assert_trees_all_equal(found.answers[:, place], np.argmax(logits, axis=1).astype(np.int32))
+    logits, _ = model.apply(params, images)
+    chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
+
+
+def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
+    config = config_of(memory=1)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
+    with pytest.raises(HeadSteerError, match=r"^config\.steer\.memory = 1: too small, as one image needs \d+ MiB$"):
+        filled(config, split)

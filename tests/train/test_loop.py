@@ -1,0 +1,275 @@
+"""Training: the schedule, resuming bit for bit, the metrics, and a loss that is not finite."""
+
+import json
+import os
+import shutil
+import signal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny_config
+
+from headsteer_jax.config import Config, MachineConfig, PhaseConfig
+from headsteer_jax.data import batches
+from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.vit import build_model
+from headsteer_jax.runtime import preemption
+from headsteer_jax.train import log, loop, step
+
+
+def blobs(count: int, seed: int) -> Split:
+    """Three classes, each a bright quarter of the image."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(count) % 3).astype(np.int32)
+    images = rng.integers(0, 120, (count, 8, 8, 1), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
+    return Split(images, labels)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return Dataset(blobs(96, 0), blobs(30, 1), blobs(30, 2), ("a", "b", "c"))
+
+
+def with_train(**fields: object) -> Config:
+    config = tiny_config()
+    return config.model_copy(update={"train": config.train.model_copy(update=fields)})
+
+
+def final_states(config, dataset, directory):
+    states = {}
+    for phase in ("dense", "gated", "dense_control"):
+        checkpoints = Checkpoints(directory / phase / "last", 2)
+        model = build_model(config, 3)
+        params = loop.init_params(model, config, config.seed)
+        plan = config.train.dense if phase == "dense" else config.train.gated
+        like = step.State(
+            params,
+            params if config.train.ema else None,
+            step.make_optimizer(config, plan).init(params),
+            jnp.zeros(2, jnp.uint32),
+            jnp.int32(0),
+        )
+        states[phase] = checkpoints.restore(like)
+    return states
+
+
+@pytest.mark.parametrize("fields", [{}, {"ema": 0.9, "mixup": 0.2}])
+def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch, fields):
+    """Stopped in the middle of the dense and of the gated phase, each time after a checkpoint that is not the last."""
+    config = with_train(**fields)
+    loop.train_model(config, dataset, tmp_path / "whole")
+    real = Checkpoints.save
+    for phase in ("dense", "gated"):
+
+        def save(self, step, tree, about, phase=phase):
+            real(self, step, tree, about)
+            if about["phase"] == phase and step == 4 and self.directory.name == "last":
+                self.wait()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoints, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_model(config, dataset, tmp_path / "parts")
+    monkeypatch.setattr(Checkpoints, "save", real)
+    loop.train_model(config, dataset, tmp_path / "parts")
+    whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole, parts)
+    assert whole["gated"][0].step == 8
+    assert whole["gated"][1]["position"] == (8 + 8) * 16
+    assert whole["gated"][1]["config"]["seed"] == 0
+    assert np.any(whole["gated"][0].params["params"]["cls"] != whole["dense"][0].params["params"]["cls"])
+    rows = [log.read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
+def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
+    config = tiny_config()
+    loop.train_model(config, dataset, tmp_path)
+    rows = log.read_log(tmp_path / "metrics.jsonl")
+    gated = [row for row in rows if row["phase"] == "gated" and "usage_sampled" in row]
+    assert [row["step"] for row in gated] == [2, 4, 6, 8]
+    assert all(len(row["usage_sampled"]) == len(row["usage_thresholded"]) == 2 for row in gated)
+    assert gated[0]["gate_noise"] > 0 == gated[-1]["gate_noise"]
+    assert gated[-1]["usage_sampled"] == gated[-1]["usage_thresholded"]  # no noise is left
+    assert gated[-1]["usage_target"] == pytest.approx(config.gate.target)
+    assert [row["step"] for row in rows if row["phase"] == "dense" and "validation_accuracy" in row] == [4, 8]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_training_learns(dataset, tmp_path):
+    config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30, dense_control=False)
+    loop.train_model(config, dataset, tmp_path)
+    accuracy = [
+        row["validation_accuracy"] for row in log.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
+    ]
+    assert accuracy[1] >= 0.9  # chance: 1/3
+
+
+def test_same_seed_same_bits_other_seed_other_bits(dataset, tmp_path):
+    first, again, other = (loop.init_params(build_model(tiny_config(), 3), tiny_config(), seed) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(first, again)
+    assert np.any(first["params"]["cls"] != other["params"]["cls"])
+
+
+def test_schedule_and_decay_mask():
+    """Warm-up to the peak, a cosine to its end; biases and norms are not decayed."""
+    plan = PhaseConfig(steps=100, learning_rate=1e-2, warmup=0.1, final=0.1)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
+    config = with_train(weight_decay=0.5)
+    tx = step.make_optimizer(config, plan)
+    state, zero = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    decays = []
+    for _ in range(100):
+        updates, state = tx.update(zero, state, params)
+        decays.append(-float(updates["kernel"][0, 0]) / 0.5)
+        assert not updates["bias"].any()
+        assert not updates["scale"].any()
+    expected = [1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)]
+    np.testing.assert_allclose(decays, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_loss_by_hand():
+    """Cross-entropy of smoothed labels plus the weighted usage loss, in float64."""
+    config = tiny_config()
+    model = build_model(config, 3)
+    params = loop.init_params(model, config, 0)
+    images = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
+    targets = optax.smooth_labels(jax.nn.one_hot(np.arange(6) % 3, 3), 0.1)
+    loss, metrics = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), jnp.zeros((6, 2, 3)), config)
+    logits, out = model.apply(params, images)
+    log_p = np.asarray(logits, np.float64) - np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1, keepdims=True))
+    cross_entropy = -(np.asarray(targets) * log_p).sum(axis=1).mean()
+    usage = [np.asarray(out["gates"][layer]).mean() for layer in (1, 2)]
+    pressure = config.gate.weight * np.mean([abs(u - config.gate.target) for u in usage])
+    np.testing.assert_allclose(loss, cross_entropy + pressure, rtol=1e-5)
+    np.testing.assert_allclose(metrics["usage_thresholded"], usage, rtol=1e-6)
+
+
+def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
+    config = with_train(dense=PhaseConfig(steps=12))
+    real = step.training_images
+
+    def bad(key, images, config):
+        return real(key, images, config) * jnp.nan
+
+    monkeypatch.setattr(t, "training_images", bad)
+    with pytest.raises(HeadSteerError, match=r"dense: the loss is nan at step 1; there is no checkpoint yet"):
+        loop.train_model(config, dataset, tmp_path / "early")
+    monkeypatch.setattr(t, "training_images", real)
+    params = loop.init_params(build_model(config, 3), config, 0)
+    with log.open_log(tmp_path) as log:
+        loop.train_phase(
+            build_model(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log
+        )
+        monkeypatch.setattr(t, "training_images", bad)
+        with pytest.raises(HeadSteerError, match=rf"at step 5; the last good checkpoint is {tmp_path}/dense/last/4;"):
+            loop.train_phase(build_model(config, 3), params, "dense", dataset, config, tmp_path, log)
+    assert Checkpoints(tmp_path / "dense" / "last", 2).latest() == 4
+
+
+def test_batch_larger_than_the_data(dataset, tmp_path):
+    with pytest.raises(HeadSteerError, match=r"config\.train\.batch = 512: allowed is at most the 96"):
+        loop.train_model(with_train(batch=512), dataset, tmp_path)
+
+
+def test_a_cut_off_last_row_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"phase": "dense", "step": 1}) + '\n{"phase": "den')
+    assert log.read_log(path) == [{"phase": "dense", "step": 1}]
+
+
+def test_missing_checkpoint(dataset, tmp_path):
+    loop.train_model(with_train(dense_control=False), dataset, tmp_path)
+    shutil.rmtree(tmp_path / "gated" / "last")
+    with pytest.raises(HeadSteerError, match="no checkpoint"):
+        loop.load_trained(with_train(dense_control=False), dataset, tmp_path)
+
+
+def test_gates_have_a_learning_rate_of_their_own():
+    updates = {"params": {"layers_1": {"decide": {"linear": {"kernel": jnp.ones(2)}}, "out": {"kernel": jnp.ones(2)}}}}
+    scaled = step.scale_gates(updates, 5.0)["params"]["layers_1"]
+    assert scaled["decide"]["linear"]["kernel"].tolist() == [5, 5]
+    assert scaled["out"]["kernel"].tolist() == [1, 1]
+    assert step.scale_gates(updates, 1.0) is updates
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_accumulated_gradients_are_the_batchs(gated):
+    """To rounding; without the usage loss, which is not a mean over images."""
+    config = tiny_config()
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"weight": 0.0})})
+    images = blobs(32, 0)
+    batch = images.images.reshape(2, 16, 8, 8, 1), images.labels.reshape(2, 16)
+    found = []
+    for parts in (1, 4):
+        train = config.train.model_copy(update={"accumulate": parts, "mixup": 0.2})
+        one = config.model_copy(update={"train": train})
+        model = build_model(one, 3)
+        state = loop.init_state(loop.init_params(model, one, 0), "gated", one)
+        state, metrics = step.make_training_steps(model, one, one.train.gated, gated)(state, *batch)
+        names = ("loss", "train_accuracy", "gradient_norm")
+        found.append((state.optimizer[1][0].mu, {name: metrics[name] for name in names}))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_are_the_same_in_the_middle_and_for_any_images_in_memory_or_not(dataset):
+    config = tiny_config()
+    devices = mesh.training_mesh(config.machine)
+    calls = [(0, 2), (2, 4), (4, 5), (5, 8)]
+    whole = list(batches.device_batches(dataset.train, config, devices, calls, 3))
+    assert [images.shape for images, _ in whole] == [(n, 16, 8, 8, 1) for n in (2, 2, 1, 3)]
+    chex.assert_trees_all_equal(list(batches.device_batches(dataset.train, config, devices, calls[2:], 3)), whole[2:])
+    lazy = LazyImages(lambda places: (dataset.train.images[i] for i in places), np.arange(96), (8, 8, 1))
+    chex.assert_trees_all_equal(
+        list(batches.device_batches(Split(lazy, dataset.train.labels), config, devices, calls, 3)), whole
+    )
+    for (first, end), (_, labels) in zip(calls, whole, strict=True):
+        for step, row in zip(range(first, end), labels, strict=True):
+            assert np.array_equal(row, dataset.train.labels[batches.batch_indices(96, 16, 0, 3 + step)])
+
+
+def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
+    config = with_train(dense_control=False)
+    config = config.model_copy(update={"machine": MachineConfig(profile=True, peak_tflops=1.0)})
+    loop.train_model(config, dataset, tmp_path)
+    rows = log.read_log(tmp_path / "speed.jsonl")
+    assert [row["step"] for row in rows if row["phase"] == "gated"] == [2, 4, 6, 8]
+    assert all(row["mfu"] == pytest.approx(row["tflops_per_device"]) and row["images_per_second"] > 0 for row in rows)
+    for phase in ("dense", "gated"):
+        assert list((tmp_path / "profile" / phase).rglob("*.xplane.pb"))
+
+
+def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
+    """It comes in the third call: the checkpoint is of that call's last step, and the end is the uninterrupted one."""
+    config = tiny_config()
+    loop.train_model(config, dataset, tmp_path / "whole")
+    real, calls = log.TrainingLog.write, []
+
+    def terminated(self, phase, step, values, name="metrics"):
+        calls.append((phase, step))
+        if (phase, step) == ("gated", 4) and name == "speed":
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, phase, step, values, name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    preemption.install_handler()
+    try:
+        monkeypatch.setattr(log.TrainingLog, "write", terminated)
+        with pytest.raises(preemption.Preempted):
+            loop.train_model(config, dataset, tmp_path / "parts")
+        assert Checkpoints(tmp_path / "parts" / "gated" / "last", 2).latest() == 6
+        preemption.install_handler()
+        monkeypatch.setattr(log.TrainingLog, "write", real)
+        loop.train_model(config, dataset, tmp_path / "parts")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
+    chex.assert_trees_all_equal(whole, parts)
+    assert log.read_log(tmp_path / "whole" / "metrics.jsonl") == log.read_log(tmp_path / "parts" / "metrics.jsonl")
