@@ -87,7 +87,7 @@ def get_config():
         ),
         sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=20, batch=64, dead_window=1),
         grid=GridConfig(k=(2, 4), learning_rates=(1e-3, 4e-3), seeds=1, epochs=20),
-        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, chunk=64, least_validation=1),
+        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, least_validation=1),
         layers=LayersConfig(epochs=10, alphas=(2.0,), per_class=1),
         report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
     )

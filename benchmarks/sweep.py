@@ -296,7 +296,7 @@ def main() -> None:
         child(arguments.workdir, arguments.child)
         return
     repeats, run = arguments.repeats, load_run(arguments.workdir)
-    bench = Bench(run, run.config.steer.memory)
+    bench = Bench(run, run.config.machine.sweep_memory)
     config, count, alphas = bench.config, len(bench.split.labels), grid(41)
     choices = len(bench.steered)
     print(f"{arguments.workdir}: {count} images, {choices} choices of latents in {bench.choosing:.1f} s")

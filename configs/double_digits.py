@@ -45,6 +45,5 @@ def get_config() -> Config:
             latents=16,
             alphas=(-4, -2, -1, -0.5, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
             tolerance=0.005,  # on validation, so that the loss on test stays within a point
-            chunk=250,
         ),
     )

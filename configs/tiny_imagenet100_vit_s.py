@@ -9,6 +9,7 @@ from headsteer_jax.config import (
     DataConfig,
     GateConfig,
     LayersConfig,
+    MachineConfig,
     ModelConfig,
     PhaseConfig,
     SAEConfig,
@@ -62,7 +63,7 @@ def get_config() -> Config:
         steer=SteerConfig(
             latents=16,
             alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
-            chunk=100,  # on a CPU faster than more
         ),
+        machine=MachineConfig(sweep_chunk=100),  # on a CPU faster than more
         layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
     )

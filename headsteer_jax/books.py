@@ -1,86 +1,151 @@
-"""With what each stage was made, what of it is stale, and why."""
+"""The books of a run: with what each stage was made, what of it is stale, and why.
 
+A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. A finished
+or interrupted stage whose part of the config changed is not touched unless --overwrite says so. A stage that was made
+again makes those that read it stale.
+"""
+
+import datetime
 import importlib.metadata
 import json
+import logging
 import platform
 import resource
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from etils.epath import Path
 
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
-from headsteer_jax.runtime.files import read_json
+from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.files import Workdir, make_directory, read_json, remove_directory, write_json
 
-NEEDS = {
-    "train": ("seed", "data", "model", "gate", "train"),
-    "sae": ("seed", "data", "model", "gate", "train", "sae"),
-    "grid": ("seed", "data", "model", "gate", "train", "sae", "grid"),
-    "steer": ("seed", "data", "model", "gate", "train", "sae", "steer", "report.top_images"),
-    "layers": (
-        "seed",
-        "data",
-        "model",
-        "gate",
-        "train",
-        "sae",
-        "steer.latents",
-        "steer.max_frequency",
-        "steer.mode",
-        "steer.form",
-        "steer.target",
-        "steer.tolerance",
-        "steer.bootstrap",
-        "steer.confidence",
-        "layers",
-    ),
-    "report": ("seed", "data", "model", "gate", "train", "sae", "grid", "steer", "layers", "report"),
-}
-STAGES = tuple(NEEDS)
-OPTIONAL = ("grid", "layers")  # what no later stage waits for
-SIZES = (
-    "sae.cache",
-    "steer.memory",
-    "steer.chunk",
-    "layers.chunk",
-)  # how much is done at once, and where: no figure depends on it
-FROM = {
-    "sae": ("train",),
-    "grid": ("train",),
-    "steer": ("train", "sae"),
-    "layers": ("train",),
-}  # what a stage reads; the report: everything
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # of a stage's record: raise it when a field of the config is renamed or moves
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-def package_versions() -> dict[str, str]:
-    """What made the numbers."""
-    found = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": jax.devices()[0].device_kind,
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: what it does, what it depends on, and the function that does it."""
+
+    name: str
+    about: str
+    run: Callable[[Config, Dataset, Workdir], None]
+    fields: tuple[str, ...]
+    """The sections and fields of the config that its results depend on."""
+    reads: tuple[str, ...] = ()
+    """The stages whose results it reads."""
+    optional: bool = False
+    """No later stage needs it."""
+    by_default: bool = True
+    """It runs unless --stages leaves it out."""
 
 
-def stage_fields(config: Config, stage: str) -> dict[str, Any]:
-    """The fields that a stage depends on, by dotted path."""
+def stage_fields(config: Config, stage: Stage) -> dict[str, Any]:
+    """Select the fields that a stage depends on, by dotted path."""
     return {
         path: value
         for path, value in flatten(config).items()
-        if path not in SIZES and any(path == need or path.startswith(f"{need}.") for need in NEEDS[stage])
+        if any(path == field or path.startswith(f"{field}.") for field in stage.fields)
     }
 
 
+def explain_staleness(config: Config, workdir: Workdir, stage: Stage) -> str:
+    """Say why a stage's results in a directory are not this config's; an empty text if they are, or if there are none.
+
+    Raises:
+      HeadSteerError: the record is damaged, or of another format.
+    """
+    for name in ("done.json", "started.json"):
+        path = workdir / stage.name / name
+        if path.exists():
+            record = read_json(path)
+            if (version := record.get("format", 1)) != FORMAT:
+                return f"it is of format {version}, made by another version of HeadSteer; this one has format {FORMAT}"
+            if difference := _describe_difference(record["config"], stage_fields(config, stage)):
+                return difference
+            if record["inputs"] != _inputs_finished(workdir, stage):
+                return "a stage before it was made again"
+    return ""
+
+
+def is_done(workdir: Workdir, stage: Stage) -> bool:
+    """Say whether a stage is finished."""
+    return (workdir / stage.name / "done.json").exists()
+
+
+def prepare_stage(
+    config: Config, workdir: Workdir, stage: Stage, chosen: Sequence[Stage], overwrite: bool
+) -> dict[str, Any] | None:
+    """Decide whether a stage is to be run now, and write down that it starts.
+
+    Args:
+      chosen: the stages that the user asked for.
+
+    Returns:
+      The record of a stage that is to be run; None if nothing is to be done.
+
+    Raises:
+      HeadSteerError: the stage is needed and not done, or what is there is of another config and `overwrite` is off.
+    """
+    directory = workdir / stage.name
+    if stage not in chosen:
+        _check_skipped(config, workdir, stage, chosen)
+        return None
+    reason = explain_staleness(config, workdir, stage)
+    if reason and not overwrite:
+        raise HeadSteerError(f"{directory} is of another config ({reason}); pass --overwrite or another --workdir")
+    if reason:
+        logger.info(f"{stage.name}: made again ({reason})")
+        remove_directory(directory)
+    elif is_done(workdir, stage):
+        logger.info(f"{stage.name}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
+        return None
+    make_directory(directory)
+    record: dict[str, Any] = {
+        "format": FORMAT, "config": stage_fields(config, stage), "inputs": _inputs_finished(workdir, stage),
+    }  # fmt: skip
+    write_json(directory / "started.json", record)
+    write_json(workdir / "config.json", json.loads(config.model_dump_json()))
+    return record
+
+
+def finish_record(record: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Add to a stage's record when it was finished, in how many seconds, and the process's largest memory so far."""
+    finished = datetime.datetime.now(datetime.UTC).isoformat()
+    return record | {"finished": finished, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def _check_skipped(config: Config, workdir: Workdir, stage: Stage, chosen: Sequence[Stage]) -> None:
+    """Raises HeadSteerError if a chosen stage reads a skipped one that is not done, or is of another config."""
+    readers = [reader.name for reader in chosen if stage.name in reader.reads]
+    if not readers or (stage.optional and not is_done(workdir, stage)):
+        return
+    if not is_done(workdir, stage):
+        raise HeadSteerError(
+            f"{readers[0]} needs {stage.name}, which is not done in {workdir.path}: add it to --stages"
+        )
+    if reason := explain_staleness(config, workdir, stage):
+        raise HeadSteerError(
+            f"{readers[0]} needs {stage.name}, but {workdir / stage.name} is of another config ({reason}); "
+            f"add {stage.name} to --stages and pass --overwrite, or choose another --workdir"
+        )
+
+
+def _inputs_finished(workdir: Workdir, stage: Stage) -> dict[str, str]:
+    """When each stage that this one reads was finished."""
+    records = {name: workdir / name / "done.json" for name in stage.reads}
+    return {name: read_json(path)["finished"] for name, path in records.items() if path.exists()}
+
+
 def _describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The fields that differ, as text; empty where none does."""
+    """Name the fields that differ; an empty text if none does."""
     missing = object()
     return "; ".join(
         f"config.{path} was {json.dumps(before.get(path))}, now {json.dumps(now.get(path))}"
@@ -89,32 +154,22 @@ def _describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def _reads(stage: str) -> tuple[str, ...]:
-    """The stages whose results a stage reads."""
-    return FROM.get(stage, STAGES[: STAGES.index(stage)])
-
-
-def _inputs(workdir: Path, stage: str) -> dict[str, str]:
-    """When each stage that this one reads was finished: a stage made again makes this one stale."""
-    done = {name: workdir / name / "done.json" for name in _reads(stage)}
-    return {name: read_json(path)["finished"] for name, path in done.items() if name not in OPTIONAL or path.exists()}
-
-
-def explain_staleness(config: Config, workdir: Path, stage: str) -> str:
-    """Why what is there of a stage is not this config's, or an empty text."""
-    for name in ("done.json", "started.json"):
-        path = workdir / stage / name
-        if path.exists():
-            record = read_json(path)
-            different = _describe_difference(record["config"], stage_fields(config, stage))
-            if different:
-                return different
-            if record["inputs"] != _inputs(workdir, stage):
-                return "a stage before it was made again"
-    return ""
+def package_versions() -> dict[str, str]:
+    """Collect the versions of Python and of the packages that the numbers depend on, the platform and the device."""
+    versions = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+    }
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def peak_memory_bytes() -> int:
-    """This process's largest resident memory so far."""
+    """Return this process's largest resident memory so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,5 +1,50 @@
-"""The one exception that the command line turns into a line."""
+"""The one exception that the command line turns into a line, and the one place that turns foreign errors into it."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FULL_DISK = "the disk is full; what was saved before is intact: free some space and run the same command"
+UNREACHABLE_REASONS = re.compile(
+    "ABORTED|UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EXCEEDED|.*Invalid GCS bucket"
+)
+DENIED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
 
 
 class HeadSteerError(Exception):
-    """A mistake or a misfortune outside the program: its message is one line that names the culprit and the mend."""
+    """A mistake or a mishap outside the program: its message is one line that names the culprit and the remedy."""
+
+
+@contextmanager
+def explain_errors(culprit: object, remedy: str = "", fault: str = "") -> Iterator[None]:
+    """Turn any error of a library or the operating system into one line: `culprit: fault (reason); remedy`.
+
+    A full disk, and a bucket that cannot be reached, are recognised and get a remedy of their own.
+
+    Args:
+      culprit: the file, directory or dataset that the line begins with.
+      remedy: what the user can do; if it is empty, only a full disk and a path that is not writable are explained, and
+        every other error goes on as it is.
+      fault: what is wrong; if it is empty, the error's own reason stands alone.
+
+    Raises:
+      HeadSteerError: in place of the error; one that is raised inside passes unchanged.
+    """
+    try:
+        yield
+    except HeadSteerError:
+        raise
+    except Exception as error:  # TensorStore reports a full disk as a ValueError with the system's text
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise HeadSteerError(f"{culprit}: {FULL_DISK}") from error
+        reason = str(error).strip().partition("\n")[0].partition(" [source locations")[0] or type(error).__name__
+        if isinstance(error, TimeoutError) or UNREACHABLE_REASONS.match(reason):
+            advice = "check the network, the bucket's name and your rights to it"
+            raise HeadSteerError(f"{culprit}: cannot be reached ({reason}); {advice}") from None
+        denied = getattr(error, "errno", None) in DENIED or "Permission denied" in str(error)
+        if denied and (fault or not remedy):
+            raise HeadSteerError(f"{culprit}: not writable; choose another --workdir") from error
+        if remedy:
+            raise HeadSteerError(f"{culprit}: {f'{fault} ({reason})' if fault else reason}; {remedy}") from None
+        raise

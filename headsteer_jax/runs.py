@@ -5,8 +5,9 @@ sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4
 sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,32 +17,38 @@ from pydantic import ValidationError
 
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset
-from headsteer_jax.books import explain_staleness
+from headsteer_jax.books import explain_staleness, is_done
 from headsteer_jax.config.files import first_fault
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.vit import ViT
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling
-from headsteer_jax.stages import autoencoders
+from headsteer_jax.runtime.files import Workdir
+from headsteer_jax.sae.autoencoder import Autoencoder
+from headsteer_jax.sae.store import RunData
+from headsteer_jax.stages import STAGES, load_run_data
 from headsteer_jax.steer.strategies import ClassStrategy, Strategy, find_strategy, per_class_strategy
 from headsteer_jax.steer.sweep import Arrays, check_strategies_and_classes, check_validation, run_sweep
 from headsteer_jax.steer.tally import StepFunction
-from headsteer_jax.train.loop import load_trained
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the stages train and sae made, in memory."""
+class Run(RunData):
+    """A finished run in memory: its model, data and autoencoders, and sweeps over them."""
 
-    config: Config
-    dataset: Dataset
-    model: ViT
-    params: Any
-    saes: SAEWeights  # leading axis S
-    scaling: Scaling
-    x_train: np.ndarray  # [N, D] residuals of the training split
+    @property
+    def config(self) -> Config:
+        """The config that the run was made with."""
+        return self.trained.config
+
+    def autoencoder(self, seed: int = 0) -> Autoencoder:
+        """Pick the autoencoder of one seed: `run.autoencoder(0).encode(x)`.
+
+        Raises:
+          HeadSteerError: there is no such seed.
+        """
+        if not 0 <= seed < self.autoencoders.members:
+            raise HeadSteerError(f"autoencoder {seed}: allowed is 0 to {self.autoencoders.members - 1}")
+        return self.autoencoders.member(seed)
 
     def sweep(self, strategies: "Strategies", **steer: Any) -> xarray.Dataset:
         """Steer validation and test with some strategies.
@@ -94,8 +101,8 @@ class Run:
             raise HeadSteerError(first_fault(error)) from None
         check_strategies_and_classes(checked, self.dataset.class_names)
         check_validation(self.dataset.validation, checked, self.dataset.class_names)
-        made = self.dataset, self.model, self.params, self.saes, self.scaling, self.x_train
-        return checked, *run_sweep(checked, *made, chosen)
+        trained = self.trained._replace(config=checked)
+        return checked, *run_sweep(replace(self, trained=trained), chosen)
 
 
 Strategies = str | Sequence[str] | Mapping[str, str | ClassStrategy]
@@ -110,26 +117,53 @@ def _tuples(value: Any) -> Any:
     return tuple(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray)) else value
 
 
-def load_run(workdir: str | Path) -> Run:
-    """A run whose stages train and sae are done, with the config that its last command had.
+def load_run(directory: str | os.PathLike[str]) -> Run:
+    """Load a run whose stages train and sae are done, with the config that its last command had.
 
     Raises:
       HeadSteerError: a stage is missing or damaged, or the data are no longer there.
     """
-    workdir = Path(workdir)
+    workdir = Workdir(Path(os.fspath(directory)))
+    config = read_config(workdir)
+    for name in ("train", "sae"):
+        check_done(config, workdir, name, "load_run")
+    dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
+    data = load_run_data(config, dataset, workdir)
+    return Run(data.trained, data.dataset, data.autoencoders, data.x_train)
+
+
+def read_config(workdir: Workdir) -> Config:
+    """Read the config of the last command that ran in a directory.
+
+    Raises:
+      HeadSteerError: no run was started there, or its config.json is damaged or of another version.
+    """
     path = workdir / "config.json"
     if not path.exists():
-        raise HeadSteerError(f"{path}: there is none, so no run was started here; run.py --workdir={workdir} makes one")
+        raise HeadSteerError(
+            f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} makes one"
+        )
     try:
-        config = Config.model_validate_json(path.read_text())
+        return Config.model_validate_json(path.read_text())
     except ValidationError as error:
         raise HeadSteerError(f"{path}: damaged, or of another version: {first_fault(error)}") from None
-    for stage in ("train", "sae"):
-        if not (workdir / stage / "done.json").exists():
-            raise HeadSteerError(f"{workdir}: its stage {stage} is not done; run.py --stages=train,sae makes it")
-        if reason := explain_staleness(config, workdir, stage):
-            raise HeadSteerError(f"{workdir / stage}: not of this run's config.json ({reason}); run.py makes it again")
-    dataset = load_dataset(config.data, config.seed)
-    model, params = load_trained(config, dataset, workdir / "train")
-    saes, scaling, x_train, _ = autoencoders(config, params, workdir)
-    return Run(config, dataset, model, params, saes, scaling, x_train)
+
+
+def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None:
+    """Check that a stage is finished, and of this config.
+
+    Args:
+      reader: what needs it, for the error.
+
+    Raises:
+      HeadSteerError: it is not.
+    """
+    if not is_done(workdir, STAGES[name]):
+        raise HeadSteerError(
+            f"{reader} needs the stage {name}, which is not done in {workdir.path}; headsteer run "
+            f"--workdir={workdir.path} --stages={name} makes it"
+        )
+    if reason := explain_staleness(config, workdir, STAGES[name]):
+        raise HeadSteerError(
+            f"{workdir / name}: not of this run's config.json ({reason}); headsteer run makes it again"
+        )

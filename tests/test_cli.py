@@ -479,7 +479,7 @@ def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
         "--config.model.width=12", "--config.model.heads=3", "--config.train.batch=50", "--config.train.dense.steps=4",
         "--config.train.gated.steps=4", "--config.train.steps_per_call=2", "--config.train.eval_every=4",
         "--config.train.eval_batch=100", "--config.sae.epochs=3", "--config.sae.batch=100", "--config.sae.k=4",
-        "--config.steer.latents=3", "--config.steer.bootstrap=20", "--config.steer.chunk=100",
+        "--config.steer.latents=3", "--config.steer.bootstrap=20", "--config.machine.sweep_chunk=100",
         "--config.steer.alphas=1,4", "--config.steer.least_validation=1", "--config.layers.epochs=1",
         "--config.layers.per_class=1", "--config.layers.alphas=2",
     ]  # fmt: skip
@@ -631,6 +631,6 @@ def test_a_budget_too_small_is_one_line_and_may_be_raised_without_overwrite(fini
     shutil.copytree(workdir, tmp_path / "w")
     (tmp_path / "w" / "steer" / "done.json").unlink()
     command = (f"--config={config}", f"--workdir={tmp_path / 'w'}", "--stages=steer")
-    refused(run(*command, "--config.steer.memory=0"), "config.steer.memory = '0'")
-    assert run(*command, "--config.steer.memory=2").returncode == 0
+    refused(run(*command, "--config.machine.sweep_memory=0"), "config.machine.sweep_memory = '0'")
+    assert run(*command, "--config.machine.sweep_memory=2").returncode == 0
     xarray.testing.assert_identical(read_sweep(tmp_path / "w" / "sweep.nc"), read_sweep(workdir / "sweep.nc"))

@@ -47,7 +47,7 @@ def test_a_pretrained_vit_on_photographs_at_a_reduced_size(tmp_path: Path) -> No
         f"--config.model.pretrained={SHARED / 'weights' / 'vit_small_patch14.safetensors'}",
         "--config.data.train_per_class=150", "--config.train.dense.steps=150", "--config.train.gated.steps=150",
         "--config.train.eval_every=150", "--config.train.eval_batch=250", "--config.sae.epochs=10",
-        "--config.steer.chunk=250",
+        "--config.machine.sweep_chunk=250",
     )  # fmt: skip
     assert found["gated_accuracy"] > 0.05  # chance: 0.01
     assert 0.6 < found["last_layer"]["usage"] < 0.95

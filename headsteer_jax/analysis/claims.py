@@ -1,6 +1,7 @@
 """What the paper claims, claim by claim: the value here, its interval, and whether it holds.
 
-Axes: G strategies, Y ways to name the class, A alphas, R resamplings."""
+Axes: G strategies, Y ways to name the class, A alphas, R resamplings.
+"""
 
 from typing import Any
 

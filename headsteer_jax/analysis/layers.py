@@ -4,6 +4,7 @@ Every layer has its own autoencoder. Where several are steered, a later gate rea
 changed heads have already changed. Axes: B, N images, A alphas, L steered layers, H heads, D width.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,39 +18,39 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split
 from headsteer_jax.model.passes import per_image_program, run_over_split
-from headsteer_jax.model.vit import ViT, predict_class
-from headsteer_jax.runtime.progress import say
-from headsteer_jax.sae.autoencoder import encode_all, select_member
+from headsteer_jax.model.vit import TrainedModel, predict_class
+from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
 from headsteer_jax.sae.residuals import load_or_compute_residuals
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.steering import Steering, run_suffix
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
 
+logger = logging.getLogger(__name__)
 
-def layer_residuals(model: ViT, params: Any, split: Split, layers: tuple[int, ...], config: Config, what: str) -> Any:
+
+def layer_residuals(trained: TrainedModel, split: Split, layers: tuple[int, ...], what: str) -> dict[int, np.ndarray]:
     """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        _, out = model.apply(params, preprocess(images, config.data))
+        _, out = trained.model.apply(params, preprocess(images, trained.config.data))
         return tuple(out["cls"][layer] for layer in layers)
 
-    return dict(
-        zip(layers, run_over_split(per_image_program(run, config.train.eval_batch), params, split, what), strict=True)
-    )
+    program = per_image_program(run, trained.config.train.eval_batch)
+    return dict(zip(layers, run_over_split(program, trained.params, split, what), strict=True))
 
 
-def accuracy_all_off(model: ViT, params: Any, split: Split, layer: int, config: Config) -> float:
-    """Accuracy when one layer drops every head."""
+def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
+    """Compute the accuracy when one layer drops every head."""
+    config = trained.config
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
         closed = {layer: jnp.zeros((len(images), config.model.heads))}
-        logits_BC, _ = model.apply(params, preprocess(images, config.data), gates=closed)
+        logits_BC, _ = trained.model.apply(params, preprocess(images, config.data), gates=closed)
         return (predict_class(logits_BC),)
 
-    (prediction_N,) = run_over_split(
-        per_image_program(run, config.train.eval_batch), params, split, f"layer {layer} off"
-    )
+    program = per_image_program(run, config.train.eval_batch)
+    (prediction_N,) = run_over_split(program, trained.params, split, f"layer {layer} off")
     return float(np.mean(prediction_N == split.labels))
 
 
@@ -98,9 +99,7 @@ def _summarise_layer(
     }
 
 
-def profile_layers(
-    config: Config, dataset: Dataset, model: ViT, params: Any, directory: Path, cache: str | Path
-) -> dict[str, Any]:
+def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cache: str | Path) -> dict[str, Any]:
     """Steer each of config.layers.layers by itself, then all of them together.
 
     Latents are chosen on the training split, alpha on validation, figures are test's.
@@ -114,30 +113,29 @@ def profile_layers(
       Each row: curves over `alphas`, figures before and after at the alpha chosen, their intervals; of a layer also its
       number, the accuracy with all its heads off, and its autoencoder's explained variance and dead share.
     """
+    config = trained.config
     depth = config.model.depth
     layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
     splits = {"validation": dataset.validation, "test": dataset.test}
     splits = {name: _first_of_each_class(split, config.layers.per_class) for name, split in splits.items()}
-    source = load_or_compute_residuals(cache, model, params, config, dataset.train, "train", layers, "cls")
-    x_test = layer_residuals(model, params, splits["test"], layers, config, "test: residuals of every layer")
+    source = load_or_compute_residuals(cache, trained, dataset.train, "train", layers, "cls")
+    x_test = layer_residuals(trained, splits["test"], layers, "test: residuals of every layer")
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
-        say(f"layer {layer}: autoencoder")
+        logger.info(f"layer {layer}: autoencoder")
         one = config.sae.model_copy(
             update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
             | {"batch": min(config.sae.batch, len(dataset.train.labels))}
         )
         of_layer = config.model_copy(update={"sae": one})
-        trained = train_members(of_layer, seed_members(one), source[layer], directory / str(layer))
-        sae, scaling = select_member(trained.saes, 0), trained.scaling
-        z_NF = encode_all(sae, scaling, np.concatenate(list(source[layer].chunks())), config.sae.inference_k)
-        stats = latent_statistics(
-            z_NF, dataset.train.labels, len(dataset.class_names), np.asarray(sae.W_d) / scaling.scale
-        )
+        members = train_members(of_layer, seed_members(one), source[layer], directory / str(layer))
+        sae = members.autoencoders(config.sae.inference_k).member(0)
+        z_NF = encode_split(sae, np.concatenate(list(source[layer].chunks())))
+        stats = latent_statistics(z_NF, dataset.train.labels, len(dataset.class_names), sae.decoder)
         choice = class_frequent_latents(stats, config.steer, np.random.default_rng(0))
-        steered[layer] = Steering(sae, scaling, stats.strength, choice)
-        on_test = measure_health(sae, scaling, [x_test[layer]], config.sae.inference_k)
+        steered[layer] = Steering(sae, stats.strength, choice)
+        on_test = measure_health(sae, [x_test[layer]])
         rows.append(
             {
                 "layer": layer,
@@ -150,15 +148,13 @@ def profile_layers(
         alphas, on = np.array((0.0, *config.layers.alphas)), []
         for name, split in splits.items():
             setting = [(some, split.labels)]
-            gates, predictions = run_suffix(
-                model, params, split, setting, alphas, config, config.layers.chunk, f"{name}: {what}"
-            )
+            gates, predictions = run_suffix(trained, split, setting, alphas, f"{name}: {what}")
             on.append((gates[0], predictions[0], split.labels))
         return _summarise_layer(on[0], on[1], config)
 
     for row in rows:
         layer = row["layer"]
         row |= measured({layer: steered[layer]}, f"layer {layer} steered")
-        row["all_off"] = accuracy_all_off(model, params, splits["test"], layer, config)
+        row["all_off"] = accuracy_all_off(trained, splits["test"], layer)
     together = measured(steered, "all steered") if len(layers) > 1 else None
     return {"layers": rows, "together": together, "images": len(splits["test"].labels)}

@@ -1,10 +1,12 @@
 """Config files and the command line's overrides, and the texts that explain every field.
 
-A config file defines `get_config() -> Config`."""
+A config file defines `get_config() -> Config`.
+"""
 
 import difflib
 import json
 import runpy
+import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,7 +34,7 @@ def first_fault(error: ValidationError, prefix: str = "") -> str:
 
 def _did_you_mean(path: str) -> str:
     close = difflib.get_close_matches(path, [name for name, *_ in list_fields()], n=1, cutoff=0.5)
-    return f"; did you mean config.{close[0]}?" if close else "; run.py --help lists the fields"
+    return f"; did you mean config.{close[0]}?" if close else "; headsteer config lists the fields"
 
 
 def list_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -132,24 +134,32 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
         raise HeadSteerError(first_fault(error)) from None
 
 
-def describe_fields() -> str:
-    """The config's fields with type, default and meaning, for --help."""
-    defaults = flatten(Config())
+def describe_field(path: str) -> str:
+    """Explain a field, or every field of a section: its path, type, default and meaning.
+
+    Raises:
+      HeadSteerError: there is neither a field nor a section of this name.
+    """
+    path, defaults = path.removeprefix("--").removeprefix("config."), flatten(Config())
+    selected = [field for field in list_fields() if field[0] == path or field[0].startswith(f"{path}.")]
+    if not selected:
+        raise HeadSteerError(f"config.{path}: there is no such field{_did_you_mean(path)}")
     return "\n".join(
-        f"  --config.{path} ({_type_name(annotation)}; {_format_default(defaults[path])})\n      {text}"
-        for path, annotation, text in list_fields()
+        f"config.{name} ({_type_name(annotation)}; default {_format_default(defaults[name])})\n"
+        + textwrap.fill(text, width=100, initial_indent="    ", subsequent_indent="    ")
+        for name, annotation, text in selected
     )
 
 
 def render_reference() -> str:
-    """docs/configuration.md: a table of fields for each section."""
+    """Render the configuration page of the documentation: a table of fields for each section."""
     defaults = flatten(Config())
     lines = [
         "# Configuration",
         "",
         "Every field, with the default that a config file may leave. A file in `configs/` sets what its experiment",
         "needs; the command line overrides both: `--config.FIELD=VALUE`, lists with commas. This page is made by",
-        "`python -m headsteer_jax.config > docs/configuration.md`.",
+        "`headsteer config --reference=docs/reference/configuration.md`.",
     ]
     before = None
     for path, annotation, text in list_fields():

@@ -35,10 +35,11 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, and how they reach the model."""
 
-    source: Literal["double_digits", "tfds", "folder", "npz"] = "double_digits"
-    """double_digits: two handwritten digits on a canvas (from scikit-learn); tfds: a TensorFlow Datasets name,
-    or a prepared directory; folder: <path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg; npz: one file with
-    train_images, train_labels, test_images, test_labels and, optionally, class_names."""
+    source: str = "double_digits"
+    """A name in headsteer_jax.data.sources.SOURCES. double_digits: two handwritten digits on a canvas (from
+    scikit-learn); tfds: a TensorFlow Datasets name, or a prepared directory; folder: <path>/train/<class>/*.jpg and
+    <path>/test/<class>/*.jpg; npz: one file with train_images, train_labels, test_images, test_labels and, optionally,
+    class_names."""
     name: str = ""
     """tfds only: the dataset's name, such as cifar100."""
     path: str = ""
@@ -59,8 +60,6 @@ class DataConfig(Section):
     number of canvases composed for each class (0: 400)."""
     eval_per_class: NonNegativeInt = 0
     """The same for validation and test; 0: all (double_digits: 100)."""
-    memory_limit_mb: PositiveInt = 4096
-    """A split that takes less when decoded is held in memory; a larger one is decoded batch by batch, in threads."""
     crop_padding: NonNegativeInt = 2
     """Training: the image is shifted by up to so many pixels each way (a random crop of the zero-padded image)."""
     crop_scale: Share = 1.0
@@ -189,6 +188,23 @@ class TrainConfig(Section):
     """Steps between evaluations on the validation split, and between checkpoints; a multiple of steps_per_call."""
 
 
+class SAEAblationConfig(Section):
+    """Parts of the autoencoder's training recipe that only an ablation switches off."""
+
+    unit_gradient: bool = True
+    """Scale each step's gradient to norm 1 before Adam, whose memory of the first, much larger gradients would slow the
+    next thousand steps."""
+    init: Literal["tied", "data", "untied"] = "tied"
+    """How training starts. tied: random decoder rows, and the encoder equals the decoder; data: the decoder rows are
+    training residuals, and the encoder equals them; untied: the encoder is drawn independently."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """unit: decoder rows get norm 1 after each step, and their gradient loses its radial part; free: neither."""
+    centre: bool = True
+    """Subtract the training mean first. Without it most latents die."""
+    scale: bool = True
+    """Divide by one number, so that the mean norm is sqrt(D)."""
+
+
 class SAEConfig(Section):
     """The sparse autoencoder of the residual that enters one layer."""
 
@@ -217,22 +233,10 @@ class SAEConfig(Section):
     """Residuals in a step; at most one for each training residual."""
     learning_rate: PositiveFloat = 4e-4
     """Adam's peak."""
-    unit_gradient: bool = True
-    """Scale each step's gradient to norm 1 before Adam, whose memory of the first, much larger gradients would slow the
-    next thousand steps."""
     warmup: Fraction = 0.05
     """Share of all steps for the rise."""
     decay: Fraction = 0.2
     """Share of all steps, the last ones, over which the learning rate falls linearly to 0."""
-    init: Literal["tied", "data", "untied"] = "tied"
-    """The start: random decoder rows and the encoder equal to them; rows that are training residuals, likewise; or an
-    encoder drawn by itself."""
-    decoder_norm: Literal["unit", "free"] = "unit"
-    """unit: rows of norm 1, made so after each step, whose gradient has no radial part; free: neither."""
-    centre: bool = True
-    """Subtract the training mean first. Without it most latents die."""
-    scale: bool = True
-    """Divide by one number, so that the mean norm is sqrt(D)."""
     k_start: NonNegativeInt = 0
     """topk, batch_topk: active latents at the start, annealed linearly to k; 0: k throughout."""
     k_anneal: Fraction = 0.2
@@ -260,9 +264,8 @@ class SAEConfig(Section):
     memory: PositiveInt = 4096
     """MiB of residuals that training holds at once; of more, blocks in a new random order each epoch, a third of that
     at a time."""
-    cache: str = ""
-    """Where residuals are kept: a directory, or gs://bucket/path. Other runs of the same model and data read them
-    too. Empty: activations in the workdir."""
+    ablation: SAEAblationConfig = SAEAblationConfig()
+    """Parts of the training recipe that can be switched off."""
 
     @property
     def inference_k(self) -> int | None:
@@ -323,11 +326,6 @@ class SteerConfig(Section):
     """Resamplings behind each confidence interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Level of the intervals."""
-    memory: PositiveInt = 1024
-    """MiB of a device that one call of the sweep may use beside the parameters: it takes fewer images, or alphas, at
-    once where they would not fit."""
-    chunk: PositiveInt = 250
-    """Images of a device in one call, at most; few stay in a CPU's cache, a GPU takes more."""
     subsets: Annotated[int, Field(ge=64, le=4096)] = 512
     """Above 12 heads not all 2^H head subsets can be tried: the controls try so many of them, of every size."""
 
@@ -343,8 +341,6 @@ class LayersConfig(Section):
     """Strengths; every one is a forward pass of the layers from the steered one on."""
     per_class: NonNegativeInt = 20
     """Validation and test images of each class; 0: all."""
-    chunk: PositiveInt = 250
-    """Images of a device in one call, at most (see steer.memory)."""
 
 
 class ReportConfig(Section):
@@ -381,6 +377,16 @@ class MachineConfig(Section):
     """Training calls whose batches are decoded and sent to the devices ahead, each in a thread of its own."""
     profile: bool = False
     """Write a jax.profiler trace of one training call of each phase to <workdir>/train/profile."""
+    image_memory: PositiveInt = 4096
+    """MiB. A split that takes less when decoded is held in memory; of a larger one each batch is decoded in threads."""
+    activation_cache: str = ""
+    """Where residuals are kept: a directory, or gs://bucket/path. Other runs of the same model and data read them
+    too. Empty: activations in the workdir."""
+    sweep_memory: PositiveInt = 1024
+    """MiB of a device that one call of a sweep may use beside the parameters; it takes fewer images or alphas at once
+    if they do not fit."""
+    sweep_chunk: PositiveInt = 250
+    """The most images of a device in one call of a sweep; a few hundred stay in a CPU's cache, a GPU takes more."""
     peak_tflops: NonNegativeFloat = 0.0
     """A device's peak in model.dtype, of which the log gives the share in use (model FLOPs utilisation, MFU). 0: by the
     device's name, where it is known (TPU v4 to v6e; A100, L4, H100, H200)."""
@@ -421,8 +427,6 @@ class Config(Section):
             ("model.heads", m.heads, m.width % m.heads == 0, f"a divisor of model.width = {m.width}"),
             ("data.mean", d.mean, len(d.mean) == d.channels, f"one number for each of data.channels = {d.channels}"),
             ("data.std", d.std, len(d.std) == d.channels, f"one number for each of data.channels = {d.channels}"),
-            ("data.name", d.name, d.source != "tfds" or d.name, "a TFDS dataset's name, as data.source is 'tfds'"),
-            ("data.path", d.path, d.source not in ("folder", "npz") or d.path, f"a path, as source is {d.source!r}"),
             ("gate.first_layer", self.gate.first_layer, len(gated) > 0, f"below model.depth = {m.depth}"),
             ("model.heads", m.heads, m.heads <= 30, "at most 30"),
             ("steer.strategies", t.strategies, "gate_aligned" not in t.strategies or m.heads <= MOST_HEADS,

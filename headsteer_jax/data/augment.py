@@ -149,7 +149,7 @@ def apply_operation(image_SSC: jax.Array, number: jax.Array, strength: float, si
 def mixup(
     key: jax.Array, images_BSSC: jax.Array | np.ndarray, targets_BC: jax.Array | np.ndarray, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """x' = l x + (1 - l) x~, y' = l y + (1 - l) y~, l ~ Beta(alpha, alpha) for each image (arXiv:1710.09412).
+    """X' = l x + (1 - l) x~, y' = l y + (1 - l) y~, l ~ Beta(alpha, alpha) for each image (arXiv:1710.09412).
 
     An image's partner (~) stands at its place in the reversed batch: training's batches are in random order already.
     """

@@ -1,16 +1,17 @@
-"""Where images come from: each source as a function from the config to train and test, and `load_dataset`, which cuts them.
+"""Where images come from: SOURCES names each kind of dataset, `load_dataset` loads the one that the config names.
 
-The validation split is always cut from train, stratified by class, before anything is fitted."""
+The validation split is always cut from train, stratified by class, before anything is fitted.
+"""
 
+import functools
 import importlib.util
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,79 +19,104 @@ from PIL import Image, ImageOps
 from headsteer_jax.config.schema import DataConfig
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split, related_pairs, stratified_cut
 from headsteer_jax.data.digits import double_digits
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.errors import HeadSteerError, explain_errors
 
 
-def load_dataset(config: DataConfig, seed: int) -> Dataset:
-    """The dataset of a config; what is random follows from the seed.
+class RawData(NamedTuple):
+    """What a published dataset holds, before the validation split is cut."""
 
-    Validation is cut from train first; then the numbers for each class are limited. Images of one common size keep it
-    (`augment.preprocess` resizes on the device); images of several sizes are cropped and resized to image_size as they
-    are decoded. A split of more than memory_limit_mb stays lazy; npz files are always held in memory.
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    related: np.ndarray | None  # [C, C] bool; None if nothing is known
+
+
+class Source(NamedTuple):
+    """A kind of dataset that `data.source` can name."""
+
+    load: Callable[[DataConfig, int, int], Dataset]  # (config, seed, MiB of a split that is held in memory)
+    required: str = ""  # the field of config.data that it needs
+
+
+def check_source(config: DataConfig) -> None:
+    """Check that the source exists and that the config has the field that it needs.
 
     Raises:
-      HeadSteerError: missing, unreadable or inconsistent data; one line with the culprit and the mend.
+      HeadSteerError: it does not.
     """
-    if config.source == "double_digits":
-        dataset = double_digits(config, seed)
-        groups = related_pairs(config.related, dataset.class_names) if config.related else dataset.related
-        return replace(dataset, related=groups)
-    read = {"tfds": _read_tfds, "folder": _read_folder, "npz": _read_npz}[config.source]
+    if config.source not in SOURCES:
+        raise HeadSteerError(f"config.data.source = {config.source!r}: allowed is {', '.join(SOURCES)}")
+    required = SOURCES[config.source].required
+    if required and not getattr(config, required):
+        raise HeadSteerError(
+            f"config.data.{required} = '': allowed is the dataset's {required}, as data.source is {config.source!r}"
+        )
+
+
+def load_dataset(config: DataConfig, seed: int, memory: int = 4096) -> Dataset:
+    """Load the dataset of a config; everything random follows from the seed.
+
+    Args:
+      memory: MiB. A split that takes more when decoded stays lazy; npz files are always held in memory.
+
+    Raises:
+      HeadSteerError: missing, unreadable or inconsistent data; one line with the culprit and the remedy.
+    """
+    check_source(config)
+    dataset = SOURCES[config.source].load(config, seed, memory)
+    groups = related_pairs(config.related, dataset.class_names) if config.related else dataset.related
+    return replace(dataset, related=groups)
+
+
+def cut_dataset(read: Callable[[DataConfig], RawData], config: DataConfig, seed: int, memory: int) -> Dataset:
+    """Read published data and cut the validation split from train; then limit the number of images of each class.
+
+    Images of one common size keep it (`augment.preprocess` resizes on the device); images of several sizes are cropped
+    and resized to image_size as they are decoded.
+
+    Raises:
+      HeadSteerError: two classes have one name, a label is no class, or a class has too few images.
+    """
     train, test, class_names, related = read(config)
-    where = config.path or config.name
-    twice = [name for name, count in Counter(class_names).items() if count > 1]
-    if twice:
-        raise HeadSteerError(f"{where}: two classes are named {twice[0]!r}; give each class its own name")
+    origin = config.path or config.name
+    repeated = [name for name, count in Counter(class_names).items() if count > 1]
+    if repeated:
+        raise HeadSteerError(f"{origin}: two classes are named {repeated[0]!r}; give each class its own name")
     for name, split in (("train", train), ("test", test)):
-        _check_labels(f"{where}: {name}", split.labels, class_names, "add some or drop the class")
+        _check_labels(f"{origin}: {name}", split.labels, class_names, "add some or drop the class")
 
     rng = np.random.default_rng([seed, 0])
-    kept, cut = stratified_cut(train.labels, config.validation_fraction, rng)
+    remaining, cut = stratified_cut(train.labels, config.validation_fraction, rng)
     _check_labels(
-        f"{where}: validation", train.labels[cut], class_names, "add one to train, which needs two: one is cut off"
+        f"{origin}: validation", train.labels[cut], class_names, "add one to train, which needs two: one is cut off"
     )
 
-    def part(split: Split, indices: np.ndarray, per_class: int) -> Split:
+    def take(split: Split, indices: np.ndarray, per_class: int) -> Split:
         labels = split.labels[indices]
         members = [rng.permutation(indices[labels == label]) for label in range(len(class_names))]
-        chosen = np.sort(np.concatenate([some[: per_class or None] for some in members]))
+        chosen = np.sort(np.concatenate([of_class[: per_class or None] for of_class in members]))
         images = split.images[chosen]
-        if isinstance(images, LazyImages) and math.prod(images.shape) <= config.memory_limit_mb * 2**20:
+        if isinstance(images, LazyImages) and math.prod(images.shape) <= memory * 2**20:
             images = images.gather(np.arange(len(images)))
         return Split(images, split.labels[chosen].astype(np.int32))
 
     return Dataset(
-        train=part(train, kept, config.train_per_class),
-        validation=part(train, cut, config.eval_per_class),
-        test=part(test, np.arange(len(test.labels)), config.eval_per_class),
+        train=take(train, remaining, config.train_per_class),
+        validation=take(train, cut, config.eval_per_class),
+        test=take(test, np.arange(len(test.labels)), config.eval_per_class),
         class_names=class_names,
-        related=related_pairs(config.related, class_names) if config.related else related,
+        related=related,
     )
 
 
-Source = tuple[Split, Split, tuple[str, ...], np.ndarray | None]  # train, test, class names, related
-
-
-def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], mend: str) -> None:
-    """Raises HeadSteerError where a label is no class, or a class has no image; `mend` is the latter's."""
+def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], remedy: str) -> None:
+    """Raises HeadSteerError where a label is no class, or a class has no image; `remedy` is the latter's."""
     wrong = labels[(labels < 0) | (labels >= len(class_names))]
     if wrong.size:
         raise HeadSteerError(f"{split}: label {wrong[0]} is none of the {len(class_names)} classes; correct the labels")
     absent = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
     if absent.size:
-        raise HeadSteerError(f"{split}: there is no image of class {class_names[absent[0]]!r}; {mend}")
-
-
-@contextmanager
-def _explain(culprit: str, mend: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one line: the culprit, the reason's first line, the mend."""
-    try:
-        yield
-    except HeadSteerError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise HeadSteerError(f"{culprit}: {reason or type(error).__name__}; {mend}") from None
+        raise HeadSteerError(f"{split}: there is no image of class {class_names[absent[0]]!r}; {remedy}")
 
 
 def _decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
@@ -103,7 +129,7 @@ def _decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int,
       fit: crop the centre and resize (bicubic) to this shape; otherwise an image of another size is an error.
     """
     height, width, channels = shape
-    with _explain(culprit, "replace or remove it"):
+    with explain_errors(culprit, "replace or remove it"):
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode[0] in "IF":  # Pillow would clip these to 8 bits, not scale them
                 raise HeadSteerError(f"{culprit}: its pixels are not of 8 bits (mode {image.mode}); convert it")
@@ -115,13 +141,13 @@ def _decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int,
         return np.asarray(pixels).reshape(shape)
 
 
-def _read_npz(config: DataConfig) -> Source:
+def read_npz(config: DataConfig) -> RawData:
     """One file: {train,test}_images uint8 [N, h, w] or [N, h, w, 1 or 3], {train,test}_labels integers [N]."""
 
     def array(file: Any, key: str) -> np.ndarray:
         if key not in file:
             raise HeadSteerError(f"{config.path}: there is no array {key!r}; it holds {', '.join(file) or 'none'}")
-        with _explain(f"{config.path}: array {key!r}", "write the file anew, without pickled objects"):
+        with explain_errors(f"{config.path}: array {key!r}", "write the file anew, without pickled objects"):
             return file[key]
 
     def split(file: Any, what: str) -> Split:
@@ -144,21 +170,21 @@ def _read_npz(config: DataConfig) -> Source:
         return Split(images, labels.astype(np.int64))
 
     with (
-        _explain(config.path, "config.data.path should name a readable .npz file"),
+        explain_errors(config.path, "config.data.path should name a readable .npz file"),
         np.load(config.path, allow_pickle=False) as file,
     ):
         train, test = split(file, "train"), split(file, "test")
         if "class_names" in file:
-            return train, test, tuple(map(str, array(file, "class_names"))), None
+            return RawData(train, test, tuple(map(str, array(file, "class_names"))), None)
         # Every class has an image, so a label beyond their number is wrong: it must not make as many names.
         classes = min(train.labels.max() + 1, len(train.labels))
-        return train, test, tuple(map(str, range(classes))), None
+        return RawData(train, test, tuple(map(str, range(classes))), None)
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def _read_folder(config: DataConfig) -> Source:
+def read_folder(config: DataConfig) -> RawData:
     """<path>/train/<class>/<image> and <path>/test/<class>/<image>; `val` and `validation` stand in for `test`."""
     root = Path(config.path)
 
@@ -189,7 +215,7 @@ def _read_folder(config: DataConfig) -> Source:
     }
     sizes: set[tuple[int, int]] = set()
     for path, _ in files[train] + files[test]:
-        with _explain(str(path), "replace or remove it"), Image.open(path) as image:  # reads the header only
+        with explain_errors(str(path), "replace or remove it"), Image.open(path) as image:  # reads the header only
             sizes.add(image.size)
         if len(sizes) > 1:
             break
@@ -206,10 +232,10 @@ def _read_folder(config: DataConfig) -> Source:
         labels = np.array([label for _, label in files[directory]], np.int32)
         return Split(LazyImages(decode, np.arange(len(paths)), shape), labels)
 
-    return split(train), split(test), tuple(class_names), None
+    return RawData(split(train), split(test), tuple(class_names), None)
 
 
-def _read_tfds(config: DataConfig) -> Source:
+def read_tfds(config: DataConfig) -> RawData:
     """A TensorFlow Datasets name with its features image and label; `related` from coarse_label, where it has that.
 
     Prepared in array_record, it is read without TensorFlow. Labels are read once, whole: that takes as long as reading
@@ -221,7 +247,7 @@ def _read_tfds(config: DataConfig) -> Source:
 
     where = config.path or tfds.core.constants.DATA_DIR
     prepared = f"{config.name} in {where}"
-    with _explain(prepared, "check config.data.name, and prepare it with file_format='array_record'"):
+    with explain_errors(prepared, "check config.data.name, and prepare it with file_format='array_record'"):
         try:
             builder = builder_from_files(config.name, data_dir=config.path or None)
         except tfds.core.DatasetNotFoundError:
@@ -248,7 +274,7 @@ def _read_tfds(config: DataConfig) -> Source:
             records = builder.as_data_source(what, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
             def features(indices: Sequence[int]) -> Iterator[Any]:
-                with _explain(f"{prepared}, split {what!r}", "prepare it anew"):
+                with explain_errors(f"{prepared}, split {what!r}", "prepare it anew"):
                     for record in records.__getitems__(indices):
                         yield tf_example_pb2.Example.FromString(record).features.feature
 
@@ -274,7 +300,7 @@ def _read_tfds(config: DataConfig) -> Source:
                 )
         splits = split("train"), split(test)
     related = (coarse_of[:, None] == coarse_of) & ~np.eye(len(names), dtype=bool)
-    return *splits, names, related if "coarse_label" in info.features else None
+    return RawData(*splits, names, related if "coarse_label" in info.features else None)
 
 
 def _prepare_tfds(config: DataConfig, where: str) -> Any:
@@ -282,14 +308,24 @@ def _prepare_tfds(config: DataConfig, where: str) -> Any:
     import tensorflow_datasets as tfds
 
     missing = f"config.data.name = {config.name!r} is not prepared in {where} (config.data.path)"
-    with _explain(missing, "check the name"):
+    with explain_errors(missing, "check the name"):
         try:
             tfds.builder_cls(config.name.partition("/")[0].partition(":")[0])
         except tfds.core.DatasetNotFoundError:
             raise HeadSteerError(f"{missing} and TFDS knows no such dataset; check the name and the path") from None
     if importlib.util.find_spec("tensorflow") is None:
         raise HeadSteerError(f"{missing}; preparing it needs TensorFlow: pip install 'headsteer-jax[prepare]'")
-    with _explain(f"{missing} and could not be downloaded (network?)", f"prepare it elsewhere and copy it to {where}"):
+    with explain_errors(
+        f"{missing} and could not be downloaded (network?)", f"prepare it elsewhere and copy it to {where}"
+    ):
         builder = tfds.builder(config.name, data_dir=config.path or None, file_format="array_record")
         builder.download_and_prepare()
     return builder
+
+
+SOURCES = {
+    "double_digits": Source(lambda config, seed, memory: double_digits(config, seed)),
+    "tfds": Source(functools.partial(cut_dataset, read_tfds), required="name"),
+    "folder": Source(functools.partial(cut_dataset, read_folder), required="path"),
+    "npz": Source(functools.partial(cut_dataset, read_npz), required="path"),
+}

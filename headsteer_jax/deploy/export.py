@@ -1,74 +1,63 @@
-"""Trained models and autoencoders in the formats of other libraries."""
+"""Trained models and autoencoders in the files of other libraries.
+
+The backbone is written under timm's names; autoencoders as SAELens' directories or overcomplete's state_dicts.
+"""
 
 import safetensors.numpy
 from etils.epath import Path
 
-from headsteer_jax.books import explain_staleness
-from headsteer_jax.config.schema import Config
-from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import timm_tensors
-from headsteer_jax.runtime import hosts
+from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.runtime.files import make_directory, write_bytes
-from headsteer_jax.sae.autoencoder import select_member
+from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.interchange import export_overcomplete, export_saelens
-from headsteer_jax.stages import autoencoders
-from headsteer_jax.train.loop import load_trained
+
+TARGETS = ("timm:FILE.safetensors", "saelens:DIR", "overcomplete:DIR")
 
 
-def export(config: Config, workdir: Path, file: Path) -> None:
+def parse_target(target: str) -> tuple[str, Path]:
+    """Split an export's target into library and path.
+
+    Raises:
+      HeadSteerError: it is not one of TARGETS.
+    """
+    library, _, path = target.partition(":")
+    known = {name.partition(":")[0] for name in TARGETS}
+    if library not in known or not path or (library == "timm" and not path.endswith(".safetensors")):
+        raise HeadSteerError(f"{target}: allowed is {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+    return library, Path(path)
+
+
+def export_timm(trained: TrainedModel, file: Path) -> None:
     """Write the gated model's weights under timm's names; the gates stay behind.
 
     Raises:
-      HeadSteerError: the model is not trained, of another config, or the file cannot be written.
+      HeadSteerError: the file cannot be written.
     """
-    if file.suffix != ".safetensors":
-        raise HeadSteerError(f"--export={file}: allowed is a file that ends in .safetensors")
-    if not (workdir / "train" / "done.json").exists():
-        raise HeadSteerError(f"--export needs train, which is not done in {workdir}: add it to --stages")
-    if why := explain_staleness(config, workdir, "train"):
-        raise HeadSteerError(f"--export: {workdir / 'train'} is of another config ({why}); name its config")
-    _, params = load_trained(
-        config, hosts.on_every_process(lambda: load_dataset(config.data, config.seed)), workdir / "train"
-    )
-
-    def write() -> None:
-        make_directory(file.parent)
-        write_bytes(file, safetensors.numpy.save(timm_tensors(params)))
-
-    hosts.on_first_process(write)
+    make_directory(file.parent)
+    write_bytes(file, safetensors.numpy.save(timm_tensors(trained.params)))
 
 
-def export_saes(config: Config, workdir: Path, target: str) -> None:
-    """Write every autoencoder for another library, one for each seed, of residuals as they are in the model.
+def export_autoencoders(
+    trained: TrainedModel, autoencoders: Autoencoder, library: str, directory: Path, run_name: str
+) -> None:
+    """Write every autoencoder for another library; they read residuals as they are in the model.
 
     Args:
-      target: saelens:DIR, which gets directories seed_0, ...; or overcomplete:DIR, which gets seed_0.safetensors, ...
+      autoencoders: one for each seed, as leading axis of the weights.
+      library: saelens, which gets directories seed_0, ...; or overcomplete, which gets seed_0.safetensors, ...
+      run_name: goes into the files' metadata.
 
     Raises:
-      HeadSteerError: an unknown library; the autoencoders are not trained or of another config; not writable.
+      HeadSteerError: the directory cannot be written.
     """
-    library, _, path = target.partition(":")
-    if library not in ("saelens", "overcomplete") or not path:
-        raise HeadSteerError(f"--export_sae={target}: allowed is saelens:DIR or overcomplete:DIR")
-    if not (workdir / "sae" / "done.json").exists():
-        raise HeadSteerError(f"--export_sae needs sae, which is not done in {workdir}: add it to --stages")
-    if why := explain_staleness(config, workdir, "sae"):
-        raise HeadSteerError(f"--export_sae: {workdir / 'sae'} is of another config ({why}); name its config")
-    _, params = load_trained(
-        config, hosts.on_every_process(lambda: load_dataset(config.data, config.seed)), workdir / "train"
-    )
-    saes, scaling, _, _ = autoencoders(config, params, workdir)
-
-    def write() -> None:
-        directory = make_directory(path)
-        for seed in range(config.sae.seeds):
-            about = {"model_name": workdir.name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
-                     "tokens": config.sae.tokens}  # fmt: skip
-            given = select_member(saes, seed), scaling, config.sae.activation, config.sae.k
-            if library == "saelens":
-                export_saelens(*given, directory / f"seed_{seed}", about)
-            else:
-                export_overcomplete(*given, directory / f"seed_{seed}.safetensors", about)
-
-    hosts.on_first_process(write)
+    config, directory = trained.config, make_directory(directory)
+    for seed in range(autoencoders.members):
+        metadata = {"model_name": run_name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
+                    "tokens": config.sae.tokens}  # fmt: skip
+        sae, activation, k = autoencoders.member(seed), config.sae.activation, config.sae.k
+        if library == "saelens":
+            export_saelens(sae, activation, k, directory / f"seed_{seed}", metadata)
+        else:
+            export_overcomplete(sae, activation, k, directory / f"seed_{seed}.safetensors", metadata)

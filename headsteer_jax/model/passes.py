@@ -19,7 +19,7 @@ from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Gating, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.mesh import local_mesh
+from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
 
 CALLS_IN_FLIGHT = (
@@ -54,11 +54,6 @@ class Program(NamedTuple):
     run: Any  # a jitted or a compiled Function
     size: int
     compiled: bool = False  # for exactly this size: a smaller split is filled up to it
-
-
-def dealt() -> NamedSharding:
-    """Where an array with leading axis B lives: dealt out over this host's devices."""
-    return NamedSharding(local_mesh(), PartitionSpec("data"))
 
 
 def replicate(tree: Any) -> Any:
@@ -112,7 +107,9 @@ def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: 
 
 
 def memory_error(fit: CompiledFit, memory: int, what: str) -> HeadSteerError:
-    return HeadSteerError(f"config.steer.memory = {memory}: too small, as {what} needs {-(-fit.needed // 2**20)} MiB")
+    return HeadSteerError(
+        f"config.machine.sweep_memory = {memory}: too small, as {what} needs {-(-fit.needed // 2**20)} MiB"
+    )
 
 
 def compile_program_within_memory(program: Program, params: Any, split: Split, memory: int) -> Program:
@@ -127,7 +124,7 @@ def compile_program_within_memory(program: Program, params: Any, split: Split, m
 
     def compile_for(size: int) -> Any:
         shape = (size * jax.local_device_count(), *split.images.shape[1:])
-        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=dealt())
+        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=batch_sharding(local_mesh()))
         return program.run.lower(replicate(params), images).compile()
 
     fit = compile_within_memory(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS_IN_FLIGHT)
@@ -138,7 +135,8 @@ def compile_program_within_memory(program: Program, params: Any, split: Split, m
 
 def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.ndarray]:
     """Indices of the images from `begin` to `end` in chunks of one size, for one compiled program: the last is filled
-    with image 0. A device's part of a chunk is `size` images."""
+    with image 0. A device's part of a chunk is `size` images.
+    """
     size *= devices
     filled = np.zeros(-(-(end - begin) // size) * size, np.int64)
     filled[: end - begin] = np.arange(begin, end)
@@ -163,7 +161,9 @@ def stream_split(
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
     def one(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
-        return jax.device_get(program.run(params, jax.device_put(gather_images(split.images, chunk), dealt())))
+        return jax.device_get(
+            program.run(params, jax.device_put(gather_images(split.images, chunk), batch_sharding(local_mesh())))
+        )
 
     with progress(stop, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS_IN_FLIGHT) as threads:
         calls = (threads.submit(one, chunk) for chunk in chunks)

@@ -10,7 +10,7 @@ Axes: B images, T tokens (CLS, registers, patches), D width, H heads, K head wid
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x) by erf: flax's exact form goes through erfc, with which a block's gradient takes half as long again."""
+    """X Phi(x) by erf: flax's exact form goes through erfc, with which a block's gradient takes half as long again."""
     return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
@@ -323,6 +323,14 @@ def build_model(config: Config, classes: int) -> ViT:
     grid = config.data.image_size // config.model.patch
     how = config.machine
     return ViT(config.model, config.gate, classes, 1 + grid**2, scan=how.scan_layers, remat=how.remat)
+
+
+class TrainedModel(NamedTuple):
+    """A model with its parameters and the experiment that they belong to."""
+
+    config: Config
+    model: ViT
+    params: Any
 
 
 def stack_gates(by_layer: Mapping[int, jax.Array]) -> jax.Array:

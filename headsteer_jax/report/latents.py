@@ -3,16 +3,15 @@
 import base64
 import io
 import math
-from importlib import resources
 from typing import Any
 
 import numpy as np
 from etils.epath import Path
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, gather_images
+from headsteer_jax.report.render import render_template
 from headsteer_jax.runtime.files import write_text
 from headsteer_jax.sae.latents import Arrays
 
@@ -100,16 +99,11 @@ def write_latents_page(file: Path, name: str, arrays: Arrays, dataset: Dataset, 
 
     Args:
       name: the run's, for the title.
-      arrays: of `look_inside`, on the training split.
+      arrays: of `profile_latents`, on the training split.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    template = environment.from_string(
-        resources.files(__package__).joinpath("templates/latents.html.j2").read_text("utf-8")
-    )
     data = page_data(arrays, dataset, config)
-    page = template.render(
-        name=name, config=config, data=data, latents=len(arrays["frequency"]), images=len(dataset.train.labels),
-        bars=CLASSES_SHOWN, levels=HEAT_LEVELS,
+    page = render_template(
+        "latents.html.j2", name=name, config=config, data=data, latents=len(arrays["frequency"]),
+        images=len(dataset.train.labels), bars=CLASSES_SHOWN, levels=HEAT_LEVELS,
     )  # fmt: skip
     write_text(file, page)

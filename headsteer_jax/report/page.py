@@ -1,59 +1,65 @@
-"""report.html: one page that holds the figures, the tables and how to read both."""
+"""report.html and latents.html: pages that hold the figures, the tables and how to read both."""
 
 import base64
-from importlib import resources
-from typing import Any
 
-import numpy as np
 from etils.epath import Path
-from jinja2 import Environment, StrictUndefined
 
+from headsteer_jax.analysis.sweep_file import read_sweep, to_arrays
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.report.figures import FIGURES, render_figure
-from headsteer_jax.report.style import ReportData, format_heads, format_number, format_signed
-from headsteer_jax.runtime.files import make_directory, write_bytes, write_text
+from headsteer_jax.report.latents import write_latents_page
+from headsteer_jax.report.render import render_template
+from headsteer_jax.report.style import ReportData
+from headsteer_jax.runtime.files import Workdir, make_directory, read_arrays, read_json, write_bytes, write_text
+from headsteer_jax.train.log import read_log
 
 
-def write_report(
-    config: Config,
-    name: str,
-    dataset: Dataset,
-    summary: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-    rows: list[dict[str, Any]],
-    workdir: Path,
-) -> None:
-    """Write <workdir>/figures/NAME.png and NAME.svg, and <workdir>/report.html, which holds the SVGs.
+def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path | None = None) -> None:
+    """Draw a run's figures and write its pages from summary.json, sweep.nc and the other files of its stages.
+
+    Args:
+      output: where `figures/`, `report.html` and `latents.html` go; None: the workdir.
+
+    Raises:
+      HeadSteerError: a file is missing or damaged, or the directory is not writable.
+    """
+    output = make_directory(output or workdir.path)
+    latents = read_arrays(workdir / "sae/inside.npz")
+    latents |= {name: latents[name][:, : config.report.top_images] for name in latents if name.startswith("top_")}
+    write_latents_page(output / "latents.html", workdir.name, latents, dataset, config)
+    data = ReportData(
+        config,
+        dataset,
+        summary=read_json(workdir / "summary.json"),
+        arrays=to_arrays(read_sweep(workdir / "sweep.nc")),
+        rows=read_log(workdir / "train/metrics.jsonl"),
+    )
+    write_report(data, workdir.name, output)
+
+
+def write_report(m: ReportData, name: str, directory: Path) -> None:
+    """Write figures/NAME.png and NAME.svg, and report.html, which holds the SVGs, into a directory.
 
     Args:
       name: the run's, for the title.
-      summary: all of summary.json.
-      arrays: all of sweep.nc.
-      rows: metrics.jsonl.
     """
-    m = ReportData(config, dataset, summary, arrays, rows)
-    directory = make_directory(workdir / "figures")
+    figures = make_directory(directory / "figures")
     images = {}
     for figure in FIGURES:
         files = render_figure(m, figure)
         for kind in ("png", "svg"):
-            path = directory / f"{figure}.{kind}"
+            path = figures / f"{figure}.{kind}"
             if files is None:
                 path.unlink(missing_ok=True)  # from an earlier report
             else:
                 write_bytes(path, files[kind])
         if files is not None:
             images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": format_number, "signed": format_signed, "heads": format_heads}
-    template = environment.from_string(
-        resources.files(__package__).joinpath("templates/report.html.j2").read_text("utf-8")
-    )
-    page = template.render(
-        name=name, config=config, fields=flatten(config), summary=summary, images=images, strategies=list(m.colours),
-        main=m.main, test_images=m.images, classes=int((arrays["test_count"] > 0).sum()),
-        heads=arrays["test_heads_on"].shape[-1],
+    page = render_template(
+        "report.html.j2", name=name, config=m.config, fields=flatten(m.config), summary=m.summary, images=images,
+        strategies=list(m.colours), main=m.main, test_images=m.images,
+        classes=int((m.arrays["test_count"] > 0).sum()), heads=m.arrays["test_heads_on"].shape[-1],
     )  # fmt: skip
-    write_text(workdir / "report.html", page)
+    write_text(directory / "report.html", page)

@@ -6,6 +6,7 @@ write their parts of a checkpoint.
 
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -19,10 +20,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
 
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.files import REMAKE, AnyPath, explain_write_errors, is_in_bucket
-from headsteer_jax.runtime.progress import say
+from headsteer_jax.runtime.files import REMAKE, AnyPath, is_in_bucket
+
+logger = logging.getLogger(__name__)
 
 Tree = TypeVar("Tree")
 
@@ -77,17 +79,16 @@ class Checkpoints:
     """
 
     def __init__(self, directory: AnyPath, keep: int = 1, writes: bool = True) -> None:
-        """
-        Args:
-          keep: the newest so many.
-          writes: what an interrupted write left is deleted; a reader must not, as a run may be writing there.
+        """Args:
+        keep: the newest so many.
+        writes: what an interrupted write left is deleted; a reader must not, as a run may be writing there.
         """
         directory = os.fspath(directory)
         self.directory = Path(directory if is_in_bucket(directory) else os.path.abspath(directory))
         # named one by one, processes wait for each other by the coordinator, which gives up where one has failed
         everyone = set(range(hosts.process_count())) if hosts.process_count() > 1 else None
         together = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=everyone)
-        with explain_write_errors(self.directory):
+        with explain_errors(self.directory):
             if writes:
                 hosts.on_first_process(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             elif not self.directory.exists():
@@ -108,7 +109,7 @@ class Checkpoints:
         """
         about = json.loads(json.dumps(dict(about)))
         entry = {"format": FORMAT, "sums": _checksums(tree, about), "about": about}
-        with explain_write_errors(self.directory / str(step)), _silence_thread_errors():
+        with explain_errors(self.directory / str(step)), _silence_thread_errors():
             items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(entry))
             self._manager.save(step, args=items, force=True)
 
@@ -118,7 +119,7 @@ class Checkpoints:
         Raises:
           HeadSteerError: as `save`.
         """
-        with explain_write_errors(self.directory), _silence_thread_errors():
+        with explain_errors(self.directory), _silence_thread_errors():
             self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
@@ -150,7 +151,7 @@ class Checkpoints:
                 fault = fault or error
                 continue
             if fault is not None:
-                say(f"{fault}".partition(";")[0] + f": going on from step {one}")
+                logger.info(f"{fault}".partition(";")[0] + f": going on from step {one}")
             return tree, about
         assert fault is not None
         raise fault

@@ -1,46 +1,23 @@
 """Files that are written whole or not at all, on a disk or in a bucket, and what goes wrong with them as one line."""
 
-import errno
 import io
 import json
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 from etils.epath import Path
 
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.errors import HeadSteerError, explain_errors
+from headsteer_jax.runtime import hosts
 
 AnyPath = str | os.PathLike[str]
 
 # a stage that is not done goes on from what is left of it, and those after it are made again
 REMAKE = "delete it and its stage's done.json, then run the same command with --overwrite"
-
-for _name in ("absl", "asyncio"):  # orbax tells of every save, and of a failed one once for each array
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
-
-
-@contextmanager
-def explain_write_errors(path: AnyPath) -> Iterator[None]:
-    """Turn what the operating system says about a write into one line."""
-    try:
-        yield
-    except HeadSteerError:
-        raise
-    except Exception as error:  # tensorstore reports a full disk as a ValueError with the system's text
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        denied = getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
-        if full:
-            raise HeadSteerError(
-                f"{path}: the disk is full; what was saved before is intact: free some space and run the same command"
-            ) from error
-        if denied or "Permission denied" in str(error):
-            raise HeadSteerError(f"{path}: not writable; choose another --workdir") from error
-        raise
 
 
 def is_in_bucket(path: AnyPath) -> bool:
@@ -54,7 +31,7 @@ def make_directory(path: str | Path) -> Path:
       HeadSteerError: it cannot be made or written to.
     """
     path = Path(path)
-    with explain_write_errors(path):
+    with explain_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         if not is_in_bucket(path):
             with tempfile.TemporaryFile(dir=path):
@@ -90,7 +67,7 @@ def write_atomically(file: AnyPath, write: Callable[[BinaryIO], object]) -> None
     An object in a bucket appears whole by itself.
     """
     path = Path(file)
-    with explain_write_errors(path):
+    with explain_errors(path):
         if is_in_bucket(path):
             whole = io.BytesIO()
             write(whole)
@@ -139,3 +116,42 @@ def read_arrays(path: AnyPath) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # a truncated zip fails in many ways
         raise HeadSteerError(f"{path}: missing or damaged ({error}); {REMAKE}") from None
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """A run's directory, on a disk or in a bucket.
+
+    Every file is written on process 0 alone, whole or not at all; every process waits for it, and a failure is one line
+    on all of them. `workdir / name` is a path, for code that reads or that has checkpoints there.
+    """
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, which names the run."""
+        return self.path.name
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value of JSON's types.
+
+        Raises:
+          HeadSteerError: the disk is full or not writable; a file that was there is then intact.
+        """
+        hosts.on_first_process(lambda: write_json(self.path / name, value))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text; see `write_json` for the errors."""
+        hosts.on_first_process(lambda: write_text(self.path / name, text))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write bytes; see `write_json` for the errors."""
+        hosts.on_first_process(lambda: write_bytes(self.path / name, content))
+
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write arrays by name as a compressed .npz; see `write_json` for the errors."""
+        hosts.on_first_process(lambda: write_arrays(self.path / name, arrays))

@@ -1,8 +1,8 @@
 """Several processes as one program: one on each host of a cluster, or a lone one, by the same code.
 
-Every process runs every line. What is decided or written once is decided or written by process 0, in `on_first_process`, and told
-to the others; what each does for its share is done in `on_every_process`. A mistake that one of them meets is then every
-one's, so that none waits for another that has left.
+Every process runs every line. What is decided or written once is decided or written by process 0, in
+`on_first_process`, and told to the others; what each does for its share is done in `on_every_process`. A mistake that
+one of them meets is then raised in all of them, so that none waits for another that has left.
 """
 
 import json

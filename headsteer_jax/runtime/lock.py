@@ -1,5 +1,6 @@
 """One run at a time in a directory."""
 
+import logging
 import threading
 import time
 import uuid
@@ -8,13 +9,12 @@ from contextlib import contextmanager, suppress
 
 from etils.epath import Path
 
-from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.runtime.files import explain_write_errors, is_in_bucket
-from headsteer_jax.runtime.progress import say
+from headsteer_jax.errors import HeadSteerError, explain_errors
+from headsteer_jax.runtime.files import is_in_bucket
 
-HEARTBEAT_SECONDS = (
-    10.0  # seconds between two signs of life of a run in a bucket; after three without one it is taken for dead
-)
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 10.0  # between two signs of life of a run in a bucket; after three without one it counts as dead
 
 
 @contextmanager
@@ -31,7 +31,9 @@ def hold_lock(workdir: Path) -> Iterator[None]:
     if not is_in_bucket(workdir):
         import fcntl
 
-        with explain_write_errors(workdir / ".lock"), open(workdir / ".lock", "a") as file:
+        with explain_errors(workdir / ".lock"):
+            file = open(workdir / ".lock", "a")  # noqa: SIM115  # the body's own errors are not the lock's
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -44,7 +46,7 @@ def hold_lock(workdir: Path) -> Iterator[None]:
         return path.read_text() if path.exists() else ""
 
     if before := content():
-        say(f"{workdir}: another run's lock; waiting whether it is alive")
+        logger.info(f"{workdir}: another run's lock; waiting whether it is alive")
         for _ in range(3):
             time.sleep(HEARTBEAT_SECONDS)
             if (now := content()) not in ("", before):

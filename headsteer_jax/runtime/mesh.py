@@ -58,7 +58,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """An array whose axis number `axis` is B."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,9 @@
-"""How far long work has come: a bar with rate and ETA on a terminal, plain lines otherwise. All on standard error; of
-several hosts process 0 speaks."""
+"""Show how far long work has come: a bar with rate and ETA on a terminal, plain lines in the log otherwise.
 
+Everything goes to standard error; of several hosts process 0 speaks.
+"""
+
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +12,8 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from headsteer_jax.runtime import hosts
+
+logger = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
@@ -44,14 +49,12 @@ class Progress:
             self._line("")
 
     def _line(self, note: str) -> None:
-        if not hosts.is_first_process():
-            return
         elapsed = time.monotonic() - self._started
         text = tqdm.format_meter(
             self._done, self._total, elapsed, prefix=self._what, unit=self._unit, initial=self._initial, postfix=note,
             bar_format="{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}",
         )  # fmt: skip
-        print(text, file=sys.stderr, flush=True)
+        logger.info(text)
 
 
 @contextmanager
@@ -64,8 +67,18 @@ def progress(total: int, what: str, unit: str = "step", initial: int = 0) -> Ite
         bar.close()
 
 
-def say(message: str) -> None:
-    """One line for the user, above any bar."""
-    if hosts.is_first_process():
-        tqdm.write(message, file=sys.stderr)
-        sys.stderr.flush()
+class TerminalHandler(logging.Handler):
+    """Write log messages to standard error, above any progress bar, on process 0 only."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hosts.is_first_process():
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+
+
+def show_log() -> None:
+    """Show the package's log on standard error; without this call, as in a notebook, the package is silent."""
+    package = logging.getLogger("headsteer_jax")
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    package.handlers = [TerminalHandler()]

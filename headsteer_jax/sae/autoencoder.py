@@ -2,12 +2,14 @@
 
     u = (x - mean) * scale;  a = ReLU(W_e (u - b_d) + b_e);  z = a where large enough, else 0;  u_hat = W_d^T z + b_d
 
-What is large enough is all that the variants differ in, and the config says it: there is one `encode_scaled`, one `decode_scaled` and
-one `loss`. Axes: B, N residuals, D width, F latents, K places for active latents, M dead latents, S autoencoders.
+The variants differ only in what counts as large enough, which the config says. `Autoencoder` reads and gives residuals
+as they are in the model; training works on the bare weights and the scaled input u.
+
+Axes: B, N residuals, D width, F latents, K places for active latents, S autoencoders.
 """
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -35,6 +37,50 @@ class Scaling(NamedTuple):
     scale: np.ndarray  # [] float32: the mean norm of (x - mean) * scale is sqrt(D); 1 without scaling
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Autoencoder:
+    """A sparse autoencoder of residuals as they are in the model: its weights, their scaling and k, in one piece.
+
+    A pytree, whose k is static. Several that were trained side by side are one Autoencoder whose weights have a leading
+    axis S; `member` picks one of them, and only one can encode and decode.
+    """
+
+    weights: SAEWeights
+    scaling: Scaling
+    k: int | None = field(metadata={"static": True})  # TopK's; None: what is above the thresholds is active
+
+    def encode(self, x_BD: jax.Array | np.ndarray) -> jax.Array:
+        """[B, D] residuals -> [B, F] latents >= 0, in the units of the scaled input."""
+        return encode_scaled(self.weights, scale_input(self.scaling, x_BD), self.k)
+
+    def decode(self, z_BF: jax.Array) -> jax.Array:
+        """[B, F] latents -> [B, D] residuals."""
+        return unscale_output(self.scaling, decode_scaled(self.weights, z_BF))
+
+    def reconstruct(self, x_BD: jax.Array | np.ndarray) -> jax.Array:
+        """[B, D] residuals -> [B, D] what the active latents make of them."""
+        return self.decode(self.encode(x_BD))
+
+    def member(self, seed: int) -> "Autoencoder":
+        """Pick one of several autoencoders that were trained side by side."""
+        return replace(self, weights=select_member(self.weights, seed))
+
+    def first(self, count: int) -> "Autoencoder":
+        """Keep the first `count` of several autoencoders that were trained side by side."""
+        return replace(self, weights=jax.tree.map(lambda leaf: leaf[:count], self.weights))
+
+    @property
+    def members(self) -> int:
+        """How many there are, S."""
+        return len(self.weights.b_d)
+
+    @property
+    def decoder(self) -> np.ndarray:
+        """[F, D] decoder rows in the residual's units: what one unit of each latent adds to the residual."""
+        return np.asarray(self.weights.W_d) / self.scaling.scale
+
+
 def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Scaling:
     """Centre and scale from the training split, accumulated in float64.
 
@@ -53,19 +99,19 @@ def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Sca
     spread = sum(np.linalg.norm(x_nD - centre_D, axis=1).sum() for x_nD in chunks()) / count
     if spread < 1e-6 * (1.0 + np.linalg.norm(centre_D)):
         raise HeadSteerError("the residuals are the same for every image: there is nothing to decompose at this layer")
-    mean_D = centre_D if c.centre else np.zeros_like(centre_D)
-    length = sum(np.linalg.norm(x_nD - mean_D, axis=1).sum() for x_nD in chunks()) / count if c.scale else 1.0
-    scale = np.sqrt(len(mean_D)) / length if c.scale else 1.0
+    mean_D = centre_D if c.ablation.centre else np.zeros_like(centre_D)
+    length = sum(np.linalg.norm(x_nD - mean_D, axis=1).sum() for x_nD in chunks()) / count if c.ablation.scale else 1.0
+    scale = np.sqrt(len(mean_D)) / length if c.ablation.scale else 1.0
     return Scaling(mean_D.astype(np.float32), np.asarray(scale, np.float32))
 
 
 def scale_input(scaling: Scaling, x_BD: jax.Array | np.ndarray) -> jax.Array:
-    """u = (x - mean) * scale."""
+    """U = (x - mean) * scale."""
     return (jnp.asarray(x_BD) - scaling.mean) * scaling.scale
 
 
 def unscale_output(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
-    """x = u / scale + mean."""
+    """X = u / scale + mean."""
     return u_BD / scaling.scale + scaling.mean
 
 
@@ -90,7 +136,7 @@ def keep_top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> 
 
 
 def compute_pre_activations(sae: SAEWeights, u_BD: jax.Array) -> jax.Array:
-    """a = ReLU(W_e (u - b_d) + b_e), [B, F]."""
+    """A = ReLU(W_e (u - b_d) + b_e), [B, F]."""
     return jax.nn.relu((u_BD - sae.b_d) @ sae.W_e.T + sae.b_e)
 
 
@@ -113,16 +159,26 @@ def normalise_rows(W_FD: jax.Array) -> jax.Array:
     return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
-def encode_all(sae: SAEWeights, scaling: Scaling, x_ND: np.ndarray, k: int | None, chunk: int = 4096) -> np.ndarray:
-    """[N, F] float32 latents of one autoencoder for a whole split, in chunks."""
-    parts = (x_ND[i : i + chunk] for i in range(0, len(x_ND), chunk))
-    return np.concatenate([np.asarray(encode_residuals(sae, scaling, x_BD, k)) for x_BD in parts])
+def encode_split(sae: Autoencoder, x_ND: np.ndarray, chunk: int = 4096) -> np.ndarray:
+    """Encode the residuals of a whole split, `chunk` of them at a time: [N, D] -> [N, F] float32."""
+    return np.concatenate([z_BF for _, z_BF in encode_chunks(sae, row_slices(x_ND, chunk))])
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def encode_residuals(sae: SAEWeights, scaling: Scaling, x_BD: jax.Array, k: int | None) -> jax.Array:
-    """[B, F] latents of residuals as they are in the model."""
-    return encode_scaled(sae, scale_input(scaling, x_BD), k)
+def encode_chunks(sae: Autoencoder, chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encode residuals chunk by chunk: yields each [B, D] with its latents, [B, F] float32."""
+    for x_BD in chunks:
+        yield x_BD, np.asarray(encode_compiled(sae, x_BD))
+
+
+def row_slices(x_ND: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Yield an array's rows, at most `rows` of them at a time."""
+    return (x_ND[begin : begin + rows] for begin in range(0, len(x_ND), rows))
+
+
+@jax.jit
+def encode_compiled(sae: Autoencoder, x_BD: jax.Array) -> jax.Array:
+    """Encode residuals by a compiled program: [B, D] -> [B, F]."""
+    return sae.encode(x_BD)
 
 
 def select_member(saes: SAEWeights, seed: int) -> SAEWeights:
@@ -130,13 +186,14 @@ def select_member(saes: SAEWeights, seed: int) -> SAEWeights:
     return jax.tree.map(lambda leaf: leaf[seed], saes)
 
 
-def fold_scaling(sae: SAEWeights, scaling: Scaling) -> SAEWeights:
-    """The same autoencoder of residuals as they are, for export: centring and scale are in its weights.
+def fold_scaling(sae: Autoencoder) -> SAEWeights:
+    """Fold centring and scale into the weights, for export: they then read residuals as they are.
 
     Latents are divided by the scale, decoder rows keep their norm: x_hat = W_d^T (z / scale) + (mean + b_d / scale).
     """
-    return sae._replace(
-        b_e=sae.b_e / scaling.scale,
-        b_d=jnp.asarray(scaling.mean + sae.b_d / scaling.scale),
-        threshold=sae.threshold / scaling.scale,
+    weights, scaling = sae.weights, sae.scaling
+    return weights._replace(
+        b_e=weights.b_e / scaling.scale,
+        b_d=jnp.asarray(scaling.mean + weights.b_d / scaling.scale),
+        threshold=weights.threshold / scaling.scale,
     )

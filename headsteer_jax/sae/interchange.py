@@ -1,6 +1,6 @@
 """Autoencoders in the files of other libraries, out and in: SAELens' directories and overcomplete's state_dicts.
 
-An export reads residuals as they are in the model: centring and scale are folded into its weights (`sae.folded`), so
+An export reads residuals as they are in the model: centring and scale are folded into its weights (`fold_scaling`), so
 its latents are ours divided by the scale and it reconstructs x, not u. An import reads them so as well: its scaling is
 mean 0 and scale 1. Everything that changes what a file computes is carried over or refused; arithmetic is in float64.
 
@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model import weights
 from headsteer_jax.runtime.files import make_directory, write_bytes, write_json
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, fold_scaling
+from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling, fold_scaling
 
 SAELENS_LAYOUT = "6.54.12"  # of sae_lens; a config that names none is read as one from before 6.0
 # our activation: SAELens' architecture in files, in training, and what training calls k there
@@ -46,31 +46,25 @@ CONSTANT_VALUE = 2.0**20  # the constant concept's value: above any latent, and 
 class Imported(NamedTuple):
     """An autoencoder from elsewhere, of residuals as they are."""
 
-    sae: SAEWeights
-    scaling: Scaling  # mean 0, scale 1
+    sae: Autoencoder  # its scaling is mean 0, scale 1
     activation: str  # as in SAEConfig.activation
     k: int | None  # as in SAEConfig.k; None: the file does not say
 
-    @property
-    def inference_k(self) -> int | None:
-        """The k that `sae.encode` takes: TopK's; None where thresholds decide."""
-        return self.k if self.activation == "topk" else None
-
 
 def export_saelens(
-    sae: SAEWeights, scaling: Scaling, kind: str, k: int, directory: Path, about: Mapping[str, Any] | None = None
+    sae: Autoencoder, kind: str, k: int, directory: Path, about: Mapping[str, Any] | None = None
 ) -> None:
     """Write cfg.json and sae_weights.safetensors, as `sae_lens.SAE.load_from_disk(directory)` reads them.
 
     Args:
-      sae: one autoencoder (`sae.seed_of`).
+      sae: one autoencoder (`Autoencoder.member`).
       kind: SAEConfig.activation.
       about: JSON values for SAELens' metadata: `model_name`, `hook_name`, whatever helps.
 
     Raises:
       HeadSteerError: the directory cannot be written.
     """
-    raw = jax.tree.map(np.asarray, fold_scaling(sae, scaling))
+    raw = jax.tree.map(np.asarray, fold_scaling(sae))
     F, D = raw.W_e.shape
     architecture, trained, name = SAELENS[kind]
     config: dict[str, Any] = {
@@ -174,7 +168,7 @@ def import_saelens(directory: Path, width: int | None = None) -> Imported:
 
 
 def export_overcomplete(
-    sae: SAEWeights, scaling: Scaling, kind: str, k: int, path: Path, about: Mapping[str, Any] | None = None
+    sae: Autoencoder, kind: str, k: int, path: Path, about: Mapping[str, Any] | None = None
 ) -> None:
     """Write the state_dict of overcomplete's TopKSAE, BatchTopKSAE, JumpSAE or (relu) SAE; metadata say which:
 
@@ -190,7 +184,7 @@ def export_overcomplete(
 
     Args, Raises: as export_saelens; `about` goes into the metadata.
     """
-    raw = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fold_scaling(sae, scaling))
+    raw = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), fold_scaling(sae))
     F, D = raw.W_e.shape
     if kind == "batch_topk" and np.ptp(raw.threshold) > 0:
         kind = "jumprelu"  # BatchTopKSAE has one threshold for all
@@ -344,5 +338,6 @@ def _to_imported(
     if width not in (None, D):
         raise HeadSteerError(f"{path}: it reads residuals of width {D}, the model's are {width} wide; choose another")
     b_e = b_e if subtracts else b_e + W_e @ b_d
-    sae = SAEWeights(*(jnp.asarray(value, jnp.float32) for value in (W_e, b_e, W_d, b_d, threshold)))
-    return Imported(sae, Scaling(np.zeros(D, np.float32), np.asarray(1.0, np.float32)), activation, k)
+    weights = SAEWeights(*(jnp.asarray(value, jnp.float32) for value in (W_e, b_e, W_d, b_d, threshold)))
+    scaling = Scaling(np.zeros(D, np.float32), np.asarray(1.0, np.float32))
+    return Imported(Autoencoder(weights, scaling, k if activation == "topk" else None), activation, k)

@@ -1,7 +1,8 @@
 """Inside an autoencoder: what each latent fires on, where in the image, and what it does to the gate.
 
 Axes: N images, T' tokens of each that the autoencoder reads, D width, F latents, C classes, H heads, K places for a
-latent's top images, I images that are encoded at once."""
+latent's top images, I images that are encoded at once.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, encode_residuals
+from headsteer_jax.sae.autoencoder import Autoencoder, encode_compiled, row_slices
 from headsteer_jax.sae.metrics import class_selectivity, nearest_cosines
 from headsteer_jax.sae.residuals import Residuals, Tokens
 
@@ -40,18 +41,17 @@ def _merge_top_images(top: TopImages, z_ITF: jax.Array, begin: jax.Array) -> Top
     return TopImages(activation_FK, image_FK.astype(jnp.int32), tokens_FKT)
 
 
-def _encode_images(
-    sae: SAEWeights, scaling: Scaling, k: int | None, parts: Iterable[np.ndarray], tokens: int, count: int
-) -> Iterator[jax.Array]:
+def _encode_images(sae: Autoencoder, parts: Iterable[np.ndarray], tokens: int, count: int) -> Iterator[jax.Array]:
     """[I, T', F] latents of `count` images, the same I every time, so that it is compiled once: the last is filled up
-    with images on which nothing fires."""
+    with images on which nothing fires.
+    """
     size = tokens * max(1, min(ROWS_AT_ONCE // tokens, count))
 
     def encode(x_BD: np.ndarray) -> jax.Array:
-        z_BF = encode_residuals(sae, scaling, x_BD, k)
+        z_BF = encode_compiled(sae, x_BD)
         return z_BF.reshape(-1, tokens, z_BF.shape[1])
 
-    held_BD = np.empty((0, sae.b_d.shape[0]), np.float32)
+    held_BD = np.empty((0, sae.weights.b_d.shape[0]), np.float32)
     for x_nD in parts:
         held_BD = np.concatenate([held_BD, x_nD])
         while len(held_BD) >= size:
@@ -63,13 +63,12 @@ def _encode_images(
 
 
 def profile_latents(
-    sae: SAEWeights, scaling: Scaling, k: int | None, source: Residuals, x_cls_ND: np.ndarray, labels_N: np.ndarray,
-    classes: int, gate_DH: np.ndarray, tokens: Tokens, top_images: int,
+    sae: Autoencoder, source: Residuals, x_cls_ND: np.ndarray, labels_N: np.ndarray, classes: int, gate_DH: np.ndarray,
+    tokens: Tokens, top_images: int,
 ) -> Arrays:  # fmt: skip
     """What each latent of one autoencoder does on a split. An image's activation is the largest of its tokens'.
 
     Args:
-      k: see `sae.encode`.
       source: the residuals that the autoencoder reads.
       x_cls_ND: the CLS residuals, which steering changes.
       gate_DH: the gate's weights, or its derivative.
@@ -88,13 +87,13 @@ def profile_latents(
       top_images [F, K] int32, top_activations [F, K] float32: strongest first; 0 and 0 where it fires on fewer
       top_patches [F, K, T'] float16, not with tokens = cls: activations of each token there
     """
-    F, N = sae.W_e.shape[0], len(labels_N)
+    F, N = sae.weights.W_e.shape[0], len(labels_N)
     T = source.shape[0] // N
     empty = jnp.zeros((F, top_images))
     top = TopImages(empty, empty.astype(jnp.int32), jnp.zeros((F, top_images, T)))
     class_counts, sums_CF = np.zeros((classes, F), np.int32), np.zeros((classes, F))
     fired_F, total_F, begin = np.zeros(F, np.int64), np.zeros(F), 0
-    for z_ITF in _encode_images(sae, scaling, k, source.chunks(), T, N):
+    for z_ITF in _encode_images(sae, source.chunks(), T, N):
         top = _merge_top_images(top, z_ITF, jnp.int32(begin))
         z_IF, held_ITF = np.asarray(z_ITF.max(axis=1)), np.asarray(z_ITF)
         images, latents = np.nonzero(z_IF)
@@ -106,7 +105,7 @@ def profile_latents(
         begin += len(z_ITF)
 
     strength_F, living = total_F / np.maximum(fired_F, 1), np.flatnonzero(fired_F)
-    W_d, cosine_F = np.asarray(sae.W_d, np.float64), np.zeros(F)
+    W_d, cosine_F = np.asarray(sae.weights.W_d, np.float64), np.zeros(F)
     if len(living) > 1:
         cosine_F[living] = nearest_cosines(W_d[living])
     mean_CF = sums_CF / np.maximum(np.bincount(labels_N, minlength=classes), 1)[:, None]
@@ -116,14 +115,12 @@ def profile_latents(
         "class_means": mean_CF,
         "selectivity": class_selectivity(mean_CF),
         "cosine": cosine_F,
-        "effect": (strength_F / scaling.scale)[:, None] * (W_d @ np.asarray(gate_DH, np.float64)),
+        "effect": (strength_F / sae.scaling.scale)[:, None] * (W_d @ np.asarray(gate_DH, np.float64)),
         "top_activations": np.asarray(top.activation),
     }
     if tokens != "cls":
         on_cls_F = np.zeros(F)
-        for z_ITF in _encode_images(
-            sae, scaling, k, (x_cls_ND[i : i + ROWS_AT_ONCE] for i in range(0, N, ROWS_AT_ONCE)), 1, N
-        ):
+        for z_ITF in _encode_images(sae, row_slices(x_cls_ND, ROWS_AT_ONCE), 1, N):
             on_cls_F += np.count_nonzero(np.asarray(z_ITF), axis=(0, 1))
         found |= {"token_frequency": fired_F / (N * T), "cls_frequency": on_cls_F / N}
     arrays = {name: values.astype(np.float32) for name, values in found.items()}

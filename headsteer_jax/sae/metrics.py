@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, encode_residuals, scale_input
+from headsteer_jax.sae.autoencoder import Autoencoder, encode_chunks, row_slices, scale_input
 
 MATCHED_ROWS = 4096  # decoder rows
 
@@ -25,22 +25,21 @@ class Health(NamedTuple):
     frequency: np.ndarray  # [F], share of the split on which each latent fires
 
 
-def measure_health(sae: SAEWeights, scaling: Scaling, chunks: Iterable[np.ndarray], k: int | None) -> Health:
-    """The measures of one autoencoder on one split, [n, D] residuals at a time."""
-    W_d, b_d = np.asarray(sae.W_d, np.float64), np.asarray(sae.b_d, np.float64)
+def measure_health(sae: Autoencoder, chunks: Iterable[np.ndarray]) -> Health:
+    """Measure one autoencoder on one split, [n, D] residuals at a time."""
+    W_d, b_d = np.asarray(sae.weights.W_d, np.float64), np.asarray(sae.weights.b_d, np.float64)
     error, squares, total_D, count = 0.0, 0.0, np.zeros(len(b_d)), 0
     fired_F = np.zeros(len(W_d), np.int64)
-    for x_nD in chunks:
-        for x_BD in np.array_split(x_nD, -(-len(x_nD) // 4096)):
-            z_BF = csr_array(np.asarray(encode_residuals(sae, scaling, x_BD, k)))
-            u_BD = np.asarray(scale_input(scaling, x_BD), np.float64)
-            error += np.sum((u_BD - (z_BF.astype(np.float64) @ W_d + b_d)) ** 2)
-            squares, total_D, count = squares + np.sum(u_BD**2), total_D + u_BD.sum(axis=0), count + len(u_BD)
-            fired_F += np.bincount(z_BF.indices, minlength=len(W_d))
+    parts = (x_BD for x_nD in chunks for x_BD in np.array_split(x_nD, -(-len(x_nD) // 4096)))
+    for x_BD, dense_BF in encode_chunks(sae, parts):
+        z_BF, u_BD = csr_array(dense_BF), np.asarray(scale_input(sae.scaling, x_BD), np.float64)
+        error += np.sum((u_BD - (z_BF.astype(np.float64) @ W_d + b_d)) ** 2)
+        squares, total_D, count = squares + np.sum(u_BD**2), total_D + u_BD.sum(axis=0), count + len(u_BD)
+        fired_F += np.bincount(z_BF.indices, minlength=len(W_d))
     mse = error / (count * len(b_d))
     return Health(
         mse=float(mse),
-        mse_residual=float(mse / np.float64(scaling.scale) ** 2),
+        mse_residual=float(mse / np.float64(sae.scaling.scale) ** 2),
         explained_variance=float(1.0 - error / (squares - np.sum(total_D**2) / count)),
         l0=float(fired_F.sum() / count),
         frequency=fired_F / count,
@@ -58,17 +57,14 @@ def nearest_cosines(W_FD: np.ndarray, chunk: int = 1024) -> np.ndarray:
     return best
 
 
-def mean_activation_by_class(
-    sae: SAEWeights, scaling: Scaling, x_ND: np.ndarray, labels: np.ndarray, classes: int, k: int | None
-) -> np.ndarray:
+def mean_activation_by_class(sae: Autoencoder, x_ND: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """[C, F] float64 mean activation of each latent on the images of each class; 0 for a class without images."""
-    sums_CF, counts_C = np.zeros((classes, len(sae.b_e))), np.bincount(labels, minlength=classes)
-    for begin in range(0, len(x_ND), 4096):
-        here = slice(begin, begin + 4096)
-        z_BF = csr_array(np.asarray(encode_residuals(sae, scaling, x_ND[here], k)))
-        member_CB = csr_array((np.ones(len(labels[here])), (labels[here], np.arange(len(labels[here])))),
-                              shape=(classes, len(labels[here])))  # fmt: skip
-        sums_CF += (member_CB @ z_BF).toarray()
+    sums_CF, counts_C = np.zeros((classes, len(sae.weights.b_e))), np.bincount(labels, minlength=classes)
+    labels_of = row_slices(labels, 4096)
+    for (_, z_BF), labels_B in zip(encode_chunks(sae, row_slices(x_ND, 4096)), labels_of, strict=True):
+        member_CB = csr_array((np.ones(len(labels_B)), (labels_B, np.arange(len(labels_B)))),
+                              shape=(classes, len(labels_B)))  # fmt: skip
+        sums_CF += (member_CB @ csr_array(z_BF)).toarray()
     return sums_CF / np.maximum(counts_C, 1)[:, None]
 
 

@@ -1,6 +1,7 @@
 """What training an autoencoder minimises: reconstruction, AuxK and the price of sparsity.
 
-Axes: B, N residuals, D width, F latents, K places for active latents, M dead latents."""
+Axes: B, N residuals, D width, F latents, K places for active latents, M dead latents.
+"""
 
 import functools
 from typing import NamedTuple
@@ -27,13 +28,13 @@ def init_weights(key: jax.Array, u_ND: jax.Array, c: SAEConfig, F: int) -> SAEWe
     """
     decoder_key, encoder_key = jax.random.split(key)
     D = u_ND.shape[1]
-    if c.init == "data":
+    if c.ablation.init == "data":
         rows = jax.random.choice(decoder_key, len(u_ND), (F,), replace=len(u_ND) < F)
         noise = jax.random.normal(encoder_key, (F, D), jnp.float32)  # parts rows that are drawn twice
         W_d = normalise_rows(u_ND[rows] + 1e-3 * noise)
     else:
         W_d = normalise_rows(jax.random.normal(decoder_key, (F, D), jnp.float32))
-    W_e = normalise_rows(jax.random.normal(encoder_key, (F, D), jnp.float32)) if c.init == "untied" else W_d
+    W_e = normalise_rows(jax.random.normal(encoder_key, (F, D), jnp.float32)) if c.ablation.init == "untied" else W_d
     # JumpReLU begins with L0 = k, if pre-activations are standard normal
     theta = norm.ppf(1.0 - c.k / F) if c.activation == "jumprelu" and c.k < F else 0.0
     return SAEWeights(W_e, jnp.zeros(F), W_d, jnp.zeros(D), jnp.full(F, theta, jnp.float32))

@@ -11,12 +11,13 @@ Axes: N images, T' tokens kept of each (CLS, its patches or both, never register
 
 import itertools
 import json
+import logging
 import math
 import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -28,12 +29,12 @@ from etils import epath
 from headsteer_jax.config.schema import Config, DataConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import SAMPLED_IMAGES, LazyImages, Split, gather_images, sha256_of
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.passes import Program, per_image_program, run_over_split, stream_split
-from headsteer_jax.model.vit import ViT, fingerprint_params
+from headsteer_jax.model.vit import TrainedModel, fingerprint_params
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.files import explain_write_errors
-from headsteer_jax.runtime.progress import say
+
+logger = logging.getLogger(__name__)
 
 Tokens = Literal["cls", "patches", "all"]
 Directory = str | os.PathLike[str]  # local, or gs://bucket/path
@@ -130,7 +131,7 @@ class StoredResiduals(NamedTuple):
         waiting = deque(itertools.islice(reads, 1))
         while waiting:
             waiting.extend(itertools.islice(reads, 1))
-            with _blaming(self.where, *READING):
+            with explain_errors(self.where, **READ_FAULT):
                 x_nTD = waiting.popleft().result()
             yield x_nTD
             del x_nTD  # the caller's alone
@@ -158,22 +159,9 @@ def _place(directory: Directory, *parts: str) -> Place:
     return Place(f"gs://{bucket}/{prefix}".rstrip("/"), kvstore)
 
 
-READING = ("truncated or damaged", "delete it and run the same command")
-WRITING = ("cannot be written", "delete it or choose another directory")
-UNREACHABLE = "ABORTED|UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EXCEEDED|.*Invalid GCS bucket"
-
-
-@contextmanager
-def _blaming(where: str, fault: str, mend: str) -> Iterator[None]:
-    """What TensorStore says becomes one line."""
-    try:
-        with explain_write_errors(where):
-            yield
-    except (ValueError, KeyError, TypeError, TimeoutError) as error:  # TensorStore's are ValueErrors, whatever it is
-        reason = " ".join(str(error).split()).partition(" [")[0] or type(error).__name__
-        if isinstance(error, TimeoutError) or re.match(UNREACHABLE, reason):
-            fault, mend = "cannot be reached", "check the network, the bucket's name and your rights to it"
-        raise HeadSteerError(f"{where}: {fault} ({reason}); {mend}") from None
+# what is wrong with a cache that cannot be read or written, and the remedy
+READ_FAULT = {"fault": "truncated or damaged", "remedy": "delete it and run the same command"}
+WRITE_FAULT = {"fault": "cannot be written", "remedy": "delete it or choose another directory"}
 
 
 def _source_files(config: DataConfig) -> list[tuple[str, int, float]]:
@@ -189,13 +177,13 @@ def _source_files(config: DataConfig) -> list[tuple[str, int, float]]:
     return [("/".join(path.parts[-3:]), about.length, about.mtime) for path, about in facts]
 
 
-def fingerprint_ingredients(config: Config, params: Any, split: Split) -> dict[str, Any]:
+def fingerprint_ingredients(trained: TrainedModel, split: Split) -> dict[str, Any]:
     """Everything that the residuals of a split depend on, in JSON's types.
 
     Images in memory are hashed whole. Of those that are decoded as they are read it is a hash of which they are (their
     places in the source), of the name, size and time of change of each of the source's files, and of SAMPLE of them.
     """
-    images, shape = split.images, list(split.images.shape)
+    config, images, shape = trained.config, split.images, list(split.images.shape)
     if isinstance(images, LazyImages):
         some = np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int)
         pixels = sha256_of(
@@ -205,7 +193,7 @@ def fingerprint_ingredients(config: Config, params: Any, split: Split) -> dict[s
         pixels = sha256_of(shape, images)
     return {
         "format": CACHE_FORMAT,
-        "model": fingerprint_params(params),
+        "model": fingerprint_params(trained.params),
         "config.model": config.model.model_dump(exclude={"pretrained", "pretrained_head"}),
         "config.gate": config.gate.model_dump(include={"first_layer", "layer_norm", "dropped"}),
         "config.data": config.data.model_dump(include={"image_size", "channels", "mean", "std"}),
@@ -214,9 +202,9 @@ def fingerprint_ingredients(config: Config, params: Any, split: Split) -> dict[s
     }
 
 
-def fingerprint_residuals(config: Config, params: Any, split: Split) -> str:
+def fingerprint_residuals(trained: TrainedModel, split: Split) -> str:
     """Of the model, the images and their preprocessing: 16 hexadecimal digits (see `fingerprint_ingredients`)."""
-    return sha256_of(fingerprint_ingredients(config, params, split))[:16]
+    return sha256_of(fingerprint_ingredients(trained, split))[:16]
 
 
 def _shape(config: Config, split: Split, tokens: Tokens) -> tuple[int, int, int]:
@@ -230,8 +218,9 @@ def _tokens_per_image(config: Config, tokens: Tokens) -> int:
     return {"cls": 1, "patches": patches, "all": 1 + patches}[tokens]
 
 
-def _program(model: ViT, config: Config, layers: Sequence[int], tokens: Tokens) -> Program:
+def _program(trained: TrainedModel, layers: Sequence[int], tokens: Tokens) -> Program:
     """Images -> [B, T', D] of each layer, which are in rising order: evaluation's gates, no layer after the last."""
+    model, config = trained.model, trained.config
     first = 1 + config.model.registers
     parts = {"cls": [slice(1)], "patches": [slice(first, None)], "all": [slice(1), slice(first, None)]}[tokens]
 
@@ -286,7 +275,7 @@ def _written_shards(place: Place) -> set[int]:
 
 def _read_meta(place: Place) -> Any:
     """What is in meta.json; None where the array is not complete."""
-    with _blaming(place.name, *READING):
+    with explain_errors(place.name, **READ_FAULT):
         read = place.open().read("meta.json").result(timeout=CONNECT_SECONDS)
         return json.loads(read.value) if read.state == "value" else None
 
@@ -302,8 +291,8 @@ def _regroup_into_shards(calls: Iterable[tuple[np.ndarray, ...]], begin: int, sh
 
 
 def write_cache(
-    directory: Directory, model: ViT, params: Any, config: Config, split: Split, name: str, layers: Iterable[int],
-    tokens: Tokens, shard_bytes: int = SHARD_BYTES, of: dict[str, Any] | None = None,
+    directory: Directory, trained: TrainedModel, split: Split, name: str, layers: Iterable[int], tokens: Tokens,
+    shard_bytes: int = SHARD_BYTES, of: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """One forward pass over a split, with evaluation's gates: the residuals that enter these layers.
 
@@ -318,8 +307,8 @@ def write_cache(
     Raises:
       HeadSteerError: the disk is full or not writable, the bucket cannot be reached, an image cannot be read.
     """
-    of = of or hosts.on_first_process(lambda: fingerprint_ingredients(config, params, split))
-    mark, layers, shape = sha256_of(of)[:16], sorted(set(layers)), _shape(config, split, tokens)
+    of = of or hosts.on_first_process(lambda: fingerprint_ingredients(trained, split))
+    mark, layers, shape = sha256_of(of)[:16], sorted(set(layers)), _shape(trained.config, split, tokens)
     shard, block = _layout(shape, shard_bytes)
     shards = -(-shape[0] // shard)
     places, root = [_place(directory, mark, name, f"layer_{layer}_{tokens}") for layer in layers], _place(directory)
@@ -328,21 +317,21 @@ def write_cache(
     def opened(create: bool) -> list[ts.TensorStore]:
         arrays = []
         for place in places:
-            with _blaming(place.name, *WRITING):
+            with explain_errors(place.name, **WRITE_FAULT):
                 arrays.append(_open(place, shape, shard, block, create=create))
         return arrays
 
     def own_shards() -> None:
         arrays, (begin, end) = opened(create=False), hosts.process_share(shards)
-        with _blaming(root.name, *WRITING):
+        with explain_errors(root.name, **WRITE_FAULT):
             there = set.intersection(*map(_written_shards, places))
         missing = next((number for number in range(begin, end) if number not in there), end)
         start, stop = missing * shard, min(end * shard, shape[0])
         if missing > begin:
-            say(f"{what}: going on from image {start}")
-        calls = stream_split(_program(model, config, layers, tokens), params, split, what, start, stop)
+            logger.info(f"{what}: going on from image {start}")
+        calls = stream_split(_program(trained, layers, tokens), trained.params, split, what, start, stop)
         for first, last, parts in _regroup_into_shards(calls, start, shard, stop):
-            with _blaming(root.name, *WRITING):  # the model's next calls are under way
+            with explain_errors(root.name, **WRITE_FAULT):  # the model's next calls are under way
                 writes = [array[first:last].write(part) for array, part in zip(arrays, parts, strict=True)]
                 for write in writes:
                     write.result()
@@ -350,7 +339,7 @@ def write_cache(
     def write_meta() -> None:
         about: dict[str, Any] = {"fingerprint": mark, "split": name, "tokens": tokens, "dtype": "float32"}
         about |= {"shape": shape, "of": of, "shard": shard, "block": block, "shards": shards}
-        with _blaming(root.name, *WRITING):
+        with explain_errors(root.name, **WRITE_FAULT):
             for layer, place in zip(layers, places, strict=True):
                 place.open().write("meta.json", json.dumps(about | {"layer": layer}, indent=2).encode()).result()
 
@@ -368,14 +357,14 @@ def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, to
     place, root = _place(directory, fingerprint, name, f"layer_{layer}_{tokens}"), _place(directory)
     meta = _read_meta(place)
     if meta is None:
-        with _blaming(root.name, *READING):
+        with explain_errors(root.name, **READ_FAULT):
             keys = sorted(key.decode() for key in root.open().list().result())
         there = [key.removesuffix("/meta.json") for key in keys if key.endswith("/meta.json")]
         raise HeadSteerError(
             f"{place.name}: there is no complete cache of this model, split, layer and tokens, only of "
             f"{', '.join(there) or 'none'}; write it first"
         )
-    with _blaming(place.name, *READING):
+    with explain_errors(place.name, **READ_FAULT):
         wanted = {"fingerprint": fingerprint, "split": name, "layer": layer, "tokens": tokens, "dtype": "float32"}
         for field, value in wanted.items():
             if meta[field] != value:
@@ -391,8 +380,8 @@ def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, to
 
 
 def load_or_compute_residuals(
-    directory: Directory | None, model: ViT, params: Any, config: Config, split: Split, name: str,
-    layers: Iterable[int], tokens: Tokens, shard_bytes: int = SHARD_BYTES,
+    directory: Directory | None, trained: TrainedModel, split: Split, name: str, layers: Iterable[int], tokens: Tokens,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[int, StoredResiduals]:  # fmt: skip
     """{layer: its residuals}: those in the cache, and what is missing there from one forward pass.
 
@@ -404,10 +393,10 @@ def load_or_compute_residuals(
     """
     layers = sorted(set(layers))
     if directory is None:
-        arrays = run_over_split(_program(model, config, layers, tokens), params, split, f"{name}: {tokens} residuals")
-        _, block = _layout(_shape(config, split, tokens), shard_bytes)
+        arrays = run_over_split(_program(trained, layers, tokens), trained.params, split, f"{name}: {tokens} residuals")
+        _, block = _layout(_shape(trained.config, split, tokens), shard_bytes)
         return {layer: StoredResiduals(ts.array(x), block, "memory") for layer, x in zip(layers, arrays, strict=True)}
-    of = hosts.on_first_process(lambda: fingerprint_ingredients(config, params, split))
+    of = hosts.on_first_process(lambda: fingerprint_ingredients(trained, split))
     mark = sha256_of(of)[:16]
 
     def absent() -> list[int]:
@@ -418,7 +407,7 @@ def load_or_compute_residuals(
     if missing := hosts.on_first_process(absent):
         if hosts.is_first_process():
             _report_stale(_place(directory), mark, name)
-        write_cache(directory, model, params, config, split, name, missing, tokens, shard_bytes, of)
+        write_cache(directory, trained, split, name, missing, tokens, shard_bytes, of)
     return {layer: open_cache(directory, mark, name, layer, tokens) for layer in layers}
 
 
@@ -441,4 +430,6 @@ def _report_stale(root: Place, mark: str, name: str) -> None:
                 sizes[other] = sizes.get(other, 0) + 4 * shards * math.prod(each)
     if sizes:
         places, mb = ", ".join(f"{root.name}/{other}" for other in sorted(sizes)), sum(sizes.values()) / 1e6
-        say(f"{name}: activations of another model or other data are in {places}: delete to free up to {mb:.0f} MB")
+        logger.info(
+            f"{name}: activations of another model or other data are in {places}: delete to free up to {mb:.0f} MB"
+        )

@@ -10,6 +10,7 @@ Axes: B residuals, K places for active latents, F latents, D width. All float32;
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -21,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from headsteer_jax.runtime.compiled import cache_dir, processor_flags
-from headsteer_jax.runtime.progress import say
+
+logger = logging.getLogger(__name__)
 
 SOURCE_FILE = Path(__file__).with_name("sparse.cc")
 COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
@@ -35,7 +37,9 @@ def compile_library() -> Path | None:
     """
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        say("no C++ compiler (c++, g++, clang++): autoencoders train by dense products, several times slower on a CPU")
+        logger.info(
+            "no C++ compiler (c++, g++, clang++): autoencoders train by dense products, several times slower on a CPU"
+        )
         return None
     kind = (platform.node(), platform.machine(), processor_flags(), compiler, jax.__version__, *COMPILER_FLAGS)
     digest = hashlib.sha256(SOURCE_FILE.read_bytes() + repr(kind).encode()).hexdigest()[:16]
@@ -52,7 +56,7 @@ def compile_library() -> Path | None:
             os.replace(made, path)  # whole or not at all, whoever else compiles it
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        say(
+        logger.info(
             f"{SOURCE_FILE.name} did not compile ({lines[0] if lines else error}): autoencoders train by dense products"
         )
         return None
@@ -67,7 +71,7 @@ def is_available() -> bool:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        say(f"{path} cannot be loaded ({error}): autoencoders train by dense products")
+        logger.info(f"{path} cannot be loaded ({error}): autoencoders train by dense products")
         return False
     for name in FFI_NAMES:
         handler = jax.ffi.pycapsule(getattr(loaded, f"headsteer_{name}"))

@@ -6,6 +6,7 @@ dealt out too. Axes: S members, B residuals in a step, G at once.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,11 +23,13 @@ from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.runtime.mesh import members_mesh, place, replicated_sharding
 from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
-from headsteer_jax.runtime.progress import progress, say
+from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae import sparse
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, fit_scaling, normalise_rows, scale_input
+from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling, fit_scaling, normalise_rows, scale_input
 from headsteer_jax.sae.objective import StepMetrics, autoencoder_loss, init_weights, remove_radial_gradient
 from headsteer_jax.sae.residuals import Residuals
+
+logger = logging.getLogger(__name__)
 
 CURVES = ("mse", "l0", "dead")
 MEMBER_FIELDS = ("sae", "optimizer", "silent")  # what of a state has a leading axis S
@@ -111,15 +114,15 @@ def make_epoch_program(
         dead_F = one.silent >= window
         k = k_at(member, one.step)
         grads, seen = jax.grad(autoencoder_loss, has_aux=True)(one.sae, u_BD, dead_F, k, c, most, k_aux, fast)
-        grads = remove_radial_gradient(grads, one.sae) if c.decoder_norm == "unit" else grads
-        if c.unit_gradient:
+        grads = remove_radial_gradient(grads, one.sae) if c.ablation.decoder_norm == "unit" else grads
+        if c.ablation.unit_gradient:
             length = optax.global_norm(grads)
             grads = jax.tree.map(lambda leaf: leaf / jnp.maximum(length, 1e-20), grads)
         updates, optimizer = tx.update(grads, one.optimizer)
         by = -member.learning_rate * rate(one.step)
         sae = jax.tree.map(lambda leaf, update: leaf + by * update, one.sae, updates)
         sae = sae._replace(threshold=_threshold(one.sae, sae, seen, c, max(0.01, 20 / steps)))
-        sae = sae._replace(W_d=normalise_rows(sae.W_d)) if c.decoder_norm == "unit" else sae
+        sae = sae._replace(W_d=normalise_rows(sae.W_d)) if c.ablation.decoder_norm == "unit" else sae
         silent_F = jnp.where(seen.fired > 0, 0, one.silent + 1)
         curves = {"mse": seen.mse, "l0": seen.l0, "dead": jnp.mean(dead_F)}
         return one._replace(sae=sae, optimizer=optimizer, silent=silent_F), curves
@@ -231,11 +234,15 @@ def state_from_checkpoint(state: SAEState, members: int, mesh: Mesh) -> SAEState
 
 
 class TrainedMembers(NamedTuple):
-    """What training gives: autoencoders with leading axis S, their scaling, and curves [epochs, S]."""
+    """What training gives: weights with a leading axis S, their scaling, and curves [epochs, S]."""
 
-    saes: SAEWeights
+    weights: SAEWeights
     scaling: Scaling
     curves: dict[str, np.ndarray]
+
+    def autoencoders(self, k: int | None) -> Autoencoder:
+        """Join weights and scaling; `k` is TopK's, None if thresholds decide."""
+        return Autoencoder(self.weights, self.scaling, k)
 
 
 def train_members(
@@ -292,7 +299,7 @@ def train_members(
     start = int(state.epoch)
     state = state_from_checkpoint(state, len(members.k), mesh)
     if 0 < start < c.epochs:
-        say(f"{what}: going on from epoch {start}")
+        logger.info(f"{what}: going on from epoch {start}")
     run = make_epoch_program(c, members, F, D, count // c.batch, config.seed, mesh)
     every = max(1, c.epochs // 10)  # epochs between checkpoints
     at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if held else 1
@@ -330,7 +337,7 @@ def train_members(
                 checkpoints.save(done, (kept, jax.tree.map(np.copy, curves)), about)
             if stopping and done < c.epochs:
                 checkpoints.close()
-                say(f"{what}: epoch {done} is saved")
+                logger.info(f"{what}: epoch {done} is saved")
                 raise Preempted
             mse, dead = (curves[name][done - 1, finite].mean() for name in ("mse", "dead"))
             bar.update(at_once, f"mse {mse:.4f}, dead {dead:.2%}")

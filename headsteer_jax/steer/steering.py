@@ -15,21 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.config.schema import Config, SteerConfig
+from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.model.passes import (
     compile_within_memory,
-    dealt,
     memory_error,
     padded_chunks,
     per_image_program,
     replicate,
 )
-from headsteer_jax.model.vit import ViT, predict_class, stack_gates
+from headsteer_jax.model.vit import TrainedModel, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
+from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, decode_scaled, encode_scaled, scale_input, unscale_output
+from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.steer.strategies import Choice
 from headsteer_jax.steer.table import gates_to_pattern
 
@@ -39,14 +39,13 @@ Mode = Literal["add", "scale", "clamp", "ablate"]
 class Steering(NamedTuple):
     """One layer's autoencoder and what is changed in it."""
 
-    sae: SAEWeights
-    scaling: Scaling
+    sae: Autoencoder
     strength: np.ndarray  # [F] mean activation where a latent fires
     choice: Choice
 
 
 def steer_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.Array, mode: Mode) -> jax.Array:
-    """z' of the chosen latents [LH26]; alpha 0 changes nothing, but for clamp.
+    """Z' of the chosen latents [LH26]; alpha 0 changes nothing, but for clamp.
 
     add: z + alpha w s;  scale: (1 + alpha w) z;  clamp: alpha w s;  ablate: (1 - alpha) z with alpha cut to [0, 1].
 
@@ -71,9 +70,9 @@ def steer_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.
 
 
 def apply_steering(
-    one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, k: int | None, config: SteerConfig
+    steering: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, config: SteerConfig
 ) -> jax.Array:
-    """x' [B, D].
+    """Change a residual through the chosen latents: [B, D] -> x' [B, D].
 
     delta: x' = x + decode(z') - decode(z), so that alpha 0 gives x bit for bit; replace: x' = decode(z').
 
@@ -81,12 +80,13 @@ def apply_steering(
       class_B: the class by which each image is steered.
       alpha: one for all images, or [B].
     """
-    z_BF = encode_scaled(one.sae, scale_input(one.scaling, x_BD), k)
-    latents_BS, w_BS = jnp.asarray(one.choice.latents)[class_B], jnp.asarray(one.choice.weights)[class_B]
+    sae, choice = steering.sae, steering.choice
+    z_BF = sae.encode(x_BD)
+    latents_BS, w_BS = jnp.asarray(choice.latents)[class_B], jnp.asarray(choice.weights)[class_B]
     z_BS = jnp.take_along_axis(z_BF, latents_BS, axis=1)
-    rows_BSD = one.sae.W_d[latents_BS] / one.scaling.scale
-    base_BD = x_BD if config.form == "delta" else unscale_output(one.scaling, decode_scaled(one.sae, z_BF))
-    s_BS = jnp.asarray(one.strength)[latents_BS]
+    rows_BSD = sae.weights.W_d[latents_BS] / sae.scaling.scale
+    base_BD = x_BD if config.form == "delta" else sae.decode(z_BF)
+    s_BS = jnp.asarray(steering.strength)[latents_BS]
     change_BS = steer_latents(z_BS, s_BS, w_BS, jnp.reshape(alpha, (-1, 1)), config.mode) - z_BS
     return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
 
@@ -116,12 +116,13 @@ class GateProgram:
     the shapes that the plain model has, so that a logit at 0 is rounded as it is there.
     """
 
-    def __init__(self, model: ViT, params: Any, config: Config) -> None:
-        layer, k, steer = config.sae_layer, config.sae.inference_k, config.steer
-        self._chunk = steer.chunk
+    def __init__(self, trained: TrainedModel) -> None:
+        config, model = trained.config, trained.model
+        layer, steer = config.sae_layer, config.steer
+        self._chunk = config.machine.sweep_chunk
 
         def pattern(params: Any, one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array) -> jax.Array:
-            steered_BD = apply_steering(one, x_BD, class_B, alpha, k, steer)
+            steered_BD = apply_steering(one, x_BD, class_B, alpha, steer)
             return gates_to_pattern(model.apply(params, steered_BD, layer, method="gate_logits"))
 
         self._one_each = jax.jit(pattern)
@@ -130,7 +131,7 @@ class GateProgram:
                 lambda alpha: pattern(params, one, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
             )
         )
-        self._params = params
+        self._params = trained.params
 
     def __call__(
         self, one: Steering, x_RD: np.ndarray, class_R: np.ndarray, alphas: np.ndarray, *, each: bool = False
@@ -148,16 +149,15 @@ class GateProgram:
 
 
 def run_suffix(
-    model: ViT, params: Any, split: Split, settings: Sequence[tuple[Mapping[int, Steering], np.ndarray]],
-    alphas: np.ndarray, config: Config, chunk: int, what: str,
+    trained: TrainedModel, split: Split, settings: Sequence[tuple[Mapping[int, Steering], np.ndarray]],
+    alphas: np.ndarray, what: str,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Every setting and alpha by the layers from the first steered one on; those before it run once for an image.
 
-    Alphas are a vmap, as many at once as fit config.steer.memory.
+    Alphas are a vmap, as many at once as fit config.machine.sweep_memory.
 
     Args:
       settings: the steered layers, the same ones in each, and the class [N] by which each image is steered.
-      chunk: images of a device in one call, at most.
 
     Returns:
       [V, A, N, L, H] bool gates of the steered layers, and [V, A, N] int32 predictions, of V settings.
@@ -165,6 +165,7 @@ def run_suffix(
     Raises:
       HeadSteerError: the memory budget is too small for one image under one alpha.
     """
+    config, model = trained.config, trained.model
     layers, count = sorted(settings[0][0]), len(split.labels)
     tokens = model.positions_count + model.model.registers
 
@@ -176,7 +177,7 @@ def run_suffix(
     ) -> tuple[jax.Array, ...]:
         def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
             def change(x_BD: jax.Array, one: Steering) -> jax.Array:
-                return apply_steering(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
+                return apply_steering(one, x_BD, class_B, alpha, config.steer)
 
             changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
             whole = config.steer.target == "residual"
@@ -190,23 +191,25 @@ def run_suffix(
 
         return jax.vmap(at, out_axes=1)(alphas_A)
 
-    size, params = min(chunk, count), replicate(params)
+    size, params = min(config.machine.sweep_chunk, count), replicate(trained.params)
     program = per_image_program(after, size, arrays=2, fixed=3).run
     while True:  # as many alphas at once as fit; where not even one does, fewer images
         images = size * jax.local_device_count()
 
         def compile_for(at_once: int, images: int = images) -> Any:
-            x_BTD = jax.ShapeDtypeStruct((images, tokens, config.model.width), jnp.float32, sharding=dealt())
-            class_B = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=dealt())
+            x_BTD = jax.ShapeDtypeStruct(
+                (images, tokens, config.model.width), jnp.float32, sharding=batch_sharding(local_mesh())
+            )
+            class_B = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(local_mesh()))
             return program.lower(
                 params, replicate(settings[0][0]), replicate(np.zeros(at_once, np.float32)), x_BTD, class_B
             ).compile()
 
-        found = compile_within_memory(compile_for, len(alphas), config.steer.memory)
+        found = compile_within_memory(compile_for, len(alphas), config.machine.sweep_memory)
         if found.size:
             break
         if size == 1:
-            raise memory_error(found, config.steer.memory, "one image under one alpha")
+            raise memory_error(found, config.machine.sweep_memory, "one image under one alpha")
         size = max(1, size // 2)
     prefix = per_image_program(before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
@@ -221,7 +224,7 @@ def run_suffix(
                 (x_BTD,) = prefix(params, gather_images(split.images, indices))
                 kept = min(len(indices), end - indices[0])
                 for v, (_, class_N) in enumerate(settings):
-                    class_B = jax.device_put(class_N[indices].astype(np.int32), dealt())
+                    class_B = jax.device_put(class_N[indices].astype(np.int32), batch_sharding(local_mesh()))
                     for some in range(0, len(alphas), found.size):
                         which = np.minimum(np.arange(some, some + found.size), len(alphas) - 1)
                         alphas_A = replicate(np.asarray(alphas, np.float32)[which])

@@ -117,7 +117,7 @@ def random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.
 
 
 def matched_random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """A control for `class_frequent_latents`: random latents that fire as often as its own and move the residual as far.
+    """Choose random latents that fire as often as those of `class_frequent_latents` and move the residual as far.
 
     Each of the class's latents is replaced by one drawn from the ten others closest to it in overall frequency; then
     one weight for all makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, equal to the class's own.

@@ -6,10 +6,11 @@ Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, R row
 it), C classes, H heads, F latents.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from headsteer_jax.config.schema import MOST_HEADS, Config, SteerConfig
-from headsteer_jax.data.dataset import Dataset, Split, check_classes
+from headsteer_jax.data.dataset import Split, check_classes
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.passes import Program
-from headsteer_jax.model.vit import ViT
-from headsteer_jax.runtime.progress import progress, say
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, encode_all, select_member
+from headsteer_jax.model.vit import TrainedModel
+from headsteer_jax.runtime.progress import progress
+from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
+from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.steering import GateProgram, Steering, run_suffix
 from headsteer_jax.steer.strategies import (
@@ -47,6 +49,8 @@ from headsteer_jax.steer.tally import (
     tally_flips,
     tally_gates,
 )
+
+logger = logging.getLogger(__name__)
 
 NAMED_BY = ("true", "predicted")  # the class that steers an image: its label, or what the unsteered model says
 Arrays = dict[str, np.ndarray]
@@ -153,12 +157,13 @@ def check_validation(split: Split, config: Config, class_names: tuple[str, ...])
 
 
 def _pattern_evidence(
-    config: Config, wanted: bool, dataset: Dataset, program: Program, params: Any, table: Table, validation: Split
+    run: RunData, wanted: bool, program: Program, table: Table, validation: Split
 ) -> tuple[Outcomes, ...]:
     """What gate_aligned looks at: steer.evidence training images of each class, and the validation split.
 
     The training images are looked at only where it is wanted; with more heads than a table holds there is nothing.
     """
+    config, dataset = run.trained.config, run.dataset
     labels, heads = dataset.train.labels, config.model.heads
     if heads > MOST_HEADS:
         return ()
@@ -166,7 +171,7 @@ def _pattern_evidence(
     some = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(dataset.class_names))])
     split = Split(dataset.train.images[some], labels[some])
     if len(some):
-        seen = fill_table(program, params, split, "train: every gate pattern")
+        seen = fill_table(program, run.trained.params, split, "train: every gate pattern")
         logits, right = seen.gate_logits, seen.answers == split.labels[:, None]
     else:
         logits, right = np.zeros((0, heads), np.float32), np.zeros((0, 2**heads), bool)
@@ -202,10 +207,9 @@ class SplitSweep(NamedTuple):
 def make_split_sweep(
     name: str, split: Split, table: Table, steered: list[list[Steering]], offset: np.ndarray | int, size_NH: np.ndarray
 ) -> SplitSweep:
-    """
-    Args:
-      offset: added to each image's class: the row of the choices that steers it.
-      size_NH: |x| |W| + |b|.
+    """Args:
+    offset: added to each image's class: the row of the choices that steers it.
+    size_NH: |x| |W| + |b|.
     """
     count, labels = len(split.labels), split.labels
     other = np.flatnonzero(table.prediction != labels)
@@ -220,10 +224,10 @@ def make_split_sweep(
 
 
 def find_active_latents(
-    sae: SAEWeights, scaling: Scaling, x_ND: np.ndarray, image: np.ndarray, k: int | None
+    sae: Autoencoder, x_ND: np.ndarray, image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, latent and activation wherever a latent is active in one of the rows; rows ascend."""
-    z_RF = csr_array(encode_all(sae, scaling, x_ND, k, chunk=1000))[image]
+    z_RF = csr_array(encode_split(sae, x_ND, chunk=1000))[image]
     return np.repeat(np.arange(len(image)), np.diff(z_RF.indptr)), z_RF.indices, z_RF.data
 
 
@@ -233,13 +237,12 @@ SettingTallies = Iterator[
 
 
 def sweep_by_flips(
-    job: SplitSweep, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], k: int | None, classes: int
+    job: SplitSweep, alphas: np.ndarray, program: GateProgram, effects: list[GateEffect], classes: int
 ) -> SettingTallies:
     """Every setting from the closed form; what lies within float32's rounding is decided by the model itself."""
     answers = job.answers
     rows = [
-        job.rows._replace(active=find_active_latents(row[0].sae, row[0].scaling, job.table.x, job.rows.image, k))
-        for row in job.steered
+        job.rows._replace(active=find_active_latents(row[0].sae, job.table.x, job.rows.image)) for row in job.steered
     ]
 
     def one(place: tuple[int, int]) -> tuple[list[Tally], Flips]:
@@ -275,9 +278,7 @@ def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, cl
             yield s, g, tallies, None
 
 
-def sweep_by_suffix(
-    job: SplitSweep, alphas: np.ndarray, model: ViT, params: Any, config: Config, classes: int
-) -> SettingTallies:
+def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, classes: int) -> SettingTallies:
     """Every setting by the layers from the steered one on."""
     labels, was = job.split.labels, job.table.prediction == job.split.labels
     by_class = [job.class_of(y) for y in range(len(NAMED_BY))]
@@ -285,10 +286,10 @@ def sweep_by_suffix(
     widths = {g: job.steered[0][g].choice.latents.shape[1] for g in strategies}
     for width in sorted(set(widths.values())):  # programs differ by the number of latents
         own = [(s, g) for s in range(len(job.steered)) for g in strategies if widths[g] == width]
-        settings = [({config.sae_layer: job.steered[s][g]}, by_class[y]) for s, g in own for y in range(len(NAMED_BY))]
-        gates, predictions = run_suffix(
-            model, params, job.split, settings, alphas, config, config.steer.chunk, f"{job.name}: every setting"
-        )
+        settings = [
+            ({trained.config.sae_layer: job.steered[s][g]}, by_class[y]) for s, g in own for y in range(len(NAMED_BY))
+        ]
+        gates, predictions = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
         for number, (s, g) in enumerate(own):
             tallies = []
             for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY)):
@@ -296,26 +297,22 @@ def sweep_by_suffix(
             yield s, g, tallies, None
 
 
-def run_sweep(
-    config: Config, dataset: Dataset, model: ViT, params: Any, saes: SAEWeights, scaling: Scaling, x_train: np.ndarray,
-    strategies: Mapping[str, Strategy],
-) -> tuple[Arrays, dict[str, dict[str, StepFunction]]]:  # fmt: skip
-    """The whole sweep.
+def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> tuple[Arrays, dict[str, dict[str, StepFunction]]]:
+    """Run the whole sweep.
 
     Args:
-      saes: the autoencoders, leading axis S.
-      x_train: [N, D] residuals of the training split.
       strategies: by the names that they have in the result.
 
     Returns:
       The arrays of sweep.nc (docs/outputs.md names each), and, where alpha is exact, for each split and strategy
       accuracy and usage as functions of it, over all seeds, steered by the label.
     """
+    trained, dataset, x_train, config = run.trained, run.dataset, run.x_train, run.trained.config
     steer, classes, heads, how = config.steer, len(dataset.class_names), config.model.heads, choose_method(config)
     alphas, names = make_alpha_grid(steer), tuple(strategies)
-    say(describe_method(config))
+    logger.info(describe_method(config))
     if 0 not in steer.alphas:
-        say("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
+        logger.info("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
     splits = {
         "validation": _select_classes(dataset.validation, config, dataset.class_names),
         "test": _select_classes(dataset.test, config, dataset.class_names),
@@ -326,23 +323,27 @@ def run_sweep(
     }  # fmt: skip
     if dataset.related is not None:
         arrays["related"] = dataset.related
-    program = compile_table_program(model, params, splits["test"], config)
-    tables = {name: fill_table(program, params, split, f"{name}: every gate pattern") for name, split in splits.items()}
+    program = compile_table_program(trained, splits["test"])
+    tables = {
+        name: fill_table(program, trained.params, split, f"{name}: every gate pattern")
+        for name, split in splits.items()
+    }
     for name, split in splits.items():
         arrays |= _unsteered(name, tables[name], split.labels, classes, heads)
 
     aligned = any(one is gate_aligned_latents for one in strategies.values())
-    evidence = _pattern_evidence(config, aligned, dataset, program, params, tables["validation"], splits["validation"])
-    gate_DH = gate_jacobian(model, params, config.sae_layer, x_train)
+    evidence = _pattern_evidence(run, aligned, program, tables["validation"], splits["validation"])
+    gate_DH = gate_jacobian(trained, x_train)
     fold_N = _halve_each_class(splits["validation"].labels)
     chosen: list[list[Steering]] = []  # [S][G]
     crossed: list[list[Steering]] = []  # the same with 2 C rows of choices, for validation
     effects, frequencies = [], []
     for seed in range(config.sae.seeds):
-        sae = select_member(saes, seed)
-        z_NF = encode_all(sae, scaling, x_train, config.sae.inference_k)
-        decoder = np.asarray(sae.W_d) / scaling.scale
-        stats = latent_statistics(z_NF, dataset.train.labels, classes, decoder, gate_DH, evidence, dataset.class_names)
+        sae = run.autoencoders.member(seed)
+        z_NF = encode_split(sae, x_train)
+        stats = latent_statistics(
+            z_NF, dataset.train.labels, classes, sae.decoder, gate_DH, evidence, dataset.class_names
+        )
         seen = [stats, *(_without_fold(stats, fold_N, fold) for fold in (0, 1))]
         chosen.append([])
         crossed.append([])
@@ -350,30 +351,32 @@ def run_sweep(
             rngs = (np.random.default_rng([config.seed, 3, seed, number]) for _ in seen)
             choice, *halves = (choose(one, steer, rng) for one, rng in zip(seen, rngs, strict=True))
             both = Choice(*(np.concatenate(part) for part in zip(*halves, strict=True)))
-            chosen[-1].append(Steering(sae, scaling, stats.strength, choice))
-            crossed[-1].append(Steering(sae, scaling, stats.strength, both))
-        effects.append(gate_effect(decoder, gate_DH, max(one.choice.latents.shape[1] for one in chosen[-1])))
+            chosen[-1].append(Steering(sae, stats.strength, choice))
+            crossed[-1].append(Steering(sae, stats.strength, both))
+        effects.append(gate_effect(sae.decoder, gate_DH, max(one.choice.latents.shape[1] for one in chosen[-1])))
         frequencies.append(stats.frequency)
         if seed == 0:
             arrays["top_images"], arrays["top_activations"] = _top_images(z_NF, config.report.top_images)
             arrays["class_frequency"] = stats.class_frequency.astype(np.float32)
     arrays |= {"frequency": np.stack(frequencies)} | _stack_choices(chosen)
 
-    gates = GateProgram(model, params, config)
+    gates = GateProgram(trained)
     steps: dict[str, dict[str, StepFunction]] = {}
     for name, split in splits.items():
         steered, offset = (crossed, classes * fold_N) if name == "validation" else (chosen, 0)
         size_NH = np.zeros_like(tables[name].gate_logits)
         if how == "flips":
-            linear = jax.tree.map(np.asarray, params["params"][f"layers_{config.sae_layer}"]["decide"]["linear"])
+            linear = jax.tree.map(
+                np.asarray, trained.params["params"][f"layers_{config.sae_layer}"]["decide"]["linear"]
+            )
             size_NH = np.abs(tables[name].x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
         job = make_split_sweep(name, split, tables[name], steered, offset, size_NH)
         if how == "flips":
-            swept = sweep_by_flips(job, alphas, gates, effects, config.sae.inference_k, classes)
+            swept = sweep_by_flips(job, alphas, gates, effects, classes)
         elif how == "gates":
             swept = sweep_by_gates(job, alphas, gates, classes)
         else:
-            swept = sweep_by_suffix(job, alphas, model, params, config, classes)
+            swept = sweep_by_suffix(job, alphas, trained, classes)
         shape = (len(names), config.sae.seeds, len(NAMED_BY))
         found: Arrays = {}
         flips: dict[tuple[int, int], Flips] = {}
@@ -408,14 +411,15 @@ def run_sweep(
     return arrays, steps
 
 
-def gate_jacobian(model: ViT, params: Any, layer: int, x_ND: np.ndarray) -> np.ndarray:
+def gate_jacobian(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
     """[D, H] derivative of the gate logits at the mean residual: the gate's weights, unless it has a LayerNorm."""
+    model, params, layer = trained.model, trained.params, trained.config.sae_layer
     gate = jax.jacobian(lambda x_D: model.apply(params, x_D[None], layer, method="gate_logits")[0])
     return np.asarray(gate(jnp.asarray(x_ND.mean(axis=0, dtype=np.float64), jnp.float32))).T
 
 
 def _stack_choices(chosen: list[list[Steering]]) -> Arrays:
-    """latents and weights [G, S, C, most]: strategies that choose fewer latents are filled with -1 and 0."""
+    """Latents and weights [G, S, C, most]: strategies that choose fewer latents are filled with -1 and 0."""
     most = max(one.choice.latents.shape[1] for one in chosen[0])
     filled: Arrays = {}
     for part, (name, rest) in enumerate((("latents", -1), ("weights", 0))):

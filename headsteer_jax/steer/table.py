@@ -17,7 +17,7 @@ from headsteer_jax.config.schema import MOST_HEADS, Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.model.passes import Program, compile_program_within_memory, per_image_program, run_over_split
-from headsteer_jax.model.vit import ViT, predict_class
+from headsteer_jax.model.vit import TrainedModel, ViT, predict_class
 
 ROWS_PER_PRODUCT = 2048  # rows of the products that fill the table: more leave a CPU's cache
 
@@ -90,12 +90,13 @@ class Table(NamedTuple):
     answers: np.ndarray  # [N, P] int32, the prediction under each listed pattern
 
 
-def compile_table_program(model: ViT, params: Any, split: Split, config: Config) -> Program:
+def compile_table_program(trained: TrainedModel, split: Split) -> Program:
     """The pass that fills a table, compiled within the memory budget for images like a split's.
 
     Raises:
       HeadSteerError: the budget is too small for one image.
     """
+    config, model = trained.config, trained.model
     layer, listed_P = config.sae_layer, jnp.asarray(list_patterns(config), jnp.int32)
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -110,7 +111,8 @@ def compile_table_program(model: ViT, params: Any, split: Split, config: Config)
             own_B = predict_class(model.apply(params, last_BTD[:, 0], method="classify"))
         return x_BTD[:, 0], m_BH, pattern_B, own_B, answers_BP
 
-    return compile_program_within_memory(per_image_program(run, config.steer.chunk), params, split, config.steer.memory)
+    program = per_image_program(run, config.machine.sweep_chunk)
+    return compile_program_within_memory(program, trained.params, split, config.machine.sweep_memory)
 
 
 def fill_table(program: Program, params: Any, split: Split, what: str) -> Table:

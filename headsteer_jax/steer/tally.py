@@ -1,7 +1,8 @@
 """What a split's images get at every alpha: flips placed on a grid, counts and bits, and exact step functions.
 
 Axes: N images, R rows (an image with the class that steers it), C classes, H heads, A alphas of a grid, E flips, P
-gate patterns."""
+gate patterns.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -9,8 +9,9 @@ import numpy as np
 from etils.epath import Path
 from tensorboardX import SummaryWriter
 
+from headsteer_jax.errors import explain_errors
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.files import explain_write_errors, is_in_bucket, make_directory, write_text
+from headsteer_jax.runtime.files import is_in_bucket, make_directory, write_text
 
 
 class TrainingLog:
@@ -43,7 +44,7 @@ class TrainingLog:
         if self._bucket:
             self._rows[name].append(row)
         else:
-            with explain_write_errors(self._paths[name]), self._paths[name].open("a") as file:
+            with explain_errors(self._paths[name]), self._paths[name].open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self._board is None:
             return

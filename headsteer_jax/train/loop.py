@@ -10,6 +10,7 @@ Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step)
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,14 +29,16 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.flops import training_speed
 from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
-from headsteer_jax.model.vit import Gating, ViT, build_model, fingerprint_params
+from headsteer_jax.model.vit import Gating, TrainedModel, ViT, build_model, fingerprint_params
 from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.runtime.files import REMAKE
 from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
-from headsteer_jax.runtime.progress import progress, say
+from headsteer_jax.runtime.progress import progress
 from headsteer_jax.train.log import TrainingLog, open_log
 from headsteer_jax.train.step import State, evaluation_params, make_optimizer, make_training_steps
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["dense", "gated", "dense_control"]
 PHASES: tuple[Phase, ...] = ("dense", "gated", "dense_control")
@@ -48,13 +51,14 @@ EVALUATION_GATING: dict[Phase, Gating] = {
 
 def init_params(model: ViT, config: Config, seed: int) -> Any:
     """The model's variables before training, whole on every host: random, with the pretrained backbone where the config
-    names one."""
+    names one.
+    """
     key = jax.random.fold_in(jax.random.key(seed), 0)
     side, channels = config.data.image_size, config.data.channels
     params = jax.jit(model.init)(key, jnp.zeros((1, side, side, channels)))
     if config.model.pretrained:
         params, report = hosts.on_every_process(lambda: load_backbone(params, config))
-        say(str(report))
+        logger.info(str(report))
     hosts.check_equal({"the initial model": fingerprint_params(params)})
     return params
 
@@ -108,7 +112,7 @@ def train_phase(
     if best.latest() is None:
         best_accuracy = -1.0
     if start:
-        say(f"{phase}: going on from step {start}")
+        logger.info(f"{phase}: going on from step {start}")
     log.forget_after(phase, start)
     ends = sorted({*range(0, plan.steps, t.steps_per_call), plan.steps} - set(range(start + 1)))
     calls = list(zip([start, *ends[:-1]], ends, strict=True))
@@ -180,7 +184,7 @@ def train_phase(
             if stopping and end < plan.steps:
                 for checkpoints in (last, best):
                     checkpoints.close()
-                say(f"{phase}: step {end} is saved")
+                logger.info(f"{phase}: step {end} is saved")
                 raise Preempted
             bar.update(end - first, note)
         for checkpoints in (last, best):
@@ -227,8 +231,8 @@ def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
             train_phase(model, params, "dense_control", dataset, config, directory, log)
 
 
-def load_trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "gated") -> tuple[ViT, Any]:
-    """The model and the parameters that a finished training left in `directory`.
+def load_trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "gated") -> TrainedModel:
+    """Load the model that a finished training left in `directory`.
 
     Raises:
       HeadSteerError: the checkpoint is missing, damaged or of another config.
@@ -252,4 +256,4 @@ def load_trained(config: Config, dataset: Dataset, directory: Path, phase: Phase
         if step is not None and step != plan.steps:
             raise HeadSteerError(f"{last.directory}: it ends at step {step} of {plan.steps}; {REMAKE}")
         kept = evaluation_params(last.restore(like(lambda: init_state(params(), phase, config)), step)[0])
-    return model, jax.device_put(kept, jax.local_devices()[0])
+    return TrainedModel(config, model, jax.device_put(kept, jax.local_devices()[0]))

@@ -1,0 +1,69 @@
+"""What happens to the model when an autoencoder's reconstruction replaces the CLS residual.
+
+Axes: B, N images, T tokens, D width, H heads, C classes, S autoencoders.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headsteer_jax.data.augment import preprocess
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.model.passes import per_image_program, run_over_split
+from headsteer_jax.model.vit import TrainedModel, predict_class
+from headsteer_jax.sae.autoencoder import (
+    Autoencoder,
+    SAEWeights,
+    decode_scaled,
+    encode_scaled,
+    scale_input,
+    unscale_output,
+)
+from headsteer_jax.steer.steering import run_from_layer
+
+
+class ReplacementEffect(NamedTuple):
+    """What happens when every autoencoder's reconstruction replaces the CLS residual, [S] each."""
+
+    gate_agreement: np.ndarray  # the gate alone reads it: share of gate decisions that stay
+    accuracy: np.ndarray  # the gate alone reads it
+    accuracy_residual: np.ndarray  # the whole block computes on it
+    kl: np.ndarray  # the whole block: mean KL divergence of the predictions from the model's own, in nats
+
+
+def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split: Split) -> ReplacementEffect:
+    """Run the model from the autoencoders' layer on with reconstructed residuals.
+
+    Args:
+      autoencoders: S of them, as leading axis of the weights.
+    """
+    config, model, layer = trained.config, trained.model, trained.config.sae_layer
+    scaling, k = autoencoders.scaling, autoencoders.k
+
+    def run(inputs: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        params, weights_S = inputs
+        x_BTD = model.apply(params, preprocess(images, config.data), layer, method="before")
+        x_BD = x_BTD[:, 0]
+        original_BC, original_BH = run_from_layer(model, params, x_BTD, x_BD, layer, "policy")
+        original_BC = jax.nn.log_softmax(original_BC)
+
+        def replace_by(weights: SAEWeights) -> tuple[jax.Array, ...]:
+            # with the scaling as a constant, not as an argument: XLA then folds it, and the bits stay those of a run
+            x_hat_BD = unscale_output(
+                scaling, decode_scaled(weights, encode_scaled(weights, scale_input(scaling, x_BD), k))
+            )
+            gated_BC, gates_BH = run_from_layer(model, params, x_BTD, x_hat_BD, layer, "policy")
+            block_BC = jax.nn.log_softmax(run_from_layer(model, params, x_BTD, x_hat_BD, layer, "residual")[0])
+            kl_B = jnp.sum(jnp.exp(original_BC) * (original_BC - block_BC), axis=1)
+            agreement_B = jnp.mean((gates_BH > 0) == (original_BH > 0), axis=1)
+            return agreement_B, predict_class(gated_BC), predict_class(block_BC), kl_B
+
+        return tuple(values_SB.T for values_SB in jax.lax.map(replace_by, weights_S))
+
+    program, inputs = per_image_program(run, config.train.eval_batch), (trained.params, autoencoders.weights)
+    agreement_NS, gated_NS, block_NS, kl_NS = run_over_split(program, inputs, split, "test: reconstructed residuals")
+    correct_NS = (prediction_NS == split.labels[:, None] for prediction_NS in (gated_NS, block_NS))
+    means = (np.asarray(np.mean(v, axis=0, dtype=np.float64)) for v in (agreement_NS, *correct_NS, kl_NS))
+    return ReplacementEffect(*means)
