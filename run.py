@@ -16,8 +16,8 @@ from pathlib import Path
 
 from etils import epath
 
-from headsteer_jax.config import files
 from headsteer_jax import errors
+from headsteer_jax.config import files
 from headsteer_jax.runtime import preemption
 
 STAGES = {
@@ -105,10 +105,10 @@ def main(arguments: list[str]) -> int:
         config = files.load_config(_found(flags.config), overrides)
         workdir = epath.Path(flags.workdir or Path("runs") / Path(flags.config).stem)
         sys.path.append(os.getcwd())  # a strategy `module:function` may be where the command is given
-        from headsteer_jax.runtime import hosts
-        from headsteer_jax.runtime import compiled as sparse
-        from headsteer_jax.deploy import export
         from headsteer_jax import stages
+        from headsteer_jax.deploy import export
+        from headsteer_jax.runtime import compiled as sparse
+        from headsteer_jax.runtime import hosts
 
         hosts.start(flags.distributed, flags.distributed_timeout)
         sparse.keep_compiled_programs()

@@ -1,6 +1,5 @@
 """A bucket as the place of a run: checkpoints, small files, the lock, against a server of Google's protocol."""
 
-import os
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_run import CONFIG, ROOT, free_port
+from helpers import CONFIG, ROOT, environment, free_port
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator")
@@ -114,10 +113,7 @@ def bucket() -> Iterator[dict[str, str]]:
                 break
             except OSError:
                 time.sleep(0.2)
-        yield os.environ | {
-            "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        }  # fmt: skip
+        yield environment(STORAGE_EMULATOR_HOST=url, TENSORSTORE_GCS_HTTP_URL=url)
     finally:
         server.kill()
 

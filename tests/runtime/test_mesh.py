@@ -1,14 +1,13 @@
 """One program on any number of devices: the same training to float32's rounding, and what cannot be divided."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, environment
 
-ROOT = Path(__file__).parent.parent
 FEW = "1,8,8 again,2x4"
 ALL = "1,2,4,8,8 again,2x4,1x8"
 
@@ -16,11 +15,10 @@ ALL = "1,2,4,8,8 again,2x4,1x8"
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests"]
 import jax, numpy as np
-from conftest import tiny_config
-from test_sae_train import concepts, sae_config
-from test_train import blobs
+from builders import tiny_config
+from builders import concepts, sae_config
+from builders import blobs
 from headsteer_jax import mesh, sae_train, train as t
 from headsteer_jax.cache import Held
 from headsteer_jax.config import MachineConfig, PhaseConfig
@@ -88,10 +86,8 @@ for name, meshes in {"whole": ("8",), "parts": ("2x4", "1")}.items():
 
 
 def start(program: str, *arguments: object, devices: int = 8) -> subprocess.CompletedProcess[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from builders import random_sae
 from PIL import Image
-from test_sae import random_sae
 
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split

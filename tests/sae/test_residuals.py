@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
-from conftest import CLASSES, random_params, tiny_config
+from builders import CLASSES, random_params, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

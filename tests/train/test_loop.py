@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
+from builders import blobs, tiny_config
 
 from headsteer_jax.config import Config, MachineConfig, PhaseConfig
 from headsteer_jax.data import batches
@@ -19,17 +19,8 @@ from headsteer_jax.data.dataset import Dataset, LazyImages, Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import build_model
 from headsteer_jax.runtime import preemption
+from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.train import log, loop, step
-
-
-def blobs(count: int, seed: int) -> Split:
-    """Three classes, each a bright quarter of the image."""
-    rng = np.random.default_rng(seed)
-    labels = (np.arange(count) % 3).astype(np.int32)
-    images = rng.integers(0, 120, (count, 8, 8, 1), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
-    return Split(images, labels)
 
 
 @pytest.fixture(scope="module")
