@@ -107,11 +107,10 @@ def main(arguments: list[str]) -> int:
         sys.path.append(os.getcwd())  # a strategy `module:function` may be where the command is given
         from headsteer_jax import stages
         from headsteer_jax.deploy import export
-        from headsteer_jax.runtime import compiled as sparse
-        from headsteer_jax.runtime import hosts
+        from headsteer_jax.runtime import compiled, hosts
 
         hosts.start(flags.distributed, flags.distributed_timeout)
-        sparse.keep_compiled_programs()
+        compiled.keep_compiled_programs()
         own = {name: value for name, value in vars(flags).items() if not name.startswith("distributed")}
         hosts.check_equal({f"--{name}": json.dumps(value) for name, value in own.items()})
         stages.run(config, workdir, tuple(flags.stages.split(",")), flags.overwrite)
@@ -148,8 +147,8 @@ def _found(path: str) -> Path:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code:  # at once: libraries' threads and exit handlers would bury the line under their own tracebacks
-        if "headsteer_jax.hosts" in sys.modules:
-            sys.modules["headsteer_jax.hosts"].wait_to_leave()
+        if "headsteer_jax.runtime.hosts" in sys.modules:
+            sys.modules["headsteer_jax.runtime.hosts"].wait_before_exit()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from headsteer_jax.config import Config, DataConfig, ModelConfig, Section
+from headsteer_jax.config import Config, DataConfig, ModelConfig
 from headsteer_jax.config.files import describe_fields, flatten, list_fields, load_config, override, render_reference
+from headsteer_jax.config.schema import Section
 from headsteer_jax.errors import HeadSteerError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -52,47 +52,52 @@ server.create_server("127.0.0.1", int(sys.argv[1]), True, default_bucket="steer"
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
-from headsteer_jax import checkpoint as c
-from headsteer_jax.config import HeadSteerError
+from etils.epath import Path
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime import lock
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.runtime.files import (
+    make_directory, read_arrays, read_json, remove_directory, write_arrays, write_json
+)
 
-c.BEAT = 0.3
-root = c.Path("gs://steer/files")
-c.make_directory(root)
-c.write_json(root / "a.json", {"a": 1})
-c.write_arrays(root / "a.npz", {"x": np.arange(5)})
-assert c.read_json(root / "a.json") == {"a": 1}
-assert c.read_arrays(root / "a.npz")["x"].tolist() == [0, 1, 2, 3, 4]
+lock.HEARTBEAT_SECONDS = 0.3
+root = Path("gs://steer/files")
+make_directory(root)
+write_json(root / "a.json", {"a": 1})
+write_arrays(root / "a.npz", {"x": np.arange(5)})
+assert read_json(root / "a.json") == {"a": 1}
+assert read_arrays(root / "a.npz")["x"].tolist() == [0, 1, 2, 3, 4]
 try:
-    c.read_json(root / "none.json")
+    read_json(root / "none.json")
 except HeadSteerError as error:
     assert "gs://steer/files/none.json: missing or damaged" in str(error), error
 
 like = {f"layer_{i}": {"kernel": jnp.arange(300.0) + i, "bias": jnp.ones(3) * i} for i in range(20)}
-checkpoints = c.Checkpoints(root / "last", 2)
+checkpoints = Checkpoints(root / "last", 2)
 for step in (1, 2, 3):
     checkpoints.save(step, jax.tree.map(lambda leaf: leaf * step, like), {"step": step})
 checkpoints.wait()
-tree, about = c.Checkpoints(root / "last", 2).restore(jax.tree.map(np.asarray, like))
+tree, about = Checkpoints(root / "last", 2).restore(jax.tree.map(np.asarray, like))
 assert about == {"step": 3}
 assert all((a == 3 * b).all() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True))
-again = c.Checkpoints(root / "last", 2)
+again = Checkpoints(root / "last", 2)
 again.forget_after(2)
-assert c.Checkpoints(root / "last", 2).restore(like)[1] == {"step": 2}
+assert Checkpoints(root / "last", 2).restore(like)[1] == {"step": 2}
 
-with c.locked(root):
+with lock.hold_lock(root):
     try:
-        with c.locked(root):
+        with lock.hold_lock(root):
             raise AssertionError("two runs in one directory")
     except HeadSteerError as error:
         assert "gs://steer/files: another run is writing here" in str(error)
 (root / ".lock").write_text("a dead run's")
-with c.locked(root):
+with lock.hold_lock(root):
     pass
 assert not (root / ".lock").exists()
 
-c.write_json(root / "stage" / "started.json", {})
-c.write_json(root / "stage" / "last" / "x.json", {})
-c.remove_directory(root / "stage")
+write_json(root / "stage" / "started.json", {})
+write_json(root / "stage" / "last" / "x.json", {})
+remove_directory(root / "stage")
 assert not (root / "stage").exists()
 print("all is well")
 """

@@ -221,7 +221,7 @@ def test_no_more_is_read_than_one_part_ahead(split: Split, tmp_path: Path) -> No
 
 def counted_passes(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**9) -> list[int]:
     """How many calls each of the cache's forward passes made; one is interrupted after `fail_after`."""
-    real, made = cache.passes, []
+    real, made = cache.stream_split, []
 
     def passes(*args: Any) -> Iterator[Any]:
         made.append(0)
@@ -231,7 +231,7 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**9) -> 
             made[-1] += 1
             yield part
 
-    monkeypatch.setattr(cache, "passes", passes)
+    monkeypatch.setattr(cache, "stream_split", passes)
     return made
 
 

@@ -179,8 +179,8 @@ def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     assert Counted.most <= 2**20 // (3 * 4 * 24)
     assert np.all(made.curves["mse"] > 0)
     found = measure_health(autoencoder.select_member(made.saes, 0), made.scaling, [x], 4)
-    whole = train.train_members(sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False), members, ResidualsInMemory(x),
-                            tmp_path / "b")  # fmt: skip
+    in_memory = sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False)
+    whole = train.train_members(in_memory, members, ResidualsInMemory(x), tmp_path / "b")
     held = measure_health(autoencoder.select_member(whole.saes, 0), whole.scaling, [x], 4)
     assert found.explained_variance > held.explained_variance - 0.05
     # stopped after the second epoch's checkpoint, and gone on
@@ -240,7 +240,6 @@ def test_several_devices_train_the_same(tmp_path: Path) -> None:
 import sys, numpy as np, jax
 from pathlib import Path
 from builders import concepts, sae_config
-from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.sae import train
 from headsteer_jax.sae.residuals import ResidualsInMemory
 config = sae_config(epochs=3, learning_rate=3e-3)

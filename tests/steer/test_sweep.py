@@ -1,4 +1,4 @@
-"""The sweep's own small parts; its whole is tested by running it (test_run) and by its pieces (test_steer)."""
+"""The sweep's own small parts; its whole is tested by running it (test_cli) and by its pieces (test_steering)."""
 
 import subprocess
 import sys
@@ -141,12 +141,10 @@ def test_zero_is_added_to_the_grid() -> None:
 DIGEST = """
 import hashlib, sys
 import jax, numpy as np
-from builders import setting
-from builders import CLASSES
-from builders import jobs, steer_config
-from headsteer_jax.data import Split
-from headsteer_jax.steer import GateProgram
-from headsteer_jax.sweep import by_flips, by_suffix
+from builders import CLASSES, jobs, steer_config
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.steer.steering import GateProgram
+from headsteer_jax.steer.sweep import sweep_by_flips, sweep_by_suffix
 
 assert jax.device_count() == int(sys.argv[1])
 rng = np.random.default_rng(3)
@@ -156,8 +154,8 @@ config = steer_config(chunk=16)
 job, model, params, effects = jobs(config, split, (-2.0, 2.0))
 alphas, digest = np.linspace(-6, 6, 13), hashlib.sha256(job.table.x.tobytes() + job.table.answers.tobytes())
 gates = GateProgram(model, params, config)
-ways = [by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)]
-ways.append(by_suffix(job, alphas, model, params, config, CLASSES))
+ways = [sweep_by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)]
+ways.append(sweep_by_suffix(job, alphas, model, params, config, CLASSES))
 for swept in ways:
     for _, _, tallies, _ in swept:
         for tally in tallies:
