@@ -21,6 +21,10 @@ def numbered(count: int, height: int = 6, width: int = 7, start: int = 0) -> np.
     return images
 
 
+def number_of(images: np.ndarray) -> np.ndarray:
+    return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
+
+
 def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")

@@ -22,6 +22,7 @@ from dataset_files import (
     TRAIN,
     TRAIN_LABELS,
     feature,
+    number_of,
     numbered,
     png,
     write_folder,
@@ -50,10 +51,6 @@ def config(source: str, path: str | Path, **fields: Any) -> DataConfig:
         "validation_fraction": 0.2,
     }
     return DataConfig(**({"source": source, "path": str(path)} | defaults | fields))
-
-
-def number_of(images: np.ndarray) -> np.ndarray:
-    return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
 
 
 def pixels(split: Split) -> np.ndarray:
