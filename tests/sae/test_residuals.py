@@ -48,7 +48,7 @@ BYTES = {"cls": 12 * 96, "patches": 12 * 4 * 96, "all": 12 * 5 * 96}  # 12 image
 def small_blocks() -> Iterator[None]:
     """Of 3 images in these shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "BLOCKS", 4)
+        patch.setattr(cache, "BLOCKS_PER_SHARD", 4)
         yield
 
 
