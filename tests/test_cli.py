@@ -1,11 +1,9 @@
 """The command line from end to end on a tiny config, and how it answers mistakes."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 import xarray
-from test_data import feature, write_tfds
+from dataset_files import feature, write_tfds
+from helpers import CONFIG, GOLDENS, ROOT, environment, free_port, run
 
 from headsteer_jax.analysis.sweep_file import read_sweep
 from headsteer_jax.errors import HeadSteerError
@@ -24,26 +23,6 @@ from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.runtime.files import read_arrays, write_arrays
 from headsteer_jax.steer.tally import unpack_bits
 from headsteer_jax.train.log import read_log
-
-ROOT = Path(__file__).parent.parent
-CONFIG = """
-from conftest import tiny_config
-
-def get_config():
-    config = tiny_config()
-    data = config.data.model_copy(update={"image_size": 16, "train_per_class": 3, "eval_per_class": 2})
-    steer = config.steer.model_copy(update={"least_validation": 1})
-    return config.model_copy(update={"data": data, "steer": steer})
-"""
-
-
-def run(*arguments: object, cwd: Path = ROOT, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
-    """run.py in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def refused(result: subprocess.CompletedProcess[str], *says: str) -> None:
@@ -171,16 +150,10 @@ def test_damaged_checkpoint(finished, tmp_path):
 
 def start(*arguments: object, log: Path, devices: int = 1) -> subprocess.Popen[bytes]:
     """run.py beside this process, with its lines in a file."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices), stdout=log.open("wb"), stderr=subprocess.STDOUT
+    )
 
 
 def together(tmp_path: Path, *arguments: list[object], devices: int = 1) -> list[tuple[int, str]]:
@@ -431,9 +404,8 @@ def test_grid_and_patch_tokens_and_another_variant(finished, tmp_path):
 def test_results_page(finished, tmp_path):
     config, workdir = finished
     page = tmp_path / "docs" / "tiny.md"
-    command = [sys.executable, "-m", "headsteer_jax.results", str(workdir), str(page), str(config)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "headsteer_jax.report.results", str(workdir), str(page), str(config)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     text = page.read_text()
     summary = json.loads((workdir / "summary.json").read_text())
@@ -448,7 +420,7 @@ def test_results_page(finished, tmp_path):
     assert 'id="exact"' in html
     assert 'id="against-oracle"' in html
     command[3] = str(tmp_path)
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}: there is no summary.json")
 
@@ -472,7 +444,7 @@ def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
             "coarse_label": feature("classLabel", numClasses="20"),
         },
     )  # fmt: skip
-    golden = ROOT / "tests" / "goldens" / "timm_vit.safetensors"
+    golden = GOLDENS / "timm_vit.safetensors"
     command = [
         "--config=configs/cifar100_vit_s.py", f"--workdir={tmp_path / 'w'}", f"--config.data.path={tmp_path}",
         "--config.data.validation_fraction=0.25", f"--config.model.pretrained={golden}", "--config.model.depth=2",

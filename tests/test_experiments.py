@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import run
-
-SHARED = Path(__file__).parents[2] / "shared"
+from helpers import SHARED, run
 
 
 def summary(workdir: Path, *arguments: object) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import CLASSES, random_params, tiny_config
-from test_steer import setting
+from builders import CLASSES, random_params, setting, tiny_config
+from helpers import ROOT
 
 from headsteer_jax.analysis import layers
 from headsteer_jax.config import Config
@@ -128,8 +128,6 @@ def test_all_off_drops_every_head_of_one_layer() -> None:
     ],
 )
 def test_layers_that_cannot_be_steered(text: str, says: str) -> None:
-    from pathlib import Path
-
-    config = Path(__file__).parents[1] / "configs" / "double_digits.py"
+    config = ROOT / "configs" / "double_digits.py"
     with pytest.raises(HeadSteerError, match=says):
         load_config(config, {"layers.layers": text})

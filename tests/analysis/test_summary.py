@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import made_run
+from made_run import made_run
 
 from headsteer_jax.analysis.stats import mcnemar_p
 from headsteer_jax.analysis.summary import saved_classes, summarise

@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from headsteer_jax.config import Config, DataConfig, ModelConfig, Section
+from headsteer_jax.config import Config, DataConfig, ModelConfig
 from headsteer_jax.config.files import describe_fields, flatten, list_fields, load_config, override, render_reference
+from headsteer_jax.config.schema import Section
 from headsteer_jax.errors import HeadSteerError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_every_field_is_documented_and_in_the_help() -> None:
 
 
 def test_the_documentation_is_up_to_date() -> None:
-    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    page = ROOT / "docs" / "configuration.md"
     assert page.read_text() == render_reference() + "\n", f"python -m headsteer_jax.config > {page}"
 
 

@@ -1,4 +1,4 @@
-"""headsteer_jax.augment against NumPy references."""
+"""headsteer_jax.data.augment against NumPy references."""
 
 from typing import Any
 

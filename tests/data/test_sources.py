@@ -1,6 +1,5 @@
 """headsteer_jax.data: splits that share nothing, every source read right, every bad input one line."""
 
-import io
 import json
 import subprocess
 import sys
@@ -9,26 +8,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dataset_files as files
 import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from dataset_files import (
+    CLASSES,
+    IMAGE,
+    LABEL,
+    TEST,
+    TEST_LABELS,
+    TRAIN,
+    TRAIN_LABELS,
+    feature,
+    number_of,
+    numbered,
+    png,
+    write_folder,
+    write_npz,
+    write_tfds,
+)
+from helpers import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tensorflow_datasets.proto import tf_example_pb2
 
 from headsteer_jax.config import DataConfig
-from headsteer_jax.data import batches as data
+from headsteer_jax.data import sources
 from headsteer_jax.data.batches import batch_indices, prefetch
 from headsteer_jax.data.dataset import LazyImages, Split, gather_images, related_pairs, stratified_cut
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-CLASSES = ("ant", "bee", "cat")
 
 
 def config(source: str, path: str | Path, **fields: Any) -> DataConfig:
@@ -42,106 +53,8 @@ def config(source: str, path: str | Path, **fields: Any) -> DataConfig:
     return DataConfig(**({"source": source, "path": str(path)} | defaults | fields))
 
 
-def numbered(count: int, height: int = 6, width: int = 7, start: int = 0) -> np.ndarray:
-    """[count, height, width, 3] images, each with its own number in its pixels; `number_of` reads it."""
-    images = np.random.default_rng(count + start).integers(0, 256, (count, height, width, 3), np.uint8)
-    numbers = np.arange(start, start + count)
-    images[:, 0, 0] = np.stack([numbers // 256, numbers % 256, np.zeros_like(numbers)], axis=1)
-    return images
-
-
-def number_of(images: np.ndarray) -> np.ndarray:
-    return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
-
-
 def pixels(split: Split) -> np.ndarray:
     return gather_images(split.images, np.arange(len(split.labels)))
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
-TRAIN, TEST = numbered(30), numbered(9, start=500)
-TRAIN_LABELS, TEST_LABELS = np.arange(30) * 7 % 3, np.arange(9) % 3
-
-
-def write_npz(directory: Path, **arrays: np.ndarray | None) -> Path:
-    """The images above; `arrays` replace or (None) remove some."""
-    everything: dict[str, Any] = {
-        "train_images": TRAIN, "train_labels": TRAIN_LABELS, "test_images": TEST, "test_labels": TEST_LABELS,
-        "class_names": np.array(CLASSES),
-    } | arrays  # fmt: skip
-    path = directory / "set.npz"
-    np.savez(path, **{key: value for key, value in everything.items() if value is not None})
-    return path
-
-
-def write_folder(root: Path, test: str = "test") -> Path:
-    for split, images, labels in (("train", TRAIN, TRAIN_LABELS), (test, TEST, TEST_LABELS)):
-        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = root / split / CLASSES[label] / f"{number:03d}.PNG"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(image))
-    return root
-
-
-def feature(kind: str, **fields: Any) -> dict[str, Any]:
-    name = {"image": "image_feature.Image", "classLabel": "class_label_feature.ClassLabel"}[kind]
-    return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", kind: fields}
-
-
-IMAGE = feature("image", dtype="uint8", encodingFormat="png", shape={"dimensions": ["6", "7", "3"]})
-LABEL = feature("classLabel", numClasses="3")
-
-
-def write_tfds(
-    root: Path,
-    name: str = "insects",
-    test: str = "test",
-    features: dict[str, Any] | None = None,
-    supervised: tuple[str, str] | None = None,
-    coarse: tuple[int, ...] = (),
-    file_format: str = "array_record",
-    train_images: list[bytes] | None = None,
-    train: tuple[Any, Any] | None = None,
-    tested: tuple[Any, Any] | None = None,
-    names: tuple[str, ...] = (),
-) -> Path:
-    """A prepared TFDS directory, as TFDS itself writes it: of the images above, or of `train` and `tested`."""
-    directory = root / name / "1.0.0"
-    directory.mkdir(parents=True)
-    image_key, label_key = supervised or ("image", "label")
-    features = features or {image_key: IMAGE, label_key: LABEL} | ({"coarse_label": LABEL} if coarse else {})
-    splits = []
-    for split, (images, labels) in (
-        ("train", train or (TRAIN, TRAIN_LABELS)),
-        (test, tested or (TEST, TEST_LABELS)),
-    ):
-        encoded = (split == "train" and train_images) or [png(image) for image in images]
-        writer = ArrayRecordWriter(str(directory / f"{name}-{split}.{file_format}-00000-of-00001"), "group_size:1")
-        for content, label in zip(encoded, labels, strict=True):
-            example = tf_example_pb2.Example()
-            example.features.feature[image_key].bytes_list.value.append(content)
-            example.features.feature[label_key].int64_list.value.append(label)
-            if coarse:
-                example.features.feature["coarse_label"].int64_list.value.append(coarse[label])
-            writer.write(example.SerializeToString())
-        writer.close()
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        splits.append({"filepathTemplate": template, "name": split, "shardLengths": [str(len(labels))]})
-    info: dict[str, Any] = {"fileFormat": file_format, "name": name, "splits": splits, "version": "1.0.0"}
-    if supervised:
-        info["supervisedKeys"] = {"tuple": {"items": [{"featureKey": key} for key in supervised]}}
-    (directory / "dataset_info.json").write_text(json.dumps(info))
-    kind = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
-    (directory / "features.json").write_text(
-        json.dumps({"featuresDict": {"features": features}, "pythonClassName": kind})
-    )
-    (directory / f"{label_key}.labels.txt").write_text("\n".join(names or CLASSES) + "\n")
-    return root
 
 
 WRITERS: dict[str, Callable[[Path], Path]] = {"npz": write_npz, "folder": write_folder, "tfds": write_tfds}
@@ -318,11 +231,10 @@ def test_npz_without_class_names(tmp_path: Path) -> None:
 def test_a_split_above_the_memory_limit_stays_lazy(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules[__name__]
-    monkeypatch.setattr(module, "TRAIN", numbered(30, 120, 140))  # 24 of them take 1.2 MB
-    monkeypatch.setattr(module, "TEST", numbered(9, 120, 140, start=500))
+    monkeypatch.setattr(files, "TRAIN", numbered(30, 120, 140))  # 24 of them take 1.2 MB
+    monkeypatch.setattr(files, "TEST", numbered(9, 120, 140, start=500))
     monkeypatch.setattr(
-        module, "IMAGE", IMAGE | {"image": IMAGE["image"] | {"shape": {"dimensions": ["120", "140", "3"]}}}
+        files, "IMAGE", IMAGE | {"image": IMAGE["image"] | {"shape": {"dimensions": ["120", "140", "3"]}}}
     )
     cfg = config(source, WRITERS[source](tmp_path), name="insects" if source == "tfds" else "")
     held, lazy = load_dataset(cfg, seed=0), load_dataset(cfg.model_copy(update={"memory_limit_mb": 1}), seed=0)
@@ -538,8 +450,8 @@ def test_coarse_labels_relate_classes_and_tensorflow_is_not_imported(tmp_path: P
     program = (
         "import sys, numpy as np\n"
         "from headsteer_jax.config import DataConfig\n"
-        "from headsteer_jax.data import load\n"
-        "d = load(DataConfig.model_validate_json(sys.argv[1]), 0)\n"
+        "from headsteer_jax.data.sources import load_dataset\n"
+        "d = load_dataset(DataConfig.model_validate_json(sys.argv[1]), 0)\n"
         "print(len(d.train.images), d.related.astype(int).tolist(), 'tensorflow' in sys.modules)\n"
     )
     command = [sys.executable, "-c", program, config("tfds", tmp_path, name="cifar100").model_dump_json()]
@@ -595,7 +507,7 @@ def test_an_image_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
 
 
 def test_preparing_needs_tensorflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HeadSteerError) as error:
         load_dataset(config("tfds", tmp_path, name="cifar100"), seed=0)
     one_line(error, "cifar100", tmp_path, "pip install 'headsteer-jax[prepare]'")
@@ -623,7 +535,7 @@ def test_what_is_not_prepared_is_downloaded(online: bool, tmp_path: Path, monkey
         assert (name, data_dir, file_format) == ("cifar100", str(tmp_path), "array_record")
         return Builder()
 
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(tfds, "builder", builder)
     cfg = config("tfds", tmp_path, name="cifar100")
     if online:
@@ -634,14 +546,14 @@ def test_what_is_not_prepared_is_downloaded(online: bool, tmp_path: Path, monkey
     one_line(error, "cifar100", tmp_path, "not prepared", "could not be downloaded", "network", "no route to host")
 
 
-@pytest.mark.skipif(not (SHARED / "tiny_imagenet100").is_dir(), reason="needs shared/data/tiny_imagenet100")
+@pytest.mark.skipif(not (SHARED / "data" / "tiny_imagenet100").is_dir(), reason="needs shared/data/tiny_imagenet100")
 def test_tiny_imagenet_is_what_tfds_itself_decodes() -> None:
     fields = {"name": "tiny_imagenet100", "image_size": 32, "train_per_class": 2, "eval_per_class": 3}
-    dataset = load_dataset(config("tfds", SHARED, **fields), seed=0)
+    dataset = load_dataset(config("tfds", SHARED / "data", **fields), seed=0)
     assert dataset.class_names[:3] == ("goldfish", "bullfrog", "american_alligator")
     assert dataset.train.images.shape == (200, 32, 32, 3)
     assert dataset.test.images.shape == (300, 32, 32, 3)
-    test = tfds.data_source("tiny_imagenet100", data_dir=str(SHARED), split="test")
+    test = tfds.data_source("tiny_imagenet100", data_dir=str(SHARED / "data"), split="test")
     expected = {test[i]["image"].tobytes(): test[i]["label"] for i in range(0, 5000, 5)}
     images = pixels(dataset.test)
     checked = [

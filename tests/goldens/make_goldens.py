@@ -2,7 +2,7 @@
 
 Run it in an environment of its own, and only when a layout is added:
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install timm transformers
-    /tmp/peers/bin/python tests/make_goldens.py
+    /tmp/peers/bin/python tests/goldens/make_goldens.py
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-HERE = Path(__file__).parent / "goldens"
+HERE = Path(__file__).parent
 D, H, L, P, SIDE, CLASSES = 12, 3, 2, 4, 8, 7
 IMAGES = torch.tensor(np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE)), dtype=torch.float32)
 

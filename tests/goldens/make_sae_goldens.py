@@ -2,9 +2,9 @@
 
 Run it in an environment of each library's own, and only when a case is added:
     python3 -m venv /tmp/saelens && /tmp/saelens/bin/pip install sae-lens
-    /tmp/saelens/bin/python tests/make_sae_goldens.py saelens
+    /tmp/saelens/bin/python tests/goldens/make_sae_goldens.py saelens
     python3 -m venv /tmp/overcomplete && /tmp/overcomplete/bin/pip install overcomplete 'matplotlib<3.9' safetensors
-    /tmp/overcomplete/bin/python tests/make_sae_goldens.py overcomplete
+    /tmp/overcomplete/bin/python tests/goldens/make_sae_goldens.py overcomplete
 
 With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` reads x, writes z, x_hat.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-HERE = Path(__file__).parent / "goldens"
+HERE = Path(__file__).parent
 D, F, K = 8, 24, 3
 X = torch.tensor(np.random.default_rng(0).standard_normal((5, D)) + 0.5, dtype=torch.float32)
 
@@ -47,7 +47,7 @@ def run_saelens(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_overcomplete(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The lines of headsteer_jax.interchange.export_overcomplete's docstring."""
+    """The lines of headsteer_jax.sae.interchange.export_overcomplete's docstring."""
     import overcomplete.sae
     import safetensors
 

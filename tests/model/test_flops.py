@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import tiny_config
+from builders import tiny_config
 
 from headsteer_jax.config import Config, DataConfig, MachineConfig, ModelConfig
 from headsteer_jax.model.flops import PEAKS, forward_flops, peak_tflops, training_flops, training_speed

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import random_params, tiny_config
+from builders import random_params, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

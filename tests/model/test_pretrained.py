@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from builders import tiny_config
+from helpers import GOLDENS, ROOT, SHARED
 from PIL import Image
 from reference import gelu, in_float64, layer_norm
 from safetensors.numpy import load_file, save_file
@@ -21,7 +22,7 @@ from headsteer_jax.model.pretrained import timm_tensors as timm_export
 from headsteer_jax.model.vit import build_model
 from headsteer_jax.train.loop import init_params
 
-SHARED = Path(__file__).parents[2] / "shared" / "weights" / "vit_small_patch14.safetensors"
+CHECKPOINT = SHARED / "weights" / "vit_small_patch14.safetensors"
 D, H, L, P, GRID = 24, 3, 2, 4, 2  # width, heads, blocks, patch, positions a side
 
 
@@ -241,7 +242,7 @@ def test_hub_downloads_once_and_says_when_it_cannot(
     assert "\n" not in str(error.value)
 
 
-GOLDENS = Path(__file__).parent / "goldens"  # made by timm and transformers themselves: make_goldens.py
+# GOLDENS were made by timm and transformers themselves: goldens/make_goldens.py
 ANSWERS = dict(np.load(GOLDENS / "outputs.npz"))
 
 
@@ -376,15 +377,13 @@ def test_pth_executes_nothing(tmp_path: Path, fresh: Any) -> None:
         load_backbone(fresh, config_for(tmp_path / "c.pth"))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
+@pytest.mark.skipif(not CHECKPOINT.exists(), reason=f"{CHECKPOINT} is not there")
 def test_a_real_checkpoint() -> None:
     """DINOv2's layout: LayerScale, 37x37 positions, 14x14 patches; ours has 4x4 positions and 8x8 patches."""
-    config = load_config(
-        Path(__file__).parents[1] / "configs" / "tiny_imagenet100_vit_s.py", {"model.pretrained": str(SHARED)}
-    )
+    config = load_config(ROOT / "configs" / "tiny_imagenet100_vit_s.py", {"model.pretrained": str(CHECKPOINT)})
     model = build_model(config, 5)
     params, report = load_backbone(init_params(model, config_without(config), 0), config)
-    tensors = {name: np.asarray(value, np.float64) for name, value in load_file(SHARED).items()}
+    tensors = {name: np.asarray(value, np.float64) for name, value in load_file(CHECKPOINT).items()}
     assert set(report.loaded) | set(report.ignored) == set(tensors)
     assert len(report.folded) == 2 * 12
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import random_params, tiny_config
+from builders import random_params, tiny_config
 
 from headsteer_jax.config import Config, MachineConfig
 from headsteer_jax.model import vit

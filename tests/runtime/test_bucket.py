@@ -1,6 +1,5 @@
 """A bucket as the place of a run: checkpoints, small files, the lock, against a server of Google's protocol."""
 
-import os
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_run import CONFIG, ROOT, free_port
+from helpers import CONFIG, ROOT, environment, free_port
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator")
@@ -53,47 +52,52 @@ server.create_server("127.0.0.1", int(sys.argv[1]), True, default_bucket="steer"
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
-from headsteer_jax import checkpoint as c
-from headsteer_jax.config import HeadSteerError
+from etils.epath import Path
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime import lock
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.runtime.files import (
+    make_directory, read_arrays, read_json, remove_directory, write_arrays, write_json
+)
 
-c.BEAT = 0.3
-root = c.Path("gs://steer/files")
-c.make_directory(root)
-c.write_json(root / "a.json", {"a": 1})
-c.write_arrays(root / "a.npz", {"x": np.arange(5)})
-assert c.read_json(root / "a.json") == {"a": 1}
-assert c.read_arrays(root / "a.npz")["x"].tolist() == [0, 1, 2, 3, 4]
+lock.HEARTBEAT_SECONDS = 0.3
+root = Path("gs://steer/files")
+make_directory(root)
+write_json(root / "a.json", {"a": 1})
+write_arrays(root / "a.npz", {"x": np.arange(5)})
+assert read_json(root / "a.json") == {"a": 1}
+assert read_arrays(root / "a.npz")["x"].tolist() == [0, 1, 2, 3, 4]
 try:
-    c.read_json(root / "none.json")
+    read_json(root / "none.json")
 except HeadSteerError as error:
     assert "gs://steer/files/none.json: missing or damaged" in str(error), error
 
 like = {f"layer_{i}": {"kernel": jnp.arange(300.0) + i, "bias": jnp.ones(3) * i} for i in range(20)}
-checkpoints = c.Checkpoints(root / "last", 2)
+checkpoints = Checkpoints(root / "last", 2)
 for step in (1, 2, 3):
     checkpoints.save(step, jax.tree.map(lambda leaf: leaf * step, like), {"step": step})
 checkpoints.wait()
-tree, about = c.Checkpoints(root / "last", 2).restore(jax.tree.map(np.asarray, like))
+tree, about = Checkpoints(root / "last", 2).restore(jax.tree.map(np.asarray, like))
 assert about == {"step": 3}
 assert all((a == 3 * b).all() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True))
-again = c.Checkpoints(root / "last", 2)
+again = Checkpoints(root / "last", 2)
 again.forget_after(2)
-assert c.Checkpoints(root / "last", 2).restore(like)[1] == {"step": 2}
+assert Checkpoints(root / "last", 2).restore(like)[1] == {"step": 2}
 
-with c.locked(root):
+with lock.hold_lock(root):
     try:
-        with c.locked(root):
+        with lock.hold_lock(root):
             raise AssertionError("two runs in one directory")
     except HeadSteerError as error:
         assert "gs://steer/files: another run is writing here" in str(error)
 (root / ".lock").write_text("a dead run's")
-with c.locked(root):
+with lock.hold_lock(root):
     pass
 assert not (root / ".lock").exists()
 
-c.write_json(root / "stage" / "started.json", {})
-c.write_json(root / "stage" / "last" / "x.json", {})
-c.remove_directory(root / "stage")
+write_json(root / "stage" / "started.json", {})
+write_json(root / "stage" / "last" / "x.json", {})
+remove_directory(root / "stage")
 assert not (root / "stage").exists()
 print("all is well")
 """
@@ -114,10 +118,7 @@ def bucket() -> Iterator[dict[str, str]]:
                 break
             except OSError:
                 time.sleep(0.2)
-        yield os.environ | {
-            "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        }  # fmt: skip
+        yield environment(STORAGE_EMULATOR_HOST=url, TENSORSTORE_GCS_HTTP_URL=url)
     finally:
         server.kill()
 

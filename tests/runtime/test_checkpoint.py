@@ -294,7 +294,7 @@ def test_a_checkpoint_of_a_newer_format(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoints = Checkpoints(tmp_path, 2)
     save(checkpoints, 1, tree(1), {})
     with monkeypatch.context() as patch:
-        patch.setattr("headsteer_jax.checkpoint.FORMAT", 2)
+        patch.setattr("headsteer_jax.runtime.checkpoint.FORMAT", 2)
         save(checkpoints, 2, tree(2), {})
     with pytest.raises(HeadSteerError) as error:
         checkpoints.restore(tree())

@@ -1,14 +1,13 @@
 """One program on any number of devices: the same training to float32's rounding, and what cannot be divided."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, environment
 
-ROOT = Path(__file__).parent.parent
 FEW = "1,8,8 again,2x4"
 ALL = "1,2,4,8,8 again,2x4,1x8"
 
@@ -16,17 +15,19 @@ ALL = "1,2,4,8,8 again,2x4,1x8"
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests"]
 import jax, numpy as np
-from conftest import tiny_config
-from test_sae_train import concepts, sae_config
-from test_train import blobs
-from headsteer_jax import mesh, sae_train, train as t
-from headsteer_jax.cache import Held
+from builders import blobs, concepts, sae_config, tiny_config
 from headsteer_jax.config import MachineConfig, PhaseConfig
-from headsteer_jax.data import Dataset
-from headsteer_jax.hosts import fetched
-from headsteer_jax.vit import build
+from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.model.vit import build_model
+from headsteer_jax.runtime import mesh
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.runtime.hosts import to_numpy
+from headsteer_jax.sae.residuals import ResidualsInMemory
+from headsteer_jax.sae.train import seed_members, train_members
+from headsteer_jax.train import loop
+from headsteer_jax.train.log import open_log
+from headsteer_jax.train.step import make_training_steps
 
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
 assert jax.device_count() == 8
@@ -44,29 +45,29 @@ def save(name, tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     np.savez(out / f"{name}.npz", **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
 
-params = t.initial_params(build(config, 3), config, 0)
+params = loop.init_params(build_model(config, 3), config, 0)
 for name, machine in machines.items():
     one = config.model_copy(update={"machine": machine})
     devices = mesh.training_mesh(machine)
-    start = t.initial_state(params, "gated", one)
-    live = mesh.of_state(start, devices)
-    run = t.make_steps(build(one, 3), one, one.train.gated, True, live)
+    start = loop.init_state(params, "gated", one)
+    live = mesh.state_shardings(start, devices)
+    run = make_training_steps(build_model(one, 3), one, one.train.gated, True, live)
     batches = images.images.reshape(steps, 16, 8, 8, 1), images.labels.reshape(steps, 16)
-    state, metrics = run(mesh.placed(start, live), *batches)
+    state, metrics = run(mesh.place(start, live), *batches)
     if machine.fsdp > 1:
         kernel = state.optimizer[1][0].mu["params"]["layers_1"]["mlp_in"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // machine.fsdp
-    save(f"vit {name}", fetched({"params": state.params, "average": state.average, "loss": metrics["loss"]}))
+    save(f"vit {name}", to_numpy({"params": state.params, "average": state.average, "loss": metrics["loss"]}))
 for name, machine in machines.items():
     if machine.fsdp > 1:
         continue
     one = sae_config(epochs=5, learning_rate=3e-3).model_copy(update={"machine": machine})  # five epochs of ten steps
-    made = sae_train.train_members(one, sae_train.seeds(one.sae), Held(x), out / f"sae {name}")
+    made = train_members(one, seed_members(one.sae), ResidualsInMemory(x), out / f"sae {name}")
     save(f"sae {name}", {"saes": made.saes, "curves": made.curves})
 
 # a run stopped on one mesh goes on on another
 class Stop(Exception): pass
-real = t.Checkpoints.save
+real = Checkpoints.save
 def stopping(self, step, tree, about):
     real(self, step, tree, about)
     if step == 4 and self.directory.name == "last":
@@ -76,22 +77,20 @@ dataset = Dataset(blobs(96, 0), blobs(30, 1), blobs(30, 2), ("a", "b", "c"))
 for name, meshes in {"whole": ("8",), "parts": ("2x4", "1")}.items():
     for part in meshes:
         one = tiny_config().model_copy(update={"machine": machines[part]})
-        params = t.initial_params(build(one, 3), one, 0)
-        t.Checkpoints.save = stopping if name == "parts" and part == "2x4" else real
+        params = loop.init_params(build_model(one, 3), one, 0)
+        Checkpoints.save = stopping if name == "parts" and part == "2x4" else real
         try:
-            with t._logging(out / name) as log:
-                state = t.fit(build(one, 3), params, "dense", dataset, one, out / name, log)
+            with open_log(out / name) as log:
+                state = loop.train_phase(build_model(one, 3), params, "dense", dataset, one, out / name, log)
         except Stop:
-            assert t.Checkpoints(out / name / "dense" / "last", 2).latest() == 4
-    save(f"resumed {name}", fetched(state.params))
+            assert Checkpoints(out / name / "dense" / "last", 2).latest() == 4
+    save(f"resumed {name}", to_numpy(state.params))
 """
 
 
 def start(program: str, *arguments: object, devices: int = 8) -> subprocess.CompletedProcess[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +156,9 @@ REFUSED = [
 
 def test_what_cannot_be_divided() -> None:
     program = """
-from headsteer_jax import mesh
-from headsteer_jax.config import Config, HeadSteerError, MachineConfig, TrainConfig
+from headsteer_jax.config import Config, MachineConfig, TrainConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime import mesh
 """
     for machine, batch, _ in REFUSED:
         program += f"""

@@ -6,25 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from builders import random_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsteer_jax.config import SAEConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.sae import autoencoder, objective, sparse
-
-
-def random_sae(seed: int, D: int = 6, F: int = 10) -> autoencoder.SAEWeights:
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((F, D))
-    parts = (
-        rng.standard_normal((F, D)),
-        rng.standard_normal(F) * 0.1,
-        rows / np.linalg.norm(rows, axis=1, keepdims=True),
-        rng.standard_normal(D) * 0.1,
-        rng.uniform(0.0, 1.0, F),
-    )
-    return autoencoder.SAEWeights(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 
 @given(st.integers(0, 1000), st.one_of(st.none(), st.integers(1, 12)))

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import GOLDENS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -35,7 +36,7 @@ from headsteer_jax.sae.interchange import (
     import_saelens,
 )
 
-GOLDENS = Path(__file__).parent / "goldens"  # made by the libraries themselves: make_sae_goldens.py
+# GOLDENS were made by the libraries themselves: goldens/make_sae_goldens.py
 D, F, K = 8, 24, 3
 KINDS = ["topk", "batch_topk", "jumprelu", "relu"]
 # an interpreter that has the library, where this one has not: HEADSTEER_SAELENS=/tmp/saelens/bin/python
@@ -228,7 +229,7 @@ def test_an_export_runs_in_its_library(tmp_path: Path, peer: str, kind: str) -> 
     sae, scaling = export(peer, kind, path)
     x = residuals(scaling)
     np.savez(tmp_path / "arrays.npz", x=x)
-    script = Path(__file__).with_name("make_sae_goldens.py")
+    script = GOLDENS / "make_sae_goldens.py"
     subprocess.run([python, script, peer, path, tmp_path / "arrays.npz"], check=True)
     found = np.load(tmp_path / "arrays.npz")
     z = found["z"] if peer == "saelens" else without_constant(found["z"])

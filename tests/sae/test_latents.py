@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from builders import random_sae
 from PIL import Image
-from test_sae import random_sae
 
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
-from headsteer_jax.report import latents
+from headsteer_jax.report.latents import CLASSES_SHOWN, THUMBNAIL, write_latents_page
 from headsteer_jax.sae import autoencoder as s
-from headsteer_jax.sae import latents
+from headsteer_jax.sae import latents as profile
 from headsteer_jax.sae.residuals import ResidualsInMemory
 
 N, D, F, C, H, K = 83, 6, 10, 4, 3, 6
@@ -66,17 +66,17 @@ def autoencoder(tokens: str) -> s.SAEWeights:
 GATE = np.random.default_rng(8).standard_normal((D, H))
 
 
-def look(tokens: str, k: int | None, source: type[ResidualsInMemory] = ResidualsInMemory) -> latents.Arrays:
+def look(tokens: str, k: int | None, source: type[ResidualsInMemory] = ResidualsInMemory) -> profile.Arrays:
     x, x_cls = residuals(tokens)
     held = source(x.reshape(-1, D))
-    return latents.profile_latents(autoencoder(tokens), SCALING, k, held, x_cls, labels(), C, GATE, tokens, K)  # type: ignore[arg-type]
+    return profile.profile_latents(autoencoder(tokens), SCALING, k, held, x_cls, labels(), C, GATE, tokens, K)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rows", [7, 4096])  # images that are encoded at once: 7 or 1; all
 @pytest.mark.parametrize("k", [3, None])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_array_by_brute_force(tokens: str, k: int | None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "ROWS", rows)
+    monkeypatch.setattr(profile, "ROWS_AT_ONCE", rows)
     found, exact = look(tokens, k), s.SAEWeights(*(np.asarray(a, np.float64) for a in autoencoder(tokens)))
     x, x_cls = residuals(tokens)
     encode = np.vectorize(
@@ -133,14 +133,14 @@ def test_every_array_by_brute_force(tokens: str, k: int | None, rows: int, monke
 @pytest.mark.parametrize("rows", [7, 4096])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_of_images_that_tie_the_first_comes_first(tokens: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "ROWS", rows)
+    monkeypatch.setattr(profile, "ROWS_AT_ONCE", rows)
     rng, T = np.random.default_rng(0), TOKENS[tokens]
     x, W = rng.integers(-1, 2, (N, T, D)), rng.integers(-1, 2, (F, D))  # sums of these are exact
     zero = np.zeros(F, np.float32)
     sae = s.SAEWeights(*(np.asarray(a, np.float32) for a in (W, zero, W, zero[:D], zero)))  # type: ignore[arg-type]
     flat = x.reshape(-1, D).astype(np.float32)
     plain = s.Scaling(zero[:D], np.float32(1))
-    found = latents.profile_latents(sae, plain, None, ResidualsInMemory(flat), flat[::T], labels(), C, GATE, tokens, K)  # type: ignore[arg-type]
+    found = profile.profile_latents(sae, plain, None, ResidualsInMemory(flat), flat[::T], labels(), C, GATE, tokens, K)  # type: ignore[arg-type]
     image = np.maximum(x @ W.T, 0).max(axis=1)
     for f in range(F):
         order = sorted(np.flatnonzero(image[:, f]), key=lambda n: (-image[n, f], n))[:K]
@@ -153,7 +153,7 @@ def test_of_images_that_tie_the_first_comes_first(tokens: str, rows: int, monkey
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_how_residuals_are_cut_does_not_matter(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "ROWS", 20)
+    monkeypatch.setattr(profile, "ROWS_AT_ONCE", 20)
     one, other = look(tokens, 3), look(tokens, 3, Parts)
     for name, values in one.items():
         np.testing.assert_array_equal(values, other[name], err_msg=name)
@@ -162,7 +162,7 @@ def test_how_residuals_are_cut_does_not_matter(tokens: str, monkeypatch: pytest.
 def test_more_places_than_images_and_one_latent_that_lives() -> None:
     x, sae = residuals("cls")[0][:4, 0], random_sae(0, D, F)
     sae = sae._replace(b_e=sae.b_e.at[1:].set(-100.0).at[0].set(50.0))
-    found = latents.profile_latents(sae, SCALING, 2, ResidualsInMemory(x), x, labels()[:4], C, GATE, "cls", 9)
+    found = profile.profile_latents(sae, SCALING, 2, ResidualsInMemory(x), x, labels()[:4], C, GATE, "cls", 9)
     assert found["top_images"].shape == (F, 9)
     assert sorted(found["top_images"][0, :4]) == [0, 1, 2, 3]
     assert not found["top_activations"][0, 4:].any()
@@ -220,9 +220,7 @@ def written(tokens: str, directory: Path, name: str = "a <run>", **sizes: Any) -
     latents = sizes.pop("latents", 6)
     picture = {key: sizes[key] for key in ("channels", "side") if key in sizes}
     file = directory / "latents.html"
-    latents.write_latents_page(
-        file, name, look(tokens, 3), made_dataset(**sizes), made_config(tokens, latents, **picture)
-    )
+    write_latents_page(file, name, look(tokens, 3), made_dataset(**sizes), made_config(tokens, latents, **picture))
     text = file.read_text("utf-8")
     page = Page(text)
     return text, page, json.loads(page.scripts[0])
@@ -251,10 +249,8 @@ def test_page_holds_the_arrays(tokens: str, tmp_path: Path) -> None:
     for latent, pairs, spread in zip(data["latent"], data["histogram"], data["spread"], strict=True):
         counts, means = (arrays[name][:, latent] for name in ("class_counts", "class_means"))
         order = [c for c, _ in pairs]  # of classes with as many images the one it is stronger on comes first
-        assert order == sorted(np.flatnonzero(counts), key=lambda c: (-counts[c], -means[c]))[: latents.CLASSES_SHOWN]
-        assert [count for _, count in pairs] == sorted((c for c in counts.tolist() if c), reverse=True)[
-            : latents.CLASSES_SHOWN
-        ]
+        assert order == sorted(np.flatnonzero(counts), key=lambda c: (-counts[c], -means[c]))[:CLASSES_SHOWN]
+        assert [count for _, count in pairs] == sorted((c for c in counts.tolist() if c), reverse=True)[:CLASSES_SHOWN]
         assert all(counts[c] == count for c, count in pairs)
         assert spread == [np.count_nonzero(counts), counts.sum()]
 
@@ -295,7 +291,7 @@ def test_pictures_are_there_once_with_the_patches_that_drive_them(tokens: str, t
 def test_large_images_become_small(tmp_path: Path) -> None:
     _, _, data = written("cls", tmp_path, side=120)
     for uri in data["thumbnails"]:
-        assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (latents.THUMBNAIL,) * 2
+        assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (THUMBNAIL,) * 2
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -328,7 +324,7 @@ def test_two_pages_are_the_same_bytes(tmp_path: Path) -> None:
 
 def test_an_autoencoder_of_which_nothing_lives(tmp_path: Path) -> None:
     arrays = {name: np.zeros_like(values) for name, values in look("all", 3).items()}
-    latents.write_latents_page(tmp_path / "latents.html", "run", arrays, made_dataset(), made_config("all"))
+    write_latents_page(tmp_path / "latents.html", "run", arrays, made_dataset(), made_config("all"))
     page = Page((tmp_path / "latents.html").read_text("utf-8"))
     assert f"0 of {F} latents fire; the {F} dead ones" in page.text
     assert json.loads(page.scripts[0])["thumbnails"] == []

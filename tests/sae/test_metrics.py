@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from test_sae import random_sae
+from builders import random_sae
 
 from headsteer_jax.sae import autoencoder as s
 from headsteer_jax.sae import metrics as m

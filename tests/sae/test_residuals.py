@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
-from conftest import CLASSES, random_params, tiny_config
+from builders import CLASSES, random_params, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -48,7 +48,7 @@ BYTES = {"cls": 12 * 96, "patches": 12 * 4 * 96, "all": 12 * 5 * 96}  # 12 image
 def small_blocks() -> Iterator[None]:
     """Of 3 images in these shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "BLOCKS", 4)
+        patch.setattr(cache, "BLOCKS_PER_SHARD", 4)
         yield
 
 
@@ -221,7 +221,7 @@ def test_no_more_is_read_than_one_part_ahead(split: Split, tmp_path: Path) -> No
 
 def counted_passes(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**9) -> list[int]:
     """How many calls each of the cache's forward passes made; one is interrupted after `fail_after`."""
-    real, made = cache.passes, []
+    real, made = cache.stream_split, []
 
     def passes(*args: Any) -> Iterator[Any]:
         made.append(0)
@@ -231,7 +231,7 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**9) -> 
             made[-1] += 1
             yield part
 
-    monkeypatch.setattr(cache, "passes", passes)
+    monkeypatch.setattr(cache, "stream_split", passes)
     return made
 
 

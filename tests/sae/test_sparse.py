@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headsteer_jax.sae import sparse
 
-ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(not sparse.is_available(), reason="needs a CPU and a C++ compiler")
 
 
@@ -100,13 +100,13 @@ def test_vmap_is_one_member_after_another() -> None:
 def test_same_bits_whatever_the_threads(tmp_path: Path) -> None:
     program = """
 import sys, jax, jax.numpy as jnp, numpy as np
-from headsteer_jax import sparse
-assert sparse.available()
+from headsteer_jax.sae import sparse
+assert sparse.is_available()
 rng = np.random.default_rng(0)
 u, W = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((300, 48), (700, 48)))
 z, latents = jax.lax.top_k(jnp.asarray(rng.random((300, 700)), jnp.float32), 9)
-np.savez(sys.argv[1], s=sparse.sum_rows(z, latents, W), o=sparse.outer_rows(z, latents, u, 700)[0],
-         d=jax.grad(lambda z: (sparse.sum_rows(z, latents, W) * u).sum())(z))
+np.savez(sys.argv[1], s=sparse.sum_weighted_rows(z, latents, W), o=sparse.sum_outer_products(z, latents, u, 700)[0],
+         d=jax.grad(lambda z: (sparse.sum_weighted_rows(z, latents, W) * u).sum())(z))
 """
     found = []
     for cores in ("0", "0,1"):
@@ -115,7 +115,7 @@ np.savez(sys.argv[1], s=sparse.sum_rows(z, latents, W), o=sparse.outer_rows(z, l
         path = tmp_path / f"{cores[-1]}.npz"
         subprocess.run(
             ["taskset", "-c", cores, sys.executable, "-c", program, str(path)], check=True, cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=environment(),
         )  # fmt: skip
         with np.load(path) as arrays:
             found.append(dict(arrays))
@@ -125,10 +125,9 @@ np.savez(sys.argv[1], s=sparse.sum_rows(z, latents, W), o=sparse.outer_rows(z, l
 
 @pytest.mark.parametrize(("compiler", "says"), [("/bin/false", "did not compile"), ("/no/such/c++", "did not compile")])
 def test_without_a_compiler_one_line_and_dense_products(tmp_path: Path, compiler: str, says: str) -> None:
-    environment = os.environ | {"CXX": compiler, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
-        [sys.executable, "-c", "from headsteer_jax import sparse; print(sparse.available())"], cwd=ROOT,
-        env=environment, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", "from headsteer_jax.sae import sparse; print(sparse.is_available())"], cwd=ROOT,
+        env=environment(CXX=compiler, XDG_CACHE_HOME=str(tmp_path)), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert result.stdout.strip() == "False"
     assert len(result.stderr.strip().splitlines()) == 1

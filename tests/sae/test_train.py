@@ -1,6 +1,5 @@
 """Training: it learns, revives dead latents, resumes bit for bit, and a grid is what its members are alone."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
+from builders import concepts, sae_config
+from helpers import ROOT, environment
 
-from headsteer_jax.config import Config
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.sae import autoencoder, grid, objective, train
 from headsteer_jax.sae.metrics import measure_health
 from headsteer_jax.sae.residuals import ResidualsInMemory
-
-ROOT = Path(__file__).parent.parent
-
-
-def concepts(count: int, D: int, rng: np.random.Generator) -> np.ndarray:
-    """Residuals that truly are sparse sums of 12 directions."""
-    directions = rng.standard_normal((12, D))
-    active = rng.random((count, 12)) < 0.2
-    return ((active * rng.uniform(1, 2, active.shape)) @ directions).astype(np.float32)
-
-
-def sae_config(**fields: Any) -> Config:
-    config = tiny_config()
-    return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
@@ -193,8 +179,8 @@ def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     assert Counted.most <= 2**20 // (3 * 4 * 24)
     assert np.all(made.curves["mse"] > 0)
     found = measure_health(autoencoder.select_member(made.saes, 0), made.scaling, [x], 4)
-    whole = train.train_members(sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False), members, ResidualsInMemory(x),
-                            tmp_path / "b")  # fmt: skip
+    in_memory = sae_config(epochs=4, learning_rate=3e-3, seeds=1, control=False)
+    whole = train.train_members(in_memory, members, ResidualsInMemory(x), tmp_path / "b")
     held = measure_health(autoencoder.select_member(whole.saes, 0), whole.scaling, [x], 4)
     assert found.explained_variance > held.explained_variance - 0.05
     # stopped after the second epoch's checkpoint, and gone on
@@ -225,23 +211,22 @@ def test_streaming_takes_every_batch_that_there_is(tmp_path: Path, batch: int) -
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
     program = """
 import sys, numpy as np
-sys.path[:0] = ["tests"]
 from pathlib import Path
-from test_sae_train import concepts, sae_config
-from headsteer_jax import sae_train as t
-from headsteer_jax.cache import Held
+from builders import concepts, sae_config
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.sae import train
+from headsteer_jax.sae.residuals import ResidualsInMemory
 config = sae_config(epochs=4, learning_rate=3e-3)
 x = concepts(640, 24, np.random.default_rng(0))
 Checkpoints(Path(sys.argv[1]) / "checkpoints", keep=2).forget_after(int(sys.argv[2]))
-made = train.train_members(config, train.seeds(config.sae), Held(x), Path(sys.argv[1]))
+made = train.train_members(config, train.seed_members(config.sae), ResidualsInMemory(x), Path(sys.argv[1]))
 np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
 """
     found = []
     for devices, kept in (("1", "9"), ("2", "3"), ("1", "3")):  # whole on one; from epoch 3 on two; again on one
-        flags = f"--xla_force_host_platform_device_count={devices}"
         subprocess.run(
             [sys.executable, "-c", program, str(tmp_path / "w"), kept], check=True, cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=environment(int(devices)),
         )  # fmt: skip
         with np.load(tmp_path / "w.npz") as arrays:
             found.append(dict(arrays))
@@ -253,24 +238,22 @@ np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
 def test_several_devices_train_the_same(tmp_path: Path) -> None:
     program = """
 import sys, numpy as np, jax
-sys.path[:0] = ["tests"]
 from pathlib import Path
-from test_sae_train import concepts, sae_config
-from headsteer_jax import sae_train as t
-from headsteer_jax.cache import Held
+from builders import concepts, sae_config
+from headsteer_jax.sae import train
+from headsteer_jax.sae.residuals import ResidualsInMemory
 config = sae_config(epochs=3, learning_rate=3e-3)
 x = concepts(640, 24, np.random.default_rng(0))
-made = train.train_members(config, train.seeds(config.sae), Held(x), Path(sys.argv[1]))
+made = train.train_members(config, train.seed_members(config.sae), ResidualsInMemory(x), Path(sys.argv[1]))
 assert jax.device_count() == int(sys.argv[2])
 np.savez(sys.argv[1] + ".npz", *made.saes, **made.curves)
 """
     found = []
     for devices in ("1", "4"):
-        flags = f"--xla_force_host_platform_device_count={devices}"
         path = tmp_path / devices
         subprocess.run(
             [sys.executable, "-c", program, str(path), devices], check=True, cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=environment(int(devices)),
         )  # fmt: skip
         with np.load(f"{path}.npz") as arrays:
             found.append(dict(arrays))

@@ -6,35 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import CLASSES, random_params, tiny_config
-from test_sae import random_sae
+from builders import CLASSES, random_params, setting, steer_config
 
-from headsteer_jax.config import Config
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model import vit
-from headsteer_jax.sae.autoencoder import Scaling
 from headsteer_jax.steer import steering as steer
-from headsteer_jax.steer.strategies import Choice
 from headsteer_jax.steer.table import gates_to_pattern
 
 K = 4
-
-
-def steering(**fields: object) -> Config:
-    config = tiny_config()
-    return config.model_copy(update={"steer": config.steer.model_copy(update=fields)})
-
-
-def setting(seed: int = 0, weights: tuple[float, float] = (0.5, 2.0)) -> steer.Steering:
-    """An autoencoder of 24 -> 48, scaling, strengths, and a choice of three latents for each class."""
-    rng = np.random.default_rng(seed)
-    sae = random_sae(seed, 24, 48)
-    scaling = Scaling(rng.standard_normal(24).astype(np.float32), np.float32(0.7))
-    strength = rng.uniform(0.5, 2, 48).astype(np.float32)
-    latents = np.stack([rng.choice(48, 3, replace=False) for _ in range(CLASSES)]).astype(np.int32)
-    return steer.Steering(
-        sae, scaling, strength, Choice(latents, rng.uniform(*weights, latents.shape).astype(np.float32))
-    )
 
 
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
@@ -46,7 +25,7 @@ def test_steered_residual_matches_reference(mode, form, each):
     rng = np.random.default_rng(1)
     x, classes = rng.standard_normal((6, 24)).astype(np.float32), rng.integers(0, CLASSES, 6)
     alphas = np.array([-2.0, -0.3, 0.0, 0.5, 3.0, 1.0], np.float32)
-    config = steering(mode=mode, form=form).steer
+    config = steer_config(mode=mode, form=form).steer
     exact = type(one.sae)(*(np.asarray(a, np.float64) for a in one.sae))
     moved = 0
     for given in [alphas] if each else alphas:
@@ -66,7 +45,7 @@ def test_steered_residual_matches_reference(mode, form, each):
 def test_alpha_0_in_delta_form_is_the_residual_bit_for_bit(mode):
     x = np.random.default_rng(1).standard_normal((64, 24)).astype(np.float32) * 10
     classes = np.arange(64) % CLASSES
-    config = steering(mode=mode).steer
+    config = steer_config(mode=mode).steer
     run = jax.jit(lambda x, alpha: steer.apply_steering(setting(), x, classes, alpha, K, config))
     chex.assert_trees_all_equal(run(x, 0.0), x)
     assert not np.array_equal(run(x, 1.0), x)
@@ -77,7 +56,7 @@ def test_alpha_0_in_delta_form_is_the_residual_bit_for_bit(mode):
 @pytest.mark.parametrize("memory", [1024, 1])
 def test_run_suffix_is_the_plain_model(split, layer, target, memory):
     """Against one forward pass for each setting; alpha 0 is the unsteered model bit for bit, in any budget."""
-    config = steering(target=target, memory=memory)
+    config = steer_config(target=target, memory=memory)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 20.0})})
     model, params = vit.build_model(config, CLASSES), random_params(config, CLASSES)
     layer = layer % 3
@@ -108,7 +87,7 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
 
 
 def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
-    config = steering(target="residual", memory=1)
+    config = steer_config(target="residual", memory=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
     model = vit.build_model(config, CLASSES)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -122,7 +101,7 @@ def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
 @pytest.mark.parametrize("each", [False, True])
 def test_gate_program_is_the_models_gate(split, each):
     """Whatever the number of rows: its chunks are all of one size."""
-    config = steering(chunk=32)
+    config = steer_config(chunk=32)
     model, params = vit.build_model(config, CLASSES), random_params(config, CLASSES)
     x = np.random.default_rng(0).standard_normal((90, 24)).astype(np.float32)
     program, one = steer.GateProgram(model, params, config), setting()

@@ -244,7 +244,7 @@ def strongest(stats: LatentStatistics, label: int) -> tuple[np.ndarray, np.ndarr
 
 def test_a_users_strategy_by_its_import_path() -> None:
     _, _, stats = made()
-    choice = find_strategy("test_latents:strongest")(stats, SteerConfig(), np.random.default_rng(0))
+    choice = find_strategy(f"{__name__}:strongest")(stats, SteerConfig(), np.random.default_rng(0))
     for label in range(C):
         worth = (stats.class_frequency[label] * stats.strength).tolist()
         wanted = sorted(range(F), key=lambda j: -worth[j])[:3]
@@ -257,8 +257,8 @@ def test_a_users_strategy_by_its_import_path() -> None:
     [
         ("best", r"there is no 'best'; allowed are class, .*, or module:function$"),
         ("nowhere.at_all:f", "'nowhere.at_all:f' cannot be imported: No module named 'nowhere'"),
-        ("test_latents:missing", "'test_latents:missing' cannot be imported"),
-        ("test_latents:C", "'test_latents:C' is no function"),
+        (f"{__name__}:missing", f"'{__name__}:missing' cannot be imported"),
+        (f"{__name__}:C", f"'{__name__}:C' is no function"),
     ],
 )
 def test_strategies_that_do_not_exist(name: str, says: str) -> None:

@@ -1,24 +1,19 @@
-"""The sweep's own small parts; its whole is tested by running it (test_run) and by its pieces (test_steer)."""
+"""The sweep's own small parts; its whole is tested by running it (test_cli) and by its pieces (test_steering)."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, random_params, tiny_config
-from test_steer import setting
+from builders import CLASSES, jobs, steer_config
+from helpers import environment
 
 from headsteer_jax.config import Config, SteerConfig
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.vit import build_model
-from headsteer_jax.steer.flips import gate_effect
-from headsteer_jax.steer.steering import GateProgram, Steering
+from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.steer.strategies import LatentStatistics, Outcomes
 from headsteer_jax.steer.sweep import (
-    SplitSweep,
     _halve_each_class,
     _top_images,
     _without_fold,
@@ -27,12 +22,10 @@ from headsteer_jax.steer.sweep import (
     choose_method,
     describe_method,
     make_alpha_grid,
-    make_split_sweep,
     sweep_by_flips,
     sweep_by_gates,
     sweep_by_suffix,
 )
-from headsteer_jax.steer.table import compile_table_program, fill_table
 
 
 @pytest.mark.parametrize(("images", "latents", "count"), [(50, 300, 4), (3, 5, 8), (7, 128, 7)])
@@ -79,33 +72,11 @@ def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
         assert set(seen[1].gate_logits[:, 0] // 3) == set(np.flatnonzero(folds != fold))
 
 
-def config_of(**steer: object) -> Config:
-    config = tiny_config()
-    return config.model_copy(update={"steer": config.steer.model_copy(update=steer)})
-
-
-def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[SplitSweep, object, object, list]:
-    """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
-    model, params = build_model(config, CLASSES), random_params(config, CLASSES)
-    table = fill_table(compile_table_program(model, params, split, config), params, split, "table")
-    steered = []
-    for seed in (0, 10):
-        one, other = setting(seed, weights), setting(seed + 1, weights)
-        two = Steering(one.sae, one.scaling, other.strength, type(one.choice)(*(part[:, :2] for part in other.choice)))
-        steered.append([one, two])
-    linear = params["params"]["layers_2"]["decide"]["linear"]
-    effects = [gate_effect(np.asarray(row[0].sae.W_d) / row[0].scaling.scale, linear["kernel"], 3) for row in steered]
-    size = np.abs(table.x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
-    labels = np.where(np.arange(90) % 3, table.prediction, split.labels).astype(np.int32)  # some right, some wrong
-    job = make_split_sweep("test", Split(split.images, labels), table, steered, 0, np.asarray(size))
-    return job, model, params, effects
-
-
 @pytest.mark.parametrize("weights", [(0.5, 2.0), (-2.0, 2.0)])
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
 def test_every_way_gives_the_same_outcomes(split, mode, weights):
     """In closed form, by the gate itself, and by the layers from the steered one on: bit for bit, count for count."""
-    config = config_of(mode=mode)
+    config = steer_config(mode=mode)
     job, model, params, effects = jobs(config, split, weights)
     gates = GateProgram(model, params, config)
     alphas = np.unique(np.concatenate([np.linspace(-6, 6, 13), [0.25, -0.25]]))
@@ -130,7 +101,7 @@ def test_every_way_gives_the_same_outcomes(split, mode, weights):
 
 def test_the_model_decides_at_the_flips_themselves(split):
     """On a grid made of flips, rounded to float32, the closed form knows nothing; the result is still the gate's."""
-    config = config_of()
+    config = steer_config()
     job, model, params, effects = jobs(config, split, (-2.0, 2.0))
     gates = GateProgram(model, params, config)
     *_, flips = next(sweep_by_flips(job, np.array([0.0, 1.0]), gates, effects, config.sae.k, CLASSES))
@@ -145,48 +116,46 @@ def test_the_model_decides_at_the_flips_themselves(split):
 
 
 def test_the_way_is_chosen_and_said() -> None:
-    assert choose_method(config_of()) == "flips"
-    assert describe_method(config_of()).endswith("look-ups among 2^3 = 8 gate patterns; exact in alpha")
-    assert choose_method(config_of(mode="clamp")) == "gates"
-    assert "the gate is computed for every alpha (clamp in delta form)" in describe_method(config_of(mode="clamp"))
-    assert choose_method(config_of(target="residual")) == "suffix"
+    assert choose_method(steer_config()) == "flips"
+    assert describe_method(steer_config()).endswith("look-ups among 2^3 = 8 gate patterns; exact in alpha")
+    assert choose_method(steer_config(mode="clamp")) == "gates"
+    assert "the gate is computed for every alpha (clamp in delta form)" in describe_method(steer_config(mode="clamp"))
+    assert choose_method(steer_config(target="residual")) == "suffix"
     assert "the layers from 2 on run for every setting, as target is residual" in describe_method(
-        config_of(target="residual")
+        steer_config(target="residual")
     )
-    many = config_of()
+    many = steer_config()
     many = many.model_copy(update={"model": many.model.model_copy(update={"heads": 13, "width": 26})})
     assert choose_method(many) == "suffix"
     assert "13 heads are too many for a table" in describe_method(many)
-    normed = config_of()
+    normed = steer_config()
     normed = normed.model_copy(update={"gate": normed.gate.model_copy(update={"layer_norm": True})})
     assert choose_method(normed) == "gates"
     assert "the gate has a LayerNorm" in describe_method(normed)
 
 
 def test_zero_is_added_to_the_grid() -> None:
-    np.testing.assert_array_equal(make_alpha_grid(config_of(alphas=(3.0, -1.0)).steer), [-1, 0, 3])
+    np.testing.assert_array_equal(make_alpha_grid(steer_config(alphas=(3.0, -1.0)).steer), [-1, 0, 3])
 
 
 DIGEST = """
 import hashlib, sys
 import jax, numpy as np
-from test_steer import setting
-from conftest import CLASSES
-from test_sweep import config_of, jobs
-from headsteer_jax.data import Split
-from headsteer_jax.steer import GateProgram
-from headsteer_jax.sweep import by_flips, by_suffix
+from builders import CLASSES, jobs, steer_config
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.steer.steering import GateProgram
+from headsteer_jax.steer.sweep import sweep_by_flips, sweep_by_suffix
 
 assert jax.device_count() == int(sys.argv[1])
 rng = np.random.default_rng(3)
 labels = (np.arange(90) % CLASSES).astype(np.int32)
 split = Split(rng.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8), labels)
-config = config_of(chunk=16)
+config = steer_config(chunk=16)
 job, model, params, effects = jobs(config, split, (-2.0, 2.0))
 alphas, digest = np.linspace(-6, 6, 13), hashlib.sha256(job.table.x.tobytes() + job.table.answers.tobytes())
 gates = GateProgram(model, params, config)
-ways = [by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)]
-ways.append(by_suffix(job, alphas, model, params, config, CLASSES))
+ways = [sweep_by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)]
+ways.append(sweep_by_suffix(job, alphas, model, params, config, CLASSES))
 for swept in ways:
     for _, _, tallies, _ in swept:
         for tally in tallies:
@@ -200,13 +169,8 @@ def test_results_do_not_depend_on_the_number_of_devices() -> None:
     """One and three simulated devices, the last chunk not full: the same bits."""
     found = []
     for devices in (1, 3):
-        here = Path(__file__).parent
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
-        }  # fmt: skip
         command = [sys.executable, "-c", DIGEST, str(devices)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=environment(devices), capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         found.append(result.stdout)
     assert found[0] == found[1]

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import CLASSES, random_params, tiny_config
+from builders import CLASSES, random_params, tiny_config
 
 from headsteer_jax.config import Config
 from headsteer_jax.data.dataset import Split

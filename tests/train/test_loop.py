@@ -11,25 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_config
+from builders import blobs, tiny_config
 
 from headsteer_jax.config import Config, MachineConfig, PhaseConfig
 from headsteer_jax.data import batches
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import build_model
-from headsteer_jax.runtime import preemption
-from headsteer_jax.train import log, loop, step
-
-
-def blobs(count: int, seed: int) -> Split:
-    """Three classes, each a bright quarter of the image."""
-    rng = np.random.default_rng(seed)
-    labels = (np.arange(count) % 3).astype(np.int32)
-    images = rng.integers(0, 120, (count, 8, 8, 1), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
-    return Split(images, labels)
+from headsteer_jax.runtime import mesh, preemption
+from headsteer_jax.runtime.checkpoint import Checkpoints
+from headsteer_jax.train import loop, step
+from headsteer_jax.train.log import TrainingLog, open_log, read_log
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +77,14 @@ def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch,
     assert whole["gated"][1]["position"] == (8 + 8) * 16
     assert whole["gated"][1]["config"]["seed"] == 0
     assert np.any(whole["gated"][0].params["params"]["cls"] != whole["dense"][0].params["params"]["cls"])
-    rows = [log.read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    rows = [read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     assert rows[0] == rows[1]
 
 
 def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
     config = tiny_config()
     loop.train_model(config, dataset, tmp_path)
-    rows = log.read_log(tmp_path / "metrics.jsonl")
+    rows = read_log(tmp_path / "metrics.jsonl")
     gated = [row for row in rows if row["phase"] == "gated" and "usage_sampled" in row]
     assert [row["step"] for row in gated] == [2, 4, 6, 8]
     assert all(len(row["usage_sampled"]) == len(row["usage_thresholded"]) == 2 for row in gated)
@@ -107,7 +99,7 @@ def test_training_learns(dataset, tmp_path):
     config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30, dense_control=False)
     loop.train_model(config, dataset, tmp_path)
     accuracy = [
-        row["validation_accuracy"] for row in log.read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
+        row["validation_accuracy"] for row in read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
     ]
     assert accuracy[1] >= 0.9  # chance: 1/3
 
@@ -154,21 +146,21 @@ def test_loss_by_hand():
 
 def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monkeypatch):
     config = with_train(dense=PhaseConfig(steps=12))
-    real = step.training_images
+    real = step.augment_and_normalise
 
     def bad(key, images, config):
         return real(key, images, config) * jnp.nan
 
-    monkeypatch.setattr(t, "training_images", bad)
+    monkeypatch.setattr(step, "augment_and_normalise", bad)
     with pytest.raises(HeadSteerError, match=r"dense: the loss is nan at step 1; there is no checkpoint yet"):
         loop.train_model(config, dataset, tmp_path / "early")
-    monkeypatch.setattr(t, "training_images", real)
+    monkeypatch.setattr(step, "augment_and_normalise", real)
     params = loop.init_params(build_model(config, 3), config, 0)
-    with log.open_log(tmp_path) as log:
+    with open_log(tmp_path) as log:
         loop.train_phase(
             build_model(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log
         )
-        monkeypatch.setattr(t, "training_images", bad)
+        monkeypatch.setattr(step, "augment_and_normalise", bad)
         with pytest.raises(HeadSteerError, match=rf"at step 5; the last good checkpoint is {tmp_path}/dense/last/4;"):
             loop.train_phase(build_model(config, 3), params, "dense", dataset, config, tmp_path, log)
     assert Checkpoints(tmp_path / "dense" / "last", 2).latest() == 4
@@ -182,7 +174,7 @@ def test_batch_larger_than_the_data(dataset, tmp_path):
 def test_a_cut_off_last_row_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"phase": "dense", "step": 1}) + '\n{"phase": "den')
-    assert log.read_log(path) == [{"phase": "dense", "step": 1}]
+    assert read_log(path) == [{"phase": "dense", "step": 1}]
 
 
 def test_missing_checkpoint(dataset, tmp_path):
@@ -231,15 +223,15 @@ def test_batches_are_the_same_in_the_middle_and_for_any_images_in_memory_or_not(
         list(batches.device_batches(Split(lazy, dataset.train.labels), config, devices, calls, 3)), whole
     )
     for (first, end), (_, labels) in zip(calls, whole, strict=True):
-        for step, row in zip(range(first, end), labels, strict=True):
-            assert np.array_equal(row, dataset.train.labels[batches.batch_indices(96, 16, 0, 3 + step)])
+        for number, row in zip(range(first, end), labels, strict=True):
+            assert np.array_equal(row, dataset.train.labels[batches.batch_indices(96, 16, 0, 3 + number)])
 
 
 def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
     config = with_train(dense_control=False)
     config = config.model_copy(update={"machine": MachineConfig(profile=True, peak_tflops=1.0)})
     loop.train_model(config, dataset, tmp_path)
-    rows = log.read_log(tmp_path / "speed.jsonl")
+    rows = read_log(tmp_path / "speed.jsonl")
     assert [row["step"] for row in rows if row["phase"] == "gated"] == [2, 4, 6, 8]
     assert all(row["mfu"] == pytest.approx(row["tflops_per_device"]) and row["images_per_second"] > 0 for row in rows)
     for phase in ("dense", "gated"):
@@ -250,7 +242,7 @@ def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch)
     """It comes in the third call: the checkpoint is of that call's last step, and the end is the uninterrupted one."""
     config = tiny_config()
     loop.train_model(config, dataset, tmp_path / "whole")
-    real, calls = log.TrainingLog.write, []
+    real, calls = TrainingLog.write, []
 
     def terminated(self, phase, step, values, name="metrics"):
         calls.append((phase, step))
@@ -261,15 +253,15 @@ def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     preemption.install_handler()
     try:
-        monkeypatch.setattr(log.TrainingLog, "write", terminated)
+        monkeypatch.setattr(TrainingLog, "write", terminated)
         with pytest.raises(preemption.Preempted):
             loop.train_model(config, dataset, tmp_path / "parts")
         assert Checkpoints(tmp_path / "parts" / "gated" / "last", 2).latest() == 6
         preemption.install_handler()
-        monkeypatch.setattr(log.TrainingLog, "write", real)
+        monkeypatch.setattr(TrainingLog, "write", real)
         loop.train_model(config, dataset, tmp_path / "parts")
     finally:
         signal.signal(signal.SIGTERM, before)
     whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
     chex.assert_trees_all_equal(whole, parts)
-    assert log.read_log(tmp_path / "whole" / "metrics.jsonl") == log.read_log(tmp_path / "parts" / "metrics.jsonl")
+    assert read_log(tmp_path / "whole" / "metrics.jsonl") == read_log(tmp_path / "parts" / "metrics.jsonl")

@@ -1,0 +1,129 @@
+"""Small configs, images, models, autoencoders and steerings that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    LayersConfig,
+    ModelConfig,
+    PhaseConfig,
+    ReportConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
+from headsteer_jax.data.dataset import Split
+from headsteer_jax.model.vit import build_model
+from headsteer_jax.sae.autoencoder import SAEWeights, Scaling
+from headsteer_jax.steer.flips import gate_effect
+from headsteer_jax.steer.steering import Steering
+from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.sweep import SplitSweep, make_split_sweep
+from headsteer_jax.steer.table import compile_table_program, fill_table
+
+CLASSES = 7
+
+
+def tiny_config(**gate: object) -> Config:
+    """Three layers of three heads on 8x8 images; every number small."""
+    return Config(
+        data=DataConfig(image_size=8, crop_padding=1, train_per_class=4, eval_per_class=2),
+        model=ModelConfig(patch=4, depth=3, width=24, heads=3),
+        gate=GateConfig(bias=0.0, **gate),  # type: ignore[arg-type]
+        train=TrainConfig(
+            batch=16,
+            dense=PhaseConfig(steps=8),
+            gated=PhaseConfig(steps=8),
+            steps_per_call=2,
+            eval_every=4,
+            eval_batch=50,
+        ),
+        sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=4, batch=64, dead_window=1),
+        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, chunk=64),
+        layers=LayersConfig(epochs=3, alphas=(2.0,), per_class=1),
+        report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
+    )
+
+
+def sae_config(**fields: object) -> Config:
+    """tiny_config with these fields of its part `sae`."""
+    config = tiny_config()
+    return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
+
+
+def steer_config(**steer: object) -> Config:
+    """tiny_config with these fields of its part `steer`."""
+    config = tiny_config()
+    return config.model_copy(update={"steer": config.steer.model_copy(update=steer)})
+
+
+def random_params(config: Config, classes: int, seed: int = 0) -> object:
+    """Parameters that are nowhere 0, so that nothing drops out of a comparison."""
+    side = config.data.image_size
+    params = build_model(config, classes).init(
+        jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32)
+    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
+
+
+def blobs(count: int, seed: int) -> Split:
+    """Three classes, each a bright quarter of the image."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(count) % 3).astype(np.int32)
+    images = rng.integers(0, 120, (count, 8, 8, 1), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
+    return Split(images, labels)
+
+
+def concepts(count: int, D: int, rng: np.random.Generator) -> np.ndarray:
+    """Residuals that truly are sparse sums of 12 directions."""
+    directions = rng.standard_normal((12, D))
+    active = rng.random((count, 12)) < 0.2
+    return ((active * rng.uniform(1, 2, active.shape)) @ directions).astype(np.float32)
+
+
+def random_sae(seed: int, D: int = 6, F: int = 10) -> SAEWeights:
+    """An autoencoder of D -> F whose decoder has rows of length 1."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((F, D))
+    parts = (
+        rng.standard_normal((F, D)),
+        rng.standard_normal(F) * 0.1,
+        rows / np.linalg.norm(rows, axis=1, keepdims=True),
+        rng.standard_normal(D) * 0.1,
+        rng.uniform(0.0, 1.0, F),
+    )
+    return SAEWeights(*(jnp.asarray(part, jnp.float32) for part in parts))
+
+
+def setting(seed: int = 0, weights: tuple[float, float] = (0.5, 2.0)) -> Steering:
+    """An autoencoder of 24 -> 48, scaling, strengths, and a choice of three latents for each class."""
+    rng = np.random.default_rng(seed)
+    sae = random_sae(seed, 24, 48)
+    scaling = Scaling(rng.standard_normal(24).astype(np.float32), np.float32(0.7))
+    strength = rng.uniform(0.5, 2, 48).astype(np.float32)
+    latents = np.stack([rng.choice(48, 3, replace=False) for _ in range(CLASSES)]).astype(np.int32)
+    return Steering(sae, scaling, strength, Choice(latents, rng.uniform(*weights, latents.shape).astype(np.float32)))
+
+
+def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[SplitSweep, object, object, list]:
+    """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
+    model, params = build_model(config, CLASSES), random_params(config, CLASSES)
+    table = fill_table(compile_table_program(model, params, split, config), params, split, "table")
+    steered = []
+    for seed in (0, 10):
+        one, other = setting(seed, weights), setting(seed + 1, weights)
+        two = Steering(one.sae, one.scaling, other.strength, type(one.choice)(*(part[:, :2] for part in other.choice)))
+        steered.append([one, two])
+    linear = params["params"]["layers_2"]["decide"]["linear"]
+    effects = [gate_effect(np.asarray(row[0].sae.W_d) / row[0].scaling.scale, linear["kernel"], 3) for row in steered]
+    size = np.abs(table.x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
+    labels = np.where(np.arange(90) % 3, table.prediction, split.labels).astype(np.int32)  # some right, some wrong
+    job = make_split_sweep("test", Split(split.images, labels), table, steered, 0, np.asarray(size))
+    return job, model, params, effects

@@ -1,0 +1,186 @@
+"""A whole run that never was, for what reads runs: the summary and the report."""
+
+from typing import Any
+
+import numpy as np
+
+from headsteer_jax.analysis.summary import summarise
+from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
+from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.steer.sweep import make_alpha_grid
+from headsteer_jax.steer.table import gates_to_pattern, pattern_to_gates
+from headsteer_jax.steer.tally import class_counts, pack_bits
+
+
+def made_layers() -> dict[str, Any]:
+    """What layers.json holds, of three layers that never were."""
+    rows = [
+        {
+            "layer": layer, "alphas": [0.0, 1.0, 4.0], "usage": [0.8, 0.7, 0.6], "accuracy": [0.9, 0.9, 0.88],
+            "alpha": float(layer), "usage_before": 0.8, "usage_after": 0.8 - 0.05 * layer, "accuracy_before": 0.9,
+            "usage_change_ci": [-0.06 * layer, -0.04 * layer], "accuracy_after": 0.9 - 0.002 * layer,
+            "accuracy_change_ci": [-0.01, 0.005], "all_off": 0.3 * layer, "explained_variance": 0.9,
+            "dead_fraction": 0.01,
+        }
+        for layer in (1, 2, 3)
+    ]  # fmt: skip
+    whole = {key: value for key, value in rows[0].items() if key not in ("layer", "all_off", "explained_variance")}
+    whole.pop("dead_fraction")
+    return {"layers": rows, "together": whole, "images": 200}
+
+
+def made_rows() -> list[dict[str, Any]]:
+    """metrics.jsonl as training with three gated layers writes it."""
+    rows: list[dict[str, Any]] = []
+    for phase, first, last in (("dense", 0, 1200), ("gated", 1200, 1800), ("dense_control", 1200, 1800)):
+        for step in range(25, last - first + 1, 25):
+            done = (first + step) / 1800
+            row = {"phase": phase, "step": step, "cross_entropy": 0.8 + 3 * np.exp(-5 * done)}
+            row["train_accuracy"] = 0.95 - np.exp(-4 * done) - 0.03 * (phase == "gated")
+            row["loss"] = row["cross_entropy"] + 0.1
+            if phase == "gated":
+                share = min(1.0, step / 372)
+                row["usage_target"], row["gate_noise"] = 1 - 0.25 * share, 1 - share
+                row["usage_sampled"] = [row["usage_target"] - 0.02 * layer for layer in range(3)]
+                row["usage_thresholded"] = [1 - 0.25 * share**4 - 0.01 * layer for layer in range(3)]
+            rows.append(row)
+            if step % 300 == 0:
+                usage = {"validation_usage": [0.76, 0.74, 0.77]} if phase == "gated" else {}
+                rows.append({"phase": phase, "step": step, "validation_accuracy": row["train_accuracy"] - 0.04} | usage)
+    return rows
+
+
+def made_run(
+    classes: int = 10, heads: int = 6, seeds: int = 3, per_class: int = 6, strategies: tuple[str, ...] = (),
+    alphas: tuple[float, ...] = (-2.0, 0.5, 1.0, 2.0, 4.0), only: int = 0, related: bool = True, channels: int = 1,
+    rows: bool = True, names: tuple[str, ...] = (), bootstrap: int = 40, lazy: bool = False, by_layer: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """A run that never was: gates and answers drawn so that `class` saves heads, `global` loses accuracy.
+
+    Args:
+      only: steer only the first so many classes; 0: all.
+
+    Returns:
+      write_report's arguments, but for workdir.
+    """
+    rng = np.random.default_rng(0)
+    class_names = names + tuple(f"{c:02d}" for c in range(len(names), classes))
+    config = Config(
+        data=DataConfig(channels=channels, mean=(0.0,) * channels, std=(1.0,) * channels, image_size=20),
+        model=ModelConfig(width=8 * heads, heads=heads),
+        sae=SAEConfig(seeds=seeds, expansion=4, k=4),
+        steer=SteerConfig(
+            strategies=strategies or ("class", "global", "random", "matched_random", "gate_aligned"),
+            alphas=alphas, latents=4, bootstrap=bootstrap, classes=class_names[:only], tolerance=0.02,
+        ),
+        report=ReportConfig(top_images=5, dpi=60),
+    )  # fmt: skip
+    alphas_A, patterns = make_alpha_grid(config.steer), pattern_to_gates(np.arange(2**heads), heads)
+    important = rng.normal(0.6, 0.5, (classes, heads))  # what each head adds to the class's answer
+    important[:, 0] = 0.9
+    open_by = rng.normal(1.2, 0.5, (classes, heads)) + 0.5 * important
+    pull = {
+        "class": important - 1.1,
+        "gate_aligned": 1.4 * (important - 0.9),
+        "global": rng.normal(-0.6, 0.8, heads) * np.ones((classes, 1)),
+    }
+    arrays: dict[str, np.ndarray] = {
+        "strategies": np.array(config.steer.strategies), "named_by": np.array(("true", "predicted")),
+        "alphas": alphas_A, "class_names": np.array(class_names), "subset": np.arange(2**heads),
+    }  # fmt: skip
+    for split in ("validation", "test"):
+        labels = np.repeat(np.arange(only or classes), per_class).astype(np.int32)
+        noise = rng.normal(0, 0.7, (len(labels), heads))
+        gate_logits = open_by[labels] + noise
+        luck = rng.logistic(0, 1, len(labels))
+        right_NP = (1.2 * (important[labels] @ (patterns.T - 0.4)) + 0.8 + luck[:, None]) > 0
+        wrong = (labels + rng.integers(1, classes, len(labels))) % classes
+        table = np.where(right_NP, labels[:, None], wrong[:, None]).astype(np.int16)
+        pattern = np.asarray(gates_to_pattern(gate_logits > 0))
+        rank = np.arange(len(labels))
+        before = table[rank, pattern]
+        steered = np.zeros((len(config.steer.strategies), seeds, 2, len(alphas_A), len(labels)), np.uint16)
+        for g, name in enumerate(config.steer.strategies):
+            for s, y in np.ndindex(seeds, 2):
+                push = pull.get(name, rng.normal(-0.25, 0.4, (classes, heads))) + rng.normal(0, 0.1, (classes, heads))
+                named = labels if y == 0 else before
+                logits = (
+                    gate_logits
+                    + np.sign(alphas_A)[:, None, None] * np.abs(alphas_A[:, None, None]) ** 0.7 * push[named]
+                )
+                steered[g, s, y] = np.asarray(gates_to_pattern(logits > 0))
+        predictions = table[rank, steered]
+        right, was = predictions == labels, before == labels
+        count = lambda values, labels=labels: class_counts(values, labels, classes)  # noqa: E731
+        arrays |= {
+            f"{split}_labels": labels,
+            f"{split}_count": np.bincount(labels, minlength=classes),
+            f"{split}_pattern": pattern,
+            f"{split}_prediction": before,
+            f"{split}_table": table,
+            f"{split}_unsteered_correct": count(was),
+            f"{split}_unsteered_heads_on": count(pattern_to_gates(pattern, heads).T).T,
+            f"{split}_unsteered_right": pack_bits(was),
+            f"{split}_right": pack_bits(right),
+            f"{split}_gates": pack_bits(np.moveaxis(pattern_to_gates(steered, heads), -1, -2)),
+            f"{split}_correct": count(right),
+            f"{split}_gained": count(right & ~was),
+            f"{split}_lost": count(~right & was),
+            f"{split}_heads_on": np.stack([count((steered >> head) & 1) for head in range(heads)], axis=-1),
+        }
+    latents = config.latents
+    frequency = np.clip(10 ** rng.normal(-1.6, 0.7, (seeds, latents)), 0, 1) * (rng.random((seeds, latents)) > 0.05)
+    chosen = rng.integers(0, max(latents // 3, 8), (len(config.steer.strategies), seeds, classes, 4)).astype(np.int32)
+    train = np.repeat(np.arange(classes), 6).astype(np.int32)
+    side = config.data.image_size
+    y, x = np.mgrid[:side, :side] / side
+    pictures = 127 + 120 * np.sin(6 * (x + y * (1 + train[:, None, None] % 5)) + train[:, None, None])
+    images = np.repeat(pictures[..., None], channels, axis=3) * np.linspace(0.5, 1, channels)
+    images = images.astype(np.uint8)
+    held = (
+        images
+        if not lazy
+        else LazyImages(lambda places: iter(images[places]), np.arange(len(images)), images.shape[1:])
+    )
+    arrays |= {
+        "latents": chosen, "weights": np.ones(chosen.shape, np.float32), "frequency": frequency,
+        "class_frequency": np.clip(frequency[0] * rng.exponential(2, (classes, latents)), 0, 1).astype(np.float32),
+        "top_images": rng.integers(0, len(train), (latents, 5)).astype(np.int32),
+        "top_activations": np.sort(rng.normal(1, 0.8, (latents, 5)), axis=1)[:, ::-1].astype(np.float32),
+        "sae_mse": (0.05 + np.exp(-np.arange(15) / 3)[:, None] * rng.uniform(0.8, 1, (1, seeds))).astype(np.float32),
+        "sae_l0": np.full((15, seeds), 4.0, np.float32),
+        "sae_dead": (0.2 * np.exp(-np.arange(15) / 4)[:, None] * rng.uniform(0.5, 1, (1, seeds))).astype(np.float32),
+    }  # fmt: skip
+    related_CC = (np.arange(classes)[:, None] // 5 == np.arange(classes) // 5) & ~np.eye(classes, dtype=bool)
+    if related:
+        arrays["related"] = related_CC
+    member = np.zeros((len(config.steer.strategies), seeds, classes, latents), np.float32)
+    np.put_along_axis(member, chosen, 1, axis=-1)
+    by_name = dict(zip(config.steer.strategies, member, strict=True))
+    if "class" in by_name:
+        arrays["overlap_class_class"] = by_name["class"] @ by_name["class"].swapaxes(1, 2) / 4
+        if "global" in by_name:
+            arrays["overlap_global_class"] = np.einsum("SF,SCF->SC", by_name["global"][:, 0], by_name["class"]) / 4
+    numbers, extra = summarise(arrays, config)
+    health = {"mse": 0.0512, "explained_variance": 0.912, "l0": 3.9, "dead_fraction": 0.034}
+    health |= {"gate_agreement": 0.97, "accuracy": 0.91, "mse_residual": 0.0312, "dense_fraction": 0.02, "twins": 0.01}
+    health |= {"max_cosine": 0.43, "class_selectivity": 0.61, "accuracy_residual": 0.87, "kl": 0.123}
+    stability = {"seeds": 0.71 if seeds > 1 else None, "same_start": 0.93, "random": 0.38}
+    points = [{"k": k, "learning_rate": rate, "explained_variance": 0.9 - rate, "dead_fraction": rate}
+              for k in (2, 4) for rate in (1e-3, 4e-3)]  # fmt: skip
+    best = {str(k): {"learning_rate": 1e-3, "explained_variance": 0.9, "dead_fraction": 0.01} for k in (2, 4)}
+    summary = {
+        "dense_accuracy": 0.923, "dense_control_accuracy": 0.931, "layer_usage": [0.8, 0.7, 0.75], **numbers,
+        "sae": health | {"latents": latents, "k": 4, "layer": config.sae_layer, "seeds": [health] * seeds}
+        | {"stability": stability},
+        "grid": {"best": best, "rows": points, "epochs": 9, "latents": latents} if by_layer else None,
+        "seconds": {"train": 120.25, "sae": 31.5, "steer": 12.0}, "peak_memory_bytes": 3 * 2**30,
+        "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
+        "by_layer": made_layers() if by_layer else None,
+    }  # fmt: skip
+    split = Split(held, train)
+    return {
+        "config": config, "name": "a <run>", "summary": summary, "arrays": arrays | extra,
+        "dataset": Dataset(split, split, split, class_names, related_CC if related else None),
+        "rows": made_rows() if rows else [],
+    }  # fmt: skip
