@@ -1,8 +1,9 @@
-"""A finished run in Python: load it, sweep any strategy over it.
+"""A finished run in Python: load it, look into it, and sweep any strategy over it.
 
-run = load_run("runs/double_digits")
-sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4, 16, 401))
-sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
+Example:
+  run = load_run("runs/double_digits")
+  sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4, 16, 401))
+  sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
 """
 
 import os
@@ -26,8 +27,9 @@ from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
+from headsteer_jax.steer.results import SweepResult
 from headsteer_jax.steer.strategies import ClassStrategy, Strategy, find_strategy, per_class_strategy
-from headsteer_jax.steer.sweep import Arrays, check_strategies_and_classes, check_validation, run_sweep
+from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation, run_sweep
 from headsteer_jax.steer.tally import StepFunction
 
 
@@ -54,26 +56,34 @@ class Run(RunData):
         """Steer validation and test with some strategies.
 
         Args:
-          strategies: names of ours, or `module:function`; or names of your own choice -> one of those, or a function
-            `(latent statistics, class) -> latents, weights`. A random strategy under two names is drawn twice.
+          strategies: names of built-in strategies, or `module:function`; or a mapping from names of your choice to
+            these, or to functions `(latent statistics, class) -> latents, weights`. A random strategy under two names
+            is drawn twice.
           steer: fields of config.steer to change, for instance `alphas`.
 
         Returns:
           The dataset of sweep.nc (docs/outputs.md), with `accuracy` and `usage` on test.
 
         Raises:
-          HeadSteerError: a field, strategy or class that is not right.
+          HeadSteerError: a field, strategy or class is not valid.
         """
-        config, arrays, steps = self._swept(strategies, steer)
-        return to_dataset(arrays | summarise(arrays, config, steps)[1])
+        config, result = self._run_sweep(strategies, steer)
+        _, scored = summarise(result, config)
+        return to_dataset(result, scored)
 
     def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> StepFunction:
-        """Accuracy and usage as exact functions of alpha on a split, over all autoencoder seeds, steered by label.
+        """Compute accuracy and usage as exact functions of alpha on a split, over all seeds, steered by the label.
+
+        Args:
+          choose: the strategy, as one of those of `sweep`.
+          split: validation or test.
+          steer: fields of config.steer to change.
 
         Raises:
           HeadSteerError: as `sweep`; or alpha is not exact for this config.
         """
-        *_, steps = self._swept({"asked": choose}, steer | {"alphas": (1.0,)})
+        _, result = self._run_sweep({"strategy": choose}, steer | {"alphas": (1.0,)})
+        steps = result.steps
         if not steps:
             raise HeadSteerError(
                 "alpha is exact for steer.mode = 'add', form = 'delta', target = 'policy', a gate without LayerNorm, "
@@ -81,20 +91,18 @@ class Run(RunData):
             )
         if split not in steps:
             raise HeadSteerError(f"there is no split {split!r} to steer; allowed are {', '.join(steps)}")
-        return steps[split]["asked"]
+        return steps[split]["strategy"]
 
-    def _swept(
-        self, strategies: "Strategies", steer: Mapping[str, Any]
-    ) -> tuple[Config, Arrays, dict[str, dict[str, StepFunction]]]:
-        """The config that it was made with, the arrays and the steps."""
+    def _run_sweep(self, strategies: "Strategies", steer: Mapping[str, Any]) -> tuple[Config, SweepResult]:
+        """Run a sweep with changed fields of config.steer; return the config as well."""
         if isinstance(strategies, str):
             strategies = [strategies]
-        named = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
-        chosen = {name: _strategy(choose, name) for name, choose in named.items()}
-        if not chosen:
+        by_name = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
+        functions = {name: _resolve_strategy(choose, name) for name, choose in by_name.items()}
+        if not functions:
             raise HeadSteerError("no strategy to sweep; give at least one")
         config = self.config.model_dump()
-        config["steer"] |= {name: _tuples(value) for name, value in steer.items()} | {"strategies": ("class",)}
+        config["steer"] |= {name: _to_tuples(value) for name, value in steer.items()} | {"strategies": ("class",)}
         try:
             checked = Config.model_validate(config)
         except ValidationError as error:
@@ -102,23 +110,24 @@ class Run(RunData):
         check_strategies_and_classes(checked, self.dataset.class_names)
         check_validation(self.dataset.validation, checked, self.dataset.class_names)
         trained = self.trained._replace(config=checked)
-        return checked, *run_sweep(replace(self, trained=trained), chosen)
+        return checked, run_sweep(replace(self, trained=trained), functions)
 
 
 Strategies = str | Sequence[str] | Mapping[str, str | ClassStrategy]
 
 
-def _strategy(choose: "str | Callable[..., Any]", name: str) -> Strategy:
+def _resolve_strategy(choose: "str | Callable[..., Any]", name: str) -> Strategy:
+    """Find a strategy by its name, or adapt a user's function."""
     return find_strategy(choose) if isinstance(choose, str) else per_class_strategy(choose, name)
 
 
-def _tuples(value: Any) -> Any:
-    """Arrays and lists as the config has them."""
+def _to_tuples(value: Any) -> Any:
+    """Convert arrays and lists to tuples, as the config has them."""
     return tuple(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray)) else value
 
 
 def load_run(directory: str | os.PathLike[str]) -> Run:
-    """Load a run whose stages train and sae are done, with the config that its last command had.
+    """Load a run whose stages train and sae are done, with the config of the last command that ran there.
 
     Raises:
       HeadSteerError: a stage is missing or damaged, or the data are no longer there.

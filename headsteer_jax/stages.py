@@ -151,9 +151,9 @@ def steer_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     trained = load_trained(config, dataset, workdir / "train")
     autoencoders, x_train, curves = read_autoencoders(workdir, trained)
     strategies = {name: find_strategy(name) for name in config.steer.strategies}
-    arrays, steps = run_sweep(RunData(trained, dataset, autoencoders, x_train), strategies)
-    numbers, extra = summarise(arrays, config, steps)
-    hosts.on_first_process(lambda: write_sweep(workdir / "sweep.nc", to_dataset(arrays | extra | curves)))
+    result = run_sweep(RunData(trained, dataset, autoencoders, x_train), strategies)
+    numbers, scored = summarise(result, config)
+    hosts.on_first_process(lambda: write_sweep(workdir / "sweep.nc", to_dataset(result, scored | curves)))
     workdir.write_json("steer/steering.json", numbers)
 
 

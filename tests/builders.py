@@ -9,6 +9,7 @@ from headsteer_jax.config import (
     DataConfig,
     GateConfig,
     LayersConfig,
+    MachineConfig,
     ModelConfig,
     PhaseConfig,
     ReportConfig,
@@ -17,8 +18,8 @@ from headsteer_jax.config import (
     TrainConfig,
 )
 from headsteer_jax.data.dataset import Split
-from headsteer_jax.model.vit import build_model
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling
+from headsteer_jax.model.vit import TrainedModel, build_model
+from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling
 from headsteer_jax.steer.flips import gate_effect
 from headsteer_jax.steer.steering import Steering
 from headsteer_jax.steer.strategies import Choice
@@ -43,7 +44,8 @@ def tiny_config(**gate: object) -> Config:
             eval_batch=50,
         ),
         sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=4, batch=64, dead_window=1),
-        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, chunk=64),
+        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50),
+        machine=MachineConfig(sweep_chunk=64),
         layers=LayersConfig(epochs=3, alphas=(2.0,), per_class=1),
         report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
     )
@@ -55,10 +57,16 @@ def sae_config(**fields: object) -> Config:
     return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
 
 
-def steer_config(**steer: object) -> Config:
-    """tiny_config with these fields of its part `steer`."""
+def steer_config(*, chunk: int = 64, memory: int | None = None, **steer: object) -> Config:
+    """tiny_config with these fields of its part `steer`, and the sweep's chunk and memory in its part `machine`."""
     config = tiny_config()
-    return config.model_copy(update={"steer": config.steer.model_copy(update=steer)})
+    machine = {"sweep_chunk": chunk} | ({} if memory is None else {"sweep_memory": memory})
+    return config.model_copy(
+        update={
+            "steer": config.steer.model_copy(update=steer),
+            "machine": config.machine.model_copy(update=machine),
+        }
+    )
 
 
 def random_params(config: Config, classes: int, seed: int = 0) -> object:
@@ -103,27 +111,33 @@ def random_sae(seed: int, D: int = 6, F: int = 10) -> SAEWeights:
 
 
 def setting(seed: int = 0, weights: tuple[float, float] = (0.5, 2.0)) -> Steering:
-    """An autoencoder of 24 -> 48, scaling, strengths, and a choice of three latents for each class."""
+    """An autoencoder of 24 -> 48 with k = 4, scaling, strengths, and a choice of three latents for each class."""
     rng = np.random.default_rng(seed)
-    sae = random_sae(seed, 24, 48)
+    weights_24 = random_sae(seed, 24, 48)
     scaling = Scaling(rng.standard_normal(24).astype(np.float32), np.float32(0.7))
     strength = rng.uniform(0.5, 2, 48).astype(np.float32)
     latents = np.stack([rng.choice(48, 3, replace=False) for _ in range(CLASSES)]).astype(np.int32)
-    return Steering(sae, scaling, strength, Choice(latents, rng.uniform(*weights, latents.shape).astype(np.float32)))
+    choice = Choice(latents, rng.uniform(*weights, latents.shape).astype(np.float32))
+    return Steering(Autoencoder(weights_24, scaling, 4), strength, choice)
 
 
-def jobs(config: Config, split: Split, weights: tuple[float, float]) -> tuple[SplitSweep, object, object, list]:
+def trained_model(config: Config, classes: int = CLASSES, seed: int = 0) -> TrainedModel:
+    """A model with random parameters."""
+    return TrainedModel(config, build_model(config, classes), random_params(config, classes, seed))
+
+
+def split_sweep(config: Config, split: Split, weights: tuple[float, float]) -> tuple[SplitSweep, TrainedModel, list]:
     """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
-    model, params = build_model(config, CLASSES), random_params(config, CLASSES)
-    table = fill_table(compile_table_program(model, params, split, config), params, split, "table")
+    trained = trained_model(config)
+    table = fill_table(compile_table_program(trained, split), trained.params, split, "table")
     steered = []
     for seed in (0, 10):
-        one, other = setting(seed, weights), setting(seed + 1, weights)
-        two = Steering(one.sae, one.scaling, other.strength, type(one.choice)(*(part[:, :2] for part in other.choice)))
-        steered.append([one, two])
-    linear = params["params"]["layers_2"]["decide"]["linear"]
-    effects = [gate_effect(np.asarray(row[0].sae.W_d) / row[0].scaling.scale, linear["kernel"], 3) for row in steered]
+        first, other = setting(seed, weights), setting(seed + 1, weights)
+        second = Steering(first.sae, other.strength, Choice(*(part[:, :2] for part in other.choice)))
+        steered.append([first, second])
+    linear = trained.params["params"]["layers_2"]["decide"]["linear"]
+    effects = [gate_effect(row[0].sae.decoder, linear["kernel"], 3) for row in steered]
     size = np.abs(table.x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
     labels = np.where(np.arange(90) % 3, table.prediction, split.labels).astype(np.int32)  # some right, some wrong
     job = make_split_sweep("test", Split(split.images, labels), table, steered, 0, np.asarray(size))
-    return job, model, params, effects
+    return job, trained, effects

@@ -1,19 +1,21 @@
-"""A whole run that never was, for what reads runs: the summary and the report."""
+"""A made-up sweep and a made-up run, for the tests of the summary and of the report, which read them."""
 
 from typing import Any
 
 import numpy as np
 
 from headsteer_jax.analysis.summary import summarise
+from headsteer_jax.analysis.sweep_file import name_arrays
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.sweep import make_alpha_grid
 from headsteer_jax.steer.table import gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.tally import class_counts, pack_bits
 
 
 def made_layers() -> dict[str, Any]:
-    """What layers.json holds, of three layers that never were."""
+    """Make up the content of layers.json, with three layers."""
     rows = [
         {
             "layer": layer, "alphas": [0.0, 1.0, 4.0], "usage": [0.8, 0.7, 0.6], "accuracy": [0.9, 0.9, 0.88],
@@ -24,13 +26,13 @@ def made_layers() -> dict[str, Any]:
         }
         for layer in (1, 2, 3)
     ]  # fmt: skip
-    whole = {key: value for key, value in rows[0].items() if key not in ("layer", "all_off", "explained_variance")}
-    whole.pop("dead_fraction")
-    return {"layers": rows, "together": whole, "images": 200}
+    together = {key: value for key, value in rows[0].items() if key not in ("layer", "all_off", "explained_variance")}
+    together.pop("dead_fraction")
+    return {"layers": rows, "together": together, "images": 200}
 
 
 def made_rows() -> list[dict[str, Any]]:
-    """metrics.jsonl as training with three gated layers writes it."""
+    """Make up the rows of metrics.jsonl as training with three gated layers writes them."""
     rows: list[dict[str, Any]] = []
     for phase, first, last in (("dense", 0, 1200), ("gated", 1200, 1800), ("dense_control", 1200, 1800)):
         for step in range(25, last - first + 1, 25):
@@ -50,18 +52,15 @@ def made_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def made_run(
+def made_sweep(
     classes: int = 10, heads: int = 6, seeds: int = 3, per_class: int = 6, strategies: tuple[str, ...] = (),
     alphas: tuple[float, ...] = (-2.0, 0.5, 1.0, 2.0, 4.0), only: int = 0, related: bool = True, channels: int = 1,
-    rows: bool = True, names: tuple[str, ...] = (), bootstrap: int = 40, lazy: bool = False, by_layer: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """A run that never was: gates and answers drawn so that `class` saves heads, `global` loses accuracy.
+    names: tuple[str, ...] = (), bootstrap: int = 40,
+) -> tuple[Config, SweepResult]:  # fmt: skip
+    """Make up a sweep: gates and answers are drawn so that `class` saves heads and `global` loses accuracy.
 
     Args:
       only: steer only the first so many classes; 0: all.
-
-    Returns:
-      write_report's arguments, but for workdir.
     """
     rng = np.random.default_rng(0)
     class_names = names + tuple(f"{c:02d}" for c in range(len(names), classes))
@@ -75,7 +74,6 @@ def made_run(
         ),
         report=ReportConfig(top_images=5, dpi=60),
     )  # fmt: skip
-    alphas_A, patterns = make_alpha_grid(config.steer), pattern_to_gates(np.arange(2**heads), heads)
     important = rng.normal(0.6, 0.5, (classes, heads))  # what each head adds to the class's answer
     important[:, 0] = 0.9
     open_by = rng.normal(1.2, 0.5, (classes, heads)) + 0.5 * important
@@ -84,84 +82,118 @@ def made_run(
         "gate_aligned": 1.4 * (important - 0.9),
         "global": rng.normal(-0.6, 0.8, heads) * np.ones((classes, 1)),
     }
-    arrays: dict[str, np.ndarray] = {
-        "strategies": np.array(config.steer.strategies), "named_by": np.array(("true", "predicted")),
-        "alphas": alphas_A, "class_names": np.array(class_names), "subset": np.arange(2**heads),
-    }  # fmt: skip
-    for split in ("validation", "test"):
-        labels = np.repeat(np.arange(only or classes), per_class).astype(np.int32)
-        noise = rng.normal(0, 0.7, (len(labels), heads))
-        gate_logits = open_by[labels] + noise
-        luck = rng.logistic(0, 1, len(labels))
-        right_NP = (1.2 * (important[labels] @ (patterns.T - 0.4)) + 0.8 + luck[:, None]) > 0
-        wrong = (labels + rng.integers(1, classes, len(labels))) % classes
-        table = np.where(right_NP, labels[:, None], wrong[:, None]).astype(np.int16)
-        pattern = np.asarray(gates_to_pattern(gate_logits > 0))
-        rank = np.arange(len(labels))
-        before = table[rank, pattern]
-        steered = np.zeros((len(config.steer.strategies), seeds, 2, len(alphas_A), len(labels)), np.uint16)
-        for g, name in enumerate(config.steer.strategies):
-            for s, y in np.ndindex(seeds, 2):
-                push = pull.get(name, rng.normal(-0.25, 0.4, (classes, heads))) + rng.normal(0, 0.1, (classes, heads))
-                named = labels if y == 0 else before
-                logits = (
-                    gate_logits
-                    + np.sign(alphas_A)[:, None, None] * np.abs(alphas_A[:, None, None]) ** 0.7 * push[named]
-                )
-                steered[g, s, y] = np.asarray(gates_to_pattern(logits > 0))
-        predictions = table[rank, steered]
-        right, was = predictions == labels, before == labels
-        count = lambda values, labels=labels: class_counts(values, labels, classes)  # noqa: E731
-        arrays |= {
-            f"{split}_labels": labels,
-            f"{split}_count": np.bincount(labels, minlength=classes),
-            f"{split}_pattern": pattern,
-            f"{split}_prediction": before,
-            f"{split}_table": table,
-            f"{split}_unsteered_correct": count(was),
-            f"{split}_unsteered_heads_on": count(pattern_to_gates(pattern, heads).T).T,
-            f"{split}_unsteered_right": pack_bits(was),
-            f"{split}_right": pack_bits(right),
-            f"{split}_gates": pack_bits(np.moveaxis(pattern_to_gates(steered, heads), -1, -2)),
-            f"{split}_correct": count(right),
-            f"{split}_gained": count(right & ~was),
-            f"{split}_lost": count(~right & was),
-            f"{split}_heads_on": np.stack([count((steered >> head) & 1) for head in range(heads)], axis=-1),
-        }
+    labels = np.repeat(np.arange(only or classes), per_class).astype(np.int32)
+    validation, test = (made_split(config, labels, important, open_by, pull, rng) for _ in range(2))
     latents = config.latents
     frequency = np.clip(10 ** rng.normal(-1.6, 0.7, (seeds, latents)), 0, 1) * (rng.random((seeds, latents)) > 0.05)
     chosen = rng.integers(0, max(latents // 3, 8), (len(config.steer.strategies), seeds, classes, 4)).astype(np.int32)
-    train = np.repeat(np.arange(classes), 6).astype(np.int32)
-    side = config.data.image_size
-    y, x = np.mgrid[:side, :side] / side
-    pictures = 127 + 120 * np.sin(6 * (x + y * (1 + train[:, None, None] % 5)) + train[:, None, None])
-    images = np.repeat(pictures[..., None], channels, axis=3) * np.linspace(0.5, 1, channels)
-    images = images.astype(np.uint8)
-    held = (
-        images
-        if not lazy
-        else LazyImages(lambda places: iter(images[places]), np.arange(len(images)), images.shape[1:])
-    )
-    arrays |= {
-        "latents": chosen, "weights": np.ones(chosen.shape, np.float32), "frequency": frequency,
-        "class_frequency": np.clip(frequency[0] * rng.exponential(2, (classes, latents)), 0, 1).astype(np.float32),
-        "top_images": rng.integers(0, len(train), (latents, 5)).astype(np.int32),
-        "top_activations": np.sort(rng.normal(1, 0.8, (latents, 5)), axis=1)[:, ::-1].astype(np.float32),
-        "sae_mse": (0.05 + np.exp(-np.arange(15) / 3)[:, None] * rng.uniform(0.8, 1, (1, seeds))).astype(np.float32),
-        "sae_l0": np.full((15, seeds), 4.0, np.float32),
-        "sae_dead": (0.2 * np.exp(-np.arange(15) / 4)[:, None] * rng.uniform(0.5, 1, (1, seeds))).astype(np.float32),
-    }  # fmt: skip
     related_CC = (np.arange(classes)[:, None] // 5 == np.arange(classes) // 5) & ~np.eye(classes, dtype=bool)
-    if related:
-        arrays["related"] = related_CC
     member = np.zeros((len(config.steer.strategies), seeds, classes, latents), np.float32)
     np.put_along_axis(member, chosen, 1, axis=-1)
     by_name = dict(zip(config.steer.strategies, member, strict=True))
+    class_class = global_class = None
     if "class" in by_name:
-        arrays["overlap_class_class"] = by_name["class"] @ by_name["class"].swapaxes(1, 2) / 4
+        class_class = by_name["class"] @ by_name["class"].swapaxes(1, 2) / 4
         if "global" in by_name:
-            arrays["overlap_global_class"] = np.einsum("SF,SCF->SC", by_name["global"][:, 0], by_name["class"]) / 4
-    numbers, extra = summarise(arrays, config)
+            global_class = np.einsum("SF,SCF->SC", by_name["global"][:, 0], by_name["class"]) / 4
+    return config, SweepResult(
+        strategies=config.steer.strategies,
+        alphas=make_alpha_grid(config.steer),
+        class_names=class_names,
+        subset=np.arange(2**heads),
+        related=related_CC if related else None,
+        latents=chosen,
+        weights=np.ones(chosen.shape, np.float32),
+        frequency=frequency,
+        class_frequency=np.clip(frequency[0] * rng.exponential(2, (classes, latents)), 0, 1).astype(np.float32),
+        top_images=rng.integers(0, 6 * classes, (latents, 5)).astype(np.int32),
+        top_activations=np.sort(rng.normal(1, 0.8, (latents, 5)), axis=1)[:, ::-1].astype(np.float32),
+        overlap_class_class=class_class,
+        overlap_global_class=global_class,
+        validation=validation,
+        test=test,
+        steps={},
+    )
+
+
+def made_split(
+    config: Config, labels: np.ndarray, important: np.ndarray, open_by: np.ndarray, pull: dict[str, np.ndarray],
+    rng: np.random.Generator,
+) -> SplitResult:  # fmt: skip
+    """Make up one split of a sweep.
+
+    Args:
+      important: [C, H] what each head adds to the class's answer.
+      open_by: [C, H] mean gate logits.
+      pull: strategy -> [C, H] what steering adds to the gate logits.
+    """
+    alphas_A, strategies, seeds = make_alpha_grid(config.steer), config.steer.strategies, config.sae.seeds
+    classes, heads = important.shape
+    patterns = pattern_to_gates(np.arange(2**heads), heads)
+    noise = rng.normal(0, 0.7, (len(labels), heads))
+    gate_logits = open_by[labels] + noise
+    luck = rng.logistic(0, 1, len(labels))
+    right_NP = (1.2 * (important[labels] @ (patterns.T - 0.4)) + 0.8 + luck[:, None]) > 0
+    wrong = (labels + rng.integers(1, classes, len(labels))) % classes
+    table = np.where(right_NP, labels[:, None], wrong[:, None]).astype(np.int16)
+    pattern = np.asarray(gates_to_pattern(gate_logits > 0))
+    rank = np.arange(len(labels))
+    before = table[rank, pattern]
+    steered = np.zeros((len(strategies), seeds, len(NAMED_BY), len(alphas_A), len(labels)), np.uint16)
+    for g, name in enumerate(strategies):
+        for s, y in np.ndindex(seeds, len(NAMED_BY)):
+            push = pull.get(name, rng.normal(-0.25, 0.4, (classes, heads))) + rng.normal(0, 0.1, (classes, heads))
+            steered_by = labels if y == BY_LABEL else before
+            size_A = np.sign(alphas_A)[:, None, None] * np.abs(alphas_A[:, None, None]) ** 0.7
+            steered[g, s, y] = np.asarray(gates_to_pattern(gate_logits + size_A * push[steered_by] > 0))
+    right, unsteered = table[rank, steered] == labels, before == labels
+
+    def count(values: np.ndarray) -> np.ndarray:
+        return class_counts(values, labels, classes)
+
+    return SplitResult(
+        labels=labels,
+        count=np.bincount(labels, minlength=classes),
+        pattern=pattern,
+        prediction=before,
+        table=table,
+        unsteered_correct=count(unsteered),
+        unsteered_heads_on=count(pattern_to_gates(pattern, heads).T).T,
+        unsteered_right=pack_bits(unsteered),
+        right=pack_bits(right),
+        gates=pack_bits(np.moveaxis(pattern_to_gates(steered, heads), -1, -2)),
+        correct=count(right),
+        gained=count(right & ~unsteered),
+        lost=count(~right & unsteered),
+        heads_on=np.stack([count((steered >> head) & 1) for head in range(heads)], axis=-1),
+    )
+
+
+def made_run(
+    *, rows: bool = True, lazy: bool = False, by_layer: bool = True, channels: int = 1, **sweep: Any
+) -> dict[str, Any]:
+    """Make up a whole run.
+
+    Args:
+      rows: with rows of metrics.jsonl.
+      lazy: images that are read when they are needed.
+      by_layer: with the optional stages `layers` and `grid`.
+      channels: of the images.
+      sweep: arguments of `made_sweep`.
+
+    Returns:
+      What the report reads: `config`, `name`, `summary`, `arrays`, `dataset` and `rows`.
+    """
+    rng = np.random.default_rng(1)
+    config, result = made_sweep(channels=channels, **sweep)
+    numbers, scored = summarise(result, config)
+    classes, seeds, latents = len(result.class_names), result.test.seeds, config.latents
+    curves = {
+        "sae_mse": (0.05 + np.exp(-np.arange(15) / 3)[:, None] * rng.uniform(0.8, 1, (1, seeds))).astype(np.float32),
+        "sae_l0": np.full((15, seeds), 4.0, np.float32),
+        "sae_dead": (0.2 * np.exp(-np.arange(15) / 4)[:, None] * rng.uniform(0.5, 1, (1, seeds))).astype(np.float32),
+    }
+    split = made_images(classes, config.data.image_size, channels, lazy)
     health = {"mse": 0.0512, "explained_variance": 0.912, "l0": 3.9, "dead_fraction": 0.034}
     health |= {"gate_agreement": 0.97, "accuracy": 0.91, "mse_residual": 0.0312, "dense_fraction": 0.02, "twins": 0.01}
     health |= {"max_cosine": 0.43, "class_selectivity": 0.61, "accuracy_residual": 0.87, "kl": 0.123}
@@ -178,9 +210,19 @@ def made_run(
         "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
         "by_layer": made_layers() if by_layer else None,
     }  # fmt: skip
-    split = Split(held, train)
     return {
-        "config": config, "name": "a <run>", "summary": summary, "arrays": arrays | extra,
-        "dataset": Dataset(split, split, split, class_names, related_CC if related else None),
+        "config": config, "name": "a <run>", "summary": summary, "arrays": name_arrays(result) | scored | curves,
+        "dataset": Dataset(split, split, split, result.class_names, result.related),
         "rows": made_rows() if rows else [],
     }  # fmt: skip
+
+
+def made_images(classes: int, side: int, channels: int, lazy: bool) -> Split:
+    """Make up six images of each class."""
+    labels = np.repeat(np.arange(classes), 6).astype(np.int32)
+    y, x = np.mgrid[:side, :side] / side
+    pictures = 127 + 120 * np.sin(6 * (x + y * (1 + labels[:, None, None] % 5)) + labels[:, None, None])
+    images = (np.repeat(pictures[..., None], channels, axis=3) * np.linspace(0.5, 1, channels)).astype(np.uint8)
+    if lazy:
+        return Split(LazyImages(lambda places: iter(images[places]), np.arange(len(images)), images.shape[1:]), labels)
+    return Split(images, labels)

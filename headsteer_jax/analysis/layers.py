@@ -1,12 +1,14 @@
 """How steerable each gated layer is: class steering of every layer by itself, then of all of them at once.
 
-Every layer has its own autoencoder. Where several are steered, a later gate reads a residual that the earlier layers'
-changed heads have already changed. Axes: B, N images, A alphas, L steered layers, H heads, D width.
+Every layer has its own autoencoder. If several layers are steered, a later gate reads a residual that the changed heads
+of the earlier layers have already changed.
+
+Axes: B, N images, A alphas, L steered layers, H heads, D width.
 """
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from headsteer_jax.model.passes import per_image_program, run_over_split
 from headsteer_jax.model.vit import TrainedModel, predict_class
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
-from headsteer_jax.sae.residuals import load_or_compute_residuals
+from headsteer_jax.sae.residuals import Residuals, load_or_compute_residuals
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.steering import Steering, run_suffix
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
@@ -29,15 +31,17 @@ from headsteer_jax.steer.strategies import class_frequent_latents, latent_statis
 logger = logging.getLogger(__name__)
 
 
-def layer_residuals(trained: TrainedModel, split: Split, layers: tuple[int, ...], what: str) -> dict[int, np.ndarray]:
-    """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
+def layer_residuals(
+    trained: TrainedModel, split: Split, layers: tuple[int, ...], description: str
+) -> dict[int, np.ndarray]:
+    """Compute the CLS residuals that enter layers, in one pass over a split: {layer: [N, D] float32}."""
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         _, out = trained.model.apply(params, preprocess(images, trained.config.data))
         return tuple(out["cls"][layer] for layer in layers)
 
     program = per_image_program(run, trained.config.train.eval_batch)
-    return dict(zip(layers, run_over_split(program, trained.params, split, what), strict=True))
+    return dict(zip(layers, run_over_split(program, trained.params, split, description), strict=True))
 
 
 def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
@@ -55,28 +59,39 @@ def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
 
 
 def _first_of_each_class(split: Split, per_class: int) -> Split:
-    """The first images of each class; 0: all."""
+    """Keep the first images of each class, or all images if `per_class` is 0."""
     if not per_class:
         return split
-    kept = np.sort(np.concatenate([np.flatnonzero(split.labels == c)[:per_class] for c in np.unique(split.labels)]))
-    return Split(split.images[kept], split.labels[kept])
+    indices = np.sort(np.concatenate([np.flatnonzero(split.labels == c)[:per_class] for c in np.unique(split.labels)]))
+    return Split(split.images[indices], split.labels[indices])
 
 
-def _summarise_layer(
-    validation: tuple[np.ndarray, np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray, np.ndarray],
-    config: Config,
-) -> dict[str, Any]:  # fmt: skip
-    """Curves on test, and the alpha chosen on validation; each split is (gates, predictions, labels)."""
+class SteeredSplit(NamedTuple):
+    """A split under every alpha of the profile, steered by the label."""
+
+    gates: np.ndarray  # [A, N, L, H] bool
+    predictions: np.ndarray  # [A, N] int32
+    labels: np.ndarray  # [N]
+
+    @property
+    def used(self) -> np.ndarray:
+        """[A, N] share of the steered layers' heads that run."""
+        return self.gates.mean(axis=(2, 3), dtype=np.float32)
+
+    @property
+    def right(self) -> np.ndarray:
+        """[A, N] bool: is the answer right."""
+        return self.predictions == self.labels
+
+
+def _summarise_layer(validation: SteeredSplit, test: SteeredSplit, config: Config) -> dict[str, Any]:
+    """Summarise the curves on test, and the alpha chosen on validation."""
     alphas = np.array((0.0, *config.layers.alphas))
-
-    def curves(gates: np.ndarray, predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return gates.mean(axis=(2, 3), dtype=np.float32), predictions == labels  # [A, N] each
-
-    used, right = (values.mean(axis=1) for values in curves(*validation))
-    chosen = int(choose_alpha(alphas, used, right, right[0] - config.steer.tolerance))
-    used, right = curves(*test)
+    usage_A, accuracy_A = validation.used.mean(axis=1), validation.right.mean(axis=1)
+    chosen = int(choose_alpha(alphas, usage_A, accuracy_A, accuracy_A[0] - config.steer.tolerance))
+    used, right = test.used, test.right
     rng = np.random.default_rng([config.seed, 5])
-    weights = bootstrap_weights(test[2], config.steer.bootstrap, rng)
+    weights = bootstrap_weights(test.labels, config.steer.bootstrap, rng)
     used_R = bootstrap_means(lambda _: used, 1, weights, rng)
     right_R = bootstrap_means(lambda _: right, 1, weights, rng)
 
@@ -99,62 +114,75 @@ def _summarise_layer(
     }
 
 
+def _steer_layer(
+    trained: TrainedModel, dataset: Dataset, layer: int, source: Residuals, directory: Path
+) -> tuple[Steering, float]:
+    """Train a layer's autoencoder and choose the latents of class steering.
+
+    Args:
+      source: the training residuals.
+      directory: for the checkpoints.
+
+    Returns:
+      The steering, and the share of dead latents.
+    """
+    config, labels = trained.config, dataset.train.labels
+    sae_config = config.sae.model_copy(
+        update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
+        | {"batch": min(config.sae.batch, len(labels))}
+    )
+    layer_config = config.model_copy(update={"sae": sae_config})
+    members = train_members(layer_config, seed_members(sae_config), source, directory)
+    sae = members.autoencoders(config.sae.inference_k).member(0)
+    z_NF = encode_split(sae, np.concatenate(list(source.chunks())))
+    stats = latent_statistics(z_NF, labels, len(dataset.class_names), sae.decoder)
+    choice = class_frequent_latents(stats, config.steer, np.random.default_rng(0))
+    return Steering(sae, stats.strength, choice), float(np.mean(stats.frequency == 0))
+
+
 def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cache: str | Path) -> dict[str, Any]:
     """Steer each of config.layers.layers by itself, then all of them together.
 
-    Latents are chosen on the training split, alpha on validation, figures are test's.
+    Latents are chosen on the training split and alpha on validation; the figures are those of test.
 
     Args:
       directory: for the checkpoints.
-      cache: where activations are kept.
+      cache: directory of the activation cache.
 
     Returns:
-      `layers`: a row for each, and `together`, where there are several: usage there is the mean over these layers.
-      Each row: curves over `alphas`, figures before and after at the alpha chosen, their intervals; of a layer also its
-      number, the accuracy with all its heads off, and its autoencoder's explained variance and dead share.
+      `layers`: a row for each, and `together`, if there are several: usage there is the mean over these layers.
+      Each row has curves over `alphas`, and figures before and after at the chosen alpha with their intervals; a
+      layer's row also has its number, the accuracy with all its heads off, and its autoencoder's explained variance and
+      share of dead latents.
     """
     config = trained.config
     depth = config.model.depth
     layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
-    splits = {"validation": dataset.validation, "test": dataset.test}
-    splits = {name: _first_of_each_class(split, config.layers.per_class) for name, split in splits.items()}
+    validation, test = (
+        _first_of_each_class(split, config.layers.per_class) for split in (dataset.validation, dataset.test)
+    )
     source = load_or_compute_residuals(cache, trained, dataset.train, "train", layers, "cls")
-    x_test = layer_residuals(trained, splits["test"], layers, "test: residuals of every layer")
+    x_test = layer_residuals(trained, test, layers, "test: residuals of every layer")
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
         logger.info(f"layer {layer}: autoencoder")
-        one = config.sae.model_copy(
-            update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
-            | {"batch": min(config.sae.batch, len(dataset.train.labels))}
-        )
-        of_layer = config.model_copy(update={"sae": one})
-        members = train_members(of_layer, seed_members(one), source[layer], directory / str(layer))
-        sae = members.autoencoders(config.sae.inference_k).member(0)
-        z_NF = encode_split(sae, np.concatenate(list(source[layer].chunks())))
-        stats = latent_statistics(z_NF, dataset.train.labels, len(dataset.class_names), sae.decoder)
-        choice = class_frequent_latents(stats, config.steer, np.random.default_rng(0))
-        steered[layer] = Steering(sae, stats.strength, choice)
-        on_test = measure_health(sae, [x_test[layer]])
-        rows.append(
-            {
-                "layer": layer,
-                "explained_variance": on_test.explained_variance,
-                "dead_fraction": float(np.mean(stats.frequency == 0)),
-            }
-        )
+        steered[layer], dead = _steer_layer(trained, dataset, layer, source[layer], directory / str(layer))
+        explained = measure_health(steered[layer].sae, [x_test[layer]]).explained_variance
+        rows.append({"layer": layer, "explained_variance": explained, "dead_fraction": dead})
 
-    def measured(some: Mapping[int, Steering], what: str) -> dict[str, Any]:
-        alphas, on = np.array((0.0, *config.layers.alphas)), []
-        for name, split in splits.items():
-            setting = [(some, split.labels)]
-            gates, predictions = run_suffix(trained, split, setting, alphas, f"{name}: {what}")
-            on.append((gates[0], predictions[0], split.labels))
-        return _summarise_layer(on[0], on[1], config)
+    def steer_split(steering: Mapping[int, Steering], split: Split, description: str) -> SteeredSplit:
+        alphas = np.array((0.0, *config.layers.alphas))
+        gates, predictions = run_suffix(trained, split, [(steering, split.labels)], alphas, description)
+        return SteeredSplit(gates[0], predictions[0], split.labels)
+
+    def measure(steering: Mapping[int, Steering], description: str) -> dict[str, Any]:
+        on_validation = steer_split(steering, validation, f"validation: {description}")
+        return _summarise_layer(on_validation, steer_split(steering, test, f"test: {description}"), config)
 
     for row in rows:
         layer = row["layer"]
-        row |= measured({layer: steered[layer]}, f"layer {layer} steered")
-        row["all_off"] = accuracy_all_off(trained, splits["test"], layer)
-    together = measured(steered, "all steered") if len(layers) > 1 else None
-    return {"layers": rows, "together": together, "images": len(splits["test"].labels)}
+        row |= measure({layer: steered[layer]}, f"layer {layer} steered")
+        row["all_off"] = accuracy_all_off(trained, test, layer)
+    together = measure(steered, "all steered") if len(layers) > 1 else None
+    return {"layers": rows, "together": together, "images": len(test.labels)}

@@ -1,11 +1,10 @@
-"""What the counts say: intervals, paired tests, choices on validation, and the controls.
+"""Statistics of the sweep: intervals, paired tests, choices on validation, and the controls.
 
-Everything works on what each image got: `right` (was the answer correct) and `used` (how many heads ran).
-Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, H heads, P = 2^H patterns.
+Axes: R resamplings, S seeds, A alphas, L levels of usage, N images, C classes, H heads, P gate patterns.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -15,7 +14,7 @@ from headsteer_jax.steer.tally import class_counts
 
 
 def bootstrap_weights(labels: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """[R, N] float32: how often each image is drawn when every class is resampled on its own (rows sum to N)."""
+    """Draw how often each resampling takes each image, class by class: [R, N] float32, whose rows sum to N."""
     weights = np.zeros((resamples, len(labels)), np.float32)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -24,13 +23,13 @@ def bootstrap_weights(labels: np.ndarray, resamples: int, rng: np.random.Generat
 
 
 def bootstrap_means(values: Callable[[int], np.ndarray], seeds: int, weights: np.ndarray, rng: Any) -> np.ndarray:
-    """Resampled means of per-image values, over images and over seeds.
+    """Compute resampled means of per-image values, over images and over seeds.
 
     Each resampling draws images (the rows of `weights`, shared by all settings, so that differences are paired) and,
     with several seeds, draws the seeds again as well.
 
     Args:
-      values: a seed's values [..., N]; asked for one seed at a time, as all of them may be large.
+      values: seed -> its values [..., N]; called for one seed at a time, as all of them together may be large.
       seeds: how many there are.
       weights: [R, N] from `bootstrap_weights`.
 
@@ -40,31 +39,32 @@ def bootstrap_means(values: Callable[[int], np.ndarray], seeds: int, weights: np
     drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(weights)) / seeds  # [R, S]
     means: Any = 0.0
     for seed in range(seeds):
-        own = np.asarray(values(seed), np.float32)
-        flat = weights @ own.reshape(-1, own.shape[-1]).T / own.shape[-1]  # [R, rest]
+        seed_values = np.asarray(values(seed), np.float32)
+        count = seed_values.shape[-1]
+        flat = weights @ seed_values.reshape(-1, count).T / count  # [R, all settings]
         means = means + drawn[:, seed, None] * flat
-    return means.reshape(len(weights), *own.shape[:-1])
+    return means.reshape(len(weights), *seed_values.shape[:-1])
 
 
 def percentile_interval(resampled: np.ndarray, confidence: float) -> np.ndarray:
-    """Percentile interval: [R, ...] -> [2, ...]."""
+    """Compute the percentile interval of resampled values: [R, ...] -> [2, ...]."""
     tail = (1 - confidence) / 2
     return np.quantile(resampled, [tail, 1 - tail], axis=0)
 
 
 def mcnemar_p(gained: np.ndarray | int, lost: np.ndarray | int) -> np.ndarray:
-    """Two-sided exact McNemar p-values: of gained + lost discordant pairs, is the split even? (Binomial(n, 1/2).)"""
+    """Compute two-sided exact McNemar p-values that gained + lost discordant pairs split evenly: Binomial(n, 1/2)."""
     gained, lost = np.asarray(gained), np.asarray(lost)
     return np.minimum(1.0, 2 * stats.binom.cdf(np.minimum(gained, lost), gained + lost, 0.5))
 
 
 def adjust_p_values(p: np.ndarray) -> np.ndarray:
-    """p-values adjusted for testing all of them (false discovery rate)."""
+    """Adjust p-values for testing all of them (Benjamini-Hochberg, false discovery rate)."""
     return stats.false_discovery_control(p)
 
 
 def choose_alpha(alphas: np.ndarray, usage: np.ndarray, accuracy: np.ndarray, floor: np.ndarray | float) -> np.ndarray:
-    """Of the alphas > 0 that keep the accuracy at `floor` or above, the one of lowest usage; where none does, 0.
+    """Choose the alpha of lowest usage among those > 0 that keep the accuracy at `floor` or above; 0 if none does.
 
     Args:
       alphas: [A], holding 0.
@@ -79,103 +79,132 @@ def choose_alpha(alphas: np.ndarray, usage: np.ndarray, accuracy: np.ndarray, fl
     return np.where(allowed.any(axis=0), best, int(np.flatnonzero(alphas == 0)[0]))
 
 
-def accuracy_at_usage(usage: np.ndarray, accuracy: np.ndarray, wanted: float) -> float | None:
-    """Accuracy where a path of settings, in the order of alpha from 0 up, first comes down to a usage.
+def accuracy_at_usage(usage: np.ndarray, accuracy: np.ndarray, level: float) -> float | None:
+    """Interpolate the accuracy at which a path of settings, from alpha 0 up, first comes down to a level of usage.
 
-    Linear between neighbouring settings; None where the path never gets there.
+    The path is linear between neighbouring settings. None if it never comes down to the level.
     """
     for i in range(len(usage) - 1):
         high, low = usage[i], usage[i + 1]
-        if high >= wanted >= low and high > low:
-            share = (high - wanted) / (high - low)
+        if high >= level >= low and high > low:
+            share = (high - level) / (high - low)
             return float(accuracy[i] + share * (accuracy[i + 1] - accuracy[i]))
     return None
 
 
 def accuracy_front(usage: np.ndarray, accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """[..., A] settings -> [..., L]: the best accuracy of a setting that uses at most so much; NaN where none does."""
+    """Find the best accuracy [..., L] of [..., A] settings that use at most each level; NaN where none does."""
     allowed = usage[..., None, :] <= levels[:, None] + 1e-9
     best = np.max(np.where(allowed, accuracy[..., None, :], -np.inf), axis=-1)
     return np.where(np.isfinite(best), best, np.nan)
 
 
 def wilcoxon_fewer(before: np.ndarray, after: np.ndarray) -> float:
-    """One-sided p-value that paired counts fell: Wilcoxon's signed-rank test (zeros after Pratt); 1 if none moved."""
+    """Test whether paired counts fell: one-sided p-value of Wilcoxon's signed-rank test (Pratt); 1 if none changed."""
     change = np.asarray(after, np.float64) - before
     return float(stats.wilcoxon(change, zero_method="pratt", alternative="less").pvalue) if change.any() else 1.0
 
 
+class LabelledTable(NamedTuple):
+    """A split's answers under every gate pattern."""
+
+    predictions: np.ndarray  # [N, P]
+    labels: np.ndarray  # [N]
+
+
+class SubsetScores(NamedTuple):
+    """The answers of one split under every fixed head subset, by class."""
+
+    right: np.ndarray  # [N, P] bool
+    correct: np.ndarray  # [P, C] right answers
+    images: np.ndarray  # [C] how many there are
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """[P, C] accuracy on each class; 0 for a class without images."""
+        return self.correct / np.maximum(self.images, 1)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[P] accuracy over all images."""
+        return self.correct.sum(axis=1) / self.images.sum()
+
+
+def _score_subsets(table: LabelledTable, classes: int) -> SubsetScores:
+    """Count the right answers of every subset."""
+    right_NP = table.predictions == table.labels[:, None]
+    count_C = np.bincount(table.labels, minlength=classes)
+    return SubsetScores(right_NP, class_counts(right_NP.T, table.labels, classes), count_C)
+
+
+def _mean_of_choice(test: SubsetScores, choice_C: np.ndarray) -> float:
+    """Compute the test accuracy if every class has a subset of its own."""
+    share_C = test.images / test.images.sum()
+    return float(np.sum(share_C * test.accuracy[choice_C, np.arange(len(choice_C))]))
+
+
+def _list_heads(pattern: int, heads: int) -> list[int]:
+    """List the heads that a pattern runs."""
+    return np.flatnonzero(pattern_to_gates(np.array(pattern), heads)).tolist()
+
+
 def fixed_subset_controls(
-    validation_table: np.ndarray, validation_labels: np.ndarray, test_table: np.ndarray, test_labels: np.ndarray,
-    validation_gated: np.ndarray, patterns: np.ndarray, classes: int, heads: int, related: np.ndarray | None = None,
+    validation_table: LabelledTable, test_table: LabelledTable, gated_N: np.ndarray, patterns: np.ndarray,
+    classes: int, heads: int, related: np.ndarray | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What fixed head subsets reach in the steered layer: chosen on validation, scored on test.
+    """Score fixed head subsets in the steered layer: they are chosen on validation and scored on test.
 
     Args:
-      validation_table, test_table: [N, P] predictions under each pattern.
-      validation_gated: [N] predictions of the unsteered gated model.
-      patterns: [P] ascending; with up to MOST_HEADS heads all there are.
+      gated_N: validation predictions of the unsteered gated model.
+      patterns: [P] ascending, those of the tables; with up to MOST_HEADS heads all there are.
       related: [C, C] bool; a class and those related to it are its superclass.
 
     Returns:
       `all_on`, `all_off`: accuracies. `by_size`, for each number of heads 0 to H: `fixed` (the subset best on
       validation), `random` (mean over all subsets of the size), `oracle` (the best subset of each class), `superclass`
-      (the best subset of each superclass; None where nothing is related), `image` (the share of test images that some
+      (the best subset of each superclass; None if no classes are related), `image` (the share of test images that some
       subset of the size gets right: nothing is chosen, so it is a bound).
       `best_fixed`: the best subset of any size. `oracle`: for each class the smallest subset that keeps the class's
-      gated accuracy on validation; with `class_patterns`, [C]. `size_patterns`, [H + 1, C]: of `by_size`'s oracle.
+      gated accuracy on validation; with `class_patterns`, [C]. `size_patterns`, [H + 1, C]: those of the oracles in
+      `by_size`.
     """
     size_P = pattern_to_gates(patterns, heads).sum(axis=1)
-    tables = ((validation_table, validation_labels), (test_table, test_labels))
-    right_VP, right_NP = (table == labels[:, None] for table, labels in tables)
-    right = [
-        class_counts(one.T, labels, classes) for one, (_, labels) in zip((right_VP, right_NP), tables, strict=True)
-    ]
-    counts = [np.bincount(labels, minlength=classes) for _, labels in tables]
-    chosen_on, scored_on = (r / np.maximum(n, 1) for r, n in zip(right, counts, strict=True))  # [P, C]
-    mean_validation, mean_test = (r.sum(axis=1) / n.sum() for r, n in zip(right, counts, strict=True))
-    share = counts[1] / counts[1].sum()
-    family_CC = np.eye(classes, dtype=np.int64) if related is None else np.eye(classes, dtype=np.int64) | related
-
-    def heads_of(pattern: int) -> list[int]:
-        return np.flatnonzero(pattern_to_gates(np.array(pattern), heads)).tolist()
-
+    validation, test = (_score_subsets(table, classes) for table in (validation_table, test_table))
+    family_CC = None if related is None else np.eye(classes, dtype=np.int64) | related
     by_size, size_patterns = [], []
     for size in range(heads + 1):
         members = np.flatnonzero(size_P == size)
-        fixed = int(members[np.argmax(mean_validation[members])])
-        best_C = members[np.argmax(chosen_on[members], axis=0)]
-        group_C = members[np.argmax(right[0][members] @ family_CC, axis=0)]
+        fixed = int(members[np.argmax(validation.mean[members])])
+        best_C = members[np.argmax(validation.accuracy[members], axis=0)]
         size_patterns.append(patterns[best_C])
+        superclass = None
+        if family_CC is not None:
+            superclass = _mean_of_choice(test, members[np.argmax(validation.correct[members] @ family_CC, axis=0)])
         by_size.append(
             {
                 "usage": size / heads,
-                "fixed": float(mean_test[fixed]),
-                "heads": heads_of(patterns[fixed]),
-                "random": float(mean_test[members].mean()),
-                "oracle": float(np.sum(share * scored_on[best_C, np.arange(classes)])),
-                "superclass": None
-                if related is None
-                else float(np.sum(share * scored_on[group_C, np.arange(classes)])),
-                "image": float(right_NP[:, members].any(axis=1).mean()),
+                "fixed": float(test.mean[fixed]),
+                "heads": _list_heads(patterns[fixed], heads),
+                "random": float(test.mean[members].mean()),
+                "oracle": _mean_of_choice(test, best_C),
+                "superclass": superclass,
+                "image": float(test.right[:, members].any(axis=1).mean()),
             }
         )
-    gated_C = class_counts(validation_gated == validation_labels, validation_labels, classes) / np.maximum(counts[0], 1)
-    # of the patterns that keep the class's accuracy the smallest, of those the most accurate
-    rank_PC = np.where(chosen_on >= gated_C, size_P[:, None] - chosen_on / 2, np.inf)
-    oracle_C = np.where(np.isfinite(rank_PC).any(axis=0), np.argmin(rank_PC, axis=0), len(patterns) - 1)
-    best = int(np.argmax(mean_validation))
+    oracle_C = _smallest_sufficient(validation, validation_table.labels, gated_N, size_P)
+    best = int(np.argmax(validation.mean))
+    share_C = test.images / test.images.sum()
     return {
-        "all_on": float(mean_test[-1]),
-        "all_off": float(mean_test[0]),
+        "all_on": float(test.mean[-1]),
+        "all_off": float(test.mean[0]),
         "best_fixed": {
             "usage": float(size_P[best] / heads),
-            "accuracy": float(mean_test[best]),
-            "heads": heads_of(patterns[best]),
+            "accuracy": float(test.mean[best]),
+            "heads": _list_heads(patterns[best], heads),
         },
         "oracle": {
-            "usage": float(np.sum(share * size_P[oracle_C]) / heads),
-            "accuracy": float(np.sum(share * scored_on[oracle_C, np.arange(classes)])),
+            "usage": float(np.sum(share_C * size_P[oracle_C]) / heads),
+            "accuracy": _mean_of_choice(test, oracle_C),
         },
         "by_size": by_size,
         "class_patterns": patterns[oracle_C],
@@ -183,5 +212,18 @@ def fixed_subset_controls(
     }
 
 
+def _smallest_sufficient(
+    validation: SubsetScores, labels: np.ndarray, gated_N: np.ndarray, size_P: np.ndarray
+) -> np.ndarray:
+    """Choose for each class the smallest subset that keeps its gated accuracy, of those the most accurate: [C].
+
+    All heads are chosen for a class whose accuracy no subset keeps.
+    """
+    gated_C = class_counts(gated_N == labels, labels, len(validation.images)) / np.maximum(validation.images, 1)
+    rank_PC = np.where(validation.accuracy >= gated_C, size_P[:, None] - validation.accuracy / 2, np.inf)
+    return np.where(np.isfinite(rank_PC).any(axis=0), np.argmin(rank_PC, axis=0), len(size_P) - 1)
+
+
 def to_float_list(values: np.ndarray) -> list[float]:
+    """Convert an array to a list of Python floats, as JSON needs."""
     return [float(value) for value in values]

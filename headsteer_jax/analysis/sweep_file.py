@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from dataclasses import fields
 
 import numpy as np
 import xarray
@@ -9,6 +10,7 @@ from etils.epath import Path
 
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.files import REMAKE, AnyPath, write_bytes
+from headsteer_jax.steer.results import NAMED_BY, SplitResult, SweepResult
 
 SETTING = ("strategy", "seed", "named_by", "alpha")
 # dimensions of every array; "SPLIT_" stands for validation_ and test_
@@ -62,6 +64,7 @@ COORDINATES = {
 
 
 def _dimensions(name: str) -> tuple[str, ...]:
+    """Look up the dimensions of an array."""
     for split in ("validation", "test"):
         if name.startswith(f"{split}_"):
             general = DIMENSIONS["SPLIT_" + name.removeprefix(f"{split}_")]
@@ -69,12 +72,28 @@ def _dimensions(name: str) -> tuple[str, ...]:
     return DIMENSIONS[name]
 
 
-def to_dataset(arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
-    """Arrays by name -> the dataset; docs/outputs.md says what each is."""
+def name_arrays(result: SweepResult) -> dict[str, np.ndarray]:
+    """Name the arrays of a sweep as in sweep.nc: those of a split begin with its name."""
+    arrays: dict[str, np.ndarray] = {"named_by": np.array(NAMED_BY)}
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, SplitResult):
+            arrays |= {f"{field.name}_{part.name}": getattr(value, part.name) for part in fields(value)}
+        elif value is not None and field.name != "steps":
+            arrays[field.name] = np.array(value) if isinstance(value, tuple) else value
+    return arrays
+
+
+def to_dataset(result: SweepResult, scored: Mapping[str, np.ndarray]) -> xarray.Dataset:
+    """Label the arrays of a sweep; docs/outputs.md describes each of them.
+
+    Args:
+      scored: further arrays by name, such as those of `summarise`.
+    """
+    arrays = name_arrays(result) | dict(scored)
     variables = {name: (_dimensions(name), values) for name, values in arrays.items() if name not in COORDINATES}
-    heads = arrays["test_unsteered_heads_on"].shape[-1]
     coordinates = {COORDINATES[name]: values for name, values in arrays.items() if name in COORDINATES}
-    coordinates |= {"head": np.arange(heads), "seed": np.arange(arrays["frequency"].shape[0])}
+    coordinates |= {"head": np.arange(result.test.heads), "seed": np.arange(result.test.seeds)}
     if "usage_ci" in arrays:
         coordinates["bound"] = np.array(("low", "high"))
     if "other_class" in {dimension for dimensions, _ in variables.values() for dimension in dimensions}:
@@ -83,20 +102,28 @@ def to_dataset(arrays: Mapping[str, np.ndarray]) -> xarray.Dataset:
 
 
 def to_arrays(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
-    """The arrays of a dataset by name, in memory."""
+    """Read all arrays of a dataset into memory, by name."""
     names = {dimension: name for name, dimension in COORDINATES.items()}
     arrays = {str(name): dataset[name].values for name in dataset.data_vars}
     return arrays | {names[str(name)]: dataset[name].values for name in dataset.coords if name in names}
 
 
 def write_sweep(path: AnyPath, dataset: xarray.Dataset) -> None:
-    """Raises HeadSteerError where the disk is full or not writable; a file that was there is then intact."""
+    """Write a dataset as netCDF.
+
+    Raises:
+      HeadSteerError: the disk is full or not writable; a file that was there is then intact.
+    """
     encoding = {name: {"zlib": True, "complevel": 4} for name in dataset.data_vars}
     write_bytes(path, bytes(dataset.to_netcdf(engine="h5netcdf", encoding=encoding)))
 
 
 def read_sweep(path: AnyPath) -> xarray.Dataset:
-    """Raises HeadSteerError where the file is missing or damaged."""
+    """Read the dataset of a sweep.
+
+    Raises:
+      HeadSteerError: the file is missing or damaged.
+    """
     try:
         return xarray.load_dataset(io.BytesIO(Path(path).read_bytes()), engine="h5netcdf")
     except Exception as error:  # HDF5 fails in many ways

@@ -1,4 +1,4 @@
-"""What happens to the model when an autoencoder's reconstruction replaces the CLS residual.
+"""The effect on the model of an autoencoder's reconstruction in place of the CLS residual.
 
 Axes: B, N images, T tokens, D width, H heads, C classes, S autoencoders.
 """
@@ -25,19 +25,19 @@ from headsteer_jax.steer.steering import run_from_layer
 
 
 class ReplacementEffect(NamedTuple):
-    """What happens when every autoencoder's reconstruction replaces the CLS residual, [S] each."""
+    """The effect of each autoencoder's reconstruction in place of the CLS residual, [S] each."""
 
     gate_agreement: np.ndarray  # the gate alone reads it: share of gate decisions that stay
     accuracy: np.ndarray  # the gate alone reads it
     accuracy_residual: np.ndarray  # the whole block computes on it
-    kl: np.ndarray  # the whole block: mean KL divergence of the predictions from the model's own, in nats
+    kl: np.ndarray  # the whole block: mean KL divergence from the unchanged model's predictions, in nats
 
 
 def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split: Split) -> ReplacementEffect:
-    """Run the model from the autoencoders' layer on with reconstructed residuals.
+    """Run the model from the autoencoders' layer on with reconstructed residuals, and compare.
 
     Args:
-      autoencoders: S of them, as leading axis of the weights.
+      autoencoders: S autoencoders, the leading axis of the weights.
     """
     config, model, layer = trained.config, trained.model, trained.config.sae_layer
     scaling, k = autoencoders.scaling, autoencoders.k

@@ -1,14 +1,15 @@
-"""What changed latents do: the steered residual, the gates that follow from it, and the model from there on.
+"""The effect of changed latents: the steered residual, the gates that follow from it, and the model from there on.
 
-Under the *policy* target steering changes one layer's gates and nothing else: `GateProgram` gives them, and the table
-(`table.py`) the answers. Under the *residual* target, with several steered layers or with more heads than a table can
-hold, the layers from the first steered one on run for every setting: `run_suffix`.
+Under the *policy* target steering changes one layer's gates and nothing else: `GateProgram` gives the gates, and the
+table (`table.py`) the answers. Under the *residual* target, with several steered layers or with more heads than a table
+can hold, the layers from the first steered one on run for every setting: `run_suffix`.
 
-Axes: B, N images, D width, F latents, S chosen latents, H heads, L steered layers, A alphas, C classes.
+Axes: B, N images, R rows (an image with the class that steers it), D width, F latents, S chosen latents, H heads, L
+steered layers, V settings, A alphas, C classes.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.model.passes import (
+    CompiledFit,
     compile_within_memory,
     memory_error,
     padded_chunks,
@@ -37,7 +39,7 @@ Mode = Literal["add", "scale", "clamp", "ablate"]
 
 
 class Steering(NamedTuple):
-    """One layer's autoencoder and what is changed in it."""
+    """One layer's autoencoder and the latents that are changed in it."""
 
     sae: Autoencoder
     strength: np.ndarray  # [F] mean activation where a latent fires
@@ -45,7 +47,7 @@ class Steering(NamedTuple):
 
 
 def steer_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.Array, mode: Mode) -> jax.Array:
-    """Z' of the chosen latents [LH26]; alpha 0 changes nothing, but for clamp.
+    """Change the activations of chosen latents as in [LH26]; alpha 0 changes nothing, except with clamp.
 
     add: z + alpha w s;  scale: (1 + alpha w) z;  clamp: alpha w s;  ablate: (1 - alpha) z with alpha cut to [0, 1].
 
@@ -94,10 +96,10 @@ def apply_steering(
 def run_from_layer(
     model: ViT, params: Any, x_BTD: jax.Array, steered_BD: jax.Array, layer: int, target: Literal["policy", "residual"]
 ) -> tuple[jax.Array, jax.Array]:
-    """The model from `layer` on, with x' in its gate (policy) or in its block as well (residual).
+    """Run the model from `layer` on, with x' in its gate (policy) or in its block as well (residual).
 
     Returns:
-      [B, C] logits and [B, H] that layer's gates.
+      [B, C] logits and [B, H] gates of that layer.
     """
 
     def run(m: ViT) -> tuple[jax.Array, jax.Array]:
@@ -110,10 +112,10 @@ def run_from_layer(
 
 
 class GateProgram:
-    """The patterns that a layer's steered gates choose, as the model itself computes them; compiled once.
+    """The gate patterns that a layer's steered residuals lead to, as the model itself computes them; compiled once.
 
-    The residual is made and the gate reads it, for any mode, form and gate. One alpha at a time, not as a vmap: with
-    the shapes that the plain model has, so that a logit at 0 is rounded as it is there.
+    The residual is made and the gate reads it, for any mode, form and gate. The alphas run one by one, not as a vmap:
+    with the shapes that the plain model has, so that a logit at 0 is rounded as it is there.
     """
 
     def __init__(self, trained: TrainedModel) -> None:
@@ -121,43 +123,127 @@ class GateProgram:
         layer, steer = config.sae_layer, config.steer
         self._chunk = config.machine.sweep_chunk
 
-        def pattern(params: Any, one: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array) -> jax.Array:
-            steered_BD = apply_steering(one, x_BD, class_B, alpha, steer)
+        def pattern(
+            params: Any, steering: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array
+        ) -> jax.Array:
+            steered_BD = apply_steering(steering, x_BD, class_B, alpha, steer)
             return gates_to_pattern(model.apply(params, steered_BD, layer, method="gate_logits"))
 
-        self._one_each = jax.jit(pattern)
-        self._all = jax.jit(
-            lambda params, one, x_BD, class_B, alphas_A: jax.lax.map(
-                lambda alpha: pattern(params, one, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
+        self._run_rows = jax.jit(pattern)
+        self._run_grid = jax.jit(
+            lambda params, steering, x_BD, class_B, alphas_A: jax.lax.map(
+                lambda alpha: pattern(params, steering, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
             )
         )
         self._params = trained.params
 
-    def __call__(
-        self, one: Steering, x_RD: np.ndarray, class_R: np.ndarray, alphas: np.ndarray, *, each: bool = False
+    def patterns_on_grid(
+        self, steering: Steering, x_RD: np.ndarray, class_R: np.ndarray, alphas_A: np.ndarray
     ) -> np.ndarray:
-        """[A, R] int32 patterns of every row under every alpha; with `each`, [R]: row r under alphas[r]."""
-        found, count, alphas = [], len(x_RD), np.asarray(alphas, np.float32)
-        if not count:
-            return np.zeros((0,) if each else (len(alphas), 0), np.int32)
-        size = self._chunk  # always the same, so that there is one program
-        for begin in range(0, count, size):
-            rows = np.minimum(np.arange(begin, begin + size), count - 1)
-            run, alpha = (self._one_each, alphas[rows]) if each else (self._all, alphas)
-            found.append(np.asarray(run(self._params, one, x_RD[rows], class_R[rows], alpha)))
-        return np.concatenate(found, axis=-1)[..., :count]
+        """Compute the [A, R] int32 patterns of every row under every alpha."""
+        alphas_A = np.asarray(alphas_A, np.float32)
+        if not len(x_RD):
+            return np.zeros((len(alphas_A), 0), np.int32)
+        parts = [
+            np.asarray(self._run_grid(self._params, steering, x_RD[rows], class_R[rows], alphas_A))
+            for rows in self._chunks(len(x_RD))
+        ]
+        return np.concatenate(parts, axis=-1)[:, : len(x_RD)]
+
+    def patterns_at(self, steering: Steering, x_RD: np.ndarray, class_R: np.ndarray, alpha_R: np.ndarray) -> np.ndarray:
+        """Compute the [R] int32 patterns of rows that each have an alpha of their own."""
+        alpha_R = np.asarray(alpha_R, np.float32)
+        if not len(x_RD):
+            return np.zeros(0, np.int32)
+        parts = [
+            np.asarray(self._run_rows(self._params, steering, x_RD[rows], class_R[rows], alpha_R[rows]))
+            for rows in self._chunks(len(x_RD))
+        ]
+        return np.concatenate(parts)[: len(x_RD)]
+
+    def _chunks(self, count: int) -> list[np.ndarray]:
+        """Cut `count` rows into chunks of one size, so that there is one program; the last row fills the last chunk."""
+        size = self._chunk
+        return [np.minimum(np.arange(begin, begin + size), count - 1) for begin in range(0, count, size)]
+
+
+SuffixSetting = tuple[Mapping[int, Steering], np.ndarray]  # layer -> steering, and the class [N] that steers each image
+
+
+def _steered_suffix(trained: TrainedModel, layers: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:
+    """Build the function that runs the layers from the first steered one on, under several alphas as a vmap."""
+    config, model = trained.config, trained.model
+
+    def run_suffix_layers(
+        params: Any, steered: Mapping[int, Steering], alphas_A: jax.Array, x_BTD: jax.Array, class_B: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        def run_alpha(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def change(x_BD: jax.Array, steering: Steering) -> jax.Array:
+                return apply_steering(steering, x_BD, class_B, alpha, config.steer)
+
+            changes = {layer: functools.partial(change, steering=steering) for layer, steering in steered.items()}
+            steer_residual = config.steer.target == "residual"
+
+            def run_blocks(m: ViT) -> tuple[jax.Array, Any]:
+                last_BTD, out = m.blocks(x_BTD, layers[0], gate_input=changes, steer_residual=steer_residual)
+                return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
+
+            prediction_B, gates = model.apply(params, method=run_blocks)
+            return stack_gates({layer: gates[layer] for layer in layers}) > 0, prediction_B
+
+        return jax.vmap(run_alpha, out_axes=1)(alphas_A)
+
+    return run_suffix_layers
+
+
+def _compile_suffix(
+    trained: TrainedModel, params: Any, steered: Mapping[int, Steering], alphas: int, images: int
+) -> tuple[CompiledFit, int]:
+    """Compile the suffix for as many alphas at once as fit the memory budget, and fewer images if not one alpha fits.
+
+    Args:
+      params: the model's parameters on every device.
+      alphas: how many there are.
+      images: how many there are.
+
+    Returns:
+      The program for a number of alphas, and the number of images of a device in a call.
+
+    Raises:
+      HeadSteerError: the budget is too small for one image under one alpha.
+    """
+    config, model = trained.config, trained.model
+    tokens, memory = model.positions_count + model.model.registers, config.machine.sweep_memory
+    size = min(config.machine.sweep_chunk, images)
+    program = per_image_program(_steered_suffix(trained, sorted(steered)), size, arrays=2, fixed=3).run
+    sharding = batch_sharding(local_mesh())
+    while True:
+        batch = size * jax.local_device_count()
+
+        def compile_for(at_once: int, batch: int = batch) -> Any:
+            x_BTD = jax.ShapeDtypeStruct((batch, tokens, config.model.width), jnp.float32, sharding=sharding)
+            class_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding)
+            alphas_A = replicate(np.zeros(at_once, np.float32))
+            return program.lower(params, replicate(steered), alphas_A, x_BTD, class_B).compile()
+
+        fit = compile_within_memory(compile_for, alphas, memory)
+        if fit.size:
+            return fit, size
+        if size == 1:
+            raise memory_error(fit, memory, "one image under one alpha")
+        size = max(1, size // 2)
 
 
 def run_suffix(
-    trained: TrainedModel, split: Split, settings: Sequence[tuple[Mapping[int, Steering], np.ndarray]],
-    alphas: np.ndarray, what: str,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Every setting and alpha by the layers from the first steered one on; those before it run once for an image.
+    trained: TrainedModel, split: Split, settings: Sequence[SuffixSetting], alphas: np.ndarray, description: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run the layers from the first steered one on for every setting and alpha; the layers before it run once.
 
     Alphas are a vmap, as many at once as fit config.machine.sweep_memory.
 
     Args:
-      settings: the steered layers, the same ones in each, and the class [N] by which each image is steered.
+      settings: the same layers are steered in each.
+      description: names the work in the progress bar.
 
     Returns:
       [V, A, N, L, H] bool gates of the steered layers, and [V, A, N] int32 predictions, of V settings.
@@ -165,74 +251,36 @@ def run_suffix(
     Raises:
       HeadSteerError: the memory budget is too small for one image under one alpha.
     """
-    config, model = trained.config, trained.model
+    config, model, params = trained.config, trained.model, replicate(trained.params)
     layers, count = sorted(settings[0][0]), len(split.labels)
-    tokens = model.positions_count + model.model.registers
 
-    def before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    def run_before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         return (model.apply(params, preprocess(images, config.data), layers[0], method="before"),)
 
-    def after(
-        params: Any, steered: Mapping[int, Steering], alphas_A: jax.Array, x_BTD: jax.Array, class_B: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def change(x_BD: jax.Array, one: Steering) -> jax.Array:
-                return apply_steering(one, x_BD, class_B, alpha, config.steer)
-
-            changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
-            whole = config.steer.target == "residual"
-
-            def rest(m: ViT) -> tuple[jax.Array, Any]:
-                last_BTD, out = m.blocks(x_BTD, layers[0], gate_input=changes, steer_residual=whole)
-                return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
-
-            prediction_B, gates = model.apply(params, method=rest)
-            return stack_gates({layer: gates[layer] for layer in layers}) > 0, prediction_B
-
-        return jax.vmap(at, out_axes=1)(alphas_A)
-
-    size, params = min(config.machine.sweep_chunk, count), replicate(trained.params)
-    program = per_image_program(after, size, arrays=2, fixed=3).run
-    while True:  # as many alphas at once as fit; where not even one does, fewer images
-        images = size * jax.local_device_count()
-
-        def compile_for(at_once: int, images: int = images) -> Any:
-            x_BTD = jax.ShapeDtypeStruct(
-                (images, tokens, config.model.width), jnp.float32, sharding=batch_sharding(local_mesh())
-            )
-            class_B = jax.ShapeDtypeStruct((images,), jnp.int32, sharding=batch_sharding(local_mesh()))
-            return program.lower(
-                params, replicate(settings[0][0]), replicate(np.zeros(at_once, np.float32)), x_BTD, class_B
-            ).compile()
-
-        found = compile_within_memory(compile_for, len(alphas), config.machine.sweep_memory)
-        if found.size:
-            break
-        if size == 1:
-            raise memory_error(found, config.machine.sweep_memory, "one image under one alpha")
-        size = max(1, size // 2)
-    prefix = per_image_program(before, size).run
+    suffix, size = _compile_suffix(trained, params, settings[0][0], len(alphas), count)
+    prefix = per_image_program(run_before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     shape = (len(settings), len(alphas), end - begin)
     gates = np.zeros((*shape, len(layers), config.model.heads), bool)
     predictions = np.zeros(shape, np.int32)
     steered_V = [replicate(steered) for steered, _ in settings]
 
-    def own() -> None:
-        with progress(len(settings) * (end - begin), what, "image") as bar:
+    def run_share() -> None:
+        """Fill this host's share of the gates and predictions."""
+        with progress(len(settings) * (end - begin), description, "image") as bar:
             for indices in padded_chunks(begin, end, size, jax.local_device_count()):
                 (x_BTD,) = prefix(params, gather_images(split.images, indices))
-                kept = min(len(indices), end - indices[0])
+                filled = min(len(indices), end - indices[0])  # the rest of the chunk is padding
+                place = slice(indices[0] - begin, indices[0] - begin + filled)
                 for v, (_, class_N) in enumerate(settings):
                     class_B = jax.device_put(class_N[indices].astype(np.int32), batch_sharding(local_mesh()))
-                    for some in range(0, len(alphas), found.size):
-                        which = np.minimum(np.arange(some, some + found.size), len(alphas) - 1)
-                        alphas_A = replicate(np.asarray(alphas, np.float32)[which])
-                        parts = jax.device_get(found.run(params, steered_V[v], alphas_A, x_BTD, class_B))
-                        here = slice(indices[0] - begin, indices[0] - begin + kept)
-                        gates[v, which, here] = np.moveaxis(parts[0][:kept], 1, 0)
-                        predictions[v, which, here] = parts[1][:kept].T
-                    bar.update(kept)
+                    for first in range(0, len(alphas), suffix.size):
+                        part_A = np.minimum(np.arange(first, first + suffix.size), len(alphas) - 1)
+                        alphas_A = replicate(np.asarray(alphas, np.float32)[part_A])
+                        parts = jax.device_get(suffix.run(params, steered_V[v], alphas_A, x_BTD, class_B))
+                        gates[v, part_A, place] = np.moveaxis(parts[0][:filled], 1, 0)
+                        predictions[v, part_A, place] = parts[1][:filled].T
+                    bar.update(filled)
 
-    hosts.on_every_process(own)
+    hosts.on_every_process(run_share)
     return tuple(np.moveaxis(hosts.gather_rows(np.moveaxis(a, 2, 0)), 0, 2) for a in (gates, predictions))  # type: ignore[return-value]

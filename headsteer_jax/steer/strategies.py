@@ -1,8 +1,10 @@
-"""Which latents to change: a strategy looks at how latents fire on the training split and names some for each class.
+"""Which latents to change: a strategy looks at how latents fire on the training split and picks some for each class.
 
-A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names ours. A user's own is simpler,
-`(statistics, class) -> latents, weights`, and is named by its import path: `per_class_strategy` makes a strategy of it.
-Axes: C classes, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit h is head h).
+A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names ours. A strategy of the user's is
+simpler, `(statistics, class) -> latents, weights`, and is given by its import path; `per_class_strategy` adapts it.
+
+Axes: C classes, E eligible latents, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit
+h is head h).
 """
 
 import pkgutil
@@ -14,24 +16,17 @@ from scipy.optimize import nnls
 
 from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.errors import HeadSteerError
-
-
-class Outcomes(NamedTuple):
-    """Some images at the steered layer, and what every gate pattern there would lead to."""
-
-    labels: np.ndarray  # [N]
-    gate_logits: np.ndarray  # [N, H] unsteered
-    right: np.ndarray  # [N, P] bool: is the answer right under the pattern
+from headsteer_jax.steer.table import Outcomes
 
 
 class LatentStatistics(NamedTuple):
-    """How one autoencoder's latents behave on the training split, and what the gate that they steer does."""
+    """How one autoencoder's latents behave on the training split, and what they do to the gate that they steer."""
 
     class_frequency: np.ndarray  # [C, F] share of the class's images on which the latent fires
     frequency: np.ndarray  # [F] the same over all images
     strength: np.ndarray  # [F] s_j: mean activation over the images on which it fires; 0 for a dead latent
     decoder: np.ndarray  # [F, D] in units of the residual stream
-    gate: np.ndarray = np.zeros((0, 0))  # [F, H] a unit of each latent in the gate logits: decoder times gate weights
+    gate: np.ndarray = np.zeros((0, 0))  # [F, H] effect of one unit of a latent on the gate logits
     outcomes: tuple[Outcomes, ...] = ()  # of training images (steer.evidence of each class), and of validation
     class_names: tuple[str, ...] = ()
 
@@ -51,14 +46,14 @@ def latent_statistics(
     z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray | None = None,
     outcomes: tuple[Outcomes, ...] = (), class_names: tuple[str, ...] = (),
 ) -> LatentStatistics:  # fmt: skip
-    """Statistics of the training split's latents.
+    """Compute the statistics of the training split's latents.
 
     Args:
       z_NF: latents >= 0.
       labels: [N] classes.
       decoder_FD: decoder rows over the autoencoder's scale.
-      gate_DH: the gate's weights; with a LayerNorm before them, its derivative at the mean residual. None, like no
-        outcomes: for strategies that do not look at the gate.
+      gate_DH: the gate's weights; with a LayerNorm before them, its derivative at the mean residual. It may be None,
+        and outcomes empty, for strategies that do not look at the gate.
     """
     fires_NF = z_NF > 0
     counts_C = np.bincount(labels, minlength=classes)
@@ -76,7 +71,7 @@ def latent_statistics(
 
 
 def _eligible(stats: LatentStatistics, config: SteerConfig) -> np.ndarray:
-    """[E] latents that fire, but not on more than config.max_frequency of the images.
+    """Return the [E] latents that fire, but on at most config.max_frequency of the images.
 
     Raises:
       HeadSteerError: fewer than config.latents are left.
@@ -91,26 +86,26 @@ def _eligible(stats: LatentStatistics, config: SteerConfig) -> np.ndarray:
 
 
 def _most_frequent(frequency_CF: np.ndarray, eligible: np.ndarray, count: int) -> np.ndarray:
-    """[C, S] the `count` eligible latents of highest frequency in each row; ties go to the lower index."""
+    """Pick the `count` eligible latents of highest frequency in each row, [C, S]; ties go to the lower index."""
     order = np.argsort(-frequency_CF[:, eligible], axis=1, kind="stable")[:, :count]
     return eligible[order].astype(np.int32)
 
 
 def class_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """[LH26] per-class: the latents that fire most often on the class's training images."""
+    """Choose the latents that fire most often on the class's training images: [LH26], per-class."""
     latents = _most_frequent(stats.class_frequency, _eligible(stats, config), config.latents)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
 def global_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """[LH26] global: the latents that fire most often on all training images, the same for every class."""
+    """Choose the latents that fire most often on all training images, the same for every class: [LH26], global."""
     latents = _most_frequent(stats.frequency[None], _eligible(stats, config), config.latents)
     latents = np.repeat(latents, len(stats.class_frequency), axis=0)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
 def random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """[LH26] random: for each class, latents drawn evenly from those that fire."""
+    """Draw latents for each class uniformly from those that fire: [LH26], random."""
     eligible = _eligible(stats, config)
     latents = np.stack([rng.choice(eligible, config.latents, replace=False) for _ in stats.class_frequency])
     return Choice(latents.astype(np.int32), np.ones(latents.shape, np.float32))
@@ -120,14 +115,15 @@ def matched_random_latents(stats: LatentStatistics, config: SteerConfig, rng: np
     """Choose random latents that fire as often as those of `class_frequent_latents` and move the residual as far.
 
     Each of the class's latents is replaced by one drawn from the ten others closest to it in overall frequency; then
-    one weight for all makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, equal to the class's own.
+    one weight for all of them makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, as large as with the class's
+    latents.
     """
     chosen = class_frequent_latents(stats, config, rng)
     eligible = _eligible(stats, config)
     latents = np.empty_like(chosen.latents)
-    for row, own in zip(latents, chosen.latents, strict=True):
-        free = np.setdiff1d(eligible, own)
-        for position, latent in enumerate(own):
+    for row, class_latents in zip(latents, chosen.latents, strict=True):
+        free = np.setdiff1d(eligible, class_latents)
+        for position, latent in enumerate(class_latents):
             if not len(free):
                 raise HeadSteerError(
                     f"config.steer.latents = {config.latents}: too many for matched_random, which needs as many others"
@@ -141,33 +137,33 @@ def matched_random_latents(stats: LatentStatistics, config: SteerConfig, rng: np
 
 
 def shift_norm(stats: LatentStatistics, latents_CS: np.ndarray) -> np.ndarray:
-    """[C] |sum_j s_j d_j|: how far *add* at alpha 1 moves the residual of each class's images."""
+    """Compute how far *add* at alpha 1 moves the residual of each class's images: [C] |sum_j s_j d_j|."""
     return np.linalg.norm(np.einsum("CS,CSD->CD", stats.strength[latents_CS], stats.decoder[latents_CS]), axis=1)
 
 
 def gate_aligned_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """Ours: latents of the class whose decoders push the gate where the class keeps its accuracy with fewer heads.
+    """Choose latents of the class whose decoders push the gate where the class keeps its accuracy with fewer heads.
 
-    `wanted_heads` says for each class which heads to close, open or leave alone as alpha grows, from what every gate
-    pattern would answer. The push that does this is then written as a sum of the class's own latents: of the
-    `steer.pool` most frequent ones, the S that serve best, with weights >= 0 (least squares, as small as possible).
-    Made for *add*; where one S-latent sum cannot give the push exactly, the nearest is taken.
+    This strategy is ours. `wanted_heads` decides for each class which heads to close, open or leave alone as alpha
+    grows, from the answers under every gate pattern. The push that does this is then written as a sum of latents of the
+    class: the S most useful of the `steer.pool` most frequent ones, with weights >= 0 (least squares, as small as
+    possible). It is made for *add*; if no sum of S latents gives the push exactly, the nearest is taken.
     """
     pool = _most_frequent(stats.class_frequency, _eligible(stats, config), max(config.pool, config.latents))
     effect_FH = stats.strength[:, None] * stats.gate  # of *add* at alpha 1
     latents = np.empty((len(pool), config.latents), np.int32)
     weights = np.empty(latents.shape, np.float32)
-    for label, own in enumerate(pool):
+    for label, candidates in enumerate(pool):
         push_H = wanted_push(stats.outcomes, label, config)
-        first = _smallest_weights(effect_FH[own], push_H)
-        best = np.argsort(-first * np.linalg.norm(effect_FH[own], axis=1), kind="stable")[: config.latents]
-        latents[label] = own[best]
-        weights[label] = _smallest_weights(effect_FH[own[best]], push_H)
+        first = _smallest_weights(effect_FH[candidates], push_H)
+        best = np.argsort(-first * np.linalg.norm(effect_FH[candidates], axis=1), kind="stable")[: config.latents]
+        latents[label] = candidates[best]
+        weights[label] = _smallest_weights(effect_FH[candidates[best]], push_H)
     return Choice(latents, weights)
 
 
 def _smallest_weights(effect_SH: np.ndarray, push_H: np.ndarray, ridge: float = 1e-2) -> np.ndarray:
-    """[S] w >= 0, small, for which sum_j w_j effect_j comes closest to the push: min |E^T w - p|^2 + ridge^2 |w|^2."""
+    """Find small weights [S] w >= 0 whose sum of effects is closest to a push: min |E^T w - p|^2 + ridge^2 |w|^2."""
     count = len(effect_SH)
     return nnls(
         np.concatenate([effect_SH.T, ridge * np.eye(count)]), np.concatenate([push_H, np.zeros(count)]),
@@ -176,11 +172,11 @@ def _smallest_weights(effect_SH: np.ndarray, push_H: np.ndarray, ridge: float = 
 
 
 def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig) -> np.ndarray:
-    """[H] shift of the gate logits at alpha 1 that closes, opens or leaves each head, in the order of what it costs.
+    """Compute the [H] shift of the gate logits at alpha 1 that closes, opens or leaves each head, the cheapest first.
 
-    At strength alpha a head may cost `alpha * steer.price` of the class's accuracy for the whole layer's usage. A head
-    that is worth closing from some alpha of the grid on is pushed so far that it is closed there on every image seen;
-    one that is worth opening at the first alpha is opened likewise.
+    At strength alpha, `alpha * steer.price` of the class's accuracy may be paid for the whole layer's usage. A head
+    that is worth closing from some alpha of the grid on is pushed so far that it is closed there on every image of the
+    outcomes; one that is worth opening at the first alpha is opened likewise.
     """
     alphas = np.unique([alpha for alpha in config.alphas if alpha > 0])
     heads = outcomes[0].gate_logits.shape[1]
@@ -189,7 +185,7 @@ def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig)
     path = np.zeros((len(alphas), heads), np.int8)
     for a, alpha in enumerate(alphas):
         path[a] = wanted_heads(outcomes, label, alpha * config.price, path[max(a - 1, 0)])
-    logits = np.concatenate([one.gate_logits[one.labels == label] for one in outcomes])
+    logits = np.concatenate([part.gate_logits[part.labels == label] for part in outcomes])
     margin = 0.05 * np.abs(logits).mean() if len(logits) else 0.0
     push = np.zeros(heads)
     for head in range(heads):
@@ -203,24 +199,24 @@ def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig)
 
 
 def wanted_heads(outcomes: tuple[Outcomes, ...], label: int, price: float, start: np.ndarray) -> np.ndarray:
-    """[H] -1 close, 0 leave to the gate, 1 open: what is best for a class at a price of usage.
+    """Decide for each head what is best for a class at a price of usage: [H] -1 close, 0 leave to the gate, 1 open.
 
-    Maximises accuracy - price * usage, each the mean of its values on training and on validation images of the class,
-    one head at a time from `start` until no change of one head helps. That finds a near optimum, not always the
-    optimum: which is as well, as the best of all 3^H on so few images is best by chance.
+    Accuracy - price * usage is maximised, each the mean of its values on training and on validation images of the
+    class, one head at a time from `start` until no change of one head helps. That finds a near optimum, not always the
+    optimum; which is as well, since the best of all 3^H on so few images is best by chance.
     """
     heads = len(start)
-    own = [(one.gate_logits[one.labels == label] > 0, one.right[one.labels == label]) for one in outcomes]
-    own = [(on @ (1 << np.arange(heads)), right) for on, right in own if len(on)]
+    class_outcomes = [(part.pattern[part.labels == label], part.right[part.labels == label]) for part in outcomes]
+    class_outcomes = [(pattern, right) for pattern, right in class_outcomes if len(pattern)]
     used_P = np.bitwise_count(np.arange(2**heads)) / heads
 
     def worth(wish: np.ndarray) -> float:
         opened, closed = (int((wish == sign) @ (1 << np.arange(heads))) for sign in (1, -1))
         total = 0.0
-        for pattern_N, right_NP in own:
+        for pattern_N, right_NP in class_outcomes:
             pattern_N = (pattern_N | opened) & ~closed
             total += np.mean(right_NP[np.arange(len(pattern_N)), pattern_N]) - price * np.mean(used_P[pattern_N])
-        return total / max(len(own), 1)
+        return total / max(len(class_outcomes), 1)
 
     best, value = start.copy(), worth(start)
     while True:
@@ -245,7 +241,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def find_strategy(name: str) -> Strategy:
-    """One of ours, or a user's own by its import path, `module:function`.
+    """Find a strategy: one of ours by its name, or a user's by its import path, `module:function`.
 
     Raises:
       HeadSteerError: the name is not known, or the path leads to nothing that can be called.
@@ -266,47 +262,71 @@ def find_strategy(name: str) -> Strategy:
 
 
 def per_class_strategy(function: ClassStrategy, name: str) -> Strategy:
-    """A strategy that asks a user's function about every class.
+    """Make a strategy that asks a user's function about every class.
 
-    Its errors name the strategy, the class and what it returned: latents that do not exist or occur twice, weights
-    that are not finite, or arrays that are not of one length, the same for every class.
+    Its errors name the strategy, the class and what the function returned: latents that do not exist or occur twice,
+    weights that are not finite, or arrays that do not all have the same length.
     """
 
-    def every_class(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-        chosen = [function(stats, label) for label in range(len(stats.class_frequency))]
-        length = None
-        for label, pair in enumerate(chosen):
-            own = f" ({stats.class_names[label]!r})" if stats.class_names else ""
-            where = f"strategy {name!r}, class {label}{own}"
-            try:
-                latents, weights = (np.asarray(part) for part in pair)
-                latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
-                weights = weights.astype(np.float32)  # as they are used: what overflows is infinite
-            except (TypeError, ValueError):
-                raise HeadSteerError(
-                    f"{where}: it must return two arrays, of latents (integers) and of weights (numbers)"
-                ) from None
-            length = len(latents) if length is None and latents.ndim == 1 else length
-            if latents.shape != (length,) or weights.shape != (length,) or not length:
-                raise HeadSteerError(
-                    f"{where}: latents of shape {latents.shape} and weights of shape {weights.shape}; allowed are two "
-                    "of the same length, at least 1 and the same for every class"
-                )
-            count = len(stats.frequency)
-            if latents.min() < 0 or latents.max() >= count:
-                wrong = latents[(latents < 0) | (latents >= count)][0]
-                raise HeadSteerError(f"{where}: there is no latent {wrong}; allowed are 0 to {count - 1}")
-            if len(np.unique(latents)) < length:
-                twice = next(latent for latent in latents if (latents == latent).sum() > 1)
-                raise HeadSteerError(f"{where}: latent {twice} twice; each may be chosen once")
-            if not np.isfinite(weights).all():
-                raise HeadSteerError(f"{where}: a weight is {weights[~np.isfinite(weights)][0]}; allowed are numbers")
-        latents_CS, weights_CS = (np.array([np.asarray(pair[part]) for pair in chosen]) for part in (0, 1))
-        return Choice(latents_CS.astype(np.int32), weights_CS.astype(np.float32))
+    def choose_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+        latents_CS: list[np.ndarray] = []
+        weights_CS: list[np.ndarray] = []
+        returned = [function(stats, label) for label in range(len(stats.class_frequency))]
+        for label, pair in enumerate(returned):
+            class_name = f" ({stats.class_names[label]!r})" if stats.class_names else ""
+            source = f"strategy {name!r}, class {label}{class_name}"
+            latents, weights = _read_pair(pair, source)
+            length = len(latents_CS[0]) if latents_CS else latents.size
+            _check_pair(latents, weights, length, len(stats.frequency), source)
+            latents_CS.append(latents.astype(np.int32))
+            weights_CS.append(weights)
+        return Choice(np.stack(latents_CS), np.stack(weights_CS))
 
-    return every_class
+    return choose_latents
+
+
+def _read_pair(pair: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read what a user's function returned as int64 latents and float32 weights.
+
+    Raises:
+      HeadSteerError: it is no pair, or not of integers and numbers; `source` names the function and the class.
+    """
+    try:
+        latents, weights = (np.asarray(part) for part in pair)
+        latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
+        return latents, weights.astype(np.float32)  # as they are used: what overflows is infinite
+    except (TypeError, ValueError):
+        raise HeadSteerError(
+            f"{source}: it must return two arrays, of latents (integers) and of weights (numbers)"
+        ) from None
+
+
+def _check_pair(latents: np.ndarray, weights: np.ndarray, length: int, count: int, source: str) -> None:
+    """Check one class's latents and weights.
+
+    Args:
+      length: how many there must be, as for the first class.
+      count: of latents that exist.
+      source: names the strategy and the class in errors.
+
+    Raises:
+      HeadSteerError: they are not of that length, a latent does not exist or occurs twice, or a weight is not finite.
+    """
+    if latents.shape != (length,) or weights.shape != (length,) or not length:
+        raise HeadSteerError(
+            f"{source}: latents of shape {latents.shape} and weights of shape {weights.shape}; allowed are two "
+            "of the same length, at least 1 and the same for every class"
+        )
+    if latents.min() < 0 or latents.max() >= count:
+        unknown = latents[(latents < 0) | (latents >= count)][0]
+        raise HeadSteerError(f"{source}: there is no latent {unknown}; allowed are 0 to {count - 1}")
+    if len(np.unique(latents)) < length:
+        twice = next(latent for latent in latents if (latents == latent).sum() > 1)
+        raise HeadSteerError(f"{source}: latent {twice} twice; each may be chosen once")
+    if not np.isfinite(weights).all():
+        raise HeadSteerError(f"{source}: a weight is {weights[~np.isfinite(weights)][0]}; allowed are numbers")
 
 
 def latent_overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:
-    """[C, C'] shared latents over S, of every pair of rows: |A & B| / S, [LH26]'s overlap."""
+    """Compute [LH26]'s overlap of every pair of rows: [C, C'] |A & B| / S, the share of latents in common."""
     return np.array([[len(np.intersect1d(a, b)) for b in b_CS] for a in a_CS]) / a_CS.shape[1]

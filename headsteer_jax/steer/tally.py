@@ -1,7 +1,7 @@
 """What a split's images get at every alpha: flips placed on a grid, counts and bits, and exact step functions.
 
-Axes: N images, R rows (an image with the class that steers it), C classes, H heads, A alphas of a grid, E flips, P
-gate patterns.
+Axes: N images, R rows (an image with the class that steers it), C classes, H heads, A alphas of a grid, E flips, M
+doubtful places, P gate patterns.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headsteer_jax.steer.flips import Flips, Rows
-from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.table import Outcomes, pattern_to_gates
 
 
 class GridFlips(NamedTuple):
@@ -25,25 +25,25 @@ class GridFlips(NamedTuple):
 
 
 def place_on_grid(flips: Flips, alphas: np.ndarray) -> GridFlips:
-    """Where on a sorted grid that holds 0 each flip takes effect; those beyond its ends are left out."""
+    """Find where on a sorted grid that holds 0 each flip takes effect, and leave out those beyond its ends."""
     zero = int(np.searchsorted(alphas, 0.0))
     rises = ~np.signbit(flips.alpha)
-    index = np.searchsorted(alphas, flips.alpha)  # exactly at an alpha: it is unsure, and decided there
+    index = np.searchsorted(alphas, flips.alpha)  # a flip exactly at an alpha is unsure, and is decided there
     index = np.where(rises, np.maximum(index, zero + 1), np.minimum(index, zero) - 1)
     inside = np.flatnonzero((index >= 0) & (index < len(alphas)))
     low, high = np.minimum(flips.unsure_from, flips.unsure_to), np.maximum(flips.unsure_from, flips.unsure_to)
     since = np.searchsorted(alphas, low)
-    some = np.flatnonzero(np.append(alphas, np.inf)[since] <= high)
-    some = some[since[some] < len(alphas)]
-    lengths = np.searchsorted(alphas, high[some], side="right") - since[some]
+    unsure = np.flatnonzero(np.append(alphas, np.inf)[since] <= high)
+    unsure = unsure[since[unsure] < len(alphas)]
+    lengths = np.searchsorted(alphas, high[unsure], side="right") - since[unsure]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    place = np.repeat(since[some], lengths) + within
-    key = np.unique((np.repeat(flips.unsure_row[some], lengths) * len(alphas) + place)[place != zero])
+    place = np.repeat(since[unsure], lengths) + within
+    key = np.unique((np.repeat(flips.unsure_row[unsure], lengths) * len(alphas) + place)[place != zero])
     return GridFlips(flips.row[inside], flips.head[inside], index[inside], *np.divmod(key, len(alphas)))
 
 
 class Tally(NamedTuple):
-    """What a split's images get at every alpha of a grid: bits along the images, and their counts by class."""
+    """The outcome of one setting at every alpha of a grid: bits along the images, and their counts by class."""
 
     right: np.ndarray  # [A, N/8] uint8: is the answer right; bit n % 8 of byte n // 8 is image n
     gates: np.ndarray  # [A, H, N/8] uint8: does the head run
@@ -52,33 +52,73 @@ class Tally(NamedTuple):
     heads_on: np.ndarray  # [A, C, H] int32: images on which the head runs
 
 
-class Answers(NamedTuple):
-    """What every gate pattern leads to."""
+class FlipEffects(NamedTuple):
+    """The effect of every flip, in the order in which the flips happen."""
 
-    labels: np.ndarray  # [N]
-    pattern: np.ndarray  # [N] unsteered
-    right: np.ndarray  # [N, P] bool
+    image: np.ndarray  # [E]
+    on: np.ndarray  # [E] bool: does the head run after the flip
+    right_before: np.ndarray  # [E] bool: is the image's answer right before the flip
+    right_after: np.ndarray  # [E] bool
 
 
-def _follow_flips(
-    row: np.ndarray, head: np.ndarray, outward: np.ndarray, rows: Rows, answers: Answers
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The images of flips in order, path by path from alpha 0 outwards, and what each flip does.
+def _follow_flips(row: np.ndarray, head: np.ndarray, path: np.ndarray, rows: Rows, outcomes: Outcomes) -> FlipEffects:
+    """Follow flips in order, path by path from alpha 0 outwards.
 
     Args:
       row, head: [E] in that order.
-      outward: [E] an integer that differs between paths: a row and a side of 0.
-
-    Returns:
-      [E] images, patterns after the flip, and whether the answer is right before and after it.
+      path: [E] an integer that differs between paths: a row and a side of 0.
     """
     bit, image = np.left_shift(1, head), rows.image[row]
     toggled = np.bitwise_xor.accumulate(bit)
-    begins = np.flatnonzero(np.diff(outward, prepend=-1))
+    begins = np.flatnonzero(np.diff(path, prepend=-1))
     earlier = np.concatenate([[0], toggled[:-1]])[begins]  # toggled by the paths before
-    after = toggled ^ np.repeat(earlier, np.diff(np.append(begins, len(row)))) ^ answers.pattern[image]
-    table, patterns = answers.right.ravel(), answers.right.shape[1]
-    return image, after, table[image * patterns + (after ^ bit)], table[image * patterns + after]
+    after = toggled ^ np.repeat(earlier, np.diff(np.append(begins, len(row)))) ^ outcomes.pattern[image]
+    table, patterns = outcomes.right.ravel(), outcomes.right.shape[1]
+    right_before, right_after = table[image * patterns + (after ^ bit)], table[image * patterns + after]
+    return FlipEffects(image, (after >> head) & 1 > 0, right_before, right_after)
+
+
+def _accumulate_outwards(steps: np.ndarray, zero: int, operation: np.ufunc) -> None:
+    """Accumulate [A, ...] steps in place from alpha 0 (index `zero`) outwards, on each side of it."""
+    operation.accumulate(steps[zero:], axis=0, out=steps[zero:])
+    operation.accumulate(steps[zero::-1], axis=0, out=steps[zero::-1])
+
+
+def _toggle_bits(start: np.ndarray, place: np.ndarray, image: np.ndarray, alphas: int, zero: int) -> np.ndarray:
+    """Set the bits of every alpha from the bits at alpha 0 and the places where they toggle.
+
+    Args:
+      start: [..., N] bool at alpha 0.
+      place: [E] where an image's bit toggles: index into [A, ...], flattened.
+      image: [E].
+
+    Returns:
+      [A, ..., N/8] uint8.
+    """
+    start_bits = pack_bits(start)
+    bits = np.zeros((alphas, *start_bits.shape), np.uint8)
+    mask = np.left_shift(1, image & 7).astype(np.uint8)
+    np.bitwise_xor.at(bits.reshape(-1), place * bits.shape[-1] + (image >> 3), mask)
+    words = bits.view(np.uint64)
+    _accumulate_outwards(words, zero, np.bitwise_xor)
+    words ^= start_bits.view(np.uint64)
+    return bits
+
+
+def _sum_steps(start: np.ndarray, place: np.ndarray, step: np.ndarray, alphas: int, zero: int) -> np.ndarray:
+    """Sum steps of counts from alpha 0 outwards.
+
+    Args:
+      start: [K] counts at alpha 0.
+      place: [E] where a count changes: index into [A, K], flattened.
+      step: [E] by how much.
+
+    Returns:
+      [A, K] int32.
+    """
+    counts = np.bincount(place, step, alphas * len(start)).reshape(alphas, len(start))
+    _accumulate_outwards(counts, zero, np.add)
+    return (counts + start).astype(np.int32)
 
 
 def tally_flips(
@@ -86,103 +126,93 @@ def tally_flips(
     decided: np.ndarray,
     rows: Rows,
     used_R: np.ndarray,
-    answers: Answers,
+    outcomes: Outcomes,
     alphas: np.ndarray,
     classes: int,
 ) -> Tally:
-    """The tally of the rows in use, one for each image, from where their gates flip.
+    """Tally the rows in use, one for each image, from where their gates flip.
 
     Args:
       decided: [M] the patterns where the grid is unsure, as the model itself computes them.
       used_R: [R] bool.
     """
-    count, heads, zero = len(answers.labels), rows.gate_logits.shape[1], int(np.searchsorted(alphas, 0.0))
-    kept = np.flatnonzero(used_R[grid.row])
-    row, head, index = grid.row[kept], grid.head[kept], grid.place[kept]
+    heads, zero, size = rows.gate_logits.shape[1], int(np.searchsorted(alphas, 0.0)), len(alphas)
+    used = np.flatnonzero(used_R[grid.row])
+    row, head, index = grid.row[used], grid.head[used], grid.place[used]
     path = row * 2 + (index > zero)
     order = np.argsort(path * len(alphas) + np.abs(index - zero))
     row, head, index, path = row[order], head[order], index[order], path[order]
-    image, after, right_before, right_after = _follow_flips(row, head, path, rows, answers)
+    image, on, right_before, right_after = _follow_flips(row, head, path, rows, outcomes)
 
-    size = -(-count // 64) * 8
-    right, gates = np.zeros((len(alphas), size), np.uint8), np.zeros((len(alphas), heads, size), np.uint8)
-    byte, mask = image >> 3, np.left_shift(1, image & 7).astype(np.uint8)
+    labels, unsteered = outcomes.labels, outcomes.right_unsteered
+    gates_HN = pattern_to_gates(outcomes.pattern, heads).T
     changed = np.flatnonzero(right_after != right_before)
-    np.bitwise_xor.at(right.reshape(-1), index[changed] * size + byte[changed], mask[changed])
-    np.bitwise_xor.at(gates.reshape(-1), (index * heads + head) * size + byte, mask)
-    was = answers.right[np.arange(count), answers.pattern]
-    base = pattern_to_gates(answers.pattern, heads)
-    for bits, start in ((right, was), (gates, base.T)):
-        wide = bits.view(np.uint64)
-        np.bitwise_xor.accumulate(wide[zero:], axis=0, out=wide[zero:])
-        np.bitwise_xor.accumulate(wide[zero::-1], axis=0, out=wide[zero::-1])
-        wide ^= pack_bits(start).view(np.uint64)
-
-    label = answers.labels[image]
-
-    def counted(which: np.ndarray, step: np.ndarray, start: np.ndarray, own: np.ndarray, width: int) -> np.ndarray:
-        """[A, width] sums of steps over everything up to each alpha, on its side of 0."""
-        moved = np.bincount(index[which] * width + own, step, len(alphas) * width).reshape(len(alphas), width)
-        moved[zero:] = np.cumsum(moved[zero:], axis=0)
-        moved[zero::-1] = np.cumsum(moved[zero::-1], axis=0)
-        return (moved + start).astype(np.int32)
-
     rise = np.where(right_after[changed], 1.0, -1.0)
-    new = np.flatnonzero(~was[image[changed]])
-    outcomes = Tally(
-        right, gates,
-        counted(changed, rise, np.bincount(answers.labels[was], minlength=classes), label[changed], classes),
-        counted(changed[new], rise[new], np.zeros(classes), label[changed[new]], classes),
-        counted(
-            np.arange(len(index)), np.where((after >> head) & 1, 1.0, -1.0),
-            class_counts(base.T, answers.labels, classes).T.ravel(), label * heads + head, classes * heads,
-        ).reshape(len(alphas), classes, heads),
-    )  # fmt: skip
-    _correct(outcomes, grid, decided, rows, used_R, answers)
-    return outcomes
+    new = np.flatnonzero(~unsteered[image[changed]])
+    label_place = index[changed] * classes + labels[image[changed]]
+    head_place = (index * classes + labels[image]) * heads + head
+    heads_on = class_counts(gates_HN, labels, classes).T.ravel()
+    tally = Tally(
+        right=_toggle_bits(unsteered, index[changed], image[changed], size, zero),
+        gates=_toggle_bits(gates_HN, index * heads + head, image, size, zero),
+        correct=_sum_steps(np.bincount(labels[unsteered], minlength=classes), label_place, rise, size, zero),
+        gained=_sum_steps(np.zeros(classes), label_place[new], rise[new], size, zero),
+        heads_on=_sum_steps(heads_on, head_place, np.where(on, 1.0, -1.0), size, zero).reshape(size, classes, heads),
+    )
+    _apply_decisions(tally, grid, decided, rows, used_R, outcomes)
+    return tally
 
 
 def pack_bits(values: np.ndarray) -> np.ndarray:
-    """[..., N] bool -> [..., N/8] uint8: bit n % 8 of byte n // 8; padded to whole words of 8 bytes."""
+    """Pack [..., N] bool into [..., N/8] uint8: bit n % 8 of byte n // 8; padded to whole words of 8 bytes."""
     bits = np.packbits(values, axis=-1, bitorder="little")
     return np.ascontiguousarray(np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 8)]))
 
 
 def unpack_bits(bits: np.ndarray, count: int) -> np.ndarray:
-    """[..., N/8] uint8 -> [..., N] bool."""
+    """Unpack [..., N/8] uint8 into [..., N] bool; `count` is N."""
     return np.unpackbits(bits, axis=-1, count=count, bitorder="little").view(bool)
 
 
 def tally_gates(
-    gates_ANH: np.ndarray, right_AN: np.ndarray, was_N: np.ndarray, labels: np.ndarray, classes: int
+    gates_ANH: np.ndarray, right_AN: np.ndarray, unsteered_N: np.ndarray, labels: np.ndarray, classes: int
 ) -> Tally:
-    """The tally of every image's gates and answers themselves, where there are no flips to follow."""
+    """Tally every image's gates and answers themselves, where there are no flips to follow.
+
+    Args:
+      unsteered_N: bool, is the answer right without steering.
+    """
     gates_AHN = np.moveaxis(gates_ANH, -1, -2)
     return Tally(
         pack_bits(right_AN), pack_bits(gates_AHN),
         class_counts(right_AN, labels, classes).astype(np.int32),
-        class_counts(right_AN & ~was_N, labels, classes).astype(np.int32),
+        class_counts(right_AN & ~unsteered_N, labels, classes).astype(np.int32),
         np.moveaxis(class_counts(gates_AHN, labels, classes), -1, -2).astype(np.int32),
     )  # fmt: skip
 
 
-def _correct(
-    outcomes: Tally, grid: GridFlips, decided: np.ndarray, rows: Rows, used_R: np.ndarray, answers: Answers
+def _apply_decisions(
+    tally: Tally, grid: GridFlips, decided: np.ndarray, rows: Rows, used_R: np.ndarray, outcomes: Outcomes
 ) -> None:
-    """Where the model's own arithmetic decides otherwise than the closed form, the model is right: in place."""
-    heads, image = outcomes.gates.shape[1], rows.image[grid.unsure_row]
+    """Correct a tally in place wherever the model's own arithmetic decides otherwise than the closed form.
+
+    Args:
+      decided: [M] the patterns where the grid is unsure, as the model itself computes them.
+      used_R: [R] bool: the rows that were tallied.
+    """
+    heads, image = tally.gates.shape[1], rows.image[grid.unsure_row]
     byte, mask = image >> 3, np.left_shift(1, image & 7).astype(np.uint8)
-    have_MH = (outcomes.gates[grid.unsure_place, :, byte] & mask[:, None]) > 0
-    have = have_MH @ (1 << np.arange(heads))
-    for m in np.flatnonzero(used_R[grid.unsure_row] & (have != decided)):
-        n, a, label = image[m], grid.unsure_place[m], answers.labels[image[m]]
+    tallied_MH = (tally.gates[grid.unsure_place, :, byte] & mask[:, None]) > 0
+    tallied = tallied_MH @ (1 << np.arange(heads))
+    for m in np.flatnonzero(used_R[grid.unsure_row] & (tallied != decided)):
+        n, a, label = image[m], grid.unsure_place[m], outcomes.labels[image[m]]
         gates_H = pattern_to_gates(decided[m], heads)
-        change = int(answers.right[n, decided[m]]) - int(answers.right[n, have[m]])
-        outcomes.gates[a, :, byte[m]] ^= np.where(gates_H != have_MH[m], mask[m], np.uint8(0))
-        outcomes.right[a, byte[m]] ^= mask[m] * np.uint8(change != 0)
-        outcomes.heads_on[a, label] += gates_H.astype(np.int32) - have_MH[m]
-        outcomes.correct[a, label] += change
-        outcomes.gained[a, label] += 0 if answers.right[n, answers.pattern[n]] else change
+        change = int(outcomes.right[n, decided[m]]) - int(outcomes.right[n, tallied[m]])
+        tally.gates[a, :, byte[m]] ^= np.where(gates_H != tallied_MH[m], mask[m], np.uint8(0))
+        tally.right[a, byte[m]] ^= mask[m] * np.uint8(change != 0)
+        tally.heads_on[a, label] += gates_H.astype(np.int32) - tallied_MH[m]
+        tally.correct[a, label] += change
+        tally.gained[a, label] += 0 if outcomes.right[n, outcomes.pattern[n]] else change
 
 
 class StepFunction(NamedTuple):
@@ -199,53 +229,58 @@ class StepFunction(NamedTuple):
 
     @property
     def accuracy(self) -> np.ndarray:
-        """[E + 1]"""
+        """[E + 1] share of right answers."""
         return self.correct / self.images
 
     @property
     def usage(self) -> np.ndarray:
-        """[E + 1]"""
+        """[E + 1] share of heads that run."""
         return self.heads_on / (self.images * self.heads)
 
     def at(self, alpha: np.ndarray | float) -> np.ndarray:
-        """Where these alphas lie: indices into accuracy and usage. At a step itself: after it."""
+        """Find the intervals in which alphas lie: indices into accuracy and usage. At a step, the one after it."""
         return np.searchsorted(self.alpha, alpha, side="right")
 
 
-def exact_step_function(parts: Sequence[tuple[Flips, Rows, np.ndarray, Answers]]) -> StepFunction:
-    """Steps of several autoencoders' flips together.
+class TalliedFlips(NamedTuple):
+    """One autoencoder's flips, with what is needed to count what they do."""
 
-    Args:
-      parts: flips, their rows, [R] bool which rows are in use, one for each image, and the table.
-    """
+    flips: Flips
+    rows: Rows
+    used: np.ndarray  # [R] bool: which rows are in use, one for each image
+    outcomes: Outcomes
+
+
+def exact_step_function(parts: Sequence[TalliedFlips]) -> StepFunction:
+    """Compute the steps of several autoencoders' flips together."""
     moves, correct, heads_on = [], 0, 0
-    for flips, rows, used_R, answers in parts:
-        kept = np.flatnonzero(used_R[flips.row])
-        row, head, alpha = flips.row[kept], flips.head[kept], flips.alpha[kept]
+    for flips, rows, used_R, outcomes in parts:
+        used = np.flatnonzero(used_R[flips.row])
+        row, head, alpha = flips.row[used], flips.head[used], flips.alpha[used]
         path = row * 2 + ~np.signbit(alpha)
         order = np.lexsort((np.abs(alpha), path))
         row, head, alpha, path = row[order], head[order], alpha[order], path[order]
-        _, after, right_before, right_after = _follow_flips(row, head, path, rows, answers)
-        gained = right_after.astype(np.int8) - right_before.astype(np.int8)
-        moves.append((alpha, gained, np.where((after >> head) & 1, 1, -1).astype(np.int8)))
+        effects = _follow_flips(row, head, path, rows, outcomes)
+        gained = effects.right_after.astype(np.int8) - effects.right_before.astype(np.int8)
+        moves.append((alpha, gained, np.where(effects.on, 1, -1).astype(np.int8)))
         heads = rows.gate_logits.shape[1]
-        correct += int(answers.right[np.arange(len(answers.labels)), answers.pattern].sum())
-        heads_on += int(pattern_to_gates(answers.pattern, heads).sum())
+        correct += int(outcomes.right_unsteered.sum())
+        heads_on += int(pattern_to_gates(outcomes.pattern, heads).sum())
     alpha, gained, opened = (np.concatenate(part) for part in zip(*moves, strict=True))
     order = np.argsort(alpha, kind="stable")
     alpha, falls = alpha[order], np.signbit(alpha[order])
 
-    def path_of(step: np.ndarray, start: int) -> np.ndarray:
+    def sum_outwards(step: np.ndarray, start: int) -> np.ndarray:
         step = step[order].astype(np.int64)
-        left = start + np.cumsum(step[falls][::-1])[::-1]
-        return np.concatenate([left, [start], start + np.cumsum(step[~falls])])
+        below = start + np.cumsum(step[falls][::-1])[::-1]
+        return np.concatenate([below, [start], start + np.cumsum(step[~falls])])
 
-    images = sum(len(answers.labels) for *_, answers in parts)
-    return StepFunction(alpha, path_of(gained, correct), path_of(opened, heads_on), images, heads)
+    images = sum(len(part.outcomes.labels) for part in parts)
+    return StepFunction(alpha, sum_outwards(gained, correct), sum_outwards(opened, heads_on), images, heads)
 
 
 def smallest_alpha(steps: StepFunction, usage: float) -> float | None:
-    """The smallest alpha >= 0 that brings usage down to a wanted one; None where none does."""
+    """Find the smallest alpha >= 0 that brings usage down to a given one; None if no alpha does."""
     first = int(np.searchsorted(steps.alpha, 0.0))
     reached = np.flatnonzero(steps.usage[first:] <= usage)
     if not len(reached):
@@ -254,7 +289,7 @@ def smallest_alpha(steps: StepFunction, usage: float) -> float | None:
 
 
 def best_alpha(steps: StepFunction, floor: float) -> float:
-    """The alpha > 0 of lowest usage that keeps the accuracy at `floor` or above, of all alphas; 0 where none does.
+    """Find the alpha > 0 of lowest usage that keeps the accuracy at `floor` or above; 0 if no alpha does.
 
     It is the middle of its interval; of an interval without an end, half as far again as its beginning.
     """

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from builders import CLASSES, random_params, setting, tiny_config
+from builders import CLASSES, setting, steer_config, trained_model
 from helpers import ROOT
 
 from headsteer_jax.analysis import layers
@@ -12,17 +12,15 @@ from headsteer_jax.config import Config
 from headsteer_jax.config.files import load_config
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.vit import ViT, build_model
+from headsteer_jax.model.vit import TrainedModel
+from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer.steering import Steering, run_suffix
 
 
 def config_of(**steer: object) -> Config:
-    config = tiny_config()
+    config = steer_config(chunk=4, **steer)
     return config.model_copy(
-        update={
-            "steer": config.steer.model_copy(update=steer),
-            "layers": config.layers.model_copy(update={"alphas": (8.0, -20.0), "chunk": 4, "per_class": 0}),
-        }
+        update={"layers": config.layers.model_copy(update={"alphas": (8.0, -20.0), "per_class": 0})}
     )
 
 
@@ -46,11 +44,11 @@ def by_hand(
         if layer >= config.gate.first_layer:
             reads = x[0]
             if layer in steered:
-                one = steered[layer]
-                exact = type(one.sae)(*(np.asarray(a, np.float64) for a in one.sae))
+                sae, strength, choice = steered[layer]
+                exact = SAEWeights(*(np.asarray(a, np.float64) for a in sae.weights))
                 reads = reference.steered(
-                    exact, one.scaling.mean.astype(np.float64), float(one.scaling.scale), reads, one.strength,
-                    (one.choice.latents[label], one.choice.weights[label]), alpha, config.sae.k, "add", "delta",
+                    exact, sae.scaling.mean.astype(np.float64), float(sae.scaling.scale), reads, strength,
+                    (choice.latents[label], choice.weights[label]), alpha, sae.k, "add", "delta",
                 )  # fmt: skip
                 if config.steer.target == "residual":
                     x = np.concatenate([reads[None], x[1:]])
@@ -61,12 +59,10 @@ def by_hand(
     return gates, int(np.argmax(answer))
 
 
-def steered_at(
-    model: ViT, params: object, split: Split, steered: dict[int, Steering], config: Config
-) -> tuple[np.ndarray, np.ndarray]:
+def steered_at(trained: TrainedModel, split: Split, steered: dict[int, Steering]) -> tuple[np.ndarray, np.ndarray]:
     """Gates and predictions at alpha 0, 8 and -20, by the labels."""
     alphas = np.array([0.0, 8.0, -20.0])
-    gates, predictions = run_suffix(model, params, split, [(steered, split.labels)], alphas, config, 4, "test")
+    gates, predictions = run_suffix(trained, split, [(steered, split.labels)], alphas, "test")
     return gates[0], predictions[0]
 
 
@@ -74,13 +70,13 @@ def steered_at(
 @pytest.mark.parametrize("which", [(1,), (2,), (1, 2)], ids=str)
 def test_steered_layers_match_reference(which: tuple[int, ...], target: str) -> None:
     config = config_of(target=target)
-    params = random_params(config, CLASSES)
+    trained = trained_model(config)
     images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     labels = np.random.default_rng(2).integers(0, CLASSES, 6).astype(np.int32)
     steered = {layer: setting(layer) for layer in which}
-    gates, predictions = steered_at(build_model(config, CLASSES), params, Split(images, labels), steered, config)
+    gates, predictions = steered_at(trained, Split(images, labels), steered)
     assert gates.shape == (3, 6, len(which), 3)
-    exact = reference.in_float64(jax.device_get(params))
+    exact = reference.in_float64(jax.device_get(trained.params))
     differs = 0
     for a, alpha in enumerate((0.0, 8.0, -20.0)):
         for i in range(6):
@@ -94,11 +90,11 @@ def test_steered_layers_match_reference(which: tuple[int, ...], target: str) -> 
 
 def test_alpha_0_is_the_unsteered_model() -> None:
     config = config_of()
-    params, model = random_params(config, CLASSES), build_model(config, CLASSES)
+    trained = trained_model(config)
     images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     split = Split(images, np.zeros(6, np.int32))
-    gates, predictions = steered_at(model, params, split, {1: setting(0), 2: setting(1)}, config)
-    logits, out = model.apply(params, images.astype(np.float32) / 255)
+    gates, predictions = steered_at(trained, split, {1: setting(0), 2: setting(1)})
+    logits, out = trained.model.apply(trained.params, images.astype(np.float32) / 255)
     np.testing.assert_array_equal(predictions[0], np.argmax(logits, axis=1))
     for place, layer in enumerate((1, 2)):
         np.testing.assert_array_equal(gates[0, :, place], out["gates"][layer] > 0)
@@ -106,16 +102,16 @@ def test_alpha_0_is_the_unsteered_model() -> None:
 
 def test_all_off_drops_every_head_of_one_layer() -> None:
     config = config_of()
-    params, model = random_params(config, CLASSES), build_model(config, CLASSES)
+    trained = trained_model(config)
     images = np.random.default_rng(1).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
-    exact = reference.in_float64(jax.device_get(params))
+    exact = reference.in_float64(jax.device_get(trained.params))
     answers = [
         int(np.argmax(reference.vit(exact, image / 255.0, config, "thresholded", {1: np.zeros(3)})[0]))
         for image in images
     ]
     split = Split(images, np.array(answers, np.int32))
     split.labels[:5] = (split.labels[:5] + 1) % CLASSES
-    assert layers.accuracy_all_off(model, params, split, 1, config) == 0.75
+    assert layers.accuracy_all_off(trained, split, 1) == 0.75
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from headsteer_jax.analysis.stats import (
+    LabelledTable,
     accuracy_at_usage,
     accuracy_front,
     adjust_p_values,
@@ -188,8 +189,8 @@ def test_controls_by_trying_every_subset(seed: int) -> None:
     gated = tables["validation"][np.arange(22), rng.integers(0, 2**heads, 22)]
     related = np.arange(classes)[:, None] // 2 == np.arange(classes) // 2
     related &= ~np.eye(classes, dtype=bool)
-    split_up = (tables["validation"], labels["validation"], tables["test"], labels["test"], gated)
-    found = fixed_subset_controls(*split_up, np.arange(2**heads), classes, heads, related)
+    validation_table, test_table = (LabelledTable(tables[name], labels[name]) for name in ("validation", "test"))
+    found = fixed_subset_controls(validation_table, test_table, gated, np.arange(2**heads), classes, heads, related)
     wanted = brute_controls(tables, labels, gated, classes, heads, related)
     assert found["all_on"] == pytest.approx(wanted["all_on"])
     assert found["all_off"] == pytest.approx(wanted["all_off"])

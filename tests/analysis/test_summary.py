@@ -2,106 +2,114 @@
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from made_run import made_run
+from made_run import made_sweep
 
+from headsteer_jax.analysis.scores import Curves
 from headsteer_jax.analysis.stats import mcnemar_p
 from headsteer_jax.analysis.summary import saved_classes, summarise
+from headsteer_jax.config import Config
+from headsteer_jax.steer.results import SplitResult, SweepResult
 from headsteer_jax.steer.table import pattern_to_gates
 from headsteer_jax.steer.tally import StepFunction, pack_bits, unpack_bits
 
 
 @pytest.fixture(scope="module")
-def run() -> dict[str, Any]:
-    return made_run(classes=8, heads=4, seeds=2, per_class=12)
+def config_and_result() -> tuple[Config, SweepResult]:
+    return made_sweep(classes=8, heads=4, seeds=2, per_class=12)
 
 
-def per_image(arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
+@pytest.fixture(scope="module")
+def config(config_and_result: tuple[Config, SweepResult]) -> Config:
+    return config_and_result[0]
+
+
+@pytest.fixture(scope="module")
+def result(config_and_result: tuple[Config, SweepResult]) -> SweepResult:
+    return config_and_result[1]
+
+
+def per_image(split: SplitResult) -> tuple[np.ndarray, np.ndarray]:
     """[G, S, Y, A, N]: was the answer right, and the share of heads that ran."""
-    count = len(arrays[f"{split}_labels"])
-    return unpack_bits(arrays[f"{split}_right"], count), unpack_bits(arrays[f"{split}_gates"], count).mean(axis=-2)
+    count = len(split.labels)
+    return unpack_bits(split.right, count), unpack_bits(split.gates, count).mean(axis=-2)
 
 
-def unsteered(arrays: dict[str, np.ndarray], split: str) -> tuple[np.ndarray, np.ndarray]:
+def unsteered(split: SplitResult) -> tuple[np.ndarray, np.ndarray]:
     """[N]: the same without steering."""
-    n = np.arange(len(arrays[f"{split}_labels"]))
-    pattern = arrays[f"{split}_pattern"]
-    heads = arrays[f"{split}_heads_on"].shape[-1]
-    return arrays[f"{split}_table"][n, pattern] == arrays[f"{split}_labels"], pattern_to_gates(pattern, heads).mean(
-        axis=-1
-    )
+    right = split.table[np.arange(len(split.labels)), split.pattern] == split.labels
+    return right, pattern_to_gates(split.pattern, split.heads).mean(axis=-1)
 
 
-def test_the_alpha_is_chosen_on_validation_and_scored_on_test(run: dict[str, Any]) -> None:
-    arrays, config = run["arrays"], run["config"]
-    summary, _ = summarise(arrays, config)
-    chosen_on, scored_on = per_image(arrays, "validation"), per_image(arrays, "test")
-    floor = unsteered(arrays, "validation")[0].mean() - config.steer.tolerance
-    alphas = arrays["alphas"]
+def test_the_alpha_is_chosen_on_validation_and_scored_on_test(config: Config, result: SweepResult) -> None:
+    summary, _ = summarise(result, config)
+    chosen_on, scored_on = per_image(result.validation), per_image(result.test)
+    floor = unsteered(result.validation)[0].mean() - config.steer.tolerance
+    alphas = result.alphas
     seen = set()
-    for g, name in enumerate(arrays["strategies"]):
+    for g, name in enumerate(result.strategies):
         for y in range(2):
             best, least = int(np.flatnonzero(alphas == 0)[0]), np.inf
             for a in np.flatnonzero(alphas > 0):
                 right, used = (values[g, :, y, a].mean() for values in chosen_on)
                 if right >= floor and used < least:
                     best, least = int(a), used
-            row = summary["steering"][str(name)]
+            row = summary["steering"][name]
             row = row if y == 0 else row["by_predicted_class"]
             assert row["alpha"] == alphas[best]
             assert row["accuracy"] == pytest.approx(scored_on[0][g, :, y, best].mean())
             assert row["usage"] == pytest.approx(scored_on[1][g, :, y, best].mean())
             for what in ("usage", "accuracy"):
                 assert row[f"{what}_ci"][0] <= row[what] <= row[f"{what}_ci"][1]
-            gained = (scored_on[0][g, 0, y, best] & ~unsteered(arrays, "test")[0]).sum()
-            lost = (~scored_on[0][g, 0, y, best] & unsteered(arrays, "test")[0]).sum()
+            gained = (scored_on[0][g, 0, y, best] & ~unsteered(result.test)[0]).sum()
+            lost = (~scored_on[0][g, 0, y, best] & unsteered(result.test)[0]).sum()
             assert row["mcnemar_p"] == pytest.approx(float(mcnemar_p(gained, lost)))
             seen.add(best)
     assert len(seen) > 1
 
 
-def test_unsteered(run: dict[str, Any]) -> None:
-    summary, _ = summarise(run["arrays"], run["config"])
-    right, used = unsteered(run["arrays"], "test")
+def test_unsteered(config: Config, result: SweepResult) -> None:
+    summary, _ = summarise(result, config)
+    right, used = unsteered(result.test)
     row = summary["steering"]["unsteered"]
     assert row["accuracy"] == summary["gated_accuracy"] == pytest.approx(right.mean())
     assert row["usage"] == summary["last_layer"]["usage"] == pytest.approx(used.mean())
 
 
-def test_test_images_do_not_decide_anything(run: dict[str, Any]) -> None:
+def test_test_images_do_not_decide_anything(config: Config, result: SweepResult) -> None:
     """With other answers on test, the choices are the same."""
-    arrays = dict(run["arrays"])
-    _, before = summarise(arrays, run["config"])
+    _, before = summarise(result, config)
     rng = np.random.default_rng(0)
-    for name in ("test_right", "test_table"):
-        arrays[name] = rng.permuted(arrays[name], axis=-1)
-    _, after = summarise(arrays, run["config"])
+    test = replace(
+        result.test, right=rng.permuted(result.test.right, axis=-1), table=rng.permuted(result.test.table, axis=-1)
+    )
+    _, after = summarise(replace(result, test=test), config)
     for name in ("chosen", "class_chosen", "oracle_patterns"):
         np.testing.assert_array_equal(before[name], after[name])
     # and with other answers on validation they are not
-    arrays = dict(run["arrays"]) | {"validation_correct": rng.permuted(run["arrays"]["validation_correct"], axis=3)}
-    _, other = summarise(arrays, run["config"])
+    validation = replace(result.validation, correct=rng.permuted(result.validation.correct, axis=3))
+    _, other = summarise(replace(result, validation=validation), config)
     assert not np.array_equal(before["class_chosen"], other["class_chosen"])
 
 
-def test_the_table_of_classes(run: dict[str, Any]) -> None:
-    arrays, config = run["arrays"], run["config"]
-    summary, extra = summarise(arrays, config)
+def test_the_table_of_classes(config: Config, result: SweepResult) -> None:
+    summary, extra = summarise(result, config)
     g, a = 0, int(extra["chosen"][0, 0])
-    (right, used), (right_0, used_0) = per_image(arrays, "test"), unsteered(arrays, "test")
+    (right, used), (right_0, used_0) = per_image(result.test), unsteered(result.test)
     rows = {row["name"]: row for row in summary["classes"]}
     saved = 0
-    for c, name in enumerate(arrays["class_names"]):
-        own, row = arrays["test_labels"] == c, rows[str(name)]
+    for c, name in enumerate(result.class_names):
+        own, row = result.test.labels == c, rows[name]
         assert row["images"] == own.sum()
         assert row["usage_before"] == pytest.approx(used_0[own].mean())
         assert row["usage_after"] == pytest.approx(used[g, :, 0, a][:, own].mean())
         assert row["accuracy_before"] == pytest.approx(right_0[own].mean())
         assert row["accuracy_after"] == pytest.approx(right[g, :, 0, a][:, own].mean())
-        heads = unpack_bits(arrays["test_gates"][g, :, 0, a], len(own))[..., own].mean(axis=(0, 2))
+        heads = unpack_bits(result.test.gates[g, :, 0, a], len(own))[..., own].mean(axis=(0, 2))
         assert row["heads_after"] == np.flatnonzero(heads > 0.5).tolist()
         drop = round(row["usage_before"] - row["usage_after"], 9)
         keeps = right[g, :, 0, a][:, own].sum() >= 2 * right_0[own].sum()  # two seeds
@@ -113,10 +121,10 @@ def test_the_table_of_classes(run: dict[str, Any]) -> None:
 
 
 def test_saved_means_less_usage_at_no_loss() -> None:
-    before = (np.array([0.8, 0.8, 0.8, 0.8, 0.8]), np.array([0.9, 0.9, 0.9, 0.9, 0.9]))
-    usage, accuracy = np.array([0.6, 0.61, 0.3, 0.6, 0.1]), np.array([0.9, 1.0, 0.89, 0.91, 1.0])
+    unsteered = Curves(np.full(5, 0.8), np.full(5, 0.9))
+    steered = Curves(np.array([0.6, 0.61, 0.3, 0.6, 0.1]), np.array([0.9, 1.0, 0.89, 0.91, 1.0]))
     count = np.array([5, 5, 5, 5, 0])
-    assert saved_classes(usage, accuracy, before, count, 0.2).tolist() == [True, False, False, True, False]
+    assert saved_classes(steered, unsteered, count, 0.2).tolist() == [True, False, False, True, False]
 
 
 def claim(summary: dict[str, Any], part: str) -> dict[str, Any]:
@@ -125,8 +133,8 @@ def claim(summary: dict[str, Any], part: str) -> dict[str, Any]:
     return found[0]
 
 
-def test_claims_follow_their_intervals(run: dict[str, Any]) -> None:
-    summary, _ = summarise(run["arrays"], run["config"])
+def test_claims_follow_their_intervals(config: Config, result: SweepResult) -> None:
+    summary, _ = summarise(result, config)
     saving, row = claim(summary, "lowers usage"), summary["steering"]["class"]
     assert saving["value"] == pytest.approx(summary["steering"]["unsteered"]["usage"] - row["usage"])
     assert saving["interval"] == [-row["usage_change_ci"][1], -row["usage_change_ci"][0]]
@@ -134,21 +142,22 @@ def test_claims_follow_their_intervals(run: dict[str, Any]) -> None:
         if one["holds"] is not None:
             assert one["interval"][0] <= one["value"] <= one["interval"][1]
     related = claim(summary, "share more latents")
-    overlap = run["arrays"]["overlap_class_class"].mean(axis=0)
-    pairs, off = run["arrays"]["related"], ~np.eye(8, dtype=bool)
+    overlap = result.overlap_class_class.mean(axis=0)
+    pairs, off = result.related, ~np.eye(8, dtype=bool)
     assert related["value"] == pytest.approx(overlap[pairs].mean() - overlap[off & ~pairs].mean())
 
 
 @pytest.mark.parametrize("name", ["global", "random", "matched_random"])
-def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(run: dict[str, Any], name: str) -> None:
-    arrays = run["arrays"]
-    summary, extra = summarise(arrays, run["config"])
+def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(
+    config: Config, result: SweepResult, name: str
+) -> None:
+    summary, extra = summarise(result, config)
     found = claim(summary, f"at equal usage, {name} is")
-    right, used = per_image(arrays, "test")
-    zero, chosen = int(np.flatnonzero(arrays["alphas"] == 0)[0]), int(extra["chosen"][0, 0])
-    g = [str(other) for other in arrays["strategies"]].index(name)
+    right, used = per_image(result.test)
+    zero, chosen = int(np.flatnonzero(result.alphas == 0)[0]), int(extra["chosen"][0, 0])
+    g = result.strategies.index(name)
     paths = []
-    for strategy, end in ((0, chosen + 1), (g, len(arrays["alphas"]))):
+    for strategy, end in ((0, chosen + 1), (g, len(result.alphas))):
         paths.append([(used[strategy, :, 0, a].mean(), right[strategy, :, 0, a].mean()) for a in range(zero, end)])
     wanted = max(min(u for u, _ in path) for path in paths)
     at = []
@@ -161,34 +170,31 @@ def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(run: dict[s
     assert found["value"] == pytest.approx(at[0] - at[1])
 
 
-def test_a_strategy_that_never_comes_down_is_not_judged(run: dict[str, Any]) -> None:
-    arrays = dict(run["arrays"])
-    g = [str(name) for name in arrays["strategies"]].index("global")
-    heads_on = arrays["test_heads_on"].copy()
-    heads_on[g] = arrays["test_unsteered_heads_on"]
-    summary, _ = summarise(arrays | {"test_heads_on": heads_on}, run["config"])
+def test_a_strategy_that_never_comes_down_is_not_judged(config: Config, result: SweepResult) -> None:
+    g = result.strategies.index("global")
+    heads_on = result.test.heads_on.copy()
+    heads_on[g] = result.test.unsteered_heads_on
+    summary, _ = summarise(replace(result, test=replace(result.test, heads_on=heads_on)), config)
     assert claim(summary, ", global is")["holds"] is None
     assert claim(summary, ", global is")["value"] is None
 
 
 def test_suppression_is_judged_at_the_alpha_below_0_that_uses_most_on_validation() -> None:
-    run = made_run(classes=6, heads=3, alphas=(-3.0, -1.0, -0.5, 1.0), strategies=("class",))
-    arrays = dict(run["arrays"])
-    usage = per_image(arrays, "validation")[1][0, :, 0].mean(axis=(0, 2))
+    config, result = made_sweep(classes=6, heads=3, alphas=(-3.0, -1.0, -0.5, 1.0), strategies=("class",))
+    usage = per_image(result.validation)[1][0, :, 0].mean(axis=(0, 2))
     wanted = max(range(3), key=lambda a: usage[a])
-    summary, _ = summarise(arrays, run["config"])
-    found = claim(summary, f"suppression (alpha {arrays['alphas'][wanted]:g},")
-    after = per_image(arrays, "test")[1][0, :, 0, wanted].mean()
-    assert found["value"] == pytest.approx(after - unsteered(arrays, "test")[1].mean())
+    summary, _ = summarise(result, config)
+    found = claim(summary, f"suppression (alpha {result.alphas[wanted]:g},")
+    after = per_image(result.test)[1][0, :, 0, wanted].mean()
+    assert found["value"] == pytest.approx(after - unsteered(result.test)[1].mean())
 
 
-def test_fronts_compare_the_best_at_or_below_each_usage(run: dict[str, Any]) -> None:
-    arrays = run["arrays"]
-    summary, _ = summarise(arrays, run["config"])
+def test_fronts_compare_the_best_at_or_below_each_usage(config: Config, result: SweepResult) -> None:
+    summary, _ = summarise(result, config)
     found = summary["fronts"]
-    right, used = per_image(arrays, "test")
-    names = [str(name) for name in arrays["strategies"]]
-    settings = np.flatnonzero(arrays["alphas"] >= 0)
+    right, used = per_image(result.test)
+    names = result.strategies
+    settings = np.flatnonzero(result.alphas >= 0)
     for name in ("class", "gate_aligned"):
         g = names.index(name)
         points = [(used[g, :, 0, a].mean(), right[g, :, 0, a].mean()) for a in settings]
@@ -199,12 +205,11 @@ def test_fronts_compare_the_best_at_or_below_each_usage(run: dict[str, Any]) -> 
     assert claim(summary, "gate_aligned's front")["value"] == found["lowest_difference"]
 
 
-def test_the_promised_group_is_chosen_on_validation(run: dict[str, Any]) -> None:
-    arrays, config = run["arrays"], run["config"]
-    summary, extra = summarise(arrays, config)
+def test_the_promised_group_is_chosen_on_validation(config: Config, result: SweepResult) -> None:
+    summary, extra = summarise(result, config)
     a = int(extra["chosen"][0, 0])
-    (right, used), (right_0, used_0) = per_image(arrays, "validation"), unsteered(arrays, "validation")
-    labels, promised = arrays["validation_labels"], []
+    (right, used), (right_0, used_0) = per_image(result.validation), unsteered(result.validation)
+    labels, promised = result.validation.labels, []
     for c in range(8):
         own = labels == c
         falls = used_0[own].mean() - used[0, :, 0, a][:, own].mean() >= config.steer.saving - 1e-9
@@ -212,8 +217,8 @@ def test_the_promised_group_is_chosen_on_validation(run: dict[str, Any]) -> None
             promised.append(c)
     group = summary["steering"]["class"]["group"]
     assert group["promised"]["classes"] == len(promised) > 0
-    own = np.isin(arrays["test_labels"], promised)
-    (right, used), (right_0, used_0) = per_image(arrays, "test"), unsteered(arrays, "test")
+    own = np.isin(result.test.labels, promised)
+    (right, used), (right_0, used_0) = per_image(result.test), unsteered(result.test)
     assert group["promised"]["usage_change"] == pytest.approx(used[0, :, 0, a][:, own].mean() - used_0[own].mean())
     assert group["promised"]["accuracy_change"] == pytest.approx(right[0, :, 0, a][:, own].mean() - right_0[own].mean())
     gained, lost = (right[0, 0, 0, a] & ~right_0)[own].sum(), (~right[0, 0, 0, a] & right_0)[own].sum()
@@ -222,50 +227,47 @@ def test_the_promised_group_is_chosen_on_validation(run: dict[str, Any]) -> None
     assert group["saved_significantly"] == len(rows)
 
 
-def test_related_classes_share_heads_by_jaccard(run: dict[str, Any]) -> None:
-    arrays = run["arrays"]
-    summary, extra = summarise(arrays, run["config"])
-    a, labels = int(extra["chosen"][0, 0]), arrays["test_labels"]
-    gates = unpack_bits(arrays["test_gates"][0, :, 0, a], len(labels))  # [S, H, N]
+def test_related_classes_share_heads_by_jaccard(config: Config, result: SweepResult) -> None:
+    summary, extra = summarise(result, config)
+    a, labels = int(extra["chosen"][0, 0]), result.test.labels
+    gates = unpack_bits(result.test.gates[0, :, 0, a], len(labels))  # [S, H, N]
     on = [set(np.flatnonzero(gates[..., labels == c].mean(axis=(0, 2)) > 0.5).tolist()) for c in range(8)]
     kinds: dict[bool, list[float]] = {True: [], False: []}
     for i, j in itertools.permutations(range(8), 2):
-        kinds[bool(arrays["related"][i, j])].append(len(on[i] & on[j]) / len(on[i] | on[j]) if on[i] | on[j] else 1.0)
+        kinds[bool(result.related[i, j])].append(len(on[i] & on[j]) / len(on[i] | on[j]) if on[i] | on[j] else 1.0)
     found = summary["overlap"]["heads"]["after"]
     assert found["related"] == pytest.approx(np.mean(kinds[True]))
     assert found["unrelated"] == pytest.approx(np.mean(kinds[False]))
     assert claim(summary, "share more heads")["value"] == pytest.approx(found["related"] - found["unrelated"])
 
 
-def test_fronts_where_steering_never_lowers_usage(run: dict[str, Any]) -> None:
+def test_fronts_where_steering_never_lowers_usage(config: Config, result: SweepResult) -> None:
     """Whatever is left in common is compared, without NaN; where nothing is, there is no front."""
-    arrays = dict(run["arrays"])
-    gates = arrays["test_gates"].copy()
-    gates[:] = pack_bits(pattern_to_gates(arrays["test_pattern"], 4).T)
-    heads_on = arrays["test_heads_on"].copy()
-    heads_on[:] = arrays["test_unsteered_heads_on"]
-    summary, _ = summarise(arrays | {"test_gates": gates, "test_heads_on": heads_on}, run["config"])
+    gates = result.test.gates.copy()
+    gates[:] = pack_bits(pattern_to_gates(result.test.pattern, 4).T)
+    heads_on = result.test.heads_on.copy()
+    heads_on[:] = result.test.unsteered_heads_on
+    summary, _ = summarise(replace(result, test=replace(result.test, gates=gates, heads_on=heads_on)), config)
     json.dumps(summary, allow_nan=False)
     if "fronts" in summary:
         assert np.isfinite(summary["fronts"]["lowest_difference_ci"]).all()
 
 
-def test_fronts_against_the_best_subset_of_each_class(run: dict[str, Any]) -> None:
-    arrays = run["arrays"]
-    summary, _ = summarise(arrays, run["config"])
-    right, used = per_image(arrays, "test")
-    rising, labels = np.flatnonzero(arrays["alphas"] >= 0), arrays["test_labels"]
+def test_fronts_against_the_best_subset_of_each_class(config: Config, result: SweepResult) -> None:
+    summary, _ = summarise(result, config)
+    right, used = per_image(result.test)
+    rising, labels = np.flatnonzero(result.alphas >= 0), result.test.labels
     compared = 0
-    for g, name in enumerate(arrays["strategies"]):
+    for g, name in enumerate(result.strategies):
         points = [(used[g, :, 0, a].mean(), right[g, :, 0, a].mean()) for a in rising]
-        for row in summary["steering"][str(name)]["against_oracle"]:
+        for row in summary["steering"][name]["against_oracle"]:
             size = round(row["usage"] * 4)
             subsets = [p for p in range(16) if bin(p).count("1") == size]
             hits = 0
             for c in range(8):
-                held = arrays["validation_table"][arrays["validation_labels"] == c]
+                held = result.validation.table[result.validation.labels == c]
                 best = max(subsets, key=lambda p: ((held[:, p] == c).mean(), -p))
-                hits += (arrays["test_table"][labels == c][:, best] == c).sum()
+                hits += (result.test.table[labels == c][:, best] == c).sum()
             assert row["oracle"] == pytest.approx(hits / len(labels))
             assert row["front"] == pytest.approx(max(y for x, y in points if x <= row["usage"] + 1e-6))
             low, high = row["difference_ci"]
@@ -275,17 +277,16 @@ def test_fronts_against_the_best_subset_of_each_class(run: dict[str, Any]) -> No
     assert compared > 5
 
 
-def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(run: dict[str, Any]) -> None:
+def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config, result: SweepResult) -> None:
     """Steps of one strategy, made by hand: 10 images of 4 heads."""
-    arrays, config = run["arrays"], run["config"]
-    names = [str(name) for name in arrays["strategies"]]
+    names = result.strategies
     # alpha      ..-1  -1..0  0..1   1..2   2..4   4..
     alpha = np.array([-1.0, 0.5, 1.0, 2.0, 4.0])
     validation = StepFunction(alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), 10, 4)
     test = StepFunction(alpha, np.array([1, 8, 8, 7, 6, 5]), np.array([40, 37, 35, 31, 19, 5]), 10, 4)
     steps = {"validation": dict.fromkeys(names, validation), "test": dict.fromkeys(names, test)}
-    summary, extra = summarise(arrays, config, steps)
-    floor = unsteered(arrays, "validation")[0].mean() - config.steer.tolerance
+    summary, extra = summarise(replace(result, steps=steps), config)
+    floor = unsteered(result.validation)[0].mean() - config.steer.tolerance
     assert 0.8 < floor < 1
     found = summary["steering"]["class"]["exact"]
     wanted = 3.0 if floor <= 0.9 else 1.5  # the middle of the interval of lowest usage whose accuracy is high enough
@@ -299,4 +300,4 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(run: dict[str,
     assert rows[0.25]["alpha"] == 4.0
     for dense, usage in zip(extra["exact_alphas"], extra["exact_usage"][0], strict=True):
         assert usage == test.usage[np.searchsorted(alpha, dense, side="right")]
-    assert extra["exact_alphas"][[0, -1]].tolist() == pytest.approx([arrays["alphas"][0], arrays["alphas"][-1]])
+    assert extra["exact_alphas"][[0, -1]].tolist() == pytest.approx([result.alphas[0], result.alphas[-1]])

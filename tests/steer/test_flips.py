@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from headsteer_jax.config import SteerConfig
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.table import Outcomes, pattern_to_gates
 from headsteer_jax.steer.tally import (
-    Answers,
+    TalliedFlips,
     best_alpha,
     exact_step_function,
     pack_bits,
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     choice: Choice
     strength: np.ndarray
     effect: GateEffect
-    answers: Answers
+    outcomes: Outcomes
     z: np.ndarray  # [R, F] float64
 
 
@@ -57,9 +57,9 @@ def made(seed: int, images: int = 23, heads: int = 3, sign: str = "both", active
     rows = Rows(image, steered_by, gate_logits[image], np.full((len(image), heads), 5.0), (row, latent, z[row, latent]))
     effect = gate_effect(rng.normal(0, 1, (LATENTS, 8)), rng.normal(0, 0.5, (8, heads)), CHOSEN)
     pattern = (gate_logits > 0) @ (1 << np.arange(heads))
-    answers = Answers(labels, pattern, rng.random((images, 2**heads)) < 0.6)
+    outcomes = Outcomes(labels, gate_logits, pattern, rng.random((images, 2**heads)) < 0.6)
     used = np.arange(len(image)) < images
-    return Case(rows, used, choice, rng.uniform(0.5, 2, LATENTS).astype(np.float32), effect, answers, z.astype(float))
+    return Case(rows, used, choice, rng.uniform(0.5, 2, LATENTS).astype(np.float32), effect, outcomes, z.astype(float))
 
 
 def logits(case: Case, alpha: float) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_places_within_rounding_are_named() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 5), st.booleans())
-def test_look_up_counts_what_loops_count(seed: int, images: int, heads: int, other: bool) -> None:
+def test_tally_counts_what_loops_count(seed: int, images: int, heads: int, other: bool) -> None:
     """Bits and counts at every alpha against the logits; also where each image is steered by another class."""
     case = made(seed, images, heads)
     used = ~case.used if other else case.used
@@ -141,28 +141,28 @@ def test_look_up_counts_what_loops_count(seed: int, images: int, heads: int, oth
     gates_ARH = np.stack([logits(case, alpha) > 0 for alpha in alphas])
     bit = 1 << np.arange(heads)
     decided = (gates_ARH @ bit)[grid.unsure_place, grid.unsure_row]
-    found = tally_flips(grid, decided, case.rows, used, case.answers, alphas, CLASSES)
+    found = tally_flips(grid, decided, case.rows, used, case.outcomes, alphas, CLASSES)
     own = np.flatnonzero(used)
     own = own[np.argsort(case.rows.image[own])]
     assert case.rows.image[own].tolist() == list(range(images))
     for a in range(len(alphas)):
         correct, gained, heads_on = np.zeros(CLASSES), np.zeros(CLASSES), np.zeros((CLASSES, heads))
         for n, row in enumerate(own):
-            gates, label = gates_ARH[a, row], case.answers.labels[n]
-            right = case.answers.right[n, gates @ bit]
+            gates, label = gates_ARH[a, row], case.outcomes.labels[n]
+            right = case.outcomes.right[n, gates @ bit]
             assert unpack_bits(found.right[a], images)[n] == right
             assert (unpack_bits(found.gates[a], images)[:, n] == gates).all()
             correct[label] += right
-            gained[label] += right and not case.answers.right[n, case.answers.pattern[n]]
+            gained[label] += right and not case.outcomes.right[n, case.outcomes.pattern[n]]
             heads_on[label] += gates
         np.testing.assert_array_equal(found.correct[a], correct)
         np.testing.assert_array_equal(found.gained[a], gained)
         np.testing.assert_array_equal(found.heads_on[a], heads_on)
     # the same from gates and answers themselves
-    right = case.answers.right[np.arange(images), gates_ARH[:, own] @ bit]
-    was = case.answers.right[np.arange(images), case.answers.pattern]
+    right = case.outcomes.right[np.arange(images), gates_ARH[:, own] @ bit]
+    was = case.outcomes.right[np.arange(images), case.outcomes.pattern]
     for ours, theirs in zip(
-        found, tally_gates(gates_ARH[:, own], right, was, case.answers.labels, CLASSES), strict=True
+        found, tally_gates(gates_ARH[:, own], right, was, case.outcomes.labels, CLASSES), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -176,7 +176,7 @@ def test_where_the_grid_is_unsure_the_model_decides() -> None:
     assert len(grid.unsure_row) > 5
     rng = np.random.default_rng(0)
     decided = rng.integers(0, 8, len(grid.unsure_row))
-    found = tally_flips(grid, decided, case.rows, case.used, case.answers, alphas, CLASSES)
+    found = tally_flips(grid, decided, case.rows, case.used, case.outcomes, alphas, CLASSES)
     gates = np.moveaxis(unpack_bits(found.gates, 50), -2, -1)
     exact = np.stack([logits(case, alpha)[:50] > 0 for alpha in alphas])
     for row, place, pattern in zip(grid.unsure_row, grid.unsure_place, decided, strict=True):
@@ -184,9 +184,9 @@ def test_where_the_grid_is_unsure_the_model_decides() -> None:
             np.testing.assert_array_equal(gates[place, row], pattern_to_gates(np.array(pattern), 3))
             exact[place, row] = gates[place, row]
     np.testing.assert_array_equal(gates, exact)
-    right = case.answers.right[np.arange(50), gates @ (1 << np.arange(3))]
-    was = case.answers.right[np.arange(50), case.answers.pattern]
-    for ours, theirs in zip(found, tally_gates(gates, right, was, case.answers.labels, CLASSES), strict=True):
+    right = case.outcomes.right[np.arange(50), gates @ (1 << np.arange(3))]
+    was = case.outcomes.right[np.arange(50), case.outcomes.pattern]
+    for ours, theirs in zip(found, tally_gates(gates, right, was, case.outcomes.labels, CLASSES), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -195,7 +195,7 @@ def test_where_the_grid_is_unsure_the_model_decides() -> None:
 def test_steps_are_accuracy_and_usage_on_the_whole_line(seed: int) -> None:
     cases = [made(seed), made(seed + 1, images=17)]
     steps = exact_step_function(
-        [(find_flips(c.rows, c.choice, c.strength, c.effect), c.rows, c.used, c.answers) for c in cases]
+        [TalliedFlips(find_flips(c.rows, c.choice, c.strength, c.effect), c.rows, c.used, c.outcomes) for c in cases]
     )
     assert (np.diff(steps.alpha) >= 0).all()
     rng = np.random.default_rng(seed)
@@ -203,7 +203,7 @@ def test_steps_are_accuracy_and_usage_on_the_whole_line(seed: int) -> None:
         right = heads = 0
         for c in cases:
             gates = (logits(c, alpha) > 0)[c.used]
-            right += c.answers.right[np.arange(len(gates)), gates @ (1 << np.arange(3))].sum()
+            right += c.outcomes.right[np.arange(len(gates)), gates @ (1 << np.arange(3))].sum()
             heads += gates.sum()
         at = steps.at(alpha)
         assert (steps.correct[at], steps.heads_on[at]) == (right, heads)
@@ -213,11 +213,11 @@ def test_steps_are_accuracy_and_usage_on_the_whole_line(seed: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.9))
-def test_the_alphas_asked_for(seed: int, share: float) -> None:
+def test_alphas_for_a_usage_and_for_an_accuracy(seed: int, share: float) -> None:
     """The smallest that reaches a usage, and the best at an accuracy, against every interval there is."""
     case = made(seed, sign="up")
     flips = find_flips(case.rows, case.choice, case.strength, case.effect)
-    steps = exact_step_function([(flips, case.rows, case.used, case.answers)])
+    steps = exact_step_function([TalliedFlips(flips, case.rows, case.used, case.outcomes)])
     ends = np.concatenate([[0.0], steps.alpha[steps.alpha > 0], [1e9]])
     inside = (ends[:-1] + ends[1:]) / 2  # an alpha of every interval from 0 up
     usage, accuracy = steps.usage[steps.at(inside)], steps.accuracy[steps.at(inside)]

@@ -1,42 +1,45 @@
 """Steering against a float64 reference; the programs against the plain model; alpha 0 against no steering."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from builders import CLASSES, random_params, setting, steer_config
+from builders import CLASSES, setting, steer_config, trained_model
 
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model import vit
+from headsteer_jax.model.vit import TrainedModel, build_model
+from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer import steering as steer
 from headsteer_jax.steer.table import gates_to_pattern
-
-K = 4
 
 
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
 @pytest.mark.parametrize("form", ["delta", "replace"])
-@pytest.mark.parametrize("each", [False, True])
-def test_steered_residual_matches_reference(mode, form, each):
+@pytest.mark.parametrize("alpha_per_image", [False, True])
+def test_steered_residual_matches_reference(mode, form, alpha_per_image):
     """One alpha for all images, or one for each."""
-    one = setting()
+    steering = setting()
     rng = np.random.default_rng(1)
     x, classes = rng.standard_normal((6, 24)).astype(np.float32), rng.integers(0, CLASSES, 6)
     alphas = np.array([-2.0, -0.3, 0.0, 0.5, 3.0, 1.0], np.float32)
     config = steer_config(mode=mode, form=form).steer
-    exact = type(one.sae)(*(np.asarray(a, np.float64) for a in one.sae))
+    steering = steering._replace(sae=replace(steering.sae, k=20))
+    scaling = steering.sae.scaling
+    exact = SAEWeights(*(np.asarray(a, np.float64) for a in steering.sae.weights))
     moved = 0
-    for given in [alphas] if each else alphas:
-        got = jax.jit(lambda x, alpha: steer.apply_steering(one, x, classes, alpha, 20, config))(x, given)
+    for alpha in [alphas] if alpha_per_image else alphas:
+        steered = jax.jit(lambda x, alpha: steer.apply_steering(steering, x, classes, alpha, config))(x, alpha)
         for i in range(6):
             expected = reference.steered(
-                exact, one.scaling.mean.astype(np.float64), float(one.scaling.scale), x[i].astype(np.float64),
-                one.strength, (one.choice.latents[classes[i]], one.choice.weights[classes[i]]),
-                float(given[i] if each else given), 20, mode, form,
+                exact, scaling.mean.astype(np.float64), float(scaling.scale), x[i].astype(np.float64),
+                steering.strength, (steering.choice.latents[classes[i]], steering.choice.weights[classes[i]]),
+                float(alpha[i] if alpha_per_image else alpha), 20, mode, form,
             )  # fmt: skip
-            chex.assert_trees_all_close(got[i], expected, atol=2e-5)
+            chex.assert_trees_all_close(steered[i], expected, atol=2e-5)
             moved += not np.allclose(expected, x[i])
     assert moved > 1  # the settings do move residuals
 
@@ -46,7 +49,7 @@ def test_alpha_0_in_delta_form_is_the_residual_bit_for_bit(mode):
     x = np.random.default_rng(1).standard_normal((64, 24)).astype(np.float32) * 10
     classes = np.arange(64) % CLASSES
     config = steer_config(mode=mode).steer
-    run = jax.jit(lambda x, alpha: steer.apply_steering(setting(), x, classes, alpha, K, config))
+    run = jax.jit(lambda x, alpha: steer.apply_steering(setting(), x, classes, alpha, config))
     chex.assert_trees_all_equal(run(x, 0.0), x)
     assert not np.array_equal(run(x, 1.0), x)
 
@@ -58,25 +61,26 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
     """Against one forward pass for each setting; alpha 0 is the unsteered model bit for bit, in any budget."""
     config = steer_config(target=target, memory=memory)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 20.0})})
-    model, params = vit.build_model(config, CLASSES), random_params(config, CLASSES)
+    trained = trained_model(config)
+    model, params = trained.model, trained.params
     layer = layer % 3
     alphas, other = np.array([-2.0, 0.0, 1.0, 4.0, 9.0]), (split.labels + 1) % CLASSES
     settings = [({layer: setting(seed)}, labels) for seed, labels in ((0, split.labels), (1, other))]
-    gates, predictions = steer.run_suffix(model, params, split, settings, alphas, config, 64, "test")
+    gates, predictions = steer.run_suffix(trained, split, settings, alphas, "test")
     images = split.images / np.float32(255)
 
     @jax.jit
     def plain(images, steered, labels, alpha):
         def changed(x_BD):
-            return steer.apply_steering(steered[layer], x_BD, labels, alpha, K, config.steer)
+            return steer.apply_steering(steered[layer], x_BD, labels, alpha, config.steer)
 
         logits, out = model.apply(params, images, gate_input={layer: changed}, steer_residual=target == "residual")
         return out["gates"][layer] > 0, jnp.argmax(logits, axis=1)
 
     for v, (steered, labels) in enumerate(settings):
         for a, alpha in enumerate(alphas):
-            wanted, answers = plain(images, steered, labels, alpha)
-            chex.assert_trees_all_equal(gates[v, a, :, 0], np.asarray(wanted))
+            expected, answers = plain(images, steered, labels, alpha)
+            chex.assert_trees_all_equal(gates[v, a, :, 0], np.asarray(expected))
             chex.assert_trees_all_equal(predictions[v, a], np.asarray(answers).astype(np.int32))
     logits, out = jax.jit(lambda images: model.apply(params, images))(images)
     chex.assert_trees_all_equal(gates[0, 1, :, 0], np.asarray(out["gates"][layer]) > 0)
@@ -89,28 +93,30 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
 def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
     config = steer_config(target="residual", memory=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
-    model = vit.build_model(config, CLASSES)
+    model = build_model(config, CLASSES)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     with pytest.raises(
-        HeadSteerError, match=r"^config\.steer\.memory = 1: too small, as one image under one alpha needs"
+        HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, as one image under one alpha needs"
     ):
-        steer.run_suffix(model, params, split, [({1: setting()}, split.labels)], np.ones(1), config, 64, "test")
+        steer.run_suffix(
+            TrainedModel(config, model, params), split, [({1: setting()}, split.labels)], np.ones(1), "test"
+        )
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_gate_program_is_the_models_gate(split, each):
+@pytest.mark.parametrize("alpha_per_row", [False, True])
+def test_gate_program_is_the_models_gate(split, alpha_per_row):
     """Whatever the number of rows: its chunks are all of one size."""
     config = steer_config(chunk=32)
-    model, params = vit.build_model(config, CLASSES), random_params(config, CLASSES)
+    trained = trained_model(config)
     x = np.random.default_rng(0).standard_normal((90, 24)).astype(np.float32)
-    program, one = steer.GateProgram(model, params, config), setting()
-    alphas = np.linspace(-3, 6, 90) if each else np.array([-3.0, 0.0, 2.0, 6.0])
-    got = program(one, x, split.labels, alphas, each=each)
-    for alpha, row in [(alphas, got)] if each else zip(alphas, got, strict=True):
-        steered = steer.apply_steering(one, x, split.labels, jnp.asarray(alpha, jnp.float32), K, config.steer)
-        chex.assert_trees_all_equal(
-            row, np.asarray(gates_to_pattern(model.apply(params, steered, 2, method="gate_logits")))
-        )
-    assert len(np.unique(got)) > 2
-    assert program(one, x[:0], split.labels[:0], alphas[:0], each=each).size == 0
+    program, steering = steer.GateProgram(trained), setting()
+    run = program.patterns_at if alpha_per_row else program.patterns_on_grid
+    alphas = np.linspace(-3, 6, 90) if alpha_per_row else np.array([-3.0, 0.0, 2.0, 6.0])
+    patterns = run(steering, x, split.labels, alphas)
+    for alpha, row in [(alphas, patterns)] if alpha_per_row else zip(alphas, patterns, strict=True):
+        steered = steer.apply_steering(steering, x, split.labels, jnp.asarray(alpha, jnp.float32), config.steer)
+        logits = trained.model.apply(trained.params, steered, 2, method="gate_logits")
+        chex.assert_trees_all_equal(row, np.asarray(gates_to_pattern(logits)))
+    assert len(np.unique(patterns)) > 2
+    assert run(steering, x[:0], split.labels[:0], alphas[:0]).size == 0

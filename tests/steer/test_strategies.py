@@ -12,7 +12,6 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.strategies import (
     STRATEGIES,
     LatentStatistics,
-    Outcomes,
     find_strategy,
     latent_overlap,
     latent_statistics,
@@ -22,6 +21,7 @@ from headsteer_jax.steer.strategies import (
     wanted_heads,
     wanted_push,
 )
+from headsteer_jax.steer.table import Outcomes
 
 N, F, C, D = 60, 20, 4, 5
 
@@ -156,7 +156,8 @@ def test_unknown_strategy() -> None:
 def outcomes(seed: int, heads: int = 3, count: int = 40) -> Outcomes:
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % C
-    return Outcomes(labels, rng.standard_normal((count, heads)) + 0.7, rng.random((count, 2**heads)) < 0.6)
+    logits = rng.standard_normal((count, heads)) + 0.7
+    return Outcomes(labels, logits, (logits > 0) @ (1 << np.arange(heads)), rng.random((count, 2**heads)) < 0.6)
 
 
 def worth(seen: tuple[Outcomes, ...], label: int, wish: tuple[int, ...], price: float) -> float:

@@ -5,14 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from builders import CLASSES, jobs, steer_config
+from builders import CLASSES, split_sweep, steer_config
 from helpers import environment
 
 from headsteer_jax.config import Config, SteerConfig
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.steering import GateProgram
-from headsteer_jax.steer.strategies import LatentStatistics, Outcomes
+from headsteer_jax.steer.strategies import LatentStatistics
 from headsteer_jax.steer.sweep import (
     _halve_each_class,
     _top_images,
@@ -26,6 +26,7 @@ from headsteer_jax.steer.sweep import (
     sweep_by_gates,
     sweep_by_suffix,
 )
+from headsteer_jax.steer.table import Outcomes
 
 
 @pytest.mark.parametrize(("images", "latents", "count"), [(50, 300, 4), (3, 5, 8), (7, 128, 7)])
@@ -63,8 +64,8 @@ def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
     folds = _halve_each_class(labels)
     for label in (0, 1):
         assert abs(int((folds[labels == label] == 0).sum()) - int((folds[labels == label] == 1).sum())) <= 1
-    train = Outcomes(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 8), bool))
-    validation = Outcomes(labels, np.arange(21).reshape(7, 3), np.zeros((7, 8), bool))
+    train = Outcomes(np.zeros(2), np.zeros((2, 3)), np.zeros(2, int), np.zeros((2, 8), bool))
+    validation = Outcomes(labels, np.arange(21).reshape(7, 3), np.zeros(7, int), np.zeros((7, 8), bool))
     stats = LatentStatistics(*np.zeros((4, 1)), outcomes=(train, validation))
     for fold in (0, 1):
         seen = _without_fold(stats, folds, fold).outcomes
@@ -74,18 +75,18 @@ def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
 
 @pytest.mark.parametrize("weights", [(0.5, 2.0), (-2.0, 2.0)])
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
-def test_every_way_gives_the_same_outcomes(split, mode, weights):
+def test_every_method_gives_the_same_tallies(split, mode, weights):
     """In closed form, by the gate itself, and by the layers from the steered one on: bit for bit, count for count."""
     config = steer_config(mode=mode)
-    job, model, params, effects = jobs(config, split, weights)
-    gates = GateProgram(model, params, config)
+    job, trained, effects = split_sweep(config, split, weights)
+    gates = GateProgram(trained)
     alphas = np.unique(np.concatenate([np.linspace(-6, 6, 13), [0.25, -0.25]]))
     found = [
         list(sweep_by_gates(job, alphas, gates, CLASSES)),
-        list(sweep_by_suffix(job, alphas, model, params, config, CLASSES)),
+        list(sweep_by_suffix(job, alphas, trained, CLASSES)),
     ]
     if mode == "add":
-        found.append(list(sweep_by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)))
+        found.append(list(sweep_by_flips(job, alphas, gates, effects, CLASSES)))
     wanted = {(s, g): tallies for s, g, tallies, _ in found[0]}
     assert sorted(wanted) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for swept in found[1:]:
@@ -102,12 +103,12 @@ def test_every_way_gives_the_same_outcomes(split, mode, weights):
 def test_the_model_decides_at_the_flips_themselves(split):
     """On a grid made of flips, rounded to float32, the closed form knows nothing; the result is still the gate's."""
     config = steer_config()
-    job, model, params, effects = jobs(config, split, (-2.0, 2.0))
-    gates = GateProgram(model, params, config)
-    *_, flips = next(sweep_by_flips(job, np.array([0.0, 1.0]), gates, effects, config.sae.k, CLASSES))
+    job, trained, effects = split_sweep(config, split, (-2.0, 2.0))
+    gates = GateProgram(trained)
+    *_, flips = next(sweep_by_flips(job, np.array([0.0, 1.0]), gates, effects, CLASSES))
     alphas = np.unique(np.concatenate([[0.0], np.float32(flips.alpha[np.abs(flips.alpha) < 50][:150])]).astype(float))
     assert len(alphas) > 100
-    s, g, tallies, _ = next(sweep_by_flips(job, alphas, gates, effects, config.sae.k, CLASSES))
+    s, g, tallies, _ = next(sweep_by_flips(job, alphas, gates, effects, CLASSES))
     s_, g_, wanted, _ = next(sweep_by_gates(job, alphas, gates, CLASSES))
     assert (s, g) == (s_, g_)
     for ours, theirs in zip(tallies, wanted, strict=True):
@@ -115,7 +116,7 @@ def test_the_model_decides_at_the_flips_themselves(split):
             np.testing.assert_array_equal(values, getattr(theirs, field), field)
 
 
-def test_the_way_is_chosen_and_said() -> None:
+def test_the_method_is_chosen_and_described() -> None:
     assert choose_method(steer_config()) == "flips"
     assert describe_method(steer_config()).endswith("look-ups among 2^3 = 8 gate patterns; exact in alpha")
     assert choose_method(steer_config(mode="clamp")) == "gates"
@@ -141,7 +142,7 @@ def test_zero_is_added_to_the_grid() -> None:
 DIGEST = """
 import hashlib, sys
 import jax, numpy as np
-from builders import CLASSES, jobs, steer_config
+from builders import CLASSES, split_sweep, steer_config
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.steer.sweep import sweep_by_flips, sweep_by_suffix
@@ -151,12 +152,12 @@ rng = np.random.default_rng(3)
 labels = (np.arange(90) % CLASSES).astype(np.int32)
 split = Split(rng.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8), labels)
 config = steer_config(chunk=16)
-job, model, params, effects = jobs(config, split, (-2.0, 2.0))
+job, trained, effects = split_sweep(config, split, (-2.0, 2.0))
 alphas, digest = np.linspace(-6, 6, 13), hashlib.sha256(job.table.x.tobytes() + job.table.answers.tobytes())
-gates = GateProgram(model, params, config)
-ways = [sweep_by_flips(job, alphas, gates, effects, config.sae.k, CLASSES)]
-ways.append(sweep_by_suffix(job, alphas, model, params, config, CLASSES))
-for swept in ways:
+gates = GateProgram(trained)
+methods = [sweep_by_flips(job, alphas, gates, effects, CLASSES)]
+methods.append(sweep_by_suffix(job, alphas, trained, CLASSES))
+for swept in methods:
     for _, _, tallies, _ in swept:
         for tally in tallies:
             for values in tally:

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from builders import CLASSES, random_params, tiny_config
+from builders import steer_config, trained_model
 
 from headsteer_jax.config import Config
 from headsteer_jax.data.dataset import Split
@@ -15,23 +15,20 @@ from headsteer_jax.steer import table
 
 
 def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **steer: object) -> Config:
-    config = tiny_config(dropped=dropped)
+    config = steer_config(**steer)
     return config.model_copy(
         update={
             "sae": config.sae.model_copy(update={"layer": layer}),
-            "steer": config.steer.model_copy(update=steer),
+            "gate": config.gate.model_copy(update={"dropped": dropped}),
             "model": config.model.model_copy(update={"dtype": dtype}),
         }
     )
 
 
 def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:
-    model, params = vit.build_model(config, CLASSES), random_params(config, CLASSES)
-    return (
-        model,
-        params,
-        table.fill_table(table.compile_table_program(model, params, split, config), params, split, "table"),
-    )
+    trained = trained_model(config)
+    program = table.compile_table_program(trained, split)
+    return trained.model, trained.params, table.fill_table(program, trained.params, split, "table")
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
@@ -69,8 +66,7 @@ def test_contributions_of_a_bfloat16_model(split):
 @pytest.mark.parametrize("memory", [1, 2])
 def test_a_smaller_budget_changes_nothing(split, memory):
     _, _, whole = filled(config_of(), split)
-    model = vit.build_model(config_of(), CLASSES)
-    program = table.compile_table_program(model, random_params(config_of(), CLASSES), split, config_of(memory=memory))
+    program = table.compile_table_program(trained_model(config_of(memory=memory)), split)
     assert program.size <= 64
     _, _, found = filled(config_of(memory=memory, chunk=7), split)
     chex.assert_trees_all_equal(found.answers, whole.answers)
@@ -100,5 +96,7 @@ def test_more_heads_than_a_table_holds(split):
 def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
     config = config_of(memory=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
-    with pytest.raises(HeadSteerError, match=r"^config\.steer\.memory = 1: too small, as one image needs \d+ MiB$"):
+    with pytest.raises(
+        HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, as one image needs \d+ MiB$"
+    ):
         filled(config, split)

@@ -1,0 +1,136 @@
+"""The scores of every setting: alphas are chosen on validation, and everything is scored and resampled on test.
+
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, R resamplings.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
+from headsteer_jax.config.schema import Config
+from headsteer_jax.steer.results import SplitResult, SweepResult
+from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.tally import unpack_bits
+
+
+class Curves(NamedTuple):
+    """Usage and accuracy of the same settings, of the same shape."""
+
+    usage: np.ndarray
+    accuracy: np.ndarray
+
+    def select(self, *index: Any) -> "Curves":
+        """Index both arrays."""
+        return Curves(self.usage[index], self.accuracy[index])
+
+
+def setting_curves(split: SplitResult) -> Curves:
+    """Compute the curves of each setting over all images of a split and all seeds, [G, Y, A]."""
+    count = split.count.sum()
+    usage = split.heads_on.sum(axis=(-2, -1)) / (count * split.heads)
+    return Curves(usage.mean(axis=1), (split.correct.sum(axis=-1) / count).mean(axis=1))
+
+
+def class_curves(split: SplitResult) -> Curves:
+    """Compute the curves of each class over all seeds, [G, Y, A, C]; a class without images counts as 0."""
+    count = np.maximum(split.count, 1) * split.seeds
+    usage = split.heads_on.sum(axis=(1, -1)) / (count * split.heads)
+    return Curves(usage, split.correct.sum(axis=1) / count)
+
+
+def unsteered_by_class(split: SplitResult) -> Curves:
+    """Compute usage and accuracy of each class without steering, [C]."""
+    count = np.maximum(split.count, 1)
+    usage = split.unsteered_heads_on.sum(axis=-1) / (count * split.heads)
+    return Curves(usage, split.unsteered_correct / count)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every setting's scores on test, with the alphas that were chosen on validation."""
+
+    names: tuple[str, ...]  # of the G strategies
+    alphas: np.ndarray  # [A]
+    confidence: float  # of every interval
+    floor: float  # validation accuracy that a chosen alpha keeps
+    validation: Curves  # [G, Y, A]
+    chosen: np.ndarray  # [G, Y] index of the alpha
+    class_chosen: np.ndarray  # [G, Y, C] index of each class's alpha
+    test: Curves  # [G, Y, A]
+    by_class: Curves  # [G, Y, A, C]
+    unsteered: Curves  # [C]
+    weights: np.ndarray  # [R, N] float32: how often each resampling draws each image
+    resampled: Curves  # [R, G, Y, A]
+    resampled_unsteered: Curves  # [R]
+
+    @property
+    def zero(self) -> int:
+        """Index of alpha 0, the unsteered model."""
+        return int(np.flatnonzero(self.alphas == 0)[0])
+
+    @property
+    def rising(self) -> np.ndarray:
+        """Indices of the alphas from 0 up."""
+        return np.arange(self.zero, len(self.alphas))
+
+    def interval(self, resampled: np.ndarray) -> np.ndarray:
+        """Compute the interval of resampled values: [R, ...] -> [2, ...]."""
+        return percentile_interval(resampled, self.confidence)
+
+
+def _resample(split: SplitResult, weights: np.ndarray, seed: int) -> tuple[Curves, Curves]:
+    """Resample every setting and the unsteered model over images and seeds.
+
+    Args:
+      weights: [R, N].
+      seed: of the generator; usage and accuracy draw the same autoencoder seeds.
+
+    Returns:
+      Curves of the settings [R, G, Y, A], and of the unsteered model [R].
+    """
+    count, heads = len(split.labels), split.heads
+    usage_R, accuracy_R = (
+        bootstrap_means(values, split.seeds, weights, np.random.default_rng(seed))
+        for values in (
+            lambda s: unpack_bits(split.gates[:, s], count).sum(axis=-2, dtype=np.uint8),
+            lambda s: unpack_bits(split.right[:, s], count),
+        )
+    )
+    right_N = split.prediction == split.labels
+    used_N = pattern_to_gates(split.pattern, heads).sum(axis=1)
+    unsteered_usage_R = (weights @ used_N.astype(np.float32)) / (count * heads)
+    unsteered_accuracy_R = (weights @ right_N.astype(np.float32)) / count
+    return Curves(usage_R / heads, accuracy_R), Curves(unsteered_usage_R, unsteered_accuracy_R)
+
+
+def score_settings(result: SweepResult, config: Config, rng: np.random.Generator) -> Scores:
+    """Choose alphas on validation, and score every setting on test with resamplings of its images and seeds."""
+    alphas, validation, test = result.alphas, result.validation, result.test
+    curves, by_class = setting_curves(validation), class_curves(validation)
+    floor = validation.unsteered_correct.sum() / validation.count.sum() - config.steer.tolerance
+    chosen = choose_alpha(alphas, np.moveaxis(curves.usage, -1, 0), np.moveaxis(curves.accuracy, -1, 0), floor)
+    class_chosen = choose_alpha(
+        alphas,
+        np.moveaxis(by_class.usage, 2, 0),
+        np.moveaxis(by_class.accuracy, 2, 0),
+        unsteered_by_class(validation).accuracy,
+    )
+    weights = bootstrap_weights(test.labels, config.steer.bootstrap, rng)
+    resampled, resampled_unsteered = _resample(test, weights, int(rng.integers(2**32)))
+    return Scores(
+        names=result.strategies,
+        alphas=alphas,
+        confidence=config.steer.confidence,
+        floor=floor,
+        validation=curves,
+        chosen=chosen,
+        class_chosen=class_chosen,
+        test=setting_curves(test),
+        by_class=class_curves(test),
+        unsteered=unsteered_by_class(test),
+        weights=weights,
+        resampled=resampled,
+        resampled_unsteered=resampled_unsteered,
+    )
