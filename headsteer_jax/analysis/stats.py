@@ -143,6 +143,14 @@ def _mean_of_choice(test: SubsetScores, choice_C: np.ndarray) -> float:
     return float(np.sum(share_C * test.accuracy[choice_C, np.arange(len(choice_C))]))
 
 
+def _score_superclasses(
+    validation: SubsetScores, test: SubsetScores, members: np.ndarray, related: np.ndarray
+) -> float:
+    """Compute the test accuracy if every superclass has the subset, of some members, that is best on validation."""
+    family_CC = np.eye(len(related), dtype=np.int64) | related
+    return _mean_of_choice(test, members[np.argmax(validation.correct[members] @ family_CC, axis=0)])
+
+
 def _list_heads(pattern: int, heads: int) -> list[int]:
     """List the heads that a pattern runs."""
     return np.flatnonzero(pattern_to_gates(np.array(pattern), heads)).tolist()
@@ -170,16 +178,12 @@ def fixed_subset_controls(
     """
     size_P = pattern_to_gates(patterns, heads).sum(axis=1)
     validation, test = (_score_subsets(table, classes) for table in (validation_table, test_table))
-    family_CC = None if related is None else np.eye(classes, dtype=np.int64) | related
     by_size, size_patterns = [], []
     for size in range(heads + 1):
         members = np.flatnonzero(size_P == size)
         fixed = int(members[np.argmax(validation.mean[members])])
         best_C = members[np.argmax(validation.accuracy[members], axis=0)]
         size_patterns.append(patterns[best_C])
-        superclass = None
-        if family_CC is not None:
-            superclass = _mean_of_choice(test, members[np.argmax(validation.correct[members] @ family_CC, axis=0)])
         by_size.append(
             {
                 "usage": size / heads,
@@ -187,7 +191,7 @@ def fixed_subset_controls(
                 "heads": _list_heads(patterns[fixed], heads),
                 "random": float(test.mean[members].mean()),
                 "oracle": _mean_of_choice(test, best_C),
-                "superclass": superclass,
+                "superclass": None if related is None else _score_superclasses(validation, test, members, related),
                 "image": float(test.right[:, members].any(axis=1).mean()),
             }
         )

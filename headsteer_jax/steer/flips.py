@@ -159,7 +159,7 @@ def _flips_of_affine_rows(rows: Rows, selected: np.ndarray, ray: Ray) -> Flips:
 
 
 class Kinks(NamedTuple):
-    """Where the logits of rows bend on a ray: a row's kinks in order of |alpha|, padded at the front."""
+    """The places where the logits of rows bend on a ray: each row's kinks by |alpha|, padded at the front."""
 
     alpha: np.ndarray  # [R, K] |alpha| where the latent reaches 0; of the padding 0, and it does nothing
     entry: np.ndarray  # [R, K] index into the falling latents; of the padding their number
