@@ -37,6 +37,7 @@ from headsteer_jax.steer.steering import GateProgram, Steering, apply_steering
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
+    Outcomes,
     find_strategy,
     latent_statistics,
     per_class_strategy,
@@ -86,7 +87,7 @@ class Bench:
         some = np.concatenate([np.flatnonzero(labels == label)[:20] for label in range(self.classes)])
         train = Split(gather_images(run.dataset.train.images, some), labels[some])
         seen = fill_table(self.program, run.params, train, "train")
-        known = seen.outcomes(train.labels)
+        known = Outcomes(train.labels, seen.gate_logits, seen.answers == train.labels[:, None])
         stats = latent_statistics(z_NF, labels, self.classes, decoder, self.linear[0], (known, known))
         self.strength, steer = stats.strength, self.config.steer
         named = {

@@ -45,9 +45,9 @@ def tiny_config(**gate: object) -> Config:
         ),
         sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=4, batch=64, dead_window=1),
         steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50),
-        machine=MachineConfig(sweep_chunk=64),
         layers=LayersConfig(epochs=3, alphas=(2.0,), per_class=1),
         report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
+        machine=MachineConfig(sweep_chunk=64),
     )
 
 
