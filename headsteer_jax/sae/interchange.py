@@ -202,10 +202,10 @@ def export_overcomplete(
 
     The file's metadata name the class and its arguments:
 
-        about = json.loads(safetensors.safe_open(path, "pt").metadata()["overcomplete"])
-        sae = getattr(overcomplete.sae, about["class"])(**about["arguments"])
+        metadata = json.loads(safetensors.safe_open(path, "pt").metadata()["overcomplete"])
+        sae = getattr(overcomplete.sae, metadata["class"])(**metadata["arguments"])
         sae.load_state_dict(safetensors.torch.load_file(path))
-        sae.running_threshold = about.get("running_threshold")  # BatchTopKSAE's, which is not in its state_dict
+        sae.running_threshold = metadata.get("running_threshold")  # BatchTopKSAE's, which is not in its state_dict
         sae.eval()  # after everything else: it fixes the dictionary
 
     Overcomplete's decoders have no bias. Ours, which holds the training mean, is therefore an additional concept, the
@@ -254,8 +254,8 @@ def import_overcomplete(path: Path, width: int | None = None) -> Imported:
 
     The metadata come from
 
-        about = {"class": "TopKSAE", "arguments": {"top_k": 32}}
-        safetensors.torch.save_file(sae.state_dict(), path, metadata={"overcomplete": json.dumps(about)})
+        metadata = {"class": "TopKSAE", "arguments": {"top_k": 32}}
+        safetensors.torch.save_file(sae.state_dict(), path, metadata={"overcomplete": json.dumps(metadata)})
 
     The arguments are the constructor's; `dictionary_params` is needed if the normalization is not l2, and beside
     `arguments` a BatchTopKSAE's `running_threshold`. The import computes what the module does after `.eval()`. An
