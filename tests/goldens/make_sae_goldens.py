@@ -6,7 +6,7 @@ Run it in an environment with the library, only when a case is added:
     python3 -m venv /tmp/overcomplete && /tmp/overcomplete/bin/pip install overcomplete 'matplotlib<3.9' safetensors
     /tmp/overcomplete/bin/python tests/goldens/make_sae_goldens.py overcomplete
 
-With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` reads x, adds z and x_hat.
+With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` adds z and x_hat to x.
 """
 
 import json
