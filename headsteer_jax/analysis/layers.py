@@ -23,25 +23,12 @@ from headsteer_jax.model.passes import per_image_program, run_over_split
 from headsteer_jax.model.vit import TrainedModel, predict_class
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
-from headsteer_jax.sae.residuals import Residuals, load_or_compute_residuals
+from headsteer_jax.sae.residuals import Residuals, ResidualSelection, load_all, load_or_compute_residuals
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.steering import Steering, run_suffix
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
 
 logger = logging.getLogger(__name__)
-
-
-def layer_residuals(
-    trained: TrainedModel, split: Split, layers: tuple[int, ...], description: str
-) -> dict[int, np.ndarray]:
-    """Compute the CLS residuals that enter layers, in one pass over a split: {layer: [N, D] float32}."""
-
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        _, out = trained.model.apply(params, preprocess(images, trained.config.data))
-        return tuple(out["cls"][layer] for layer in layers)
-
-    program = per_image_program(run, trained.config.train.eval_batch)
-    return dict(zip(layers, run_over_split(program, trained.params, split, description), strict=True))
 
 
 def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
@@ -134,7 +121,7 @@ def _steer_layer(
     layer_config = config.model_copy(update={"sae": sae_config})
     members = train_members(layer_config, seed_members(sae_config), source, directory)
     sae = members.autoencoders(config.sae.inference_k).member(0)
-    z_NF = encode_split(sae, np.concatenate(list(source.chunks())))
+    z_NF = encode_split(sae, load_all(source))
     stats = latent_statistics(z_NF, labels, len(dataset.class_names), sae.decoder)
     choice = class_frequent_latents(stats, config.steer, np.random.default_rng(0))
     return Steering(sae, stats.strength, choice), float(np.mean(stats.frequency == 0))
@@ -161,14 +148,14 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
     validation, test = (
         _first_of_each_class(split, config.layers.per_class) for split in (dataset.validation, dataset.test)
     )
-    source = load_or_compute_residuals(cache, trained, dataset.train, "train", layers, "cls")
-    x_test = layer_residuals(trained, test, layers, "test: residuals of every layer")
+    source = load_or_compute_residuals(cache, trained, ResidualSelection(dataset.train, "train", layers, "cls"))
+    x_test = load_or_compute_residuals(None, trained, ResidualSelection(test, "test", layers, "cls"))
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
         logger.info(f"layer {layer}: autoencoder")
         steered[layer], dead = _steer_layer(trained, dataset, layer, source[layer], directory / str(layer))
-        explained = measure_health(steered[layer].sae, [x_test[layer]]).explained_variance
+        explained = measure_health(steered[layer].sae, [load_all(x_test[layer])]).explained_variance
         rows.append({"layer": layer, "explained_variance": explained, "dead_fraction": dead})
 
     def steer_split(steering: Mapping[int, Steering], split: Split, description: str) -> SteeredSplit:
