@@ -25,7 +25,7 @@ from headsteer_jax.model.passes import (
     per_image_program,
     replicate,
 )
-from headsteer_jax.model.vit import TrainedModel, ViT, predict_class, stack_gates
+from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
@@ -102,7 +102,7 @@ def run_from_layer(
 
     def run(m: ViT) -> tuple[jax.Array, jax.Array]:
         last_BTD, out = m.blocks(
-            x_BTD, layer, gate_input={layer: lambda _: steered_BD}, steer_residual=target == "residual"
+            x_BTD, layer, interventions={layer: Intervention(None, lambda _: steered_BD, target == "residual")}
         )
         return m.classify(last_BTD[:, 0]), out["gates"][layer]
 
@@ -179,11 +179,11 @@ def run_suffix(
             def change(x_BD: jax.Array, one: Steering) -> jax.Array:
                 return apply_steering(one, x_BD, class_B, alpha, config.steer)
 
-            changes = {layer: functools.partial(change, one=one) for layer, one in steered.items()}
             whole = config.steer.target == "residual"
+            changes = {n: Intervention(None, functools.partial(change, one=one), whole) for n, one in steered.items()}
 
             def rest(m: ViT) -> tuple[jax.Array, Any]:
-                last_BTD, out = m.blocks(x_BTD, layers[0], gate_input=changes, steer_residual=whole)
+                last_BTD, out = m.blocks(x_BTD, layers[0], interventions=changes)
                 return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
 
             prediction_B, gates = model.apply(params, method=rest)

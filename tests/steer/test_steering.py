@@ -70,7 +70,7 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
         def changed(x_BD):
             return steer.apply_steering(steered[layer], x_BD, labels, alpha, K, config.steer)
 
-        logits, out = model.apply(params, images, gate_input={layer: changed}, steer_residual=target == "residual")
+        logits, out = model.apply(params, images, interventions={layer: vit.Intervention(None, changed, target == "residual")})
         return out["gates"][layer] > 0, jnp.argmax(logits, axis=1)
 
     for v, (steered, labels) in enumerate(settings):
