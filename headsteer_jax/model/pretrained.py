@@ -292,7 +292,7 @@ class _BackboneReader:
 
 
 def timm_tensors(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rename our variables as timm does, so that its VisionTransformer (without LayerScale) loads them.
+    """Rename our variables as timm does, classifier included, for its VisionTransformer without LayerScale.
 
     The gates are left out: timm's model runs every head.
     """

@@ -72,7 +72,8 @@ def predict_under_patterns(model: ViT, params: Any, x_BTD: jax.Array, layer: int
             return jax.lax.map(summed, gates_PH, batch_size=max(1, ROWS_PER_PRODUCT // count))
 
         def forced(g_H: jax.Array) -> jax.Array:
-            last_BTD, _ = m.blocks(x_BTD, layer, interventions={layer: Intervention(jnp.broadcast_to(g_H, (count, heads)))})
+            intervention = Intervention(gates=jnp.broadcast_to(g_H, (count, heads)))
+            last_BTD, _ = m.blocks(x_BTD, layer, interventions={layer: intervention})
             return predict_class(m.classify(last_BTD[:, 0]))
 
         return jax.lax.map(forced, gates_PH)

@@ -1,4 +1,4 @@
-"""The model against a float64 reference, image by image and head by head."""
+"""The model equals a float64 reference, image by image and head by head."""
 
 import chex
 import jax

@@ -57,7 +57,8 @@ def test_contributions_of_a_bfloat16_model(split):
     """Each head's contribution is summed in float32, and rounded where the model itself rounds."""
     config = config_of(dtype="bfloat16")
     model, params, found = filled(config, split)
-    images, forward = split.images / np.float32(255), jax.jit(lambda p, i, g: model.apply(p, i, interventions={2: vit.Intervention(g)})[0])
+    images = split.images / np.float32(255)
+    forward = jax.jit(lambda p, i, g: model.apply(p, i, interventions={2: vit.Intervention(g)})[0])
     agree = []
     for pattern in range(8):
         gates = np.broadcast_to(table.pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
