@@ -29,6 +29,7 @@ from headsteer_jax.config import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.model.passes import padded_chunks
+from headsteer_jax.model.vit import Intervention
 from headsteer_jax.runs import Run, load_run
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import encode_all, select_member
@@ -138,7 +139,7 @@ def plain(run: Run, config: Config) -> Callable[..., Any]:
         def changed(x_BD: jax.Array) -> jax.Array:
             return apply_steering(one, x_BD, class_B, alpha, config.sae.inference_k, config.steer)
 
-        logits, out = run.model.apply(params, preprocess(images, config.data), gate_input={config.sae_layer: changed})
+        logits, out = run.model.apply(params, preprocess(images, config.data), interventions={config.sae_layer: Intervention(gate_input=changed)})
         return gates_to_pattern(out["gates"][config.sae_layer]), jnp.argmax(logits, axis=-1)
 
     return forward

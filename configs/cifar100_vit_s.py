@@ -1,9 +1,9 @@
 """The paper's experiment [LH26]: a pretrained ViT-S (12 layers, 6 heads, width 384) on CIFAR-100 through TFDS, 32x32.
 
 The first run downloads CIFAR-100 (extra `prepare`, TensorFlow) and the backbone (extra `hub`); later ones need neither.
-From scratch: --config.model.pretrained= ; from a local file: --config.model.pretrained=vit_small.safetensors
-4x4 patches make 65 tokens: it wants a GPU or a TPU. The recipe is tiny_imagenet100_vit_s.py's, longer; we had no
-network to run it.
+To train from scratch, pass --config.model.pretrained= ; to start from a local file, pass
+--config.model.pretrained=vit_small.safetensors. With 4x4 patches there are 65 tokens, which take a GPU or a TPU. The
+recipe is that of tiny_imagenet100_vit_s.py with more steps; it has not been run, for want of a network.
 """
 
 from headsteer_jax.config import (
@@ -17,17 +17,18 @@ from headsteer_jax.config import (
     TrainConfig,
 )
 
-STEPS_PER_EPOCH = 45_000 // 256  # after a tenth of train is cut off for validation
+STEPS_PER_EPOCH = 45_000 // 256  # a tenth of train is the validation split
 
 
 def get_config() -> Config:
+    """Return the experiment's config."""
     return Config(
         data=DataConfig(
             source="tfds",
             name="cifar100",
             image_size=32,
             channels=3,
-            mean=(0.5, 0.5, 0.5),  # what the AugReg backbones expect
+            mean=(0.5, 0.5, 0.5),  # the AugReg backbones expect these
             std=(0.5, 0.5, 0.5),
             crop_padding=4,
             flip=True,
@@ -43,6 +44,8 @@ def get_config() -> Config:
             gated=PhaseConfig(steps=10 * STEPS_PER_EPOCH, learning_rate=1e-4),
             eval_every=500,
         ),
-        sae=SAEConfig(expansion=8, k=32, epochs=100),  # 384 -> 3072 and 100 epochs as in [LH26]; k is not known
+        sae=SAEConfig(
+            expansion=8, k=32, epochs=100
+        ),  # 384 -> 3072 and 100 epochs as in [LH26], which does not report k
         steer=SteerConfig(latents=16),
     )

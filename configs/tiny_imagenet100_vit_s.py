@@ -1,6 +1,6 @@
 """ViT-S on 100 classes of photographs, 32x32, from a prepared TFDS directory (array_record; nothing is downloaded).
 
-8x8 patches make 17 tokens: about 110 images/s in training on two cores. Start from a pretrained backbone:
+With 8x8 patches there are 17 tokens, and two cores train about 110 images a second. Start from a pretrained backbone:
 --config.data.path=DIR --config.model.pretrained=vit_small_patch14.safetensors
 """
 
@@ -21,6 +21,7 @@ STEPS_PER_EPOCH = 45_000 // 128
 
 
 def get_config() -> Config:
+    """Return the experiment's config."""
     return Config(
         data=DataConfig(
             source="tfds",
@@ -28,7 +29,7 @@ def get_config() -> Config:
             path="../shared/data",
             image_size=32,
             channels=3,
-            mean=(0.485, 0.456, 0.406),  # ImageNet's, which pretrained backbones expect
+            mean=(0.485, 0.456, 0.406),  # ImageNet's statistics, which pretrained backbones expect
             std=(0.229, 0.224, 0.225),
             crop_padding=4,
             flip=True,
@@ -64,6 +65,6 @@ def get_config() -> Config:
             latents=16,
             alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
         ),
-        machine=MachineConfig(sweep_chunk=100),  # on a CPU faster than more
+        machine=MachineConfig(sweep_chunk=100),  # larger chunks are slower on a CPU
         layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
     )

@@ -30,7 +30,7 @@ CLASSES = 7
 
 
 def tiny_config(**gate: object) -> Config:
-    """Three layers of three heads on 8x8 images; every number small."""
+    """Make a config of three layers of three heads on 8x8 images, with small numbers everywhere."""
     return Config(
         data=DataConfig(image_size=8, crop_padding=1, train_per_class=4, eval_per_class=2),
         model=ModelConfig(patch=4, depth=3, width=24, heads=3),
@@ -52,13 +52,13 @@ def tiny_config(**gate: object) -> Config:
 
 
 def sae_config(**fields: object) -> Config:
-    """tiny_config with these fields of its part `sae`."""
+    """Make tiny_config with these fields in its section `sae`."""
     config = tiny_config()
     return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
 
 
 def steer_config(*, chunk: int = 64, memory: int | None = None, **steer: object) -> Config:
-    """tiny_config with these fields of its part `steer`, and the sweep's chunk and memory in its part `machine`."""
+    """Make tiny_config with these fields in its section `steer`, and the sweep's chunk and memory in `machine`."""
     config = tiny_config()
     machine = {"sweep_chunk": chunk} | ({} if memory is None else {"sweep_memory": memory})
     return config.model_copy(
@@ -70,7 +70,7 @@ def steer_config(*, chunk: int = 64, memory: int | None = None, **steer: object)
 
 
 def random_params(config: Config, classes: int, seed: int = 0) -> object:
-    """Parameters that are nowhere 0, so that nothing drops out of a comparison."""
+    """Make parameters that are nowhere 0, so that none drops out of a comparison."""
     side = config.data.image_size
     params = build_model(config, classes).init(
         jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32)
@@ -80,7 +80,7 @@ def random_params(config: Config, classes: int, seed: int = 0) -> object:
 
 
 def blobs(count: int, seed: int) -> Split:
-    """Three classes, each a bright quarter of the image."""
+    """Make images of three classes, each of which has another bright quarter."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(count) % 3).astype(np.int32)
     images = rng.integers(0, 120, (count, 8, 8, 1), dtype=np.uint8)
@@ -90,7 +90,7 @@ def blobs(count: int, seed: int) -> Split:
 
 
 def concepts(count: int, D: int, rng: np.random.Generator) -> np.ndarray:
-    """Residuals that truly are sparse sums of 12 directions."""
+    """Make residuals that are sparse sums of 12 directions."""
     directions = rng.standard_normal((12, D))
     active = rng.random((count, 12)) < 0.2
     return ((active * rng.uniform(1, 2, active.shape)) @ directions).astype(np.float32)

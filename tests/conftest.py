@@ -1,11 +1,11 @@
-"""A small model and its data, made once for all tests that need one."""
+"""The compilation cache that all tests share, and small images."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Programs that several tests (or the processes they start) run are compiled once: set before JAX is imported.
+# Tests and the processes that they start share compiled programs. This must be set before JAX is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the worker processes share their parent's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="headsteer-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -20,12 +20,12 @@ from headsteer_jax.data.dataset import Split
 
 @pytest.fixture(scope="session")
 def split() -> Split:
-    """90 images of 8x8 in CLASSES classes."""
+    """Make 90 images of 8x8 pixels in CLASSES classes."""
     rng = np.random.default_rng(3)
     return Split(rng.integers(0, 256, (90, 8, 8, 1), dtype=np.uint8), (np.arange(90) % CLASSES).astype(np.int32))
 
 
 @pytest.fixture(scope="session")
 def images() -> np.ndarray:
-    """[5, 8, 8, 1] normalised images."""
+    """Make normalised images [5, 8, 8, 1]."""
     return np.random.default_rng(7).standard_normal((5, 8, 8, 1)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Datasets as the sources find them on disk: one of 39 small images, as .npz, as folders, and as TFDS writes it."""
+"""A dataset of 39 small images on disk, as .npz, as folders, and as TFDS writes it."""
 
 import io
 import json
@@ -14,7 +14,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def numbered(count: int, height: int = 6, width: int = 7, start: int = 0) -> np.ndarray:
-    """[count, height, width, 3] images, each with its own number in its pixels; `number_of` reads it."""
+    """Make images [count, height, width, 3], each with its number in its pixels, which `number_of` reads."""
     images = np.random.default_rng(count + start).integers(0, 256, (count, height, width, 3), np.uint8)
     numbers = np.arange(start, start + count)
     images[:, 0, 0] = np.stack([numbers // 256, numbers % 256, np.zeros_like(numbers)], axis=1)
@@ -22,6 +22,7 @@ def numbered(count: int, height: int = 6, width: int = 7, start: int = 0) -> np.
 
 
 def number_of(images: np.ndarray) -> np.ndarray:
+    """Read the numbers of images that `numbered` made."""
     return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
 
 
@@ -38,7 +39,7 @@ TRAIN_LABELS, TEST_LABELS = np.arange(30) * 7 % 3, np.arange(9) % 3
 
 
 def write_npz(directory: Path, **arrays: np.ndarray | None) -> Path:
-    """The images above; `arrays` replace or (None) remove some."""
+    """Write the images above as an npz file; `arrays` replace some of its arrays, or remove them if they are None."""
     everything: dict[str, Any] = {
         "train_images": TRAIN, "train_labels": TRAIN_LABELS, "test_images": TEST, "test_labels": TEST_LABELS,
         "class_names": np.array(CLASSES),
@@ -49,6 +50,7 @@ def write_npz(directory: Path, **arrays: np.ndarray | None) -> Path:
 
 
 def write_folder(root: Path, test: str = "test") -> Path:
+    """Write the images above as a directory for each split and class."""
     for split, images, labels in (("train", TRAIN, TRAIN_LABELS), (test, TEST, TEST_LABELS)):
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             path = root / split / CLASSES[label] / f"{number:03d}.PNG"
@@ -81,7 +83,7 @@ def write_tfds(
     tested: tuple[Any, Any] | None = None,
     names: tuple[str, ...] = (),
 ) -> Path:
-    """A prepared TFDS directory, as TFDS itself writes it: of the images above, or of `train` and `tested`."""
+    """Write the images above, or `train` and `tested`, as TFDS writes a prepared dataset."""
     directory = root / name / "1.0.0"
     directory.mkdir(parents=True)
     image_key, label_key = supervised or ("image", "label")

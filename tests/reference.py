@@ -1,4 +1,4 @@
-"""The model, the autoencoder and the steering again, in NumPy float64, image by image: what the tests compare with."""
+"""A second implementation of the model, the autoencoder and the steering in NumPy float64, which tests compare with."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def gate_logits(x_D: np.ndarray, block: dict[str, Any], gate: Any, epsilon: floa
 
 
 def block(x_TD: np.ndarray, p: dict[str, Any], m: Any, g_H: np.ndarray | None, dropped: str) -> np.ndarray:
-    """One block with heads one at a time and loops over tokens."""
+    """Compute a block head by head and token by token."""
     K = m.width // m.heads
     n = layer_norm(x_TD, p["norm1"], m.layer_norm_epsilon)
     q, k, v = (dense(n, p[name]) for name in ("query", "key", "value"))
@@ -47,7 +47,7 @@ def block(x_TD: np.ndarray, p: dict[str, Any], m: Any, g_H: np.ndarray | None, d
 
 
 def vit(params: Any, image: np.ndarray, config: Any, gating: str, forced: dict[int, np.ndarray] | None = None) -> Any:
-    """Logits [C], and by layer the gates, the gate logits and the CLS residual, of one normalised image [S, S, C]."""
+    """Compute the logits [C] of a normalised image [S, S, C], and by layer its gates, gate logits and CLS residual."""
     p, m, side = params["params"], config.model, config.model.patch
     tokens = [
         np.einsum("hwc,hwcD->D", image[r : r + side, c : c + side], p["patches"]["kernel"]) + p["patches"]["bias"]
@@ -57,33 +57,33 @@ def vit(params: Any, image: np.ndarray, config: Any, gating: str, forced: dict[i
     x = np.concatenate([p["cls"][0], np.array(tokens)]) + p["positions"][0]
     gates, logits, cls = {}, {}, {}
     for layer in range(m.depth):
-        own = p[f"layers_{layer}"]
+        layer_params = p[f"layers_{layer}"]
         cls[layer] = x[0]
         g = None
         if layer >= config.gate.first_layer:
-            logits[layer] = gate_logits(x[0], own, config.gate, m.layer_norm_epsilon)
+            logits[layer] = gate_logits(x[0], layer_params, config.gate, m.layer_norm_epsilon)
             g = (logits[layer] > 0).astype(float) if gating == "thresholded" else np.ones(m.heads)
             g = (forced or {}).get(layer, g)
             gates[layer] = g
-        x = block(x, own, m, g, config.gate.dropped)
+        x = block(x, layer_params, m, g, config.gate.dropped)
     answer = dense(layer_norm(x[0], p["norm"], m.layer_norm_epsilon), p["head"])
     return answer, gates, logits, cls
 
 
 def encode(sae: Any, u_D: np.ndarray, k: int | None) -> np.ndarray:
-    """TopK(ReLU(W_e (u - b_d) + b_e)) of one vector; without k, what is above the thresholds."""
+    """Compute TopK(ReLU(W_e (u - b_d) + b_e)) of a vector; without k, keep the latents above their thresholds."""
     a = np.maximum(sae.W_e @ (u_D - sae.b_d) + sae.b_e, 0)
     if k is None:
         return np.where(a > sae.threshold, a, 0)
     z = np.zeros_like(a)
-    kept = np.argsort(-a)[:k]
-    z[kept] = a[kept]
+    largest = np.argsort(-a)[:k]
+    z[largest] = a[largest]
     return z
 
 
 def steered(sae: Any, mean: np.ndarray, scale: float, x_D: np.ndarray, s_F: np.ndarray, choice: Any, alpha: float,
             k: int, mode: str, form: str) -> np.ndarray:  # fmt: skip
-    """x' of one vector; `choice` is (latents [S], weights [S])."""
+    """Compute x' of a vector; `choice` is (latents [S], weights [S])."""
     z = encode(sae, (x_D - mean) * scale, k)
     new = z.copy()
     for j, w in zip(*choice, strict=True):

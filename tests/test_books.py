@@ -113,8 +113,8 @@ def test_a_record_of_an_old_format_is_refused(workdir: Workdir, record: str) -> 
     change_record(workdir, f"mix/{record}", {"config": {"data.memory_limit_mb": 4096}}, drop="format")
     line = refusal(Config(), workdir, MIX)
     assert line == (
-        f"{workdir / 'mix'}: it is stale (another version of HeadSteer made it: its record has format 1, not {FORMAT}); "
-        "pass --overwrite or another --workdir"
+        f"{workdir / 'mix'}: it is stale (another version of HeadSteer made it: its record has format 1, "
+        f"not {FORMAT}); pass --overwrite or another --workdir"
     )
     assert run_stage(Config(), workdir, MIX, overwrite=True)
     assert not run_stage(Config(), workdir, MIX)

@@ -20,7 +20,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split
 from headsteer_jax.model.passes import per_image_program, run_over_split
-from headsteer_jax.model.vit import TrainedModel, predict_class
+from headsteer_jax.model.vit import Intervention, TrainedModel, predict_class
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
 from headsteer_jax.sae.residuals import Residuals, ResidualSelection, load_all, load_or_compute_residuals
@@ -36,8 +36,8 @@ def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
     config = trained.config
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
-        closed = {layer: jnp.zeros((len(images), config.model.heads))}
-        logits_BC, _ = trained.model.apply(params, preprocess(images, config.data), gates=closed)
+        closed = {layer: Intervention(gates=jnp.zeros((len(images), config.model.heads)))}
+        logits_BC, _ = trained.model.apply(params, preprocess(images, config.data), interventions=closed)
         return (predict_class(logits_BC),)
 
     program = per_image_program(run, config.train.eval_batch)

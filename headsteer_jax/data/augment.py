@@ -29,8 +29,8 @@ def _resize_to_square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Arr
     """Resize the largest centred square of images: [B, h, w, C] uint8 -> [B, side, side, C] float32, 0 to 1."""
     height, width = images_BhwC.shape[1:3]
     square = min(height, width)
-    top, left = (height - square) // 2, (width - square) // 2
-    images_BssC = jnp.asarray(images_BhwC)[:, top : top + square, left : left + square].astype(jnp.float32) / 255
+    row, column = (height - square) // 2, (width - square) // 2
+    images_BssC = jnp.asarray(images_BhwC)[:, row : row + square, column : column + square].astype(jnp.float32) / 255
     if square == side:
         return images_BssC
     shape = (images_BssC.shape[0], side, side, images_BssC.shape[3])

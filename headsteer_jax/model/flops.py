@@ -1,7 +1,7 @@
-"""How much arithmetic the model is, and the share of the devices' peak that training reaches (MFU, arXiv:2204.02311).
+"""The model's FLOPs, and the share of the devices' peak that training reaches (MFU, arXiv:2204.02311).
 
-Only matrix products count, a multiplication and an addition each; the backward pass is two forward ones. What remat
-computes again is not counted: it is not the model's.
+Only matrix products count, with a multiplication and an addition each. A backward pass counts as two forward passes.
+What remat computes again does not count.
 """
 
 import jax
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config
 
-# dense bfloat16 TFLOP/s of one device, by the name that JAX gives it; vendors' data sheets
+# dense bfloat16 TFLOP/s of a device, by the name that JAX gives it, from the vendors' data sheets
 PEAKS = {
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
@@ -25,7 +25,7 @@ PEAKS = {
 
 
 def forward_flops(config: Config, classes: int) -> int:
-    """Of one image, with all heads; the last layer computes the CLS token alone."""
+    """Count the FLOPs of a forward pass of one image with all heads; the last layer computes the CLS token alone."""
     m, d = config.model, config.data
     patches, D, M = (d.image_size // m.patch) ** 2, m.width, round(m.mlp_ratio * m.width)
     T = 1 + m.registers + patches
@@ -40,24 +40,27 @@ def forward_flops(config: Config, classes: int) -> int:
 
 
 def training_flops(config: Config, classes: int) -> int:
-    """Of one image in a training step: forward, and the gradients by inputs and by weights."""
+    """Count the FLOPs of one image in a training step: the forward pass, and the gradients of inputs and weights."""
     return 3 * forward_flops(config, classes)
 
 
 def peak_tflops(config: Config, device: jax.Device) -> float | None:
-    """A device's peak; None where it is not known. Float32 products run as TF32 on GPUs (half), in bfloat16 on TPUs."""
+    """Return a device's peak; None if it is not known.
+
+    Float32 products run as TF32 on GPUs, with half the peak, and in bfloat16 on TPUs.
+    """
     if config.machine.peak_tflops:
         return config.machine.peak_tflops
-    found = next((peak for name, peak in PEAKS.items() if device.device_kind.startswith(name)), None)
-    if found and device.platform == "gpu" and config.model.dtype == "float32":
-        return found / 2
-    return found
+    tflops = next((peak for name, peak in PEAKS.items() if device.device_kind.startswith(name)), None)
+    if tflops and device.platform == "gpu" and config.model.dtype == "float32":
+        return tflops / 2
+    return tflops
 
 
 def training_speed(config: Config, classes: int, images_per_second: float, mesh: Mesh) -> dict[str, float]:
-    """images_per_second of all devices, tflops_per_device, and mfu where the device's peak is known."""
+    """Compute images_per_second of all devices, tflops_per_device, and mfu if the device's peak is known."""
     tflops = images_per_second * training_flops(config, classes) / mesh.size / 1e12
-    found = {"images_per_second": images_per_second, "tflops_per_device": tflops}
+    speed = {"images_per_second": images_per_second, "tflops_per_device": tflops}
     if peak := peak_tflops(config, mesh.devices.flat[0]):
-        found["mfu"] = tflops / peak
-    return found
+        speed["mfu"] = tflops / peak
+    return speed

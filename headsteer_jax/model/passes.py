@@ -1,6 +1,6 @@
-"""Forward passes over a split, on all devices: what the model predicts, which heads it runs, a layer's CLS residual.
+"""Forward passes over a split on all devices, for predictions, gates and CLS residuals.
 
-Each host takes a share of the images, on a mesh of its own devices; what they found is then told to all.
+Each host takes a share of the images, on a mesh of its own devices; then every host gets all results.
 """
 
 import itertools
@@ -22,54 +22,55 @@ from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
 
-CALLS_IN_FLIGHT = (
-    2  # under way at once: while one waits for its images, or has work for one core only, the other goes on
-)
+# While one call waits for its images, or has work for one core only, the other goes on.
+CALLS_IN_FLIGHT = 2
 
 
 class Observed(NamedTuple):
-    """N images as the model sees them."""
+    """The model's predictions, gates and residuals of N images."""
 
     prediction: np.ndarray  # [N] int32
     gates: np.ndarray  # [N, A, H] bool, of the gated layers
-    x: np.ndarray  # [N, D] float32, the CLS residual that enters the layer asked for
+    x: np.ndarray  # [N, D] float32, the CLS residual that enters the observed layer
     gate_logits: np.ndarray  # [N, H] float32 of that layer
 
     def accuracy(self, labels: np.ndarray) -> float:
+        """Compute the share of predictions that equal the labels."""
         return float(np.mean(self.prediction == labels))
 
 
 Observe = Callable[[Any, Split, str], Observed]
-PerImageFunction = Callable[
-    ..., tuple[jax.Array, ...]
-]  # (params, images [B, height, width, channels] uint8, ...) -> arrays
+# (params, images [B, height, width, channels] uint8, ...) -> arrays
+PerImageFunction = Callable[..., tuple[jax.Array, ...]]
 
 
 class Program(NamedTuple):
-    """A function of images, made ready for every device.
+    """A function of images that runs on every device.
 
-    Each device has `size` images in a call, whatever the number of devices: so results do not depend on that number.
+    Each device has `size` images in a call, so that results do not depend on the number of devices.
     """
 
-    run: Any  # a jitted or a compiled Function
+    run: Any  # a jitted or a compiled function
     size: int
-    compiled: bool = False  # for exactly this size: a smaller split is filled up to it
+    compiled: bool = False  # for exactly this size, so that a smaller split is filled up to it
 
 
 def replicate(tree: Any) -> Any:
-    """The same on each of this host's devices."""
+    """Copy a pytree of arrays to each of this host's devices."""
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
         tree = hosts.to_numpy(tree)
     return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec()))
 
 
 def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
-    """A function of which each image is computed by itself, for all devices of this host.
+    """Make a program for all devices of this host of a function that computes each image independently.
 
     Args:
-      function: takes `fixed` pytrees that are the same for all images, the parameters first, then `arrays` arrays with
-        leading axis B; returns arrays with that axis.
-      size: B.
+      function: takes pytrees that are the same for all images, the parameters first, and then arrays with leading axis
+        B; returns arrays with that axis.
+      size: B on each device.
+      arrays: the number of the function's arrays.
+      fixed: the number of its pytrees.
     """
     spec = ([PartitionSpec()] * fixed) + ([PartitionSpec("data")] * arrays)
     sharded = jax.shard_map(
@@ -79,7 +80,7 @@ def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1,
 
 
 class CompiledFit(NamedTuple):
-    """A compiled program and how much it takes at once; 0: not even one fits, which needs `needed` bytes."""
+    """A compiled program, how much it takes at once, and the bytes that this needs; size 0 if not even one fits."""
 
     run: Any
     size: int
@@ -87,12 +88,12 @@ class CompiledFit(NamedTuple):
 
 
 def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: int, calls: int = 1) -> CompiledFit:
-    """The program for the largest number, at most `most`, that stays within a budget.
+    """Compile a program for the largest number, at most `most`, that stays within a memory budget.
 
     Args:
-      compile_for: number -> compiled program.
-      memory: MiB of a device, beside the parameters, for what XLA plans as results and intermediates.
-      calls: how many are under way at once.
+      compile_for: compiles the program for a number.
+      memory: the MiB of a device, beside the parameters, for results and intermediates as XLA plans them.
+      calls: the number of calls that run at once.
     """
     size = most
     while True:
@@ -106,14 +107,15 @@ def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: 
         size = max(1, min(size - 1, int(0.95 * size * memory * 2**20 / needed)))
 
 
-def memory_error(fit: CompiledFit, memory: int, what: str) -> HeadSteerError:
+def memory_error(fit: CompiledFit, memory: int, item: str) -> HeadSteerError:
+    """Make the error for a budget that is too small for one `item`."""
     return HeadSteerError(
-        f"config.machine.sweep_memory = {memory}: too small, as {what} needs {-(-fit.needed // 2**20)} MiB"
+        f"config.machine.sweep_memory = {memory}: too small, as {item} needs {-(-fit.needed // 2**20)} MiB"
     )
 
 
 def compile_program_within_memory(program: Program, params: Any, split: Split, memory: int) -> Program:
-    """The program compiled for images like a split's, with as many in a call as fit a budget, at most program.size.
+    """Compile a program for a split's images, with as many in a call as fit a memory budget, at most program.size.
 
     Args:
       memory: see `compile_within_memory`.
@@ -134,8 +136,9 @@ def compile_program_within_memory(program: Program, params: Any, split: Split, m
 
 
 def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.ndarray]:
-    """Indices of the images from `begin` to `end` in chunks of one size, for one compiled program: the last is filled
-    with image 0. A device's part of a chunk is `size` images.
+    """Divide the indices of the images from `begin` to `end` into chunks of one size, for one compiled program.
+
+    The last chunk is filled with image 0. A device's part of a chunk is `size` images.
     """
     size *= devices
     filled = np.zeros(-(-(end - begin) // size) * size, np.int64)
@@ -144,29 +147,31 @@ def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.
 
 
 def stream_split(
-    program: Program, params: Any, split: Split, what: str, start: int = 0, stop: int | None = None
+    program: Program, params: Any, split: Split, label: str, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """What a program gives for the images `start` to `stop` (None: all), call by call in order: arrays, first axis n.
+    """Run a program on the images from `start` to `stop` (None: all), and yield its arrays [n, ...] call by call.
 
-    CALLS are under way while the caller works on one. An image has the same place in a device's part of a call
-    whatever `start`, `stop` and the number of devices are, so that its bits are the same. `what` names the work in the
-    progress.
+    CALLS_IN_FLIGHT calls run while the caller works on one. An image has the same place in a device's part of a call
+    whatever `start`, `stop` and the number of devices are, so that its bits are the same.
+
+    Args:
+      label: the name of the work in the progress.
     """
     count, params = len(split.labels), replicate(params)
     stop = count if stop is None else stop
     if start >= stop:
         return
     size = program.size if program.compiled else min(program.size, count)
-    first = start // size * size  # of the call's images
+    first = start // size * size  # the first image of the current call
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
-    def one(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
+    def run_call(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
         return jax.device_get(
             program.run(params, jax.device_put(gather_images(split.images, chunk), batch_sharding(local_mesh())))
         )
 
-    with progress(stop, what, "image", initial=start) as bar, ThreadPoolExecutor(CALLS_IN_FLIGHT) as threads:
-        calls = (threads.submit(one, chunk) for chunk in chunks)
+    with progress(stop, label, "image", initial=start) as bar, ThreadPoolExecutor(CALLS_IN_FLIGHT) as threads:
+        calls = (threads.submit(run_call, chunk) for chunk in chunks)
         waiting = deque(itertools.islice(calls, CALLS_IN_FLIGHT))
         while waiting:
             arrays = waiting.popleft().result()
@@ -177,32 +182,36 @@ def stream_split(
             yield part
 
 
-def run_over_split(program: Program, params: Any, split: Split, what: str) -> list[np.ndarray]:
-    """What a program gives for a whole split: its arrays, with first axis N, on every host.
+def run_over_split(program: Program, params: Any, split: Split, label: str) -> list[np.ndarray]:
+    """Run a program on all images of a split, and return its arrays [N, ...] on every host.
 
-    Each host has a share of the calls, so that every image is seen once. `what` names the work in the progress.
+    Each host runs a share of the calls, so that every image is computed once.
+
+    Args:
+      label: the name of the work in the progress.
     """
     count, params = len(split.labels), replicate(params)
     size = min(program.size, count)
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
 
-    def own() -> list[np.ndarray]:
-        # a host without a share makes one image's call as well: it must know the arrays' types
-        parts = list(stream_split(program, params, split, what, begin, end) if begin < end else stream_split(
-            program, params, split, what, 0, 1))  # fmt: skip
+    def run_share() -> list[np.ndarray]:
+        # A host without a share runs one image's call as well, because it must know the arrays' types.
+        images = (begin, end) if begin < end else (0, 1)
+        parts = list(stream_split(program, params, split, label, *images))
         return [np.concatenate(arrays)[: end - begin] for arrays in zip(*parts, strict=True)]
 
-    return [hosts.gather_rows(array) for array in hosts.on_every_process(own)]
+    return [hosts.gather_rows(array) for array in hosts.on_every_process(run_share)]
 
 
 def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
-    """`(params, split, what) -> Observed`: runs the model over a whole split, without augmentation.
+    """Make a function `(params, split, label) -> Observed` that runs the model on a split, without augmentation.
 
-    It is made once and called often, so that the forward pass is compiled once. `what` names the work in the progress.
+    The function is made once and called often, so that the forward pass is compiled once. `label` is the name of the
+    work in the progress.
 
     Args:
-      gating: dense (every head) or thresholded (evaluation's gates).
-      layer: whose CLS residual and gate logits are kept; a gated layer.
+      gating: dense (every head runs) or thresholded (evaluation's gates).
+      layer: the gated layer whose CLS residual and gate logits are returned.
     """
 
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -210,4 +219,4 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
         return predict_class(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
 
     program = per_image_program(forward, config.train.eval_batch)
-    return lambda params, split, what: Observed(*run_over_split(program, params, split, what))
+    return lambda params, split, label: Observed(*run_over_split(program, params, split, label))

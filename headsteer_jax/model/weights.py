@@ -1,4 +1,4 @@
-"""Weight files of vision transformers: read as NumPy arrays, and what each publisher calls the tensors.
+"""Weight files of vision transformers: how they are read as NumPy arrays, and each publisher's names of the tensors.
 
 No pickle is ever executed: .safetensors and .npz hold none, and .pth goes through torch's weights-only loading.
 """
@@ -17,19 +17,19 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
 
 
 class Layout(NamedTuple):
-    """A publisher's names. Templates: {} is the layer's number. Modules that we have are the keys."""
+    """A publisher's names of the tensors, by the names of our modules; {} stands for the layer's number."""
 
     family: str
     modules: dict[str, str]  # patches, norm, head; of a layer norm1, query, key, value, out, norm2, mlp_in, mlp_out
     tokens: dict[str, str]  # cls, positions, registers
     scales: dict[str, str]  # LayerScale of out and mlp_out
-    leaves: dict[str, str]  # what kernel, bias and a norm's scale are called, with the separator before
+    leaves: dict[str, str]  # suffixes of kernel, bias and a norm's scale, with the separator
     fused: bool  # query, key and value are one matrix, in this order
-    flax: bool  # kernels are [inputs, outputs], attention's with H and K apart, patches' [h, w, channels, D]
-    ignored: tuple[str, ...]  # beginnings of names that the model has no use for; `head` adds its own
+    flax: bool  # kernels are [inputs, outputs], attention's with axes H and K, patches' [h, w, channels, D]
+    ignored: tuple[str, ...]  # beginnings of names that the model has no use for, except the head's
 
     def name(self, module: str, leaf: str, layer: int | None = None) -> str:
-        """A tensor's name in the file: module of ours, `kernel`, `bias` or `scale`."""
+        """Return the file's name of one of our tensors: of a module's `kernel`, `bias` or `scale`."""
         return self.modules[module].format(layer) + self.leaves[leaf]
 
 
@@ -46,7 +46,7 @@ TIMM = Layout(
     scales={"out": "blocks.{}.ls1.gamma", "mlp_out": "blocks.{}.ls2.gamma"},
     leaves=TORCH, fused=True, flax=False, ignored=("mask_token",),
 )  # fmt: skip
-# the authors' own files; those of the model without registers are the same in both
+# the authors' files of models with registers; without registers they have timm's names
 DINOV2 = TIMM._replace(family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"})
 HF_VIT = Layout(
     family="Hugging Face ViTModel",
@@ -87,44 +87,45 @@ AUGREG = Layout(
     scales={},
     leaves={"kernel": "/kernel", "bias": "/bias", "scale": "/scale"}, fused=False, flax=True, ignored=("pre_logits/",),
 )  # fmt: skip
-# of a model within a model
+# what may precede all names, if the backbone is a part of a larger model
 PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "module.", "backbone.")
 
 
-def locate_weights(where: str) -> Path:
-    """A local file, or one of the Hugging Face hub's, downloaded once into its cache.
+def locate_weights(location: str) -> Path:
+    """Return the path of a weight file; a file of the Hugging Face hub is downloaded once into its cache.
 
     Args:
-      where: a path, hf://owner/model (its model.safetensors), or hf://owner/model/FILE.
+      location: a path, hf://owner/model (its model.safetensors), or hf://owner/model/FILE.
 
     Raises:
-      HeadSteerError: huggingface_hub is not installed, or the file cannot be had.
+      HeadSteerError: huggingface_hub is not installed, or the file cannot be downloaded.
     """
-    if not where.startswith("hf://"):
-        return Path(where)
+    if not location.startswith("hf://"):
+        return Path(location)
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise HeadSteerError(
-            f"config.model.pretrained = {where}: needs the extra hub: pip install 'headsteer-jax[hub]'"
+            f"config.model.pretrained = {location}: needs the extra hub: pip install 'headsteer-jax[hub]'"
         ) from None
-    owner, _, rest = where.removeprefix("hf://").partition("/")
-    model, _, file = rest.partition("/")
+    owner, _, model_and_file = location.removeprefix("hf://").partition("/")
+    model, _, file = model_and_file.partition("/")
     try:
         return Path(hf_hub_download(f"{owner}/{model}", file or "model.safetensors"))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise HeadSteerError(
-            f"config.model.pretrained = {where}: cannot be downloaded ({type(error).__name__}: {reason}); "
+            f"config.model.pretrained = {location}: cannot be downloaded ({type(error).__name__}: {reason}); "
             "check the name and the network, or name a local file"
         ) from None
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """A weight file's tensors as float32, under the names that they have there.
+    """Read a weight file's tensors as float32, by their names in the file.
 
     Raises:
-      HeadSteerError: there is no such file, it is truncated or not what its suffix says, or a tensor holds NaN.
+      HeadSteerError: there is no such file, it is truncated or not of the type that its suffix says, or a tensor holds
+        NaN.
     """
     if not path.is_file():
         raise HeadSteerError(f"config.model.pretrained = {path}: no such file")
@@ -151,7 +152,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
-        if file.read(2) != b"PK":  # np.load would take another format for what it is
+        if file.read(2) != b"PK":  # np.load would read other formats too
             raise ValueError("not a zip archive")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -171,7 +172,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise HeadSteerError(
-            f"{path}: not a file of torch's that holds nothing but tensors; nothing else in it is ever executed. "
+            f"{path}: not a file of torch that holds nothing but tensors, and nothing else is ever executed. "
             "Save its state_dict alone, or take a .safetensors file"
         ) from None
     for key in ("model", "state_dict", "teacher"):  # the training scripts of DeiT, timm and DINO wrap the weights
@@ -183,10 +184,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def recognise_layout(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, str]:
-    """Whose names these are, and what stands before each of the backbone's.
+    """Find the layout whose names these tensors have, and the prefix of the backbone's names.
 
     Raises:
-      HeadSteerError: a family that is not known.
+      HeadSteerError: there is none.
     """
     for prefix in PREFIXES:
         if prefix + "patch_embed.proj.weight" in tensors:
@@ -196,8 +197,8 @@ def recognise_layout(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Lay
             return HF_VIT if of_vit else HF_DINOV2, prefix
         if prefix + "embedding/kernel" in tensors:
             return AUGREG, prefix
-    some = ", ".join(map(repr, sorted(tensors)[:3]))
+    examples = ", ".join(map(repr, sorted(tensors)[:3]))
     raise HeadSteerError(
         f"{path}: no vision transformer under the names of timm, Hugging Face or "
-        f"google-research/vision_transformer; its tensors begin with {some or 'none'}; choose another file"
+        f"google-research/vision_transformer; its tensors begin with {examples or 'none'}; choose another file"
     )

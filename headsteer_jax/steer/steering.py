@@ -27,7 +27,7 @@ from headsteer_jax.model.passes import (
     per_image_program,
     replicate,
 )
-from headsteer_jax.model.vit import TrainedModel, ViT, predict_class, stack_gates
+from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
@@ -104,7 +104,7 @@ def run_from_layer(
 
     def run(m: ViT) -> tuple[jax.Array, jax.Array]:
         last_BTD, out = m.blocks(
-            x_BTD, layer, gate_input={layer: lambda _: steered_BD}, steer_residual=target == "residual"
+            x_BTD, layer, interventions={layer: Intervention(None, lambda _: steered_BD, target == "residual")}
         )
         return m.classify(last_BTD[:, 0]), out["gates"][layer]
 
@@ -181,11 +181,14 @@ def _steered_suffix(trained: TrainedModel, layers: Sequence[int]) -> Callable[..
             def change(x_BD: jax.Array, steering: Steering) -> jax.Array:
                 return apply_steering(steering, x_BD, class_B, alpha, config.steer)
 
-            changes = {layer: functools.partial(change, steering=steering) for layer, steering in steered.items()}
             steer_residual = config.steer.target == "residual"
+            changes = {
+                layer: Intervention(None, functools.partial(change, steering=steering), steer_residual)
+                for layer, steering in steered.items()
+            }
 
             def run_blocks(m: ViT) -> tuple[jax.Array, Any]:
-                last_BTD, out = m.blocks(x_BTD, layers[0], gate_input=changes, steer_residual=steer_residual)
+                last_BTD, out = m.blocks(x_BTD, layers[0], interventions=changes)
                 return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
 
             prediction_B, gates = model.apply(params, method=run_blocks)

@@ -17,7 +17,7 @@ from headsteer_jax.config.schema import MOST_HEADS, Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.model.passes import Program, compile_program_within_memory, per_image_program, run_over_split
-from headsteer_jax.model.vit import TrainedModel, ViT, predict_class
+from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class
 
 ROWS_PER_PRODUCT = 2048  # rows of the products that fill the table: more leave a CPU's cache
 
@@ -72,7 +72,8 @@ def predict_under_patterns(model: ViT, params: Any, x_BTD: jax.Array, layer: int
             return jax.lax.map(sum_contributions, gates_PH, batch_size=max(1, ROWS_PER_PRODUCT // count))
 
         def force_gates(g_H: jax.Array) -> jax.Array:
-            last_BTD, _ = m.blocks(x_BTD, layer, gates={layer: jnp.broadcast_to(g_H, (count, heads))})
+            intervention = Intervention(gates=jnp.broadcast_to(g_H, (count, heads)))
+            last_BTD, _ = m.blocks(x_BTD, layer, interventions={layer: intervention})
             return predict_class(m.classify(last_BTD[:, 0]))
 
         return jax.lax.map(force_gates, gates_PH)

@@ -15,10 +15,10 @@ from headsteer_jax.runtime.files import is_in_bucket, make_directory, write_text
 
 
 class TrainingLog:
-    """metrics.jsonl and TensorBoard, a row a call; rows that a resumed run will write again are dropped first.
+    """The log of training: a row in metrics.jsonl and in TensorBoard for each call.
 
-    speed.jsonl beside it: images a second and FLOPs, which are not the same from run to run. Of several hosts process 0
-    writes. A bucket's objects cannot be added to: there the rows are written with each checkpoint (`flush`).
+    speed.jsonl has images a second and FLOPs apart from them, as these differ from run to run. Process 0 alone writes.
+    One cannot append to a bucket's objects: there the rows are written with each checkpoint (`flush`).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -29,6 +29,8 @@ class TrainingLog:
         self._board = SummaryWriter(str(directory / "tensorboard")) if self._writes and not self._bucket else None
 
     def forget_after(self, phase: str, step: int) -> None:
+        """Drop a phase's rows after a step, which a resumed run will write again."""
+
         def forget() -> None:
             for name, path in self._paths.items():
                 rows = self._rows[name] if self._bucket else read_log(path)
@@ -38,6 +40,7 @@ class TrainingLog:
         hosts.on_first_process(forget)
 
     def write(self, phase: str, step: int, values: dict[str, Any], name: str = "metrics") -> None:
+        """Write a row of numbers and arrays to the log `name`, metrics or speed, and to TensorBoard."""
         if not self._writes:
             return
         row = {"phase": phase, "step": step, **{field: np.asarray(value).tolist() for field, value in values.items()}}
@@ -54,18 +57,20 @@ class TrainingLog:
                 self._board.add_scalar(tag, float(number), step)
 
     def flush(self) -> None:
+        """Write the rows so far, if the log is in a bucket."""
         if self._bucket and self._writes:
             for name, path in self._paths.items():
                 write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows[name]))
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk, which the next checkpoint or row reports
+        """Close TensorBoard's file."""
+        with suppress(OSError):  # the next checkpoint or row reports a full disk
             if self._board is not None:
                 self._board.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl's rows; a last line that an interruption cut short is left out."""
+    """Read the rows of metrics.jsonl or speed.jsonl, without a last line that an interruption cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -77,6 +82,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def open_log(directory: Path) -> Iterator[TrainingLog]:
+    """Open the log of a training for the body of this context."""
     log = TrainingLog(directory)
     try:
         yield log

@@ -1,12 +1,13 @@
-"""Training: dense first, then with gates, and a dense control of the same length.
+"""Training: first dense, then with gates, and a dense control of the same length.
 
-What a start does: a phase that has a checkpoint goes on from it; else the gated phase and the control start from the
-end of the dense phase; the dense phase starts from pretrained weights where the config names some, else from scratch.
+A phase that has a checkpoint resumes from it. Otherwise the gated phase and the control start from the end of the dense
+phase, and the dense phase starts from pretrained weights, if the config names any, or from scratch.
 
-One program for any number of devices and hosts: the state lives on `mesh.training_mesh`, a batch is dealt out over it,
-and each host reads the images of its own devices. SIGTERM ends it after a checkpoint (`preemption`).
+The same program runs on any number of devices and hosts: the state and each batch are sharded over
+`mesh.training_mesh`, and each host reads the images of its own devices. SIGTERM ends it after a checkpoint.
 
-Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step) draws a step's augmentation and noise.
+Random keys: `key(seed)` folded with 0 initialises the model; folded with 1 + phase and then with the step, it draws
+that step's augmentation and noise.
 """
 
 import json
@@ -15,12 +16,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
+from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.batches import device_batches
@@ -42,16 +45,19 @@ logger = logging.getLogger(__name__)
 
 Phase = Literal["dense", "gated", "dense_control"]
 PHASES: tuple[Phase, ...] = ("dense", "gated", "dense_control")
-EVALUATION_GATING: dict[Phase, Gating] = {
-    "dense": "dense",
-    "gated": "thresholded",
-    "dense_control": "dense",
-}  # in evaluation
+EVALUATION_GATING: dict[Phase, Gating] = {"dense": "dense", "gated": "thresholded", "dense_control": "dense"}
+
+
+def phase_plan(config: Config, phase: Phase) -> PhaseConfig:
+    """Return a phase's part of the config; the control has the gated phase's."""
+    return config.train.dense if phase == "dense" else config.train.gated
 
 
 def init_params(model: ViT, config: Config, seed: int) -> Any:
-    """The model's variables before training, whole on every host: random, with the pretrained backbone where the config
-    names one.
+    """Initialise the model's variables, complete on every host: random, with the config's pretrained backbone if any.
+
+    Raises:
+      HeadSteerError: the backbone cannot be loaded, or hosts have different variables.
     """
     key = jax.random.fold_in(jax.random.key(seed), 0)
     side, channels = config.data.image_size, config.data.channels
@@ -64,8 +70,8 @@ def init_params(model: ViT, config: Config, seed: int) -> Any:
 
 
 def init_state(params: Any, phase: Phase, config: Config) -> State:
-    """The start of a phase."""
-    plan: PhaseConfig = config.train.dense if phase == "dense" else config.train.gated
+    """Make the state in which a phase starts from these parameters."""
+    plan = phase_plan(config, phase)
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + PHASES.index(phase))
     average = params if config.train.ema else None
     return State(params, average, make_optimizer(config, plan).init(params), jax.random.key_data(key), jnp.int32(0))
@@ -74,38 +80,35 @@ def init_state(params: Any, phase: Phase, config: Config) -> State:
 def train_phase(
     model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config, directory: Path, log: TrainingLog
 ) -> State:
-    """One phase, from `params` or from its own last checkpoint, to its end.
+    """Train one phase to its end, from its last checkpoint, or from `params` if there is none.
 
-    Checkpoints, each with the phase, the step, the data position and the config: `<phase>/last` (machine.keep of them,
-    every `train.eval_every` steps, at the end and on SIGTERM), `<phase>/best` (by validation accuracy; in the gated
-    phase among those after annealing).
+    Checkpoints have the phase, the step, the data position and the config. `<phase>/last` has machine.keep of them;
+    they are saved every train.eval_every steps, at the end and on SIGTERM. `<phase>/best` has the one with the best
+    validation accuracy, in the gated phase among those after annealing.
 
     Raises:
-      HeadSteerError: the loss is not finite (names the step and the last good checkpoint), the batch is larger than
-        the data, or it cannot be divided among the devices.
-      Preempted: after SIGTERM, once a checkpoint is saved.
+      HeadSteerError: the loss is not finite (the message names the step and the last good checkpoint), the batch is
+        larger than the data, or it cannot be divided among the devices.
+      Preempted: SIGTERM came; a checkpoint is saved.
     """
-    plan: PhaseConfig = config.train.dense if phase == "dense" else config.train.gated
-    gated = phase == "gated"
-    count, batch, t = len(dataset.train.labels), config.train.batch, config.train
+    count, batch = len(dataset.train.labels), config.train.batch
     if batch > count:
         raise HeadSteerError(f"config.train.batch = {batch}: allowed is at most the {count} training images")
     devices = mesh.training_mesh(config.machine)
     mesh.check_batch(config, devices)
-    last, best = (
-        Checkpoints(directory / phase / name, keep) for name, keep in (("last", config.machine.keep), ("best", 1))
-    )
-    state = jax.eval_shape(lambda: init_state(params, phase, config))
-    shardings = mesh.state_shardings(state, devices)
+    last = Checkpoints(directory / phase / "last", config.machine.keep)
+    best = Checkpoints(directory / phase / "best", 1)
+    abstract = jax.eval_shape(lambda: init_state(params, phase, config))
+    shardings = mesh.state_shardings(abstract, devices)
     best_accuracy = -1.0
     if last.latest() is not None:
-        like = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, shardings)
-        state, about = last.restore(like)
-        best_accuracy = about["best_accuracy"]
+        like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
+        state, metadata = last.restore(like)
+        best_accuracy = metadata["best_accuracy"]
     else:
         state = mesh.place(init_state(params, phase, config), shardings)
     start = int(state.step)
-    if start == plan.steps:
+    if start == phase_plan(config, phase).steps:
         return state
     last.forget_after(start)
     best.forget_after(start)
@@ -114,111 +117,172 @@ def train_phase(
     if start:
         logger.info(f"{phase}: going on from step {start}")
     log.forget_after(phase, start)
-    ends = sorted({*range(0, plan.steps, t.steps_per_call), plan.steps} - set(range(start + 1)))
-    calls = list(zip([start, *ends[:-1]], ends, strict=True))
-    offset = t.dense.steps if phase != "dense" else 0  # later phases go on in the order of the data
-    steps = make_training_steps(model, config, plan, gated, shardings)
-    observe = make_observer(model, config, EVALUATION_GATING[phase], config.sae_layer)
-    pending: tuple[int, Any] | None = None
-    recorded = time.monotonic()
+    run = _PhaseRun(model, phase, dataset, config, directory, log, devices, last, best, state, best_accuracy)
+    return run.train(shardings)
 
-    def record() -> dict[str, float]:
-        """Look at the last call's metrics, when the next one is already under way: the device never waits."""
-        nonlocal pending, recorded
-        assert pending is not None
-        (step, metrics), pending = (pending[0], jax.device_get(pending[1])), None
-        done = len(metrics["loss"])
-        bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
+
+@dataclass
+class _PhaseRun:
+    """A phase while it is trained: its state, its checkpoints and its log."""
+
+    model: ViT
+    phase: Phase
+    dataset: Dataset
+    config: Config
+    directory: Path
+    log: TrainingLog
+    devices: Mesh
+    last: Checkpoints
+    best: Checkpoints
+    state: State
+    best_accuracy: float
+    pending: tuple[int, Any] | None = None  # the last call's end and metrics, which are not recorded yet
+    recorded: float = field(default_factory=time.monotonic)  # when the call before was recorded
+
+    @property
+    def plan(self) -> PhaseConfig:
+        """Return the phase's part of the config."""
+        return phase_plan(self.config, self.phase)
+
+    @property
+    def offset(self) -> int:
+        """Return the steps of the phases before: later phases go on in the order of the data."""
+        return self.config.train.dense.steps if self.phase != "dense" else 0
+
+    def train(self, shardings: State) -> State:
+        """Train from the state's step to the end of the phase."""
+        t, steps, start = self.config.train, self.plan.steps, int(self.state.step)
+        ends = sorted({*range(0, steps, t.steps_per_call), steps} - set(range(start + 1)))
+        calls = list(zip([start, *ends[:-1]], ends, strict=True))
+        program = make_training_steps(self.model, self.config, self.plan, self.phase == "gated", shardings)
+        observe = make_observer(self.model, self.config, EVALUATION_GATING[self.phase], self.config.sae_layer)
+        self.recorded = time.monotonic()
+        with defer_to_checkpoints() as must_stop, progress(steps, self.phase, initial=start) as bar:
+            batches = device_batches(self.dataset.train, self.config, self.devices, calls, self.offset)
+            for number, ((first, end), (images, labels)) in enumerate(zip(calls, batches, strict=True)):
+                metrics = self.run_call(program, images, labels, self.config.machine.profile and number == 1)
+                note = _describe(self.record()) if self.pending else ""
+                self.pending = (end, metrics)
+                stopping = must_stop()
+                if end % t.eval_every == 0 or end == steps:
+                    note = self.evaluate(observe, end)
+                elif stopping:
+                    self.record()
+                    self.save(end)
+                if stopping and end < steps:
+                    self.close()
+                    logger.info(f"{self.phase}: step {end} is saved")
+                    raise Preempted
+                bar.update(end - first, note)
+            self.close()
+        return self.state
+
+    def run_call(self, program: Callable[..., Any], images: jax.Array, labels: jax.Array, profiled: bool) -> Any:
+        """Start the steps of a call, and return their metrics; a profiled call is waited for."""
+        with _profile(self.directory / "profile" / self.phase if profiled else None):
+            self.state, metrics = program(self.state, images, labels)
+            if profiled:
+                jax.block_until_ready(self.state)
+        return metrics
+
+    def record(self) -> dict[str, float]:
+        """Log the last call's metrics, while the next call is already running, so that the device never waits.
+
+        Raises:
+          HeadSteerError: the loss is not finite.
+        """
+        assert self.pending is not None
+        (end, device_metrics), self.pending = self.pending, None
+        metrics = jax.device_get(device_metrics)
+        count = len(metrics["loss"])
+        self.check_loss(metrics["loss"], end - count)
+        means = {name: value.mean(axis=0) for name, value in metrics.items()}
+        self.log.write(self.phase, end, means)
+        seconds, self.recorded = time.monotonic() - self.recorded, time.monotonic()
+        images_per_second = count * self.config.train.batch / seconds
+        speed = training_speed(self.config, self.model.classes, images_per_second, self.devices)
+        self.log.write(self.phase, end, speed, "speed")
+        return means | speed
+
+    def check_loss(self, losses: np.ndarray, start: int) -> None:
+        """Check that the losses of the steps after `start` are finite.
+
+        Raises:
+          HeadSteerError: one of them is not.
+        """
+        bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
-            good = last.latest()
-            kept = f"the last good checkpoint is {last.directory / str(good)}" if good else "there is no checkpoint yet"
-            at, section = step - done + int(bad[0]) + 1, "dense" if phase == "dense" else "gated"
+            good = self.last.latest()
+            path = self.last.directory / str(good)
+            remains = f"the last good checkpoint is {path}" if good else "there is no checkpoint yet"
+            section = "dense" if self.phase == "dense" else "gated"
             raise HeadSteerError(
-                f"{phase}: the loss is {metrics['loss'][bad[0]]} at step {at}; {kept}; "
+                f"{self.phase}: the loss is {losses[bad[0]]} at step {start + int(bad[0]) + 1}; {remains}; "
                 f"lower config.train.{section}.learning_rate and pass --overwrite"
             )
-        means = {name: value.mean(axis=0) for name, value in metrics.items()}
-        log.write(phase, step, means)
-        seconds, recorded = time.monotonic() - recorded, time.monotonic()
-        reached = training_speed(config, model.classes, done * batch / seconds, devices)
-        log.write(phase, step, reached, "speed")
-        return means | reached
 
-    def save(step: int) -> None:
-        about = {
-            "phase": phase, "step": step, "position": (offset + step) * batch, "best_accuracy": best_accuracy,
-            "config": json.loads(config.model_dump_json()),
+    def evaluate(self, observe: Observe, end: int) -> str:
+        """Evaluate the state after step `end`, save it, and return a note on its accuracy."""
+        self.record()
+        accuracy = validate(observe, self.state, self.dataset, self.phase, end, self.log)
+        settled = self.phase != "gated" or end >= self.config.gate.anneal * self.plan.steps
+        if settled and accuracy > self.best_accuracy:
+            self.best_accuracy = accuracy
+            metadata = {"phase": self.phase, "step": end, "best_accuracy": accuracy}
+            self.best.save(end, evaluation_params(self.state), metadata)
+            self.best.wait()  # it must be on disk before a checkpoint that has its accuracy
+        self.save(end)
+        self.recorded = time.monotonic()
+        return f"validation accuracy {accuracy:.3f}"
+
+    def save(self, end: int) -> None:
+        """Save the state after step `end`."""
+        metadata = {
+            "phase": self.phase, "step": end, "position": (self.offset + end) * self.config.train.batch,
+            "best_accuracy": self.best_accuracy, "config": json.loads(self.config.model_dump_json()),
         }  # fmt: skip
-        log.flush()
-        last.save(step, state, about)
+        self.log.flush()
+        self.last.save(end, self.state, metadata)
 
-    with defer_to_checkpoints() as asked, progress(plan.steps, phase, initial=start) as bar:
-        for number, ((first, end), (images, labels)) in enumerate(
-            zip(calls, device_batches(dataset.train, config, devices, calls, offset), strict=True)
-        ):
-            with _profile(directory / "profile" / phase if config.machine.profile and number == 1 else None):
-                state, metrics = steps(state, images, labels)
-                if config.machine.profile and number == 1:
-                    jax.block_until_ready(state)
-            means = record() if pending else None
-            pending = (end, metrics)
-            stopping, note = asked(), ""
-            if means:
-                note = f"loss {means['loss']:.3f}, accuracy {means['train_accuracy']:.3f}"
-                note += f", MFU {means['mfu']:.1%}" if "mfu" in means else ""
-            if end % t.eval_every == 0 or end == plan.steps:
-                record()
-                accuracy = validate(observe, state, dataset, phase, end, log)
-                settled = not gated or end >= config.gate.anneal * plan.steps
-                if settled and accuracy > best_accuracy:
-                    best_accuracy = accuracy
-                    about = {"phase": phase, "step": end, "best_accuracy": accuracy}
-                    best.save(end, evaluation_params(state), about)
-                    best.wait()  # on disk before a checkpoint that names it as the best so far
-                save(end)
-                note = f"validation accuracy {accuracy:.3f}"
-                recorded = time.monotonic()
-            elif stopping:
-                record()
-                save(end)
-            if stopping and end < plan.steps:
-                for checkpoints in (last, best):
-                    checkpoints.close()
-                logger.info(f"{phase}: step {end} is saved")
-                raise Preempted
-            bar.update(end - first, note)
-        for checkpoints in (last, best):
-            checkpoints.close()
-    return state
+    def close(self) -> None:
+        """Wait until all checkpoints are on disk."""
+        self.last.close()
+        self.best.close()
+
+
+def _describe(means: dict[str, float]) -> str:
+    """Describe a call's metrics in the progress."""
+    note = f"loss {means['loss']:.3f}, accuracy {means['train_accuracy']:.3f}"
+    return note + (f", MFU {means['mfu']:.1%}" if "mfu" in means else "")
 
 
 @contextmanager
-def _profile(where: Path | None) -> Iterator[None]:
-    """A jax.profiler trace, for TensorBoard or Perfetto."""
-    if where is None:
+def _profile(directory: Path | None) -> Iterator[None]:
+    """Write a jax.profiler trace of the body of this context, for TensorBoard or Perfetto; None: write nothing."""
+    if directory is None:
         yield
     else:
-        with jax.profiler.trace(os.fspath(where)):
+        with jax.profiler.trace(os.fspath(directory)):
             yield
 
 
 def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, step: int, log: TrainingLog) -> float:
-    """Accuracy on the validation split, logged with every gated layer's thresholded usage.
+    """Compute the accuracy on the validation split, and log it with every gated layer's thresholded usage.
 
     Raises:
       HeadSteerError: the residuals are not finite.
     """
-    seen = observe(evaluation_params(state), dataset.validation, f"{phase}: validation")
-    accuracy = seen.accuracy(dataset.validation.labels)
-    if not np.isfinite(seen.x).all():
+    observed = observe(evaluation_params(state), dataset.validation, f"{phase}: validation")
+    accuracy = observed.accuracy(dataset.validation.labels)
+    if not np.isfinite(observed.x).all():
         raise HeadSteerError(f"{phase}: the residuals are not finite at step {step}; lower the learning rate")
-    usage = {"validation_usage": seen.gates.mean(axis=(0, 2))} if phase == "gated" else {}
+    usage = {"validation_usage": observed.gates.mean(axis=(0, 2))} if phase == "gated" else {}
     log.write(phase, step, {"validation_accuracy": accuracy} | usage)
     return accuracy
 
 
 def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
-    """All phases, each resumed where it stopped; see the top of this file for what starts from what."""
+    """Train all phases, each from where it stopped."""
     model = build_model(config, len(dataset.class_names))
     params = init_params(model, config, config.seed)
     with open_log(directory) as log:
@@ -240,20 +304,21 @@ def load_trained(config: Config, dataset: Dataset, directory: Path, phase: Phase
     model = build_model(config, len(dataset.class_names))
     side, channels = config.data.image_size, config.data.channels
 
-    def like(make: Callable[[], Any]) -> Any:
-        """What is restored as NumPy's: whole on every host."""
+    def empty_like(make: Callable[[], Any]) -> Any:
+        """Make NumPy arrays of the shapes that `make` returns, so that every host restores complete arrays."""
         return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), jax.eval_shape(make))
 
-    def params() -> Any:
+    def init() -> Any:
         return model.init(jax.random.key(0), jnp.zeros((1, side, side, channels)))
 
-    plan = config.train.dense if phase == "dense" else config.train.gated
+    steps = phase_plan(config, phase).steps
     if config.train.use == "best" and phase == "gated":
-        kept = Checkpoints(directory / phase / "best", writes=False).restore(like(params))[0]
+        params = Checkpoints(directory / phase / "best", writes=False).restore(empty_like(init))[0]
     else:
         last = Checkpoints(directory / phase / "last", writes=False)
         step = last.latest()
-        if step is not None and step != plan.steps:
-            raise HeadSteerError(f"{last.directory}: it ends at step {step} of {plan.steps}; {REMAKE}")
-        kept = evaluation_params(last.restore(like(lambda: init_state(params(), phase, config)), step)[0])
-    return TrainedModel(config, model, jax.device_put(kept, jax.local_devices()[0]))
+        if step is not None and step != steps:
+            raise HeadSteerError(f"{last.directory}: it ends at step {step} of {steps}; {REMAKE}")
+        state = last.restore(empty_like(lambda: init_state(init(), phase, config)), step)[0]
+        params = evaluation_params(state)
+    return TrainedModel(config, model, jax.device_put(params, jax.local_devices()[0]))

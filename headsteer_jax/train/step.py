@@ -1,6 +1,7 @@
 """One training step: the loss, the optimizer, and several steps as one program.
 
-Keys: `key(seed)` -> fold_in(0) initialises, fold_in(1 + phase) -> fold_in(step) draws a step's augmentation and noise.
+Random keys: `key(seed)` folded with 0 initialises the model; folded with 1 + phase and then with the step, it draws
+that step's augmentation and noise.
 """
 
 from collections.abc import Callable
@@ -18,22 +19,22 @@ from headsteer_jax.runtime import mesh
 
 
 class State(NamedTuple):
-    """Everything that training is: saved whole, restored whole. The data position follows from the step."""
+    """The complete state of a training phase, which a checkpoint saves; the data position follows from the step."""
 
     params: Any
-    average: Any  # exponential moving average of params; None without EMA
+    average: Any  # exponential moving average of params; None if train.ema is 0
     optimizer: Any
     key: jax.Array  # [2] uint32, the phase's PRNG key
     step: jax.Array  # int32, optimizer steps done in this phase
 
 
 def evaluation_params(state: State) -> Any:
-    """The parameters that are evaluated and kept."""
+    """Return the parameters that are evaluated and used later: the average, if there is one."""
     return state.params if state.average is None else state.average
 
 
 def make_optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransformation:
-    """AdamW with clipping, linear warm-up and a cosine; weight decay on matrices only."""
+    """Make AdamW with clipping, linear warm-up, a cosine, and weight decay on matrices only."""
     warmup = min(round(phase.warmup * phase.steps), phase.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else phase.learning_rate,
@@ -53,25 +54,25 @@ def make_optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransfor
 
 
 def scale_gates(updates: Any, scale: float) -> Any:
-    """The optimizer's updates with those of the decision networks times `scale`: a learning rate of their own."""
+    """Multiply the decision networks' updates by `scale`, which gives them a learning rate of their own."""
 
-    def one(path: Any, update: jax.Array) -> jax.Array:
+    def scale_leaf(path: Any, update: jax.Array) -> jax.Array:
         return update * scale if any(getattr(key, "key", None) == "decide" for key in path) else update
 
-    return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(one, updates)
+    return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(scale_leaf, updates)
 
 
 def loss_and_metrics(
     model: ViT, params: Any, images_BHWC: jax.Array, targets_BC: jax.Array, progress: jax.Array,
     noise_BAH: jax.Array | None, config: Config,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
-    """Cross-entropy, plus the weighted usage loss where gates are sampled.
+    """Compute the cross-entropy, plus the weighted usage loss if gates are sampled.
 
     Args:
       images_BHWC: normalised images.
       targets_BC: soft labels.
-      progress: share of the phase that is done, which the annealing follows.
-      noise_BAH: logistic noise of the gates, before its scale; None: dense, every head runs.
+      progress: the share of the phase that is done, which the annealing depends on.
+      noise_BAH: logistic noise of the gates, before it is scaled; None: every head runs.
     """
     if noise_BAH is not None:
         noise_scale, target = anneal(config.gate, progress)
@@ -94,42 +95,57 @@ def loss_and_metrics(
     return cross_entropy + pressure, metrics | usage
 
 
+def _make_gradient(model: ViT, config: Config) -> Callable[..., Any]:
+    """Make the function (params, images, targets, progress, noise) -> (gradient of the loss, metrics).
+
+    With train.accumulate it computes the batch in parts, one after the other, and returns their mean.
+    """
+    parts = config.train.accumulate
+
+    def gradient(
+        params: Any, images: jax.Array, targets: jax.Array, progress: jax.Array, noise: jax.Array | None
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        def loss(params: Any, images: jax.Array, targets: jax.Array, noise: jax.Array | None) -> Any:
+            return loss_and_metrics(model, params, images, targets, progress, noise, config)
+
+        if parts == 1:
+            return jax.grad(loss, has_aux=True)(params, images, targets, noise)
+
+        def add_part(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.grad(loss, has_aux=True)(params, *part)), None
+
+        batch = jax.tree.map(lambda x: _split_batch(x, parts), (images, targets, noise))
+        zero = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(jax.grad(loss, has_aux=True), params, *jax.tree.map(lambda x: x[0], batch)),
+        )
+        total, _ = jax.lax.scan(add_part, zero, batch)
+        return jax.tree.map(lambda leaf: leaf / parts, total)
+
+    return gradient
+
+
+def _split_batch(x: jax.Array, parts: int) -> jax.Array:
+    """Split a batch so that each part has images of every device: [B, ...] -> [parts, B / parts, ...]."""
+    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+
 def make_training_steps(
     model: ViT, config: Config, phase: PhaseConfig, gated: bool, shardings: State | None = None
 ) -> Callable[..., Any]:
-    """`(state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...])`: n steps in one call.
+    """Compile n training steps as one program.
 
     Several steps in a call let XLA keep its buffers: on a CPU, allocating them afresh costs a quarter of a small step.
 
     Args:
-      shardings: where the state's arrays live (`mesh.state_shardings`); None: on one device.
+      gated: whether gates are sampled; otherwise every head runs.
+      shardings: the shardings of the state's arrays (`mesh.state_shardings`); None: they are on one device.
+
+    Returns:
+      A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]).
     """
-    tx = make_optimizer(config, phase)
-    parts, layers = config.train.accumulate, config.model.depth - config.gate.first_layer
-
-    def gradient(
-        params: Any, images: jax.Array, targets: jax.Array, share: jax.Array, noise: jax.Array | None
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        def of(params: Any, images: jax.Array, targets: jax.Array, noise: jax.Array | None) -> Any:
-            return loss_and_metrics(model, params, images, targets, share, noise, config)
-
-        if parts == 1:
-            return jax.grad(of, has_aux=True)(params, images, targets, noise)
-
-        def cut(x: jax.Array) -> jax.Array:
-            """[B, ...] -> [parts, B / parts, ...], every device's images in each part."""
-            return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
-        def add(total: Any, some: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.grad(of, has_aux=True)(params, *some)), None
-
-        given = jax.tree.map(cut, (images, targets, noise))
-        zero = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(jax.grad(of, has_aux=True), params, *jax.tree.map(lambda x: x[0], given)),
-        )
-        total, _ = jax.lax.scan(add, zero, given)
-        return jax.tree.map(lambda leaf: leaf / parts, total)
+    tx, gradient = make_optimizer(config, phase), _make_gradient(model, config)
+    layers = config.model.depth - config.gate.first_layer
 
     def step(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         images, labels = batch

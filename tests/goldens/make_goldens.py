@@ -1,6 +1,6 @@
-"""Makes tests/goldens: small models of timm's and Hugging Face's own, with what they answer.
+"""Make tests/goldens: small models of timm and Hugging Face, and their outputs.
 
-Run it in an environment of its own, and only when a layout is added:
+Run it in a separate environment, and only when a layout is added:
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install timm transformers
     /tmp/peers/bin/python tests/goldens/make_goldens.py
 """
@@ -21,7 +21,7 @@ IMAGES = torch.tensor(np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE
 
 
 def jittered(model: Any) -> Any:
-    """Every parameter of ordinary size, so that none can be left out unnoticed."""
+    """Give every parameter random values of ordinary size, so that none can be left out unnoticed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

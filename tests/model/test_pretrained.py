@@ -1,4 +1,4 @@
-"""Pretrained backbones: the loaded model computes what timm's would, written here in NumPy float64."""
+"""Pretrained backbones: the loaded model computes the same as timm's, which is written here in NumPy float64."""
 
 import sys
 from collections.abc import Callable

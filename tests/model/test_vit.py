@@ -1,4 +1,4 @@
-"""The model against a float64 reference, image by image and head by head."""
+"""The model equals a float64 reference, image by image and head by head."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ from builders import random_params, tiny_config
 
 from headsteer_jax.config import Config, MachineConfig
 from headsteer_jax.model import vit
-from headsteer_jax.model.vit import build_model, stack_gates
+from headsteer_jax.model.vit import Intervention, build_model, stack_gates
 
 
 def with_model(config: Config, **fields: object) -> Config:
@@ -46,8 +46,8 @@ def test_forced_gates_match_reference(images, dropped):
     config = tiny_config(dropped=dropped)
     params = random_params(config, 7)
     forced = {1: np.array([0.0, 1.0, 1.0]), 2: np.array([1.0, 0.0, 0.0])}
-    batched = {layer: jnp.tile(g, (len(images), 1)) for layer, g in forced.items()}
-    logits, _ = vit.build_model(config, 7).apply(params, images, gates=batched)
+    batched = {layer: Intervention(gates=jnp.tile(g, (len(images), 1))) for layer, g in forced.items()}
+    logits, _ = vit.build_model(config, 7).apply(params, images, interventions=batched)
     for i, image in enumerate(images):
         answer, *_ = reference.vit(
             reference.in_float64(params), image.astype(np.float64), config, "thresholded", forced
@@ -83,10 +83,10 @@ def test_gate_input_steers_the_gate_alone(images):
     config = tiny_config()
     model, params = vit.build_model(config, 7), random_params(config, 7)
     other = jnp.asarray(np.random.default_rng(1).standard_normal((5, 24)), jnp.float32)
-    steered, out = model.apply(params, images, gate_input={2: lambda _: other})
+    steered, out = model.apply(params, images, interventions={2: Intervention(gate_input=lambda _: other)})
     gates = model.apply(params, other, 2, method="gate_logits") > 0
     chex.assert_trees_all_equal(out["gates"][2], gates.astype(jnp.float32))
-    forced, _ = model.apply(params, images, gates={2: gates.astype(jnp.float32)})
+    forced, _ = model.apply(params, images, interventions={2: Intervention(gates=gates.astype(jnp.float32))})
     chex.assert_trees_all_equal(steered, forced)
 
 
@@ -159,7 +159,8 @@ def test_steer_residual_lets_the_block_compute_on_it(images):
     config = tiny_config()
     model, params = vit.build_model(config, 7), random_params(config, 7)
     other = jnp.asarray(np.random.default_rng(1).standard_normal((5, 24)), jnp.float32)
-    steered, _ = model.apply(params, images, gate_input={1: lambda x: x + other}, steer_residual=True)
+    change = Intervention(gate_input=lambda x: x + other, steer_residual=True)
+    steered, _ = model.apply(params, images, interventions={1: change})
     x_BTD, _ = model.apply(params, images, method=lambda m, images: m.blocks(m.embed(images), 0, stop=1))
     x_BTD = x_BTD.at[:, 0].add(other)
     logits = model.apply(params, x_BTD, method=lambda m, x: m.classify(m.blocks(x, 1)[0][:, 0]))
@@ -198,6 +199,6 @@ def test_a_scan_is_left_where_something_intervenes() -> None:
     config = tiny_config()
     model = build_model(config.model_copy(update={"machine": MachineConfig(scan_layers=True)}), 7)
     params, images = random_params(config, 7), np.random.default_rng(0).standard_normal((4, 8, 8, 1))
-    closed = {1: jnp.zeros((4, 3))}
-    plain = build_model(config, 7).apply(params, images, gates=closed)
-    chex.assert_trees_all_equal(model.apply(params, images, gates=closed), plain)
+    closed = {1: Intervention(gates=jnp.zeros((4, 3)))}
+    plain = build_model(config, 7).apply(params, images, interventions=closed)
+    chex.assert_trees_all_equal(model.apply(params, images, interventions=closed), plain)

@@ -1,4 +1,4 @@
-"""A bucket as the place of a run: checkpoints, small files, the lock, against a server of Google's protocol."""
+"""A run in a bucket: checkpoints, small files and the lock, against a server with Google's protocol."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from helpers import CONFIG, ROOT, environment, free_port
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator")
 
-# The emulator leaves out what TensorStore needs: a header that tells versions of an object apart, bounds of a listing,
-# and ranges that count from the end.
+# The emulator lacks what TensorStore needs: a header with an object's version, bounds of a listing, and ranges that
+# count from the end.
 SERVER = """
 import json, sys
 from gcp_storage_emulator import server
@@ -105,7 +105,7 @@ print("all is well")
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[dict[str, str]]:
-    """The environment in which gs://steer is there."""
+    """Start a server, and return the environment in which gs://steer exists."""
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

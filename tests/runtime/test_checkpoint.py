@@ -121,7 +121,7 @@ def refused_or_the_same(copy: Path) -> bool:
 
 
 def test_every_file_cut_short_is_noticed(saved: Path, tmp_path: Path) -> None:
-    """Each file of a checkpoint is cut at three places: it is refused, or, if it is not read, the values are the same."""
+    """Each file of a checkpoint is cut at three places: it is refused, or not read and the values are the same."""
     files = [path.relative_to(saved) for path in saved.rglob("*") if path.is_file() and path.stat().st_size]
     assert len(files) > 5
     refused = 0

@@ -1,4 +1,4 @@
-"""One program on any number of devices: the same training to float32's rounding, and what cannot be divided."""
+"""The same program on any number of devices: the same training to float32's rounding; refusals of uneven divisions."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from helpers import ROOT, environment
 FEW = "1,8,8 again,2x4"
 ALL = "1,2,4,8,8 again,2x4,1x8"
 
-# eight devices are simulated in a process of its own: the flag must be there before JAX is
+# Eight devices are simulated in a separate process, because the flag must be set before JAX is imported.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -62,10 +62,10 @@ for name, machine in machines.items():
     if machine.fsdp > 1:
         continue
     one = sae_config(epochs=5, learning_rate=3e-3).model_copy(update={"machine": machine})  # five epochs of ten steps
-    made = train_members(one, seed_members(one.sae), ResidualsInMemory(x), out / f"sae {name}")
-    save(f"sae {name}", {"saes": made.saes, "curves": made.curves})
+    members = train_members(one, seed_members(one.sae), ResidualsInMemory(x), out / f"sae {name}")
+    save(f"sae {name}", {"weights": members.weights, "curves": members.curves})
 
-# a run stopped on one mesh goes on on another
+# A run that is stopped on one mesh goes on on another.
 class Stop(Exception): pass
 real = Checkpoints.save
 def stopping(self, step, tree, about):
@@ -107,10 +107,10 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def furthest(path: Path, other: Path) -> float:
-    """The largest difference of two trees, over the largest number in the array.
+    """Return the largest difference of two trees, relative to the largest number in each array.
 
-    Without the keys' biases: softmax does not see them, so their gradient is rounding alone, of which Adam makes a
-    step.
+    The keys' biases are left out: softmax does not depend on them, so that their gradient is only rounding, which Adam
+    turns into steps.
     """
     one, two = arrays(path), arrays(other)
     assert one.keys() == two.keys()

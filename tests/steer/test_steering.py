@@ -74,7 +74,8 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
         def changed(x_BD):
             return steer.apply_steering(steered[layer], x_BD, labels, alpha, config.steer)
 
-        logits, out = model.apply(params, images, gate_input={layer: changed}, steer_residual=target == "residual")
+        intervention = vit.Intervention(gate_input=changed, steer_residual=target == "residual")
+        logits, out = model.apply(params, images, interventions={layer: intervention})
         return out["gates"][layer] > 0, jnp.argmax(logits, axis=1)
 
     for v, (steered, labels) in enumerate(settings):

@@ -54,7 +54,8 @@ def test_contributions_of_a_bfloat16_model(split):
     """Each head's contribution is summed in float32, and rounded where the model itself rounds."""
     config = config_of(dtype="bfloat16")
     model, params, found = filled(config, split)
-    images, forward = split.images / np.float32(255), jax.jit(lambda p, i, g: model.apply(p, i, gates={2: g})[0])
+    images = split.images / np.float32(255)
+    forward = jax.jit(lambda p, i, g: model.apply(p, i, interventions={2: vit.Intervention(g)})[0])
     agree = []
     for pattern in range(8):
         gates = np.broadcast_to(table.pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
@@ -87,7 +88,7 @@ def test_more_heads_than_a_table_holds(split):
     images = split.images / np.float32(255)
     for place in (0, 3, 40, len(listed) - 1):
         gates = np.broadcast_to(table.pattern_to_gates(listed[place], 13), (90, 13)).astype(np.float32)
-        logits, _ = model.apply(params, images, gates={2: gates})
+        logits, _ = model.apply(params, images, interventions={2: vit.Intervention(gates)})
         chex.assert_trees_all_equal(found.answers[:, place], np.argmax(logits, axis=1).astype(np.int32))
     logits, _ = model.apply(params, images)
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))

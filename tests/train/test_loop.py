@@ -1,4 +1,4 @@
-"""Training: the schedule, resuming bit for bit, the metrics, and a loss that is not finite."""
+"""Training: the schedule, bit-for-bit resuming, the metrics, and the error for a loss that is not finite."""
 
 import json
 import os
@@ -194,7 +194,7 @@ def test_gates_have_a_learning_rate_of_their_own():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_accumulated_gradients_are_the_batchs(gated):
-    """To rounding; without the usage loss, which is not a mean over images."""
+    """They are equal to rounding without the usage loss, which is not a mean over images."""
     config = tiny_config()
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"weight": 0.0})})
     images = blobs(32, 0)
@@ -239,7 +239,7 @@ def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
 
 
 def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
-    """It comes in the third call: the checkpoint is of that call's last step, and the end is the uninterrupted one."""
+    """SIGTERM comes in the third call: that call's last step is saved, and the end equals an uninterrupted run's."""
     config = tiny_config()
     loop.train_model(config, dataset, tmp_path / "whole")
     real, calls = TrainingLog.write, []
