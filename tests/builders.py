@@ -9,6 +9,7 @@ from headsteer_jax.config import (
     DataConfig,
     GateConfig,
     LayersConfig,
+    MachineConfig,
     ModelConfig,
     PhaseConfig,
     ReportConfig,
@@ -43,9 +44,10 @@ def tiny_config(**gate: object) -> Config:
             eval_batch=50,
         ),
         sae=SAEConfig(expansion=2, k=4, seeds=2, epochs=4, batch=64, dead_window=1),
-        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50, chunk=64),
+        steer=SteerConfig(latents=3, alphas=(-1.0, 0.0, 0.5, 2.0), bootstrap=50),
         layers=LayersConfig(epochs=3, alphas=(2.0,), per_class=1),
         report=ReportConfig(top_classes=3, top_latents=2, top_images=3, dpi=60),
+        machine=MachineConfig(sweep_chunk=64),
     )
 
 
