@@ -114,7 +114,7 @@ def test_a_changed_field_is_named_and_overwrite_redoes_what_depends_on_it(finish
     succeeded(headsteer(*command, f"--stages={','.join(stages)}", "--overwrite"))
     for stage, record in before.items():
         assert ((workdir / stage / "done.json").read_text() == record) == (stage != "steer")
-    refused(headsteer(*command, "--stages=report"), "a stage before it was made again", "--overwrite")
+    refused(headsteer(*command, "--stages=report"), "report needs layers, but ", "add layers to --stages and pass")
 
 
 def test_a_stage_needs_those_that_it_reads(finished, tmp_path):
