@@ -1,6 +1,6 @@
 # HeadSteer on NVIDIA GPUs.
 #   docker build -t headsteer .
-#   docker run --gpus all -v "$PWD/runs:/work/runs" headsteer --config=configs/cifar100_vit_s.py --workdir=runs/cifar100
+#   docker run --gpus all -v "$PWD/runs:/work/runs" headsteer run --config=cifar100_vit_s --workdir=runs/cifar100
 # JAX's wheels bring CUDA and cuDNN; the host needs its driver (580 or newer for CUDA 13) and nvidia-container-toolkit.
 FROM python:3.12-slim-bookworm
 
@@ -9,12 +9,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 WORKDIR /work
 COPY pyproject.toml README.md LICENSE ./
 COPY headsteer_jax ./headsteer_jax
-RUN pip install --no-cache-dir '.[cuda,prepare,hub]'
-COPY run.py ./
 COPY configs ./configs
+RUN pip install --no-cache-dir '.[cuda,prepare,hub]'
 COPY benchmarks ./benchmarks
 
 # what is downloaded and compiled outlasts the container where /work/runs is a volume
 ENV TFDS_DATA_DIR=/work/runs/.tfds HF_HOME=/work/runs/.huggingface XDG_CACHE_HOME=/work/runs/.cache
 # docker stop sends SIGTERM to the program itself, which saves and ends with code 75; give it time: --stop-timeout=120
-ENTRYPOINT ["python", "run.py"]
+ENTRYPOINT ["headsteer"]

@@ -1,8 +1,8 @@
-"""The books of a run: with what each stage was made, what of it is stale, and why.
+"""The books of a run: what each stage was made from, which stages are stale, and why.
 
-A stage keeps `<workdir>/<stage>/started.json` (the config it was started with) and, at the end, `done.json`. A finished
-or interrupted stage whose part of the config changed is not touched unless --overwrite says so. A stage that was made
-again makes those that read it stale.
+A stage keeps `<workdir>/<stage>/started.json`, the fields of the config that it depends on, and writes `done.json` at
+its end. If one of these fields has changed since, the stage is refused, or made again with --overwrite. A stage that is
+made again makes the stages that read it stale.
 """
 
 import datetime
@@ -26,7 +26,7 @@ from headsteer_jax.runtime.files import Workdir, make_directory, read_json, remo
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of a stage's record: raise it when a field of the config is renamed or moves
+FORMAT = 2  # of a stage's record; a field of the config that is renamed or moved raises it
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -35,16 +35,16 @@ class Stage:
     """One stage of a run: what it does, what it depends on, and the function that does it."""
 
     name: str
-    about: str
+    description: str
     run: Callable[[Config, Dataset, Workdir], None]
     fields: tuple[str, ...]
     """The sections and fields of the config that its results depend on."""
     reads: tuple[str, ...] = ()
     """The stages whose results it reads."""
     optional: bool = False
-    """No later stage needs it."""
+    """Stages that read it can do without it."""
     by_default: bool = True
-    """It runs unless --stages leaves it out."""
+    """It runs if the command names no stages."""
 
 
 def stage_fields(config: Config, stage: Stage) -> dict[str, Any]:
@@ -57,21 +57,24 @@ def stage_fields(config: Config, stage: Stage) -> dict[str, Any]:
 
 
 def explain_staleness(config: Config, workdir: Workdir, stage: Stage) -> str:
-    """Say why a stage's results in a directory are not this config's; an empty text if they are, or if there are none.
+    """Say why a stage's results in a directory cannot be used with this config.
+
+    Returns:
+      The reason; an empty text if they can be used, or if there are none.
 
     Raises:
-      HeadSteerError: the record is damaged, or of another format.
+      HeadSteerError: the stage's record is damaged.
     """
     for name in ("done.json", "started.json"):
         path = workdir / stage.name / name
         if path.exists():
             record = read_json(path)
             if (version := record.get("format", 1)) != FORMAT:
-                return f"it is of format {version}, made by another version of HeadSteer; this one has format {FORMAT}"
+                return f"another version of HeadSteer made it: its record has format {version}, not {FORMAT}"
             if difference := _describe_difference(record["config"], stage_fields(config, stage)):
                 return difference
             if record["inputs"] != _inputs_finished(workdir, stage):
-                return "a stage before it was made again"
+                return "a stage that it reads was made again"
     return ""
 
 
@@ -83,16 +86,18 @@ def is_done(workdir: Workdir, stage: Stage) -> bool:
 def prepare_stage(
     config: Config, workdir: Workdir, stage: Stage, chosen: Sequence[Stage], overwrite: bool
 ) -> dict[str, Any] | None:
-    """Decide whether a stage is to be run now, and write down that it starts.
+    """Decide whether a stage has to run now, and if so write its started.json and the run's config.json.
 
     Args:
       chosen: the stages that the user asked for.
+      overwrite: delete stale results instead of refusing them.
 
     Returns:
-      The record of a stage that is to be run; None if nothing is to be done.
+      The record of a stage that has to run; None if there is nothing to do.
 
     Raises:
-      HeadSteerError: the stage is needed and not done, or what is there is of another config and `overwrite` is off.
+      HeadSteerError: a chosen stage reads this one, which is neither chosen nor done, or its results are stale and
+        `overwrite` is off.
     """
     directory = workdir / stage.name
     if stage not in chosen:
@@ -100,9 +105,9 @@ def prepare_stage(
         return None
     reason = explain_staleness(config, workdir, stage)
     if reason and not overwrite:
-        raise HeadSteerError(f"{directory} is of another config ({reason}); pass --overwrite or another --workdir")
+        raise HeadSteerError(f"{directory}: it is stale ({reason}); pass --overwrite or another --workdir")
     if reason:
-        logger.info(f"{stage.name}: made again ({reason})")
+        logger.info(f"{stage.name}: making it again ({reason})")
         remove_directory(directory)
     elif is_done(workdir, stage):
         logger.info(f"{stage.name}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
@@ -117,13 +122,17 @@ def prepare_stage(
 
 
 def finish_record(record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Add to a stage's record when it was finished, in how many seconds, and the process's largest memory so far."""
+    """Add to a stage's record the time of its end, its duration, and the process's largest memory so far."""
     finished = datetime.datetime.now(datetime.UTC).isoformat()
     return record | {"finished": finished, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
 
 
 def _check_skipped(config: Config, workdir: Workdir, stage: Stage, chosen: Sequence[Stage]) -> None:
-    """Raises HeadSteerError if a chosen stage reads a skipped one that is not done, or is of another config."""
+    """Check that a stage that is not chosen can be read by the chosen ones.
+
+    Raises:
+      HeadSteerError: a chosen stage reads it, and it is not done or stale.
+    """
     readers = [reader.name for reader in chosen if stage.name in reader.reads]
     if not readers or (stage.optional and not is_done(workdir, stage)):
         return
@@ -133,13 +142,13 @@ def _check_skipped(config: Config, workdir: Workdir, stage: Stage, chosen: Seque
         )
     if reason := explain_staleness(config, workdir, stage):
         raise HeadSteerError(
-            f"{readers[0]} needs {stage.name}, but {workdir / stage.name} is of another config ({reason}); "
+            f"{readers[0]} needs {stage.name}, but {workdir / stage.name} is stale ({reason}); "
             f"add {stage.name} to --stages and pass --overwrite, or choose another --workdir"
         )
 
 
 def _inputs_finished(workdir: Workdir, stage: Stage) -> dict[str, str]:
-    """When each stage that this one reads was finished."""
+    """Return for each finished stage that this one reads when it was finished."""
     records = {name: workdir / name / "done.json" for name in stage.reads}
     return {name: read_json(path)["finished"] for name, path in records.items() if path.exists()}
 

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a line, and the one place that turns foreign errors into it."""
+"""The package's one exception, whose message is one line, and the one place that turns other errors into it."""
 
 import errno
 import re
@@ -13,23 +13,23 @@ DENIED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
 
 
 class HeadSteerError(Exception):
-    """A mistake or a mishap outside the program: its message is one line that names the culprit and the remedy."""
+    """A mistake or mishap outside the program; its message is one line that names the culprit and the remedy."""
 
 
 @contextmanager
 def explain_errors(culprit: object, remedy: str = "", fault: str = "") -> Iterator[None]:
     """Turn any error of a library or the operating system into one line: `culprit: fault (reason); remedy`.
 
-    A full disk, and a bucket that cannot be reached, are recognised and get a remedy of their own.
+    A full disk and an unreachable bucket are recognised and get remedies of their own.
 
     Args:
       culprit: the file, directory or dataset that the line begins with.
-      remedy: what the user can do; if it is empty, only a full disk and a path that is not writable are explained, and
-        every other error goes on as it is.
+      remedy: what the user can do. If it is empty, only a full disk, an unreachable bucket and a path that is not
+        writable are explained; every other error is raised as it is.
       fault: what is wrong; if it is empty, the error's own reason stands alone.
 
     Raises:
-      HeadSteerError: in place of the error; one that is raised inside passes unchanged.
+      HeadSteerError: in place of the error; a HeadSteerError from the body of the context passes unchanged.
     """
     try:
         yield

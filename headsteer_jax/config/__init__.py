@@ -1,7 +1,4 @@
-"""What an experiment is: every number that it depends on, documented, typed and checked at the start.
-
-Config files import the sections from here.
-"""
+"""The config of an experiment: its sections, which config files import from here, and how a file is loaded."""
 
 from headsteer_jax.config.files import load_config
 from headsteer_jax.config.schema import (

@@ -1,7 +1,4 @@
-"""Config files and the command line's overrides, and the texts that explain every field.
-
-A config file defines `get_config() -> Config`.
-"""
+"""Config files, the command line's overrides, and the texts that explain every field."""
 
 import difflib
 import json
@@ -22,10 +19,14 @@ from headsteer_jax.errors import HeadSteerError
 
 
 def first_fault(error: ValidationError, prefix: str = "") -> str:
-    """The first fault of a validation, as `config.FIELD = VALUE: what is allowed`."""
+    """Describe the first fault of a failed validation, as `config.FIELD = VALUE: the allowed values`.
+
+    Args:
+      prefix: the section that was validated; empty for a whole config.
+    """
     fault = error.errors(include_url=False)[0]
     path = ".".join([prefix, *map(str, fault["loc"])] if prefix else map(str, fault["loc"]))
-    if fault["type"] == "value_error":  # our own message, from _fields_agree: names its field
+    if fault["type"] == "value_error":  # from Config._check_rules, whose message names the field
         return f"config.{fault['ctx']['error']}"
     if fault["type"] == "extra_forbidden":
         return f"config.{path}: there is no such field{_did_you_mean(path)}"
@@ -38,7 +39,7 @@ def _did_you_mean(path: str) -> str:
 
 
 def list_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every leaf field: its dotted path, type and help text."""
+    """Yield the dotted path, the type and the help text of every field that is not a section itself."""
     for name, info in section.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -50,7 +51,7 @@ def list_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[t
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Dotted path -> value, of every leaf field, in JSON's types."""
+    """Return every field's value in JSON's types, by its dotted path."""
 
     def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in node.items():
@@ -63,7 +64,11 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _parse(annotation: Any, text: str) -> Any:
-    """A command line's text as a value of this type; tuples are comma-separated. Raises ValidationError."""
+    """Convert a text of the command line to a value of a type; a tuple's elements are separated by commas.
+
+    Raises:
+      ValidationError: the text is not of this type.
+    """
     if get_origin(annotation) is tuple:
         element = get_args(annotation)[0]
         return tuple(_parse(element, part.strip()) for part in text.strip("()[] ").split(",") if part.strip())
@@ -74,12 +79,12 @@ def _parse(annotation: Any, text: str) -> Any:
 
 
 def override(config: Config, path: str, text: str) -> Config:
-    """`config` with the leaf field at a dotted path set from a command line's text; tuples are comma-separated.
+    """Set the field at a dotted path from a text of the command line; a tuple's elements are separated by commas.
 
-    The result is not yet checked as a whole: `load_config` does that once, after the last override.
+    The rules across fields are not checked: `load_config` does that once, after the last override.
 
     Raises:
-      HeadSteerError: no such field, or a text that is not of its type or range.
+      HeadSteerError: there is no such field, or the text is not of its type or range.
     """
     typed = {name: annotation for name, annotation, *_ in list_fields()}
     if path not in typed:
@@ -91,28 +96,28 @@ def override(config: Config, path: str, text: str) -> Config:
         message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
         raise HeadSteerError(f"config.{path} = {text!r}: {message}") from None
 
-    def put(section: Section, names: list[str]) -> Section:
-        new = put(getattr(section, names[0]), names[1:]) if len(names) > 1 else value
+    def replace_field(section: Section, names: list[str]) -> Section:
+        new = replace_field(getattr(section, names[0]), names[1:]) if len(names) > 1 else value
         return section.model_copy(update={names[0]: new})
 
-    result = put(config, path.split("."))
+    result = replace_field(config, path.split("."))
     assert isinstance(result, Config)
     return result
 
 
 def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingProxyType({})) -> Config:
-    """The config that a file's `get_config()` returns, with overrides, checked.
+    """Load a config file, apply overrides, and check the result.
 
     Args:
       path: a Python file that defines get_config() -> Config.
-      overrides: dotted field path -> text, as on the command line.
+      overrides: texts as on the command line, by the fields' dotted paths.
 
     Raises:
-      HeadSteerError: no such file, a file that fails, or a field that is unknown, of a wrong type or impossible.
+      HeadSteerError: there is no such file, it fails, or a field is unknown, of a wrong type or impossible.
     """
     path = Path(path)
     if not path.is_file():
-        raise HeadSteerError(f"--config={path}: no such file; the directory {path.parent} should hold it")
+        raise HeadSteerError(f"--config={path}: there is no such file; the directory {path.parent} should hold it")
     try:
         config = runpy.run_path(str(path))["get_config"]()
         if not isinstance(config, Config):
@@ -128,7 +133,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
         raise HeadSteerError(f"--config={path}: the file failed with {type(error).__name__}: {error}") from None
     for name, text in overrides.items():
         config = override(config, name, text)
-    try:  # the overrides were put in without the checks across fields
+    try:  # the overrides were applied without the checks across fields
         return Config.model_validate(config.model_dump())
     except ValidationError as error:
         raise HeadSteerError(first_fault(error)) from None
@@ -146,7 +151,7 @@ def describe_field(path: str) -> str:
         raise HeadSteerError(f"config.{path}: there is no such field{_did_you_mean(path)}")
     return "\n".join(
         f"config.{name} ({_type_name(annotation)}; default {_format_default(defaults[name])})\n"
-        + textwrap.fill(text, width=100, initial_indent="    ", subsequent_indent="    ")
+        + textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
         for name, annotation, text in selected
     )
 
@@ -157,16 +162,16 @@ def render_reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every field, with the default that a config file may leave. A file in `configs/` sets what its experiment",
-        "needs; the command line overrides both: `--config.FIELD=VALUE`, lists with commas. This page is made by",
-        "`headsteer config --reference=docs/reference/configuration.md`.",
+        "These are all fields of a config with their defaults. A config file sets the fields that its experiment",
+        "needs, and the command line overrides both: `--config.FIELD=VALUE`, with commas between the elements of a",
+        "list. This page is the output of `headsteer config --reference=docs/reference/configuration.md`.",
     ]
     before = None
     for path, annotation, text in list_fields():
         section = path.rpartition(".")[0].partition(".")[0]
         if section != before:
-            about = Config.model_fields[section].annotation.__doc__ if section else Config.__doc__
-            lines += ["", f"## {section or 'top level'}", "", (about or "").partition("\n")[0], ""]
+            title = Config.model_fields[section].annotation.__doc__ if section else Config.__doc__
+            lines += ["", f"## {section or 'top level'}", "", (title or "").partition("\n")[0], ""]
             lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
             before = section
         kind, shown, meaning = (

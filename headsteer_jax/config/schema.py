@@ -1,10 +1,11 @@
 """What an experiment is: every number that it depends on, documented, typed and checked at the start.
 
-A config file defines `get_config() -> Config`. The sections are in the order of the data flow. They are frozen, hence
-hashable: a section can be a static argument of a jitted function. A field's docstring is its help text.
+A config file defines `get_config() -> Config`. The sections are in the order of the data flow. They are frozen and
+hashable, so that a section can be a static argument of a jitted function. A field's docstring is its help text.
 """
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,7 @@ Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 MOST_HEADS = 12  # of a layer whose 2^H head subsets are all tried
+PATTERN_BITS = 30  # a head pattern is an int32 with one bit for each head
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
 
@@ -33,243 +35,275 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which images, and how they reach the model."""
+    """The images, and how they reach the model."""
 
     source: str = "double_digits"
-    """A name in headsteer_jax.data.sources.SOURCES. double_digits: two handwritten digits on a canvas (from
-    scikit-learn); tfds: a TensorFlow Datasets name, or a prepared directory; folder: <path>/train/<class>/*.jpg and
-    <path>/test/<class>/*.jpg; npz: one file with train_images, train_labels, test_images, test_labels and, optionally,
-    class_names."""
+    """The kind of dataset, a name in headsteer_jax.data.sources.SOURCES. double_digits: two handwritten digits on a
+    canvas, from scikit-learn. tfds: a TensorFlow Datasets name, or a prepared directory. folder: images in
+    <path>/train/<class>/ and <path>/test/<class>/. npz: one file with train_images, train_labels, test_images,
+    test_labels and, optionally, class_names."""
     name: str = ""
-    """tfds only: the dataset's name, such as cifar100."""
+    """The name of a TensorFlow dataset, such as cifar100. Only the source tfds needs it."""
     path: str = ""
-    """tfds: the directory that holds the prepared dataset (empty: TFDS's default); folder, npz: where the data are."""
+    """The place of the data: the directory of the source folder, the file of the source npz, or the directory that
+    holds the prepared dataset of the source tfds. If it is empty, tfds looks in its own default directory."""
     image_size: PositiveInt = 20
-    """Side in pixels of the square image that the model sees. Other sizes are resized to it."""
+    """The side in pixels of the square image that the model sees. Images of other sizes are cropped and resized."""
     channels: Literal[1, 3] = 1
-    """1 for grey images, 3 for colour."""
+    """The number of colour channels: 1 for grey images, 3 for colour images."""
     mean: tuple[Finite, ...] = (0.0,)
-    """Per channel, in units of the full scale (0 to 1): subtracted from every pixel."""
+    """The mean of each channel, which is subtracted from every pixel. Pixels go from 0 to 1."""
     std: tuple[PositiveFloat, ...] = (1.0,)
-    """Per channel, likewise: every pixel is divided by it."""
+    """The standard deviation of each channel, by which every pixel is divided. Pixels go from 0 to 1."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of each class's training images that is cut off for validation, before anything is fitted. double_digits:
-    the share of the training part's source digits."""
+    """The share of each class's training images that becomes the validation split, before anything is fitted. For
+    double_digits it is the share of the source digits."""
     train_per_class: NonNegativeInt = 0
-    """At most so many training images of each class, the first ones by a seeded permutation; 0: all. double_digits: the
-    number of canvases composed for each class (0: 400)."""
+    """The largest number of training images of each class. They are drawn with the seed, and 0 takes all. For
+    double_digits it is the number of canvases that are composed for each class, and 0 means 400."""
     eval_per_class: NonNegativeInt = 0
-    """The same for validation and test; 0: all (double_digits: 100)."""
+    """The largest number of images of each class in the validation split and in the test split. They are drawn with
+    the seed, and 0 takes all. For double_digits 0 means 100."""
     crop_padding: NonNegativeInt = 2
-    """Training: the image is shifted by up to so many pixels each way (a random crop of the zero-padded image)."""
+    """The largest shift of a training image in pixels, each way: a random crop of the image padded with zeros."""
     crop_scale: Share = 1.0
-    """Training: a random square of at least this share of the image's area is resized to image_size; 1: off."""
+    """The smallest share of a training image's area that a random square crop keeps, before it is resized to
+    image_size. With 1 there is no such crop."""
     flip: bool = False
-    """Training: mirror left and right with probability 1/2."""
+    """Mirror training images left and right with probability 1/2."""
     related: tuple[str, ...] = ()
-    """Groups of classes known to be alike, each `group=class|class|...`: the report compares pairs within a group with
-    all others. Empty: what the dataset itself knows (double_digits: a common digit; TFDS: coarse_label)."""
+    """Groups of classes that are known to be alike, each in the form group=class|class|... The report compares the
+    pairs of classes within a group with all other pairs. If it is empty, the dataset's own groups are used:
+    double_digits relates classes with a common digit, and tfds classes with the same coarse_label."""
     rand_augment_ops: NonNegativeInt = 0
-    """Training: RandAugment operations (arXiv:1909.13719) applied to each image; 0: off, 2 is usual at 224 pixels."""
+    """The number of RandAugment operations (arXiv:1909.13719) on each training image. 0 switches them off; 2 is usual
+    for images of 224 pixels."""
     rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """RandAugment's strength, 0 to 10."""
+    """The strength of RandAugment's operations, from 0 to 10."""
 
 
 class ModelConfig(Section):
-    """The vision transformer [ViT]: pre-norm blocks and a CLS token. SIZES in this file lists the usual shapes."""
+    """The vision transformer [ViT]: pre-norm blocks and a CLS token. ModelConfig.of_size gives the usual shapes."""
 
     patch: PositiveInt = 4
-    """Side of a patch in pixels; it divides data.image_size. T = 1 + (image_size / patch)^2 tokens."""
+    """The side of a patch in pixels, which must divide data.image_size. There are (image_size / patch)^2 patches, and
+    T tokens with the CLS token and the registers."""
     depth: PositiveInt = 4
-    """Blocks, L."""
+    """The number of blocks, L."""
     width: PositiveInt = 96
-    """Residual stream's width, D."""
+    """The width of the residual stream, D."""
     heads: PositiveInt = 6
-    """Attention heads in each block, H; it divides width."""
+    """The number of attention heads in each block, H, which must divide the width."""
     mlp_ratio: PositiveFloat = 4.0
-    """Hidden width of the MLP over D."""
+    """The hidden width of a block's MLP, divided by D."""
     layer_norm_epsilon: PositiveFloat = 1e-6
-    """1e-6 in published vision transformers; PyTorch's default is 1e-5."""
+    """The epsilon of LayerNorm: 1e-6 in published vision transformers, while PyTorch's default is 1e-5."""
     gelu: Literal["exact", "tanh"] = "exact"
-    """exact (erf): timm's and Hugging Face's checkpoints; tanh: the original JAX checkpoints."""
+    """The form of GELU. exact (by erf) belongs to timm's and Hugging Face's checkpoints, tanh to the original JAX
+    checkpoints."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products are computed in. Parameters, LayerNorm, softmax, gates and logits stay float32."""
+    """The type in which matrix products are computed. Parameters, LayerNorm, softmax, gates and logits stay float32."""
     registers: NonNegativeInt = 0
-    """Register tokens between CLS and the patches, without positions (arXiv:2309.16588); DINOv2's `reg4` files: 4."""
+    """The number of register tokens between CLS and the patches, which have no positions (arXiv:2309.16588). DINOv2's
+    `reg4` files have 4."""
     pretrained: str = ""
-    """The backbone's file: .safetensors or .pth (the extra `torch`) under the names of timm or of Hugging Face's
-    ViTModel and Dinov2Model, or .npz of google-research/vision_transformer; or hf://owner/model (the extra `hub`),
-    whose model.safetensors it is, or hf://owner/model/FILE. Empty: from scratch."""
+    """The file of a pretrained backbone. It is a .safetensors or .pth file with the names of timm or of Hugging Face's
+    ViTModel and Dinov2Model, or a .npz file of google-research/vision_transformer. hf://owner/model downloads
+    model.safetensors from the Hugging Face hub, hf://owner/model/FILE another file. A .pth file needs the extra
+    `torch`, a download the extra `hub`. If it is empty, the model is trained from scratch."""
     pretrained_head: bool = False
-    """Keep the file's classifier, which must then have the dataset's classes; otherwise it starts anew."""
+    """Keep the pretrained file's classifier, which must have the dataset's classes. Otherwise the classifier starts
+    anew."""
 
     @classmethod
     def of_size(cls, size: Literal["Ti", "S", "B"], **fields: Any) -> Self:
-        """A usual size by its letter, other fields as given."""
+        """Return the model of a usual size (12 layers; width 192, 384 or 768; 3, 6 or 12 heads) with these fields."""
         depth, width, heads = SIZES[size]
         return cls(depth=depth, width=width, heads=heads, **fields)
 
 
 class GateConfig(Section):
-    """The decision network in each gated layer, and the pressure on it [AdaViT]."""
+    """The decision network in each gated layer, and the loss that limits its usage of heads [AdaViT]."""
 
     first_layer: PositiveInt = 1
-    """Layers before this one keep all their heads ([AdaViT]: only layer 0 does)."""
+    """The first layer with gates; the layers before it keep all their heads. In [AdaViT] only layer 0 keeps them."""
     layer_norm: bool = False
-    """Normalise the CLS residual before the gate. Without it the gate logit is affine in the steering strength."""
+    """Normalise the CLS residual before the gate reads it. Without this the gate logit is affine in the steering
+    strength."""
     dropped: Literal["zero", "identity"] = "zero"
-    """What a dropped head does. zero: its output is 0; identity: each token attends to itself, so its value passes."""
+    """The effect of a dropped head. zero: its output is 0. identity: each token attends to itself, so that its value
+    passes unchanged."""
     bias: Finite = 2.0
-    """The gates' bias at the start: open enough that the pretrained features survive the switch-on."""
+    """The initial bias of the gates. A positive bias opens them, so that pretrained features survive when the gates
+    are switched on."""
     temperature: PositiveFloat = 1.0
-    """tau in sigmoid((m + noise) / tau), whose gradient the straight-through estimator uses; [AdaViT]'s code: 5."""
+    """The temperature tau in sigmoid((m + noise) / tau), whose gradient the straight-through estimator uses. [AdaViT]'s
+    code has 5."""
     noise: NonNegativeFloat = 1.0
-    """Scale of the logistic noise while training, before annealing; 0: thresholded gates from the start."""
+    """The scale of the gates' logistic noise in training, before annealing. With 0 the gates are thresholded from the
+    start."""
     target: Share = 0.75
-    """Share of heads to keep."""
+    """The share of heads that the usage loss aims at."""
     scope: Literal["layer", "mean"] = "layer"
-    """Each gated layer has the target, or only the mean over all gated layers has."""
+    """The usage that the target is for. layer: the usage of every gated layer. mean: the mean usage of all gated
+    layers."""
     loss: Literal["absolute", "squared"] = "absolute"
-    """|usage - target| ([AdaViT]'s code) or its square ([AdaViT]'s paper)."""
+    """The form of the usage loss. absolute: |usage - target|, as in [AdaViT]'s code. squared: its square, as in
+    [AdaViT]'s paper."""
     weight: NonNegativeFloat = 2.0
-    """Weight of the usage loss."""
+    """The weight of the usage loss."""
     learning_rate_scale: PositiveFloat = 1.0
-    """Learning rate of the gates over that of all else. Above 1 where the rest is pretrained and learns slowly: a gate
-    moves in proportion to its input, and early residuals are small."""
+    """The learning rate of the gates, divided by that of the other parameters. A value above 1 helps if the backbone is
+    pretrained and learns slowly: a gate moves in proportion to its input, and early residuals are small."""
     anneal: Fraction = 0.62
-    """Over this first share of the gated phase the noise falls linearly to 0 and the target from 1 to its value. What
-    is left trains thresholded gates: sampled and thresholded gates are two different models."""
+    """The first share of the gated phase, in which the noise falls linearly to 0 and the target falls from 1 to its
+    value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
+    models."""
 
 
 class PhaseConfig(Section):
-    """One training phase: linear warm-up, then a cosine to `final` times the peak."""
+    """One training phase: the learning rate rises linearly and then follows a cosine to `final` times its peak."""
 
     steps: NonNegativeInt
-    """Optimizer steps; 0: no such phase."""
+    """The number of optimizer steps. With 0 there is no such phase."""
     learning_rate: PositiveFloat = 1e-3
-    """The peak."""
+    """The peak of the phase's learning rate."""
     warmup: Fraction = 0.05
-    """Share of the phase's steps that the learning rate takes to rise from 0."""
+    """The share of the phase's steps in which the learning rate rises from 0 to its peak."""
     final: Fraction = 0.0
-    """Last learning rate over the peak."""
+    """The learning rate at the end of the phase, divided by its peak."""
 
 
 class TrainConfig(Section):
-    """AdamW on cross-entropy plus the usage loss: first dense, then with gates."""
+    """The vision transformer's training: AdamW on cross-entropy plus the usage loss, first dense, then with gates."""
 
     batch: PositiveInt = 128
-    """Images in a step, B."""
+    """The number of images in a training step, B."""
     dense: PhaseConfig = PhaseConfig(steps=1500)
-    """All heads on."""
+    """The dense phase, in which every head runs."""
     gated: PhaseConfig = PhaseConfig(steps=800)
-    """Gates on, from where the dense phase ended."""
+    """The gated phase, which goes on from the end of the dense phase with gates."""
     dense_control: bool = True
-    """Also continue the dense model by the gated phase's plan: the dense model of the same length."""
+    """Train the dense model on for as many steps as the gated phase has, so that the gated model is compared with a
+    dense model of the same training length."""
     use: Literal["last", "best"] = "last"
-    """Which checkpoint of the gated phase later stages read: the last, or the best on validation after annealing."""
+    """The checkpoint of the gated phase that later stages read. last: the one at the end. best: the one with the best
+    validation accuracy after annealing."""
     weight_decay: NonNegativeFloat = 0.05
-    """AdamW's, on matrices only."""
+    """The weight decay of AdamW, which applies to matrices only."""
     clip: PositiveFloat = 1.0
-    """Largest global norm of the gradient."""
+    """The largest global norm of the gradient; a larger gradient is scaled down to it."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the label spread over all classes."""
+    """The share of each label that is spread evenly over all classes."""
     mixup: NonNegativeFloat = 0.0
-    """alpha of mixup's Beta distribution (arXiv:1710.09412); 0: off."""
+    """The alpha of mixup's Beta distribution (arXiv:1710.09412). 0 switches mixup off."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the parameters' exponential moving average, which is then what is evaluated and kept; 0: off."""
+    """The decay of an exponential moving average of the parameters, which is then evaluated and used instead of them.
+    With 0 there is no average."""
     accumulate: PositiveInt = 1
-    """Parts in which a step's batch is computed one after the other, for less memory: their gradients' mean is the
-    batch's, but for the usage loss, which each part takes of its own images."""
+    """The number of parts into which a step's batch is divided to save memory. They are computed one after the other,
+    and their gradients are averaged. The mean is the batch's gradient except for the usage loss, which each part takes
+    over its own images."""
     eval_batch: PositiveInt = 1000
-    """Images in a forward pass of evaluation, in every stage."""
+    """The number of images in a forward pass of evaluation, in every stage."""
     steps_per_call: PositiveInt = 25
-    """Steps in one jitted call, whose batches are sent together; one row of metrics.jsonl holds their means."""
+    """The number of steps in one call of the jitted program. Their batches are sent to the devices together, and one
+    row of metrics.jsonl holds their means."""
     eval_every: PositiveInt = 250
-    """Steps between evaluations on the validation split, and between checkpoints; a multiple of steps_per_call."""
+    """The number of steps between evaluations on the validation split, and between checkpoints. It must be a multiple
+    of steps_per_call."""
 
 
 class SAEAblationConfig(Section):
     """Parts of the autoencoder's training recipe that only an ablation switches off."""
 
     unit_gradient: bool = True
-    """Scale each step's gradient to norm 1 before Adam, whose memory of the first, much larger gradients would slow the
-    next thousand steps."""
+    """Scale each step's gradient to norm 1 before Adam. Otherwise Adam's memory of the first, much larger gradients
+    slows the next thousand steps."""
     init: Literal["tied", "data", "untied"] = "tied"
-    """How training starts. tied: random decoder rows, and the encoder equals the decoder; data: the decoder rows are
-    training residuals, and the encoder equals them; untied: the encoder is drawn independently."""
+    """The start of the training. tied: the decoder's rows are random, and the encoder equals the decoder. data: the
+    decoder's rows are training residuals, and the encoder equals the decoder. untied: the encoder is drawn
+    independently of the decoder."""
     decoder_norm: Literal["unit", "free"] = "unit"
-    """unit: decoder rows get norm 1 after each step, and their gradient loses its radial part; free: neither."""
+    """The norm of the decoder's rows. unit: they are scaled to norm 1 after each step, and their gradient loses its
+    radial part. free: neither is done."""
     centre: bool = True
-    """Subtract the training mean first. Without it most latents die."""
+    """Subtract the mean over the training split from the residuals. Without it most latents die."""
     scale: bool = True
-    """Divide by one number, so that the mean norm is sqrt(D)."""
+    """Divide the residuals by one number, so that their mean norm is sqrt(D)."""
 
 
 class SAEConfig(Section):
     """The sparse autoencoder of the residual that enters one layer."""
 
     layer: int = -1
-    """The layer whose input it reads; negative counts from the end (-1: the last, [LH26]'s)."""
+    """The layer whose input the autoencoder reads. Negative numbers count from the end; -1, the last layer, is
+    [LH26]'s."""
     tokens: Literal["cls", "patches", "all"] = "cls"
-    """Whose residuals it is trained on: the CLS token's, which the gate reads, every patch's, or both. Steering
-    changes the CLS residual whichever it is."""
+    """The tokens whose residuals the autoencoder is trained on: the CLS token, which the gate reads, every patch, or
+    both. Steering changes the CLS residual in every case."""
     expansion: PositiveInt = 8
-    """Latents over width: F = expansion * D ([LH26]: 384 -> 3072)."""
+    """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072."""
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = "topk"
-    """topk: the k largest of each image (arXiv:2406.04093); batch_topk: the B k largest of a batch, and a threshold
-    afterwards (arXiv:2412.06410); jumprelu: above a threshold that each latent learns (arXiv:2407.14435); relu: the
-    baseline, with an L1 penalty. Latents are never negative."""
+    """The choice of active latents, which are never negative. topk: the k largest of each image (arXiv:2406.04093).
+    batch_topk: the B k largest of a batch in training, and a threshold afterwards (arXiv:2412.06410). jumprelu: those
+    above a threshold that each latent learns (arXiv:2407.14435). relu: the positive ones, with an L1 penalty, as a
+    baseline."""
     k: PositiveInt = 32
-    """Active latents for each image (not known in [LH26]): exactly (topk), on average (batch_topk), as a target
-    (jumprelu); relu has none."""
+    """The number of active latents for each image: exactly for topk, on average for batch_topk, as a target for
+    jumprelu. relu does not use it. [LH26] does not report its k."""
     prefixes: tuple[Share, ...] = ()
-    """Matryoshka (arXiv:2503.17547): the first of so large shares of the latents must reconstruct by themselves as
-    well, for instance 0.0625,0.25. Empty: off."""
+    """The prefixes of a Matryoshka autoencoder (arXiv:2503.17547), as shares of the latents such as 0.0625,0.25. The
+    first latents of each prefix must reconstruct the residual by themselves as well. If it is empty, there are
+    none."""
     seeds: PositiveInt = 3
-    """Autoencoders trained side by side from different initialisations; every steering figure is made with each."""
+    """The number of autoencoders that are trained side by side from different initialisations. Every steering result
+    is computed with each of them."""
     epochs: PositiveInt = 100
-    """Passes over the training split's residuals."""
+    """The number of passes over the training split's residuals."""
     batch: PositiveInt = 1024
-    """Residuals in a step; at most one for each training residual."""
+    """The number of residuals in a training step, at most as many as there are training residuals."""
     learning_rate: PositiveFloat = 4e-4
-    """Adam's peak."""
+    """The peak of Adam's learning rate."""
     warmup: Fraction = 0.05
-    """Share of all steps for the rise."""
+    """The share of all steps in which the learning rate rises from 0 to its peak."""
     decay: Fraction = 0.2
-    """Share of all steps, the last ones, over which the learning rate falls linearly to 0."""
+    """The share of all steps, at the end, in which the learning rate falls linearly to 0."""
     k_start: NonNegativeInt = 0
-    """topk, batch_topk: active latents at the start, annealed linearly to k; 0: k throughout."""
+    """The number of active latents at the start of the training, from which it falls linearly to k. With 0 it is k
+    throughout. Only topk and batch_topk use it."""
     k_anneal: Fraction = 0.2
-    """Share of all steps for that."""
+    """The share of all steps, at the start, in which the number of active latents falls from k_start to k."""
     aux_k: NonNegativeInt = 0
-    """Dead latents that reconstruct the residual in AuxK; 0: D / 2."""
+    """The number of dead latents that reconstruct the residual in the auxiliary loss AuxK. With 0 it is D / 2."""
     aux_weight: NonNegativeFloat = 1 / 32
-    """Weight of AuxK's loss; 0: off."""
+    """The weight of the auxiliary loss AuxK. 0 switches it off."""
     dead_window: Annotated[float, Field(gt=0, le=1e6)] = 3.0
-    """Epochs, or a share of one, without firing after which a latent counts as dead."""
+    """The number of epochs after which a latent that has not fired counts as dead. It may be a fraction of an epoch."""
     dense_frequency: Share = 0.1
-    """A latent that fires on more than this share of the images counts as dense."""
+    """The share of the images above which a latent that fires on them counts as dense."""
     l1_weight: NonNegativeFloat = 0.05
-    """relu: weight of the latents' sum, each times its decoder row's norm, over sqrt(D)."""
+    """The weight of relu's penalty: the sum of the latents, each times the norm of its decoder row, over sqrt(D)."""
     l0_weight: NonNegativeFloat = 1.0
-    """jumprelu: weight of (L0 / k - 1)^2."""
+    """The weight of jumprelu's penalty, (L0 / k - 1)^2."""
     bandwidth: PositiveFloat = 0.5
-    """jumprelu: width of the kernel by which the thresholds' gradient is estimated, in the scaled input's units."""
+    """The width of the kernel that estimates the gradient of jumprelu's thresholds, in units of the scaled input."""
     pretrained: str = ""
-    """Take an autoencoder from elsewhere instead of training: saelens:DIR or overcomplete:FILE.safetensors. Its
-    activation, k and number of latents must be this config's, and seeds 1."""
+    """An autoencoder that is imported instead of trained: saelens:DIR or overcomplete:FILE.safetensors. Its activation,
+    its k and its number of latents must be this config's, and seeds must be 1. If it is empty, autoencoders are
+    trained."""
     control: bool = True
-    """Train one more, from the first seed's initialisation on another order of the data: how alike two autoencoders
-    are that began as one, beside which the likeness of different seeds is read."""
+    """Train one more autoencoder, from the first seed's initialisation on another order of the data. The report
+    compares the similarity of different seeds with the similarity of these two."""
     memory: PositiveInt = 4096
-    """MiB of residuals that training holds at once; of more, blocks in a new random order each epoch, a third of that
-    at a time."""
+    """The most MiB of residuals that training holds in memory. If there are more, blocks of a third of that are read
+    in a new random order in each epoch."""
     ablation: SAEAblationConfig = SAEAblationConfig()
     """Parts of the training recipe that can be switched off."""
 
     @property
     def inference_k(self) -> int | None:
-        """The k of TopK; None where thresholds decide."""
+        """Return the k of TopK; None if thresholds decide which latents are active."""
         return self.k if self.activation == "topk" else None
 
 
@@ -277,126 +311,155 @@ class GridConfig(Section):
     """The stage `grid`: autoencoders of several k and learning rates, trained together as one program."""
 
     k: tuple[PositiveInt, ...] = ()
-    """Each with every learning rate. Empty: half of sae.k, sae.k and twice sae.k, where there are as many latents."""
+    """The numbers of active latents, each of which is combined with every learning rate. If it is empty, they are half
+    of sae.k, sae.k, and twice sae.k, as far as there are so many latents."""
     learning_rates: tuple[PositiveFloat, ...] = ()
-    """Peaks; empty: sae.learning_rate."""
+    """The peaks of the learning rate. If it is empty, sae.learning_rate is the only one."""
     seeds: PositiveInt = 2
-    """Of each."""
+    """The number of autoencoders for each combination of k and learning rate."""
     epochs: NonNegativeInt = 0
-    """Passes; 0: sae.epochs."""
+    """The number of passes over the training split's residuals. With 0 it is sae.epochs."""
 
 
 class SteerConfig(Section):
-    """Which latents are changed, how, and by how much."""
+    """Steering: the latents that are changed, how they are changed, and by how much."""
 
     strategies: tuple[str, ...] = ("class", "global", "random", "matched_random", "gate_aligned")
-    """Ways to choose latents: names in headsteer_jax.latents.STRATEGIES, or `module:function` of your own, which is
-    called as function(latent statistics, class) and returns the latents and their weights."""
+    """The strategies that choose latents: names in headsteer_jax.steer.strategies.STRATEGIES, or `module:function` for
+    a function of your own. It is called with the latents' statistics and a class, and returns the latents and their
+    weights."""
     latents: PositiveInt = 16
-    """Latents that a strategy chooses for each class, |S| (not known in [LH26])."""
+    """The number of latents that a strategy chooses for each class, |S|. [LH26] does not report it."""
     max_frequency: Share = 1.0
-    """Latents that fire on more than this share of the training images are never chosen: dense ones are no concepts."""
+    """The largest share of the training images on which a chosen latent fires. Dense latents are no concepts."""
     pool: PositiveInt = 128
-    """gate_aligned: the class's most frequent latents, of which it chooses."""
+    """The number of the class's most frequent latents among which gate_aligned chooses."""
     price: PositiveFloat = 0.02
-    """gate_aligned: accuracy that a class may give up for the whole layer's usage at alpha 1; it grows with alpha."""
+    """The accuracy that gate_aligned lets a class lose for the whole layer's usage at alpha 1. It grows with alpha."""
     evidence: PositiveInt = 200
-    """gate_aligned: training images of each class, beside those of validation, whose answers under every gate pattern
-    say which heads the class can spare."""
+    """The number of training images of each class that gate_aligned uses beside the validation images. Their
+    predictions under every gate pattern show which heads the class can spare."""
     mode: Literal["add", "scale", "clamp", "ablate"] = "add"
-    """add: z + alpha s, s the latent's mean activation where it fires; scale: (1 + alpha) z; clamp: alpha s; ablate:
-    (1 - alpha) z with alpha cut to [0, 1]. Latents stay >= 0."""
+    """The change of a chosen latent z, where s is its mean activation on the images on which it fires. add:
+    z + alpha s. scale: (1 + alpha) z. clamp: alpha s. ablate: (1 - alpha) z, with alpha cut to [0, 1]. Latents stay
+    >= 0."""
     form: Literal["delta", "replace"] = "delta"
-    """delta: x + decode(z') - decode(z), which keeps the autoencoder's error; replace: decode(z')."""
+    """The steered residual x'. delta: x + decode(z') - decode(z), which keeps the autoencoder's error. replace:
+    decode(z')."""
     target: Literal["policy", "residual"] = "policy"
-    """policy: only the gate reads the steered x' ([LH26]'s); residual: the block computes on it too."""
+    """The reader of the steered residual x'. policy: only the gate reads it, as in [LH26]. residual: the block computes
+    on it too."""
     alphas: tuple[Finite, ...] = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-    """Strengths; 0, the unsteered model, is added where it is missing."""
+    """The steering strengths of the sweep. 0, the unsteered model, is added if it is missing."""
     wanted_usage: tuple[Fraction, ...] = (0.75, 0.5, 0.25)
-    """Usages for which the smallest alpha that reaches them is found, where alpha is exact."""
+    """The usages for which the sweep finds the smallest alpha that reaches them, if alpha can be computed exactly."""
     classes: tuple[str, ...] = ()
-    """Steer and score only images of these classes; empty: all."""
+    """The classes whose images are steered and scored. If it is empty, all classes are."""
     least_validation: PositiveInt = 5
-    """Validation images that every steered class must have: alpha is chosen on them."""
+    """The number of validation images that every steered class must have, because alpha is chosen on them."""
     tolerance: Fraction = 0.01
-    """Accuracy that the choice of alpha on validation may give up."""
+    """The accuracy on validation that the choice of alpha may give up."""
     saving: Fraction = 0.2
-    """A class is `saved` when its usage falls by at least this much at no loss of accuracy."""
+    """The fall of a class's usage, at no loss of accuracy, from which on the class counts as saved."""
     bootstrap: PositiveInt = 1000
-    """Resamplings behind each confidence interval."""
+    """The number of resamplings behind each confidence interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Level of the intervals."""
+    """The level of the confidence intervals."""
     subsets: Annotated[int, Field(ge=64, le=4096)] = 512
-    """Above 12 heads not all 2^H head subsets can be tried: the controls try so many of them, of every size."""
+    """The number of head subsets, of every size, that the controls try if a layer has more than 12 heads. With up to 12
+    heads they try all 2^H."""
 
 
 class LayersConfig(Section):
-    """How steerable each gated layer is: `class` steering of every layer by itself, and of all at once."""
+    """How steerable each gated layer is: the strategy `class` in every layer by itself, and in all at once."""
 
     layers: tuple[int, ...] = ()
-    """Gated layers, each with its own autoencoder; negative counts from the end. Empty: all of them."""
+    """The gated layers that are measured, each with an autoencoder of its own. Negative numbers count from the end. If
+    it is empty, all gated layers are."""
     epochs: PositiveInt = 20
-    """Passes of each layer's autoencoder, of one seed; the rest is as in `sae`."""
+    """The number of passes that train each layer's autoencoder, which has one seed. All else is as in the section
+    `sae`."""
     alphas: tuple[Finite, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-    """Strengths; every one is a forward pass of the layers from the steered one on."""
+    """The steering strengths. Each costs a forward pass of the layers from the steered one on."""
     per_class: NonNegativeInt = 20
-    """Validation and test images of each class; 0: all."""
+    """The largest number of validation images and of test images of each class. With 0 all are used."""
 
 
 class ReportConfig(Section):
-    """What the page shows."""
+    """The contents of the report's pages."""
 
     top_classes: PositiveInt = 12
-    """Rows of the ranking of classes by saving at no loss, and classes whose latents are shown."""
+    """The number of rows in the ranking of classes by saving at no loss, and of classes whose latents are shown."""
     top_latents: PositiveInt = 4
-    """Latents shown for each of those classes."""
+    """The number of latents that are shown for each of these classes."""
     top_images: PositiveInt = 8
-    """Images shown for each latent; on latents.html at most 16."""
+    """The number of images that are shown for each latent. The page latents.html shows at most 16."""
     inside: PositiveInt = 500
-    """Latents that latents.html shows with their images, the most class-selective; the others with numbers only."""
+    """The number of latents, the most class-selective ones, that latents.html shows with their images. The others are
+    shown with numbers only."""
     dpi: Annotated[int, Field(ge=50, le=600)] = 110
-    """Resolution of the PNG figures."""
+    """The resolution of the PNG figures, in dots per inch."""
 
 
 class MachineConfig(Section):
-    """On what it runs and how: no figure depends on it beyond float32's rounding, so any of it may change on resume."""
+    """How the experiment runs. It changes results by float32's rounding at most, so any field may change on resume."""
 
     data: NonNegativeInt = 0
-    """Devices along the mesh's data axis, over which training deals out each batch; 0: all there are, over fsdp."""
+    """The number of devices along the mesh's axis data, over which training divides each batch. With 0 it is the number
+    of all devices over machine.fsdp."""
     fsdp: PositiveInt = 1
-    """Devices along its fsdp axis, over which the batch is dealt out too and large parameters, their averages and the
-    optimizer's state are cut into parts: for models that do not fit one device. 1: every device has all of them."""
+    """The number of devices along the mesh's axis fsdp, for models that do not fit one device. Training divides the
+    batch over them too, and it shards large parameters, their averages and the optimizer's state. With 1 every device
+    holds all of these."""
     scan_layers: bool = False
-    """Compile one block and loop over the layers: compiling takes a fraction of the time, a step slightly longer."""
+    """Compile one block and loop over the layers. Compiling takes a fraction of the time, and a step takes slightly
+    longer."""
     remat: bool = False
-    """Compute each block's intermediates again in the backward pass instead of keeping them: less memory, a third more
-    work."""
+    """Compute each block's intermediates again in the backward pass instead of keeping them. This needs less memory and
+    a third more work."""
     keep: PositiveInt = 2
-    """Checkpoints of each phase that are kept, the newest; the best on validation is kept beside them."""
+    """The number of newest checkpoints of each phase that are kept. The best on validation is kept besides."""
     prefetch: PositiveInt = 2
-    """Training calls whose batches are decoded and sent to the devices ahead, each in a thread of its own."""
+    """The number of training calls whose batches are decoded and sent to the devices ahead, each in a thread of its
+    own."""
     profile: bool = False
     """Write a jax.profiler trace of one training call of each phase to <workdir>/train/profile."""
     image_memory: PositiveInt = 4096
-    """MiB. A split that takes less when decoded is held in memory; of a larger one each batch is decoded in threads."""
+    """The most MiB that a split takes in memory when it is decoded. The images of a larger split are decoded batch by
+    batch, in threads."""
     activation_cache: str = ""
-    """Where residuals are kept: a directory, or gs://bucket/path. Other runs of the same model and data read them
-    too. Empty: activations in the workdir."""
+    """The place where residuals are kept: a directory, or gs://bucket/path. Other runs with the same model and data
+    read them too. If it is empty, they are kept in <workdir>/activations."""
     sweep_memory: PositiveInt = 1024
-    """MiB of a device that one call of a sweep may use beside the parameters; it takes fewer images or alphas at once
-    if they do not fit."""
+    """The most MiB of a device that one call of a sweep takes beside the parameters. If a call needs more, it takes
+    fewer images or alphas at once."""
     sweep_chunk: PositiveInt = 250
-    """The most images of a device in one call of a sweep; a few hundred stay in a CPU's cache, a GPU takes more."""
+    """The largest number of images of a device in one call of a sweep. A few hundred stay in a CPU's cache; a GPU can
+    take more."""
     peak_tflops: NonNegativeFloat = 0.0
-    """A device's peak in model.dtype, of which the log gives the share in use (model FLOPs utilisation, MFU). 0: by the
-    device's name, where it is known (TPU v4 to v6e; A100, L4, H100, H200)."""
+    """The peak of a device in TFLOP/s in model.dtype. The log reports the share that training reaches (model FLOPs
+    utilisation, MFU). With 0 it follows from the device's name, if that is known (TPU v4 to v6e; A100, L4, H100,
+    H200)."""
+
+
+class Rule(NamedTuple):
+    """A check that involves several fields of a config."""
+
+    field: str
+    value: Any
+    holds: bool
+    allowed: str  # the values that would be right, for the error
+
+
+def _distinct(values: Sequence[Any]) -> bool:
+    return len(set(values)) == len(values)
 
 
 class Config(Section):
-    """A whole experiment."""
+    """A complete experiment."""
 
     seed: NonNegativeInt = 0
-    """Everything random follows from it: same seed, same machine, same bits."""
+    """The seed of everything random. The same seed on the same machine gives the same bits."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     gate: GateConfig = GateConfig()
@@ -410,59 +473,104 @@ class Config(Section):
 
     @property
     def sae_layer(self) -> int:
-        """The layer that the autoencoder reads, counted from 0."""
+        """Return the layer whose input the autoencoder reads, counted from 0."""
         return self.sae.layer % self.model.depth
 
     @property
     def latents(self) -> int:
-        """F, the autoencoder's latents."""
+        """Return F, the number of the autoencoder's latents."""
         return self.sae.expansion * self.model.width
 
+    @property
+    def gated_layers(self) -> range:
+        """Return the layers that have gates, counted from 0."""
+        return range(self.gate.first_layer, self.model.depth)
+
     @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
-        d, m, s, t, gated_steps = self.data, self.model, self.sae, self.steer, self.train.gated.steps
-        gated = range(self.gate.first_layer, m.depth)
-        for field, value, ok, allowed in (
-            ("model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"),
-            ("model.heads", m.heads, m.width % m.heads == 0, f"a divisor of model.width = {m.width}"),
-            ("data.mean", d.mean, len(d.mean) == d.channels, f"one number for each of data.channels = {d.channels}"),
-            ("data.std", d.std, len(d.std) == d.channels, f"one number for each of data.channels = {d.channels}"),
-            ("gate.first_layer", self.gate.first_layer, len(gated) > 0, f"below model.depth = {m.depth}"),
-            ("model.heads", m.heads, m.heads <= 30, "at most 30"),
-            ("steer.strategies", t.strategies, "gate_aligned" not in t.strategies or m.heads <= MOST_HEADS,
-             f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {m.heads}, above {MOST_HEADS}"),
-            ("train.eval_every", self.train.eval_every, self.train.eval_every % self.train.steps_per_call == 0,
-             f"a multiple of train.steps_per_call = {self.train.steps_per_call}"),
-            ("sae.layer", s.layer, -m.depth <= s.layer < m.depth and self.sae_layer in gated,
-             f"a gated layer: {gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"),
-            ("sae.k", s.k, s.k <= self.latents, f"at most the {self.latents} latents (sae.expansion * model.width)"),
-            ("sae.k_start", s.k_start, s.k_start <= self.latents, f"at most the {self.latents} latents"),
-            ("sae.aux_k", s.aux_k, s.aux_k <= self.latents, f"at most the {self.latents} latents"),
-            ("sae.seeds", s.seeds, not s.pretrained or s.seeds == 1, "1, as sae.pretrained names one autoencoder"),
-            ("sae.pretrained", s.pretrained,
-             not s.pretrained or s.pretrained.partition(":")[0] in ("saelens", "overcomplete"),
-             "saelens:DIR or overcomplete:FILE.safetensors"),
-            ("sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, none twice"),
-            ("sae.warmup", s.warmup, s.warmup + s.decay <= 1, f"at most 1 - sae.decay = {1 - s.decay:g}"),
-            ("grid.k", self.grid.k,
-             len(set(self.grid.k)) == len(self.grid.k) and all(k <= self.latents for k in self.grid.k),
-             f"no number twice, each at most the {self.latents} latents"),
-            ("grid.learning_rates", self.grid.learning_rates,
-             len(set(self.grid.learning_rates)) == len(self.grid.learning_rates), "no number twice"),
-            ("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents"),
-            ("steer.alphas", t.alphas, len(set(t.alphas)) == len(t.alphas) > 0, "at least one number, none twice"),
-            ("layers.layers", self.layers.layers,
-             all(-m.depth <= layer < m.depth and layer % m.depth in gated for layer in self.layers.layers)
-             and len({layer % m.depth for layer in self.layers.layers}) == len(self.layers.layers),
-             f"gated layers, none twice: {gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"),
-            ("layers.alphas", self.layers.alphas,
-             len(set(self.layers.alphas)) == len(self.layers.alphas) > 0 and 0 not in self.layers.alphas,
-             "at least one number, none twice, and not 0, which is always there"),
-            ("steer.classes", t.classes, len(set(t.classes)) == len(t.classes), "no name twice"),
-            ("steer.strategies", t.strategies, len(set(t.strategies)) == len(t.strategies) > 0,
-             "at least one name, none twice"),
-            ("train.gated.steps", gated_steps, gated_steps > 0, "at least 1: the gates must learn"),
-        ):  # fmt: skip
-            if not ok:
-                raise ValueError(f"{field} = {value!r}: allowed is {allowed}")
+    def _check_rules(self) -> Self:
+        """Check the rules across fields, in the order of the data flow.
+
+        Raises:
+          ValueError: the first rule that does not hold.
+        """
+        for rules in (self._image_rules, self._training_rules, self._sae_rules, self._grid_rules, self._steer_rules,
+                      self._layers_rules):  # fmt: skip
+            for rule in rules():
+                if not rule.holds:
+                    raise ValueError(f"{rule.field} = {rule.value!r}: allowed is {rule.allowed}")
         return self
+
+    def _image_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the sections data, model and gate."""
+        d, m, first = self.data, self.model, self.gate.first_layer
+        per_channel = f"one number for each of data.channels = {d.channels}"
+        yield Rule(
+            "model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"
+        )
+        yield Rule("model.heads", m.heads, m.width % m.heads == 0, f"a divisor of model.width = {m.width}")
+        yield Rule("model.heads", m.heads, m.heads <= PATTERN_BITS, f"at most {PATTERN_BITS}")
+        yield Rule("data.mean", d.mean, len(d.mean) == d.channels, per_channel)
+        yield Rule("data.std", d.std, len(d.std) == d.channels, per_channel)
+        yield Rule("gate.first_layer", first, first < m.depth, f"below model.depth = {m.depth}")
+
+    def _training_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the section train."""
+        t = self.train
+        multiple = f"a multiple of train.steps_per_call = {t.steps_per_call}"
+        yield Rule("train.eval_every", t.eval_every, t.eval_every % t.steps_per_call == 0, multiple)
+        yield Rule("train.gated.steps", t.gated.steps, t.gated.steps > 0, "at least 1: the gates must learn")
+
+    def _sae_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the section sae."""
+        s, most = self.sae, f"at most the {self.latents} latents"
+        libraries = ("saelens", "overcomplete")
+        imported = not s.pretrained or s.pretrained.partition(":")[0] in libraries
+        yield Rule("sae.layer", s.layer, self._is_gated(s.layer), f"a gated layer: {self._describe_gated_layers()}")
+        yield Rule("sae.k", s.k, s.k <= self.latents, f"{most} (sae.expansion * model.width)")
+        yield Rule("sae.k_start", s.k_start, s.k_start <= self.latents, most)
+        yield Rule("sae.aux_k", s.aux_k, s.aux_k <= self.latents, most)
+        yield Rule("sae.seeds", s.seeds, not s.pretrained or s.seeds == 1, "1, as sae.pretrained names one autoencoder")
+        yield Rule("sae.pretrained", s.pretrained, imported, "saelens:DIR or overcomplete:FILE.safetensors")
+        yield Rule("sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, none twice")
+        yield Rule("sae.warmup", s.warmup, s.warmup + s.decay <= 1, f"at most 1 - sae.decay = {1 - s.decay:g}")
+
+    def _grid_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the section grid."""
+        g = self.grid
+        possible = _distinct(g.k) and all(k <= self.latents for k in g.k)
+        yield Rule("grid.k", g.k, possible, f"no number twice, each at most the {self.latents} latents")
+        yield Rule("grid.learning_rates", g.learning_rates, _distinct(g.learning_rates), "no number twice")
+
+    def _steer_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the section steer."""
+        t, heads = self.steer, self.model.heads
+        few_heads = "gate_aligned" not in t.strategies or heads <= MOST_HEADS
+        no_gate_aligned = (
+            f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {heads}, above {MOST_HEADS}"
+        )
+        named = len(t.strategies) > 0 and _distinct(t.strategies)
+        yield Rule("steer.strategies", t.strategies, few_heads, no_gate_aligned)
+        yield Rule("steer.strategies", t.strategies, named, "at least one name, none twice")
+        yield Rule("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents")
+        yield Rule(
+            "steer.alphas", t.alphas, len(t.alphas) > 0 and _distinct(t.alphas), "at least one number, none twice"
+        )
+        yield Rule("steer.classes", t.classes, _distinct(t.classes), "no name twice")
+
+    def _layers_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the section layers."""
+        layers, alphas = self.layers.layers, self.layers.alphas
+        gated = all(map(self._is_gated, layers)) and _distinct([layer % self.model.depth for layer in layers])
+        steering = len(alphas) > 0 and _distinct(alphas) and 0 not in alphas
+        yield Rule("layers.layers", layers, gated, f"gated layers, none twice: {self._describe_gated_layers()}")
+        yield Rule(
+            "layers.alphas", alphas, steering, "at least one number, none twice, and not 0, which is always there"
+        )
+
+    def _is_gated(self, layer: int) -> bool:
+        """Say whether a layer, which may be counted from the end, has gates."""
+        return -self.model.depth <= layer < self.model.depth and layer % self.model.depth in self.gated_layers
+
+    def _describe_gated_layers(self) -> str:
+        gated = self.gated_layers
+        return f"{gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"

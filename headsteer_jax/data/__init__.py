@@ -1,1 +1,1 @@
-"""Images and labels: where they come from, how they are cut into splits, in which order training sees them."""
+"""Images and labels: their sources, their splits, and the order in which training sees them."""

@@ -1,6 +1,7 @@
-"""From stored pixels to what the model sees, on the device; training adds random changes. Pure functions of a key.
+"""Preprocessing and augmentation on the device: stored pixels become what the model sees. Pure functions of a key.
 
-Axes: B images, S config.image_size, C channels (C classes in targets_BC). Between steps pixels are float32, 0 to 1.
+Axes: B images, S config.image_size, C channels (C classes in targets_BC). Until the normalisation pixels are float32,
+0 to 1.
 """
 
 import functools
@@ -15,17 +16,17 @@ from headsteer_jax.config.schema import DataConfig
 
 
 def preprocess(images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
-    """[B, height, width, C] uint8 of any size -> [B, S, S, C] float32: centre square, resized, scaled, normalised."""
+    """Crop, resize and normalise images: [B, height, width, C] uint8 of any size -> [B, S, S, C] float32."""
     return _normalise(_resize_to_square(images_BhwC, config.image_size), config)
 
 
 def augment_and_normalise(key: jax.Array, images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
-    """`preprocess` with `augment` before the normalisation; the same bits as `preprocess` where all of it is off."""
+    """Preprocess images with random changes before the normalisation; without changes the bits are `preprocess`'s."""
     return _normalise(augment(key, _resize_to_square(images_BhwC, config.image_size), config), config)
 
 
 def _resize_to_square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
-    """[B, h, w, C] uint8 -> [B, S, S, C] float32, 0 to 1: the largest centred square, resized to `side`."""
+    """Resize the largest centred square of images: [B, h, w, C] uint8 -> [B, side, side, C] float32, 0 to 1."""
     height, width = images_BhwC.shape[1:3]
     square = min(height, width)
     top, left = (height - square) // 2, (width - square) // 2
@@ -41,33 +42,33 @@ def _normalise(images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
 
 
 def augment(key: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
-    """Random crops, mirroring and RandAugment, drawn for each image on its own; the config says which.
+    """Apply the config's random crops, mirroring and RandAugment, drawn for each image independently.
 
     Args:
-      images_BSSC: float32, 0 to 1; the result is too. What a change brings in from outside the image is black.
+      images_BSSC: float32, 0 to 1, like the result. Pixels from outside of an image are black.
     """
 
-    def one(key: jax.Array, image_SSC: jax.Array) -> jax.Array:
+    def augment_image(key: jax.Array, image_SSC: jax.Array) -> jax.Array:
         key_scale, key_shift, key_flip, key_operations = jax.random.split(key, 4)
         if config.crop_scale < 1:
             image_SSC = _random_square(key_scale, image_SSC, config.crop_scale)
         if config.crop_padding:
-            around = (config.crop_padding, config.crop_padding)
-            image_SSC = pix.random_crop(key_shift, jnp.pad(image_SSC, (around, around, (0, 0))), image_SSC.shape)
+            margin = (config.crop_padding, config.crop_padding)
+            image_SSC = pix.random_crop(key_shift, jnp.pad(image_SSC, (margin, margin, (0, 0))), image_SSC.shape)
         if config.flip:
             image_SSC = pix.random_flip_left_right(key_flip, image_SSC)
         if config.rand_augment_ops:
             strength = config.rand_augment_magnitude / 10
             keys = jax.random.split(key_operations, config.rand_augment_ops)
-            # A scan, as XLA would compute an unrolled operation again for every use that the next one makes of it.
+            # A scan, because XLA would compute an unrolled operation again for every use of its result.
             image_SSC, _ = jax.lax.scan(lambda x, key: (_random_operation(key, x, strength), None), image_SSC, keys)
         return image_SSC
 
-    return jax.vmap(one)(jax.random.split(key, images_BSSC.shape[0]), images_BSSC)
+    return jax.vmap(augment_image)(jax.random.split(key, images_BSSC.shape[0]), images_BSSC)
 
 
 def _random_square(key: jax.Array, image_SSC: jax.Array, least: float) -> jax.Array:
-    """A random square of `least` to all of the image's area, resized to the whole."""
+    """Cut out a random square of `least` to all of the image's area, and resize it to the image's size."""
     key_area, key_corner = jax.random.split(key)
     side = image_SSC.shape[0]
     enlarged = jax.random.uniform(key_area, minval=least) ** -0.5
@@ -85,9 +86,9 @@ GEOMETRIC_OPERATIONS = 5  # the first ones, which move pixels
 
 
 def _random_operation(key: jax.Array, image_SSC: jax.Array, strength: float) -> jax.Array:
-    """One operation of RandAugment (arXiv:1909.13719), each equally likely, in a random direction where it has two.
+    """Apply a random operation of RandAugment (arXiv:1909.13719), in a random direction if it has two.
 
-    All of the paper's but equalize, whose sort takes longer than the others together. Grey images have no colour.
+    They are the paper's except equalize, whose sort takes longer than all others together. Grey images have no colour.
     """
     key_operation, key_sign = jax.random.split(key)
     count = len(OPERATIONS) - (image_SSC.shape[2] == 1)
@@ -96,20 +97,20 @@ def _random_operation(key: jax.Array, image_SSC: jax.Array, strength: float) -> 
 
 
 def apply_operation(image_SSC: jax.Array, number: jax.Array, strength: float, sign: jax.Array) -> jax.Array:
-    """OPERATIONS[number] on one image.
+    """Apply OPERATIONS[number] to one image.
 
     Args:
-      strength: RandAugment's magnitude / 10; what 1 means is written at each operation.
+      strength: RandAugment's magnitude / 10; a comment at each operation says what 1 means.
       sign: 1 or -1, the direction.
     """
     side, channels = image_SSC.shape[1:]
     factor = 1 + 0.9 * strength * sign
 
     # Under vmap a switch computes every branch, and moving pixels costs most: the geometric operations share one warp,
-    # where at most one of these five numbers is not 0.
+    # in which at most one of these five numbers is not 0.
     rotate, shear_x, shear_y, right, down = strength * sign * jax.nn.one_hot(number, GEOMETRIC_OPERATIONS)
     cos, sin = jnp.cos(rotate * jnp.pi / 6), jnp.sin(rotate * jnp.pi / 6)  # 30 degrees
-    # Where each pixel (row, column) comes from, about the centre: shears of 0.3, shifts of 45% of the side.
+    # The source of each pixel (row, column), about the centre: shears of 0.3, shifts of 45% of the side.
     row, column = jnp.meshgrid(*[jnp.arange(side) - (side - 1) / 2] * 2, indexing="ij")
     from_row = cos * row + (0.3 * shear_y - sin) * column + 0.45 * side * down + (side - 1) / 2
     from_column = (0.3 * shear_x + sin) * row + cos * column + 0.45 * side * right + (side - 1) / 2
@@ -123,7 +124,7 @@ def apply_operation(image_SSC: jax.Array, number: jax.Array, strength: float, si
 
     def posterize(x: jax.Array) -> jax.Array:
         step = 2 ** round(4 * strength)  # 4 of 8 bits are left
-        return jnp.floor((x * 255 + 0.01) / step) * step / 255  # 0.01: x * 255 may fall short of its whole number
+        return jnp.floor((x * 255 + 0.01) / step) * step / 255  # 0.01: x * 255 may fall short of its integer
 
     def sharpness(x: jax.Array) -> jax.Array:
         x_SsC = jnp.pad(x, ((1, 1), (1, 1), (0, 0)), mode="edge")
@@ -149,9 +150,10 @@ def apply_operation(image_SSC: jax.Array, number: jax.Array, strength: float, si
 def mixup(
     key: jax.Array, images_BSSC: jax.Array | np.ndarray, targets_BC: jax.Array | np.ndarray, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """X' = l x + (1 - l) x~, y' = l y + (1 - l) y~, l ~ Beta(alpha, alpha) for each image (arXiv:1710.09412).
+    """Mix every image and its target with a partner's (arXiv:1710.09412): x' = l x + (1 - l) x~, y' = l y + (1 - l) y~.
 
-    An image's partner (~) stands at its place in the reversed batch: training's batches are in random order already.
+    l ~ Beta(alpha, alpha) is drawn for each image. Its partner (~) is the image at its place in the reversed batch, as
+    training's batches are in random order already.
     """
     share_B = jax.random.beta(key, alpha, alpha, (images_BSSC.shape[0],))
     share_B1, share_B111 = share_B[:, None], share_B[:, None, None, None]

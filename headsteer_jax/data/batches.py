@@ -1,4 +1,4 @@
-"""The order in which training sees the images, and its batches on the devices, ahead of the steps."""
+"""The order in which training sees the images, and the prefetching of its batches onto the devices."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -16,20 +16,21 @@ T = TypeVar("T")
 
 
 def prefetch(function: Callable[[int], T], count: int, start: int = 0, threads: int = 2) -> Iterator[T]:
-    """function(i) for i in range(start, count), in order, computed ahead in threads.
+    """Yield function(i) for i in range(start, count), in order, computed ahead in threads.
 
-    What a call raises is raised here when its turn comes.
+    An error of a call is raised when its turn comes.
     """
-    # In a tuple, as grain leaves out elements that are None.
+    # Results are wrapped in a tuple, because grain leaves out elements that are None.
     ahead = grain.MapDataset.range(start, count).map(lambda i: (function(int(i)),))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return (element[0] for element in ahead.to_iter_dataset(options))
 
 
 def batch_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """[batch] indices of training step `step`: each epoch is a permutation that follows from (seed, epoch) alone.
+    """Return the indices [batch] of a training step's images.
 
-    Resuming is arithmetic: no iterator has a state. The rest of an epoch that does not fill a batch is left out.
+    Each epoch is a permutation that follows from (seed, epoch) alone, so that resuming needs no iterator's state.
+    Images at the end of an epoch that do not fill a batch are left out.
     """
     epoch, position = divmod(step, count // batch)
     order = np.random.default_rng([seed, 1, epoch]).permutation(count)
@@ -39,25 +40,25 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
 def device_batches(
     split: Split, config: Config, devices: Mesh, calls: Sequence[tuple[int, int]], offset: int
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Each call's images [n, B, h, w, c] uint8 and labels [n, B], on the devices, ahead of the call in threads.
+    """Yield each call's images [n, B, h, w, c] uint8 and labels [n, B] on the devices, read ahead in threads.
 
     Each host reads the rows of its own devices. The batches follow from the seed and the step alone: they are the same
-    on any number of hosts, and a run goes on in the middle of them.
+    on any number of hosts and for a resumed run.
 
     Args:
-      calls: the first step of each, and the one after its last.
-      offset: of the phase's first step, in steps of the whole training.
+      calls: the first step of each call, and the step after its last.
+      offset: the phase's first step, counted from the beginning of the whole training.
     """
     batch, count = config.train.batch, len(split.labels)
-    live, rows = mesh.batch_sharding(devices, axis=1), mesh.local_rows(mesh.batch_sharding(devices), batch)
+    sharding, rows = mesh.batch_sharding(devices, axis=1), mesh.local_rows(mesh.batch_sharding(devices), batch)
 
-    def one(call: int) -> tuple[jax.Array, jax.Array]:
+    def load_call(call: int) -> tuple[jax.Array, jax.Array]:
         indices = np.stack([batch_indices(count, batch, config.seed, offset + i)[rows] for i in range(*calls[call])])
         images = gather_images(split.images, indices.ravel())
         images = images.reshape(*indices.shape, *images.shape[1:])
         return tuple(
-            jax.make_array_from_process_local_data(live, part, (len(part), batch, *part.shape[2:]))
+            jax.make_array_from_process_local_data(sharding, part, (len(part), batch, *part.shape[2:]))
             for part in (images, split.labels[indices])
         )
 
-    return prefetch(one, len(calls), threads=config.machine.prefetch)
+    return prefetch(load_call, len(calls), threads=config.machine.prefetch)

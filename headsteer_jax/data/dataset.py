@@ -1,4 +1,4 @@
-"""Images and labels: one `Dataset` of three splits, whatever they come from."""
+"""Images and labels: a `Dataset` of three splits, from any source."""
 
 import difflib
 import hashlib
@@ -15,15 +15,15 @@ from headsteer_jax.errors import HeadSteerError
 
 
 class LazyImages:
-    """[N, height, width, channels] uint8 images that are decoded, in threads, whenever they are asked for.
+    """Images [N, height, width, channels] uint8 that are decoded, in threads, each time they are needed.
 
     Args:
-      decode: places in the source -> the images there, in order.
-      places: [N] where these images are in the source.
+      decode: returns the images at places in the source, in order.
+      places: [N] the places of these images in the source.
       shape: (height, width, channels).
     """
 
-    _threads = ThreadPoolExecutor(os.cpu_count())  # shared: as many decoders as cores, however many sets are open
+    _threads = ThreadPoolExecutor(os.cpu_count())  # shared by all splits: as many decoders as cores
 
     def __init__(
         self, decode: Callable[[list[int]], Iterable[np.ndarray]], places: np.ndarray, shape: tuple[int, int, int]
@@ -35,11 +35,11 @@ class LazyImages:
         return len(self._places)
 
     def __getitem__(self, indices: np.ndarray) -> "LazyImages":
-        """The images at `indices` [M], not decoded either."""
+        """Select the images at `indices` [M], without decoding them."""
         return LazyImages(self._decode, self._places[indices], self.shape[1:])
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """[M] indices -> [M, height, width, channels] uint8.
+        """Decode images: [M] indices -> [M, height, width, channels] uint8.
 
         Raises:
           HeadSteerError: an image cannot be read; the message names it.
@@ -53,13 +53,13 @@ class LazyImages:
 
         pieces = max(os.cpu_count() or 1, len(places) // 256)
         for _ in self._threads.map(fill, np.array_split(np.arange(len(places)), pieces)):
-            pass  # the loop raises what a thread raised
+            pass  # the loop raises the threads' errors
         return images
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their classes."""
+    """The images of a split and their classes."""
 
     images: np.ndarray | LazyImages  # [N, height, width, channels] uint8; `gather_images` reads both
     labels: np.ndarray  # [N] int32, in [0, C)
@@ -67,17 +67,21 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits that share no image."""
+    """Three splits of labelled images that share no image."""
 
     train: Split
     validation: Split
     test: Split
     class_names: tuple[str, ...]
-    related: np.ndarray | None = None  # [C, C] bool: pairs of classes known to be alike; None where nothing is known
+    related: np.ndarray | None = None  # [C, C] bool: pairs of classes that are known to be alike; None if unknown
 
 
 def stratified_cut(labels: np.ndarray, fraction: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Indices [N'] of what stays and of what is cut off, `fraction` of each class (at least 1, never all), sorted."""
+    """Cut off a fraction of each class, at least one image and never all of them.
+
+    Returns:
+      The indices of the images that stay and of those that are cut off, both ascending.
+    """
     cut = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -87,7 +91,7 @@ def stratified_cut(labels: np.ndarray, fraction: float, rng: np.random.Generator
 
 
 def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
-    """[C, C] bool, symmetric: pairs of different classes that some group `name=class|class|...` holds both of.
+    """Find the pairs of different classes that are in a common group `name=class|class|...` -> [C, C] bool, symmetric.
 
     Raises:
       HeadSteerError: a group is not of this form, or it names a class twice or one that the dataset does not have.
@@ -97,7 +101,7 @@ def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.nda
         name, equals, members = group.partition("=")
         names = [member.strip() for member in members.split("|")]
         if not equals or len(names) < 2:
-            raise HeadSteerError(f"config.data.related: {group!r}: a group is `name=class|class|...`, of two or more")
+            raise HeadSteerError(f"config.data.related: {group!r}: a group is `name=class|class|...` of two or more")
         check_classes(f"config.data.related: {name}", names, class_names)
         places = [class_names.index(member) for member in names]
         pairs[np.ix_(places, places)] = True
@@ -105,29 +109,37 @@ def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.nda
 
 
 def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]) -> None:
-    """Raises HeadSteerError where a name is given twice, or is no class of the dataset."""
+    """Check that names are classes of the dataset, none twice.
+
+    Args:
+      field: the config's field that has the names, for the error.
+
+    Raises:
+      HeadSteerError: a name occurs twice, or it is no class of the dataset.
+    """
     for name in names:
         if name not in class_names:
             close = difflib.get_close_matches(name, class_names, n=1)
-            some = (
+            advice = (
                 f"did you mean {close[0]!r}?"
                 if close
                 else f"it has {', '.join(class_names[:8])}{', ...' * (len(class_names) > 8)}"
             )
-            raise HeadSteerError(f"{field}: the dataset has no class {name!r}; {some}")
+            raise HeadSteerError(f"{field}: the dataset has no class {name!r}; {advice}")
         if list(names).count(name) > 1:
             raise HeadSteerError(f"{field}: {name!r} is named twice; name it once")
 
 
 def gather_images(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.ndarray:
-    """[M] indices -> [M, height, width, channels] uint8, from a split's images in either form."""
+    """Return the images at indices [M] as [M, height, width, channels] uint8, decoded if they are lazy."""
     return images[indices] if isinstance(images, np.ndarray) else images.gather(indices)
 
 
-SAMPLED_IMAGES = 16  # images of a split too large for memory that are decoded for its fingerprint
+SAMPLED_IMAGES = 16  # of a split, which are decoded for its fingerprint
 
 
 def sha256_of(*parts: Any) -> str:
+    """Compute the SHA-256 of arrays' bits and of values in JSON, as hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else json.dumps(part).encode())
@@ -135,9 +147,9 @@ def sha256_of(*parts: Any) -> str:
 
 
 def fingerprint_dataset(dataset: Dataset) -> str:
-    """Of all labels and of some images of each split: where two hosts' differ they do not read the same data."""
+    """Hash the labels and a few images of each split, to find out whether two hosts read the same data."""
     parts: list[Any] = [list(dataset.class_names)]
     for split in (dataset.train, dataset.validation, dataset.test):
-        some = np.linspace(0, len(split.labels) - 1, SAMPLED_IMAGES).astype(int)
-        parts += [list(split.images.shape), split.labels.astype(np.int64), gather_images(split.images, some)]
+        sample = np.linspace(0, len(split.labels) - 1, SAMPLED_IMAGES).astype(int)
+        parts += [list(split.images.shape), split.labels.astype(np.int64), gather_images(split.images, sample)]
     return sha256_of(*parts)[:16]

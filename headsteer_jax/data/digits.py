@@ -1,4 +1,4 @@
-"""The embedded dataset: two of scikit-learn's handwritten digits on a canvas, 100 classes."""
+"""The embedded dataset double_digits: two of scikit-learn's handwritten digits on a canvas, in 100 classes."""
 
 import numpy as np
 
@@ -13,22 +13,22 @@ DIGIT_TEST_FRACTION = 0.25  # share of the source digits that only test canvases
 def compose_digits(
     digits: np.ndarray, values: np.ndarray, per_class: int, side: int, rng: np.random.Generator
 ) -> Split:
-    """Canvases of two digits: class 10 a + b shows an `a` in the left half and a `b` in the right, at random places.
+    """Compose canvases of two digits at random places: class 10 a + b has an `a` in the left half, a `b` in the right.
 
     Args:
       digits: [N, 8, 8] uint8 source digits.
-      values: [N] what each shows, 0 to 9.
-      per_class: canvases for each of the 100 classes.
+      values: [N] the digits that they show, 0 to 9.
+      per_class: the number of canvases for each of the 100 classes.
       side: the canvas's side in pixels, at least 16.
     """
     labels = np.repeat(np.arange(100, dtype=np.int32), per_class)
     canvases = np.zeros((len(labels), side, side), np.uint8)
     pixel, half = np.arange(DIGIT_SIDE), side // 2
-    for shown, first_column in ((labels // 10, 0), (labels % 10, half)):
+    for digit, first_column in ((labels // 10, 0), (labels % 10, half)):
         chosen = np.zeros(len(labels), np.int64)
         for value in range(10):
-            wanted = shown == value
-            chosen[wanted] = rng.choice(np.flatnonzero(values == value), wanted.sum())
+            has_value = digit == value
+            chosen[has_value] = rng.choice(np.flatnonzero(values == value), has_value.sum())
         rows = rng.integers(0, side - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel[:, None]
         columns = first_column + rng.integers(0, half - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel
         canvases[np.arange(len(labels))[:, None, None], rows, columns] = digits[chosen]
@@ -36,9 +36,12 @@ def compose_digits(
 
 
 def double_digits(config: DataConfig, seed: int) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, two to a canvas; no source digit occurs in two splits.
+    """Make the dataset from scikit-learn's 1,797 handwritten digits, so that no source digit occurs in two splits.
 
-    Classes "00" to "99"; classes that share a digit at the same place are related.
+    The classes are "00" to "99"; two classes with the same digit at the same place are related.
+
+    Raises:
+      HeadSteerError: the canvas is too small for two digits.
     """
     from sklearn.datasets import load_digits
 

@@ -1,6 +1,7 @@
-"""Where images come from: SOURCES names each kind of dataset, `load_dataset` loads the one that the config names.
+"""The sources of images: SOURCES lists every kind of dataset, and `load_dataset` loads the one that a config names.
 
-The validation split is always cut from train, stratified by class, before anything is fitted.
+A new source is one more entry of SOURCES. The validation split is always cut from train, stratified by class, before
+anything is fitted.
 """
 
 import functools
@@ -23,7 +24,7 @@ from headsteer_jax.errors import HeadSteerError, explain_errors
 
 
 class RawData(NamedTuple):
-    """What a published dataset holds, before the validation split is cut."""
+    """A published dataset, before the validation split is cut."""
 
     train: Split
     test: Split
@@ -34,15 +35,15 @@ class RawData(NamedTuple):
 class Source(NamedTuple):
     """A kind of dataset that `data.source` can name."""
 
-    load: Callable[[DataConfig, int, int], Dataset]  # (config, seed, MiB of a split that is held in memory)
-    required: str = ""  # the field of config.data that it needs
+    load: Callable[[DataConfig, int, int], Dataset]  # (config, seed, most MiB of a split that is held in memory)
+    required: str = ""  # the field of config.data that it cannot do without
 
 
 def check_source(config: DataConfig) -> None:
-    """Check that the source exists and that the config has the field that it needs.
+    """Check, before anything is made, that the source exists and that the config has the field that it needs.
 
     Raises:
-      HeadSteerError: it does not.
+      HeadSteerError: there is no such source, or the field is empty.
     """
     if config.source not in SOURCES:
         raise HeadSteerError(f"config.data.source = {config.source!r}: allowed is {', '.join(SOURCES)}")
@@ -54,13 +55,15 @@ def check_source(config: DataConfig) -> None:
 
 
 def load_dataset(config: DataConfig, seed: int, memory: int = 4096) -> Dataset:
-    """Load the dataset of a config; everything random follows from the seed.
+    """Load the dataset of a config.
 
     Args:
-      memory: MiB. A split that takes more when decoded stays lazy; npz files are always held in memory.
+      seed: everything random follows from it.
+      memory: the most MiB that a split takes when it is decoded; a larger one stays lazy. The images of an npz file are
+        always in memory.
 
     Raises:
-      HeadSteerError: missing, unreadable or inconsistent data; one line with the culprit and the remedy.
+      HeadSteerError: the data are missing, unreadable or inconsistent.
     """
     check_source(config)
     dataset = SOURCES[config.source].load(config, seed, memory)
@@ -110,7 +113,15 @@ def cut_dataset(read: Callable[[DataConfig], RawData], config: DataConfig, seed:
 
 
 def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], remedy: str) -> None:
-    """Raises HeadSteerError where a label is no class, or a class has no image; `remedy` is the latter's."""
+    """Check that every label is a class and that every class has an image.
+
+    Args:
+      split: the name of the data and the split, for the error.
+      remedy: what to do about a class without images.
+
+    Raises:
+      HeadSteerError: a label is no class, or a class has no image.
+    """
     wrong = labels[(labels < 0) | (labels >= len(class_names))]
     if wrong.size:
         raise HeadSteerError(f"{split}: label {wrong[0]} is none of the {len(class_names)} classes; correct the labels")
@@ -120,19 +131,22 @@ def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], 
 
 
 def _decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
-    """An encoded image -> [height, width, channels] uint8.
+    """Decode an image -> [height, width, channels] uint8.
 
     Args:
       file: a path, or a file's content.
-      culprit: what an error names.
-      shape: (height, width, channels). Grey images are repeated to 3 channels, colours become luma in 1.
+      culprit: the image's name in errors.
+      shape: (height, width, channels). Grey images are repeated to 3 channels, colours become luma in 1 channel.
       fit: crop the centre and resize (bicubic) to this shape; otherwise an image of another size is an error.
+
+    Raises:
+      HeadSteerError: the image cannot be decoded, its pixels do not have 8 bits, or it has another size.
     """
     height, width, channels = shape
     with explain_errors(culprit, "replace or remove it"):
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode[0] in "IF":  # Pillow would clip these to 8 bits, not scale them
-                raise HeadSteerError(f"{culprit}: its pixels are not of 8 bits (mode {image.mode}); convert it")
+                raise HeadSteerError(f"{culprit}: its pixels do not have 8 bits (mode {image.mode}); convert it")
             pixels = image.convert("L" if channels == 1 else "RGB")
         if fit:
             pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BICUBIC)
@@ -142,7 +156,14 @@ def _decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int,
 
 
 def read_npz(config: DataConfig) -> RawData:
-    """One file: {train,test}_images uint8 [N, h, w] or [N, h, w, 1 or 3], {train,test}_labels integers [N]."""
+    """Read an npz file of images and labels.
+
+    It holds {train,test}_images, uint8 [N, h, w] or [N, h, w, 1 or 3], {train,test}_labels, integers [N], and
+    optionally class_names.
+
+    Raises:
+      HeadSteerError: an array is missing, damaged, or of another type or shape.
+    """
 
     def array(file: Any, key: str) -> np.ndarray:
         if key not in file:
@@ -150,16 +171,16 @@ def read_npz(config: DataConfig) -> RawData:
         with explain_errors(f"{config.path}: array {key!r}", "write the file anew, without pickled objects"):
             return file[key]
 
-    def split(file: Any, what: str) -> Split:
-        images, labels = array(file, f"{what}_images"), array(file, f"{what}_labels")
+    def split(file: Any, name: str) -> Split:
+        images, labels = array(file, f"{name}_images"), array(file, f"{name}_labels")
         if images.dtype != np.uint8 or not images.size or (images.ndim != 3 and images.shape[3:] not in ((1,), (3,))):
             raise HeadSteerError(
-                f"{config.path}: {what}_images is {images.dtype} {list(images.shape)}; "
+                f"{config.path}: {name}_images is {images.dtype} {list(images.shape)}; "
                 "it should be uint8 [N, height, width] or [N, height, width, 1 or 3]"
             )
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
             raise HeadSteerError(
-                f"{config.path}: {what}_labels is {labels.dtype} {list(labels.shape)}; "
+                f"{config.path}: {name}_labels is {labels.dtype} {list(labels.shape)}; "
                 f"it should be integers [{len(images)}], one for each image"
             )
         images = images.reshape(*images.shape[:3], -1)
@@ -185,129 +206,185 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def read_folder(config: DataConfig) -> RawData:
-    """<path>/train/<class>/<image> and <path>/test/<class>/<image>; `val` and `validation` stand in for `test`."""
+    """Read a directory tree <path>/train/<class>/<image> and <path>/test/<class>/<image>.
+
+    A directory `val` or `validation` stands in for a missing `test`.
+
+    Raises:
+      HeadSteerError: a directory is missing, test has a class that train has not, or an image cannot be read.
+    """
     root = Path(config.path)
-
-    def directory(*names: str) -> Path:
-        for name in names:
-            if (root / name).is_dir():
-                return root / name
-        raise HeadSteerError(f"{root}: there is no directory {names[0]!r} in it; config.data.path needs train and test")
-
-    def classes(split: Path) -> list[str]:
-        return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-    train, test = directory("train"), directory("test", "val", "validation")
-    class_names = classes(train)
+    train, test = _find_split(root, "train"), _find_split(root, "test", "val", "validation")
+    class_names = _list_classes(train)
     if not class_names:
         raise HeadSteerError(f"{train}: there is no directory in it; it needs one for each class, with its images")
-    unknown = set(classes(test)) - set(class_names)
+    unknown = set(_list_classes(test)) - set(class_names)
     if unknown:
         raise HeadSteerError(f"{test / min(unknown)}: {train} has no such class; remove it or add training images")
-    files = {
-        split: [
-            (path, label)
-            for label, name in enumerate(class_names)
-            for path in sorted((split / name).glob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        for split in (train, test)
-    }
+    files = [_list_images(split, class_names) for split in (train, test)]
+    size = _find_common_size([path for split_files in files for path, _ in split_files])
+    width, height = size or (config.image_size, config.image_size)
+    shape = (height, width, config.channels)
+    train_split, test_split = (_make_folder_split(split_files, shape, fit=size is None) for split_files in files)
+    return RawData(train_split, test_split, tuple(class_names), None)
+
+
+def _find_split(root: Path, *names: str) -> Path:
+    """Find the first of these directories that exists in `root`."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise HeadSteerError(f"{root}: there is no directory {names[0]!r} in it; config.data.path needs train and test")
+
+
+def _list_classes(split: Path) -> list[str]:
+    return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _list_images(split: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
+    """List a split's image files and their labels, class by class."""
+    return [
+        (path, label)
+        for label, name in enumerate(class_names)
+        for path in sorted((split / name).glob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+
+
+def _find_common_size(paths: Sequence[Path]) -> tuple[int, int] | None:
+    """Return the (width, height) that all images have; None if they have several sizes, or if there are no images."""
     sizes: set[tuple[int, int]] = set()
-    for path, _ in files[train] + files[test]:
+    for path in paths:
         with explain_errors(str(path), "replace or remove it"), Image.open(path) as image:  # reads the header only
             sizes.add(image.size)
         if len(sizes) > 1:
-            break
-    fit = len(sizes) > 1
-    width, height = (config.image_size, config.image_size) if len(sizes) != 1 else sizes.pop()
+            return None
+    return sizes.pop() if sizes else None
 
-    def split(directory: Path) -> Split:
-        paths = [path for path, _ in files[directory]]
-        shape = (height, width, config.channels)
 
-        def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
-            return (_decode_image(paths[i], str(paths[i]), shape, fit) for i in indices)
+def _make_folder_split(files: Sequence[tuple[Path, int]], shape: tuple[int, int, int], fit: bool) -> Split:
+    """Make a lazy split of image files and their labels; see `_decode_image` for `shape` and `fit`."""
+    paths = [path for path, _ in files]
 
-        labels = np.array([label for _, label in files[directory]], np.int32)
-        return Split(LazyImages(decode, np.arange(len(paths)), shape), labels)
+    def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
+        return (_decode_image(paths[i], str(paths[i]), shape, fit) for i in indices)
 
-    return RawData(split(train), split(test), tuple(class_names), None)
+    return Split(LazyImages(decode, np.arange(len(paths)), shape), np.array([label for _, label in files], np.int32))
 
 
 def read_tfds(config: DataConfig) -> RawData:
-    """A TensorFlow Datasets name with its features image and label; `related` from coarse_label, where it has that.
+    """Read a TensorFlow dataset with an image and a class label, by its name.
 
-    Prepared in array_record, it is read without TensorFlow. Labels are read once, whole: that takes as long as reading
-    the files does.
+    A dataset that was prepared in array_record is read without TensorFlow. Classes with the same coarse_label, if the
+    dataset has one, are related.
+
+    Raises:
+      HeadSteerError: the dataset is unknown or cannot be read or prepared, or it is not for classification of 8-bit
+        images.
     """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.read_only_builder import builder_from_files
-    from tensorflow_datasets.proto import tf_example_pb2
 
-    where = config.path or tfds.core.constants.DATA_DIR
-    prepared = f"{config.name} in {where}"
-    with explain_errors(prepared, "check config.data.name, and prepare it with file_format='array_record'"):
+    directory = config.path or tfds.core.constants.DATA_DIR
+    title = f"{config.name} in {directory}"
+    with explain_errors(title, "check config.data.name, and prepare it with file_format='array_record'"):
         try:
             builder = builder_from_files(config.name, data_dir=config.path or None)
         except tfds.core.DatasetNotFoundError:
-            builder = _prepare_tfds(config, where)
-        info = builder.info
-        image_key, label_key = info.supervised_keys or ("image", "label")
-        for key, kind, dtype in (
-            (image_key, tfds.features.Image, np.uint8),
-            (label_key, tfds.features.ClassLabel, np.int64),
-        ):
-            feature = dict(info.features).get(key)
-            if not isinstance(feature, kind) or feature.np_dtype != dtype:
-                raise HeadSteerError(
-                    f"{prepared}: it has no feature {key!r} that is a {kind.__name__} of {dtype.__name__}; "
-                    "only datasets for classification of 8-bit images serve"
-                )
-        names = tuple(info.features[label_key].names)
-        height, width, _ = info.features[image_key].shape
+            builder = _prepare_tfds(config, directory)
+        image_key, label_key = _find_tfds_features(builder.info, title)
+        class_names = tuple(builder.info.features[label_key].names)
+        height, width, _ = builder.info.features[image_key].shape
         fit = height is None or width is None
-        shape = (*((config.image_size,) * 2 if fit else (height, width)), config.channels)
-        coarse_of = np.zeros(len(names), np.int64)
-
-        def split(what: str) -> Split:
-            records = builder.as_data_source(what, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-
-            def features(indices: Sequence[int]) -> Iterator[Any]:
-                with explain_errors(f"{prepared}, split {what!r}", "prepare it anew"):
-                    for record in records.__getitems__(indices):
-                        yield tf_example_pb2.Example.FromString(record).features.feature
-
-            def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
-                for index, feature in zip(indices, features(indices), strict=True):
-                    culprit = f"{prepared}, split {what!r}, image {index}"
-                    yield _decode_image(feature[image_key].bytes_list.value[0], culprit, shape, fit)
-
-            labels = np.zeros(len(records), np.int32)
-            for start in range(0, len(labels), 1000):
-                indices = range(start, min(start + 1000, len(labels)))
-                for index, feature in zip(indices, features(list(indices)), strict=True):
-                    labels[index] = feature[label_key].int64_list.value[0]
-                    if "coarse_label" in info.features and 0 <= labels[index] < len(names):
-                        coarse_of[labels[index]] = feature["coarse_label"].int64_list.value[0]
-            return Split(LazyImages(decode, np.arange(len(labels)), shape), labels)
-
-        test = "test" if "test" in info.splits else "validation"
-        for what in ("train", test):
-            if what not in info.splits:
-                raise HeadSteerError(
-                    f"{prepared}: it has no split {what!r}, only {', '.join(info.splits)}; choose another"
-                )
-        splits = split("train"), split(test)
-    related = (coarse_of[:, None] == coarse_of) & ~np.eye(len(names), dtype=bool)
-    return RawData(*splits, names, related if "coarse_label" in info.features else None)
+        side = (config.image_size, config.image_size) if fit else (height, width)
+        reader = _TFDSReader(title, builder, image_key, label_key, (*side, config.channels), fit)
+        test = "test" if "test" in builder.info.splits else "validation"
+        for name in ("train", test):
+            if name not in builder.info.splits:
+                present = ", ".join(builder.info.splits)
+                raise HeadSteerError(f"{title}: it has no split {name!r}, only {present}; choose another")
+        coarse_C = np.zeros(len(class_names), np.int64)
+        splits = reader.read_split("train", coarse_C), reader.read_split(test, coarse_C)
+    related = (coarse_C[:, None] == coarse_C) & ~np.eye(len(class_names), dtype=bool)
+    return RawData(*splits, class_names, related if "coarse_label" in builder.info.features else None)
 
 
-def _prepare_tfds(config: DataConfig, where: str) -> Any:
-    """Download and prepare a dataset that TFDS knows -> its builder."""
+def _find_tfds_features(info: Any, title: str) -> tuple[str, str]:
+    """Find the names of a TensorFlow dataset's image and label.
+
+    Raises:
+      HeadSteerError: they are not an 8-bit image and a class label.
+    """
     import tensorflow_datasets as tfds
 
-    missing = f"config.data.name = {config.name!r} is not prepared in {where} (config.data.path)"
+    image_key, label_key = info.supervised_keys or ("image", "label")
+    for key, kind, dtype in (
+        (image_key, tfds.features.Image, np.uint8),
+        (label_key, tfds.features.ClassLabel, np.int64),
+    ):
+        feature = dict(info.features).get(key)
+        if not isinstance(feature, kind) or feature.np_dtype != dtype:
+            raise HeadSteerError(
+                f"{title}: it has no feature {key!r} that is a {kind.__name__} of {dtype.__name__}; "
+                "only datasets for classification of 8-bit images serve"
+            )
+    return image_key, label_key
+
+
+class _TFDSReader(NamedTuple):
+    """A reader of a prepared TensorFlow dataset's splits."""
+
+    title: str  # the dataset's name in errors
+    builder: Any
+    image_key: str
+    label_key: str
+    shape: tuple[int, int, int]  # of every image; see `_decode_image`
+    fit: bool
+
+    def read_split(self, name: str, coarse_C: np.ndarray) -> Split:
+        """Read a split's labels, which takes as long as reading its files does; its images stay lazy.
+
+        Args:
+          coarse_C: gets the coarse label of every class that occurs, if the dataset has coarse labels.
+        """
+        import tensorflow_datasets as tfds
+
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        records = self.builder.as_data_source(name, deserialize_method=raw)
+        has_coarse = "coarse_label" in self.builder.info.features
+
+        def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
+            for index, feature in zip(indices, self._parse(records, name, indices), strict=True):
+                culprit = f"{self.title}, split {name!r}, image {index}"
+                yield _decode_image(feature[self.image_key].bytes_list.value[0], culprit, self.shape, self.fit)
+
+        labels = np.zeros(len(records), np.int32)
+        for start in range(0, len(labels), 1000):
+            indices = range(start, min(start + 1000, len(labels)))
+            for index, feature in zip(indices, self._parse(records, name, list(indices)), strict=True):
+                labels[index] = feature[self.label_key].int64_list.value[0]
+                if has_coarse and 0 <= labels[index] < len(coarse_C):
+                    coarse_C[labels[index]] = feature["coarse_label"].int64_list.value[0]
+        return Split(LazyImages(decode, np.arange(len(labels)), self.shape), labels)
+
+    def _parse(self, records: Any, name: str, indices: Sequence[int]) -> Iterator[Any]:
+        """Yield the features of a split's records."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        with explain_errors(f"{self.title}, split {name!r}", "prepare it anew"):
+            for record in records.__getitems__(indices):
+                yield tf_example_pb2.Example.FromString(record).features.feature
+
+
+def _prepare_tfds(config: DataConfig, directory: str) -> Any:
+    """Download and prepare a dataset that TFDS knows, and return its builder.
+
+    Raises:
+      HeadSteerError: TFDS does not know it, TensorFlow is not installed, or the download fails.
+    """
+    import tensorflow_datasets as tfds
+
+    missing = f"config.data.name = {config.name!r} is not prepared in {directory} (config.data.path)"
     with explain_errors(missing, "check the name"):
         try:
             tfds.builder_cls(config.name.partition("/")[0].partition(":")[0])
@@ -316,7 +393,7 @@ def _prepare_tfds(config: DataConfig, where: str) -> Any:
     if importlib.util.find_spec("tensorflow") is None:
         raise HeadSteerError(f"{missing}; preparing it needs TensorFlow: pip install 'headsteer-jax[prepare]'")
     with explain_errors(
-        f"{missing} and could not be downloaded (network?)", f"prepare it elsewhere and copy it to {where}"
+        f"{missing} and could not be downloaded (network?)", f"prepare it elsewhere and copy it to {directory}"
     ):
         builder = tfds.builder(config.name, data_dir=config.path or None, file_format="array_record")
         builder.download_and_prepare()

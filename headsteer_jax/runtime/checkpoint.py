@@ -1,7 +1,6 @@
-"""What outlasts a run: checkpoints through orbax, and small JSON and array files, all written atomically.
+"""Checkpoints of training states: written through orbax with checksums, on local disk or in a bucket.
 
-On local disk or in a bucket (gs://bucket/path, by etils.epath). Of several hosts process 0 writes the small files, all
-write their parts of a checkpoint.
+A checkpoint is written atomically, every host writes its parts of it, and a damaged one is noticed when it is read.
 """
 
 import functools
@@ -33,32 +32,33 @@ FORMAT = 1  # of checkpoints: raise it when older programs cannot read them
 
 @contextmanager
 def _silence_thread_errors() -> Iterator[None]:
-    """While orbax works: a failure is raised here; what its threads go on to print about it is left out."""
+    """Keep orbax's threads from printing about a failure that the caller raises anyway."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     yield
-    sys.unraisablehook = hook  # not after a failure: the threads outlast it
+    sys.unraisablehook = hook  # not restored after a failure, as the threads outlast it
 
 
 def _crc32(leaf: Any) -> int:
-    """Of an array's bits."""
+    """Compute the checksum of an array's bits."""
     return zlib.crc32(np.ascontiguousarray(hosts.to_numpy(leaf)).tobytes())
 
 
-def _checksums(tree: Any, about: Mapping[str, Any]) -> dict[str, int]:
-    """Checksums of every array and of the JSON object: orbax and its storage notice some damage, not all."""
+def _checksums(tree: Any, metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Compute the checksums of every array and of the metadata: orbax and its storage notice some damage, not all."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    own = {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
-    return own | {"about": zlib.crc32(json.dumps(about, sort_keys=True).encode())}
+    checksums = {jax.tree_util.keystr(path): _crc32(leaf) for path, leaf in leaves}
+    return checksums | {"about": zlib.crc32(json.dumps(metadata, sort_keys=True).encode())}
 
 
-class Damaged(HeadSteerError):
-    """A checkpoint is not what was written."""
+class DamagedCheckpointError(HeadSteerError):
+    """The error for a checkpoint that is not what was written."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, but for its question whether SIGTERM came: it would disturb the counting in `preemption`."""
+    """Orbax's manager, which does not ask whether SIGTERM came: that would disturb the counting in `preemption`."""
 
     def reached_preemption(self, step: int) -> bool:
+        """Return False: `preemption` alone decides when to stop."""
         return False
 
 
@@ -66,28 +66,31 @@ TRANSIENT_ERRORS = "UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEE
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether trying again may help: what was not read is not therefore damaged."""
+    """Say whether trying again may help: a file that could not be read need not be damaged."""
     io = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError)
     return io or isinstance(error, MemoryError) or bool(re.search(TRANSIENT_ERRORS, str(error)))
 
 
 class Checkpoints:
-    """A directory of checkpoints of one pytree, of which the newest are kept.
+    """A directory that holds the newest checkpoints of one pytree.
 
-    A checkpoint is a pytree of arrays and a JSON object, with checksums of both; orbax writes it into a temporary
-    directory and renames that, so that a half-written one is never read, and writes while the program goes on.
+    A checkpoint is a pytree of arrays and a JSON object of metadata, with checksums of both. Orbax writes it into a
+    temporary directory and renames that, so that a half-written one is never read. Training goes on while it writes.
     """
 
     def __init__(self, directory: AnyPath, keep: int = 1, writes: bool = True) -> None:
-        """Args:
-        keep: the newest so many.
-        writes: what an interrupted write left is deleted; a reader must not, as a run may be writing there.
+        """Open the directory.
+
+        Args:
+          keep: how many checkpoints stay; older ones are deleted.
+          writes: the caller will write here, so the remains of an interrupted write are deleted. A reader passes False,
+            as a run may be writing there.
         """
         directory = os.fspath(directory)
         self.directory = Path(directory if is_in_bucket(directory) else os.path.abspath(directory))
-        # named one by one, processes wait for each other by the coordinator, which gives up where one has failed
-        everyone = set(range(hosts.process_count())) if hosts.process_count() > 1 else None
-        together = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=everyone)
+        # If they are listed, processes wait for each other through the coordinator, which gives up when one has failed.
+        processes = set(range(hosts.process_count())) if hosts.process_count() > 1 else None
+        multiprocessing = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=processes)
         with explain_errors(self.directory):
             if writes:
                 hosts.on_first_process(lambda: self.directory.mkdir(parents=True, exist_ok=True))
@@ -97,118 +100,132 @@ class Checkpoints:
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=False, cleanup_tmp_directories=writes, read_only=not writes,
-                    single_host_load_and_broadcast=hosts.process_count() > 1, multiprocessing_options=together,
+                    single_host_load_and_broadcast=hosts.process_count() > 1, multiprocessing_options=multiprocessing,
                 ),
             )  # fmt: skip
 
-    def save(self, step: int, tree: Any, about: Mapping[str, Any]) -> None:
-        """Copy everything, and write it while the caller goes on; what went wrong with the one before is raised.
+    def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
+        """Copy the pytree, and write it while the caller goes on.
 
         Raises:
-          HeadSteerError: the disk is full or not writable; earlier checkpoints are intact.
+          HeadSteerError: the disk is full or not writable, now or in the previous save; earlier checkpoints are intact.
         """
-        about = json.loads(json.dumps(dict(about)))
-        entry = {"format": FORMAT, "sums": _checksums(tree, about), "about": about}
+        metadata = json.loads(json.dumps(dict(metadata)))
+        entry = {"format": FORMAT, "sums": _checksums(tree, metadata), "about": metadata}
         with explain_errors(self.directory / str(step)), _silence_thread_errors():
             items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(entry))
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Until what was saved is on disk.
+        """Wait until every save is on disk.
 
         Raises:
-          HeadSteerError: as `save`.
+          HeadSteerError: the disk is full or not writable.
         """
         with explain_errors(self.directory), _silence_thread_errors():
             self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """The newest checkpoint's step."""
+        """Return the newest checkpoint's step; None if there is no checkpoint."""
         self.wait()
         return self._manager.latest_step()
 
     def restore(self, like: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
-        """A checkpoint as (pytree, JSON object), in the shapes and types of `like`, and where its arrays are.
+        """Read a checkpoint -> (pytree, metadata).
 
         Args:
-          like: arrays, or their shapes; of several hosts it says by shardings which parts each has, NumPy's arrays
-            are whole everywhere.
-          step: None: the newest, or where that is damaged the one before.
+          like: a pytree of arrays or of their shapes and shardings: the result's shapes, dtypes and shardings are the
+            same. Where it has NumPy's arrays, every host gets the complete array.
+          step: the checkpoint's step. None: the newest; if that is damaged, the newest that is not.
 
         Raises:
-          HeadSteerError: there is none, it is damaged, of a newer format, or its arrays have other shapes.
+          HeadSteerError: there is no checkpoint, it is damaged, of a newer format, or its arrays have other shapes.
         """
         self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         if not steps:
             raise HeadSteerError(f"{self.directory}: no checkpoint; {REMAKE}")
-        fault: Damaged | None = None
-        for one in steps:
+        fault: DamagedCheckpointError | None = None
+        for candidate in steps:
             try:
-                tree, entry = hosts.on_every_process(functools.partial(self._read, like, one), Damaged)
-                about = hosts.on_every_process(functools.partial(self._checked, tree, entry, one), Damaged)
-            except Damaged as error:
+                tree, entry = hosts.on_every_process(
+                    functools.partial(self._read, like, candidate), DamagedCheckpointError
+                )
+                metadata = hosts.on_every_process(
+                    functools.partial(self._verify, tree, entry, candidate), DamagedCheckpointError
+                )
+            except DamagedCheckpointError as error:
                 fault = fault or error
                 continue
             if fault is not None:
-                logger.info(f"{fault}".partition(";")[0] + f": going on from step {one}")
-            return tree, about
+                logger.info(f"{fault}".partition(";")[0] + f": going on from step {candidate}")
+            return tree, metadata
         assert fault is not None
         raise fault
 
     def _read(self, like: Tree, step: int) -> tuple[Tree, Any]:
-        """As it is on disk, in the shapes and types of `like`."""
+        """Read a checkpoint in the shapes and types of `like`; its checksums are not verified yet."""
 
-        def wanted(leaf: Any) -> Any:
+        def abstract_leaf(leaf: Any) -> Any:
             if isinstance(leaf, np.ndarray | np.generic):
                 return np.asarray(leaf)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
-        abstract, path = jax.tree.map(wanted, like), self.directory / str(step)
+        abstract, path = jax.tree.map(abstract_leaf, like), self.directory / str(step)
+        tree, entry = self._restore_items(abstract, step)
+        version = int(entry["format"])
+        if version > FORMAT:
+            raise HeadSteerError(
+                f"{path}: it has format {version}, and this program reads {FORMAT}; upgrade headsteer-jax"
+            )
+        if not version:
+            raise HeadSteerError(f"{path}: an older version of HeadSteer wrote it, without checksums; {REMAKE}")
+        for actual, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
+            if actual.shape != expected.shape or actual.dtype != expected.dtype:
+                raise HeadSteerError(
+                    f"{path}: of another model: an array has the shape {actual.shape}, and this config expects "
+                    f"{expected.shape}; use its own config or another --workdir"
+                )
+        return tree, entry
+
+    def _restore_items(self, abstract: Tree, step: int) -> tuple[Tree, dict[str, Any]]:
+        """Read a checkpoint through orbax, which raises whatever the damage leads to -> (pytree, its JSON object)."""
+        path = self.directory / str(step)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
         try:
             with _silence_thread_errors():
                 items = self._manager.restore(step, args=args)
-            tree, entry = items.state, items.about
-            version = int(entry.get("format", 0))
-        except Exception as error:  # orbax and tensorstore raise whatever the damage leads to
+            return items.state, items.about | {"format": int(items.about.get("format", 0))}
+        except Exception as error:
             if _is_transient(error):
                 reason = " ".join(str(error).split())[:160]
-                raise HeadSteerError(
-                    f"{path}: cannot be read ({reason}); mend that and run the same command"
-                ) from error
+                raise HeadSteerError(f"{path}: cannot be read ({reason}); fix that and run the same command") from error
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
-            raise Damaged(f"{path}: truncated, damaged or of another model ({reason}); {REMAKE}") from error
-        if version > FORMAT:
-            raise HeadSteerError(
-                f"{path}: of format {version}, where this version knows {FORMAT}; upgrade headsteer-jax"
-            )
-        if not version:
-            raise HeadSteerError(f"{path}: of an older version of HeadSteer, without checksums; {REMAKE}")
-        for have, want in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
-            if have.shape != want.shape or have.dtype != want.dtype:
-                raise HeadSteerError(
-                    f"{path}: of another model: an array of shape {have.shape} where this config has {want.shape}; "
-                    "use its own config or another --workdir"
-                )
-        return tree, entry
+            raise DamagedCheckpointError(
+                f"{path}: truncated, damaged or of another model ({reason}); {REMAKE}"
+            ) from error
 
-    def _checked(self, tree: Any, entry: Any, step: int) -> dict[str, Any]:
-        """The JSON object, once all checksums are right."""
-        about, sums = entry.get("about"), entry.get("sums", {})
-        found = _checksums(tree, about)
-        if wrong := [name for name in found if found[name] != sums.get(name)]:
+    def _verify(self, tree: Any, entry: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Compare the checksums with those that were saved, and return the metadata.
+
+        Raises:
+          DamagedCheckpointError: one of them differs.
+        """
+        metadata: Any = entry.get("about")
+        saved = entry.get("sums", {})
+        actual = _checksums(tree, metadata)
+        if wrong := [name for name in actual if actual[name] != saved.get(name)]:
             path = self.directory / str(step)
-            raise Damaged(f"{path}: damaged (the checksum of {wrong[0]} is wrong); {REMAKE}")
-        return about
+            raise DamagedCheckpointError(f"{path}: damaged (the checksum of {wrong[0]} is wrong); {REMAKE}")
+        return metadata
 
     def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: a run that goes on from `step` makes them again."""
+        """Delete the checkpoints of later steps; a run that resumes at `step` makes them again."""
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
 
     def close(self) -> None:
-        """Wait, and end the threads that write."""
+        """Wait until every save is on disk, and end the threads that write."""
         self.wait()
         self._manager.close()

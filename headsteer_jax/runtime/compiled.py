@@ -1,4 +1,4 @@
-"""Where programs compiled for this machine are kept from run to run."""
+"""A cache of compiled programs, which spares later runs on this machine the time to compile."""
 
 import hashlib
 import os
@@ -10,18 +10,19 @@ import jax
 
 
 def cache_dir() -> Path:
-    """Where programs compiled for this machine are kept: $XDG_CACHE_HOME/headsteer_jax (default ~/.cache).
+    """Return the directory of compiled programs: headsteer_jax in $XDG_CACHE_HOME, by default ~/.cache.
 
     Raises:
-      RuntimeError: there is no home.
+      RuntimeError: there is no home directory.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headsteer_jax"
 
 
 def keep_compiled_programs() -> None:
-    """Let XLA keep compiled programs from run to run, unless JAX_COMPILATION_CACHE_DIR names a place (or none).
+    """Let XLA keep compiled programs from run to run, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    Apart for each kind of processor: homes are shared, and a CPU's programs use its own instructions.
+    Each kind of processor has a directory of its own: machines may share a home directory, and a CPU's programs use
+    instructions that another CPU may lack.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with suppress(RuntimeError):
@@ -30,7 +31,7 @@ def keep_compiled_programs() -> None:
 
 
 def processor_flags() -> str:
-    """What instructions this processor has, as Linux tells: -march=native means others on another one."""
+    """Return Linux's list of the processor's features, which decides what -march=native compiles to."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

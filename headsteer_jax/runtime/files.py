@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, on a disk or in a bucket, and what goes wrong with them as one line."""
+"""Files that are written completely or not at all, on a disk or in a bucket; every failure is a one-line error."""
 
 import io
 import json
@@ -16,16 +16,17 @@ from headsteer_jax.runtime import hosts
 
 AnyPath = str | os.PathLike[str]
 
-# a stage that is not done goes on from what is left of it, and those after it are made again
+# Without its done.json a stage runs again, from the files that are left, and so do the stages after it.
 REMAKE = "delete it and its stage's done.json, then run the same command with --overwrite"
 
 
 def is_in_bucket(path: AnyPath) -> bool:
+    """Say whether a path is in a Google Cloud Storage bucket."""
     return os.fspath(path).startswith("gs://")
 
 
 def make_directory(path: str | Path) -> Path:
-    """The directory, made where it was not.
+    """Make a directory, with its parents, unless it exists, and return its path.
 
     Raises:
       HeadSteerError: it cannot be made or written to.
@@ -40,10 +41,10 @@ def make_directory(path: str | Path) -> Path:
 
 
 def remove_directory(path: Path) -> None:
-    """Where the program is killed meanwhile nothing is left that would be read as if it were whole: a rename is atomic.
+    """Delete a stage's directory in such an order that a half-deleted one is never taken for a complete one.
 
-    A bucket has no renames: there what is left of a stage keeps its started.json, which tells of what config it is,
-    until the end.
+    On a disk it is renamed first, which is atomic. A bucket has no renames: there done.json goes first, and
+    started.json, which says what config the remains belong to, goes last.
     """
     doomed = path if is_in_bucket(path) else path.with_name(f".{path.name}.removed")
     if doomed != path:
@@ -52,28 +53,34 @@ def remove_directory(path: Path) -> None:
         if path.exists():
             path.rename(doomed)
     (doomed / "done.json").unlink(missing_ok=True)
-    for inside in doomed.iterdir() if doomed.exists() else ():
-        if inside.is_dir():
-            inside.rmtree()
-        elif inside.name != "started.json":
-            inside.unlink()
+    for entry in doomed.iterdir() if doomed.exists() else ():
+        if entry.is_dir():
+            entry.rmtree()
+        elif entry.name != "started.json":
+            entry.unlink()
     if doomed.exists():
         doomed.rmtree()
 
 
 def write_atomically(file: AnyPath, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside its place, flushed to disk, then renamed into it.
+    """Write a file completely or not at all: to a temporary name, flushed to disk, then renamed.
 
-    An object in a bucket appears whole by itself.
+    An object in a bucket needs none of this: it appears only when it is complete.
+
+    Args:
+      write: writes the content to the opened file.
+
+    Raises:
+      HeadSteerError: the disk is full or not writable; an earlier file is intact.
     """
     path = Path(file)
     with explain_errors(path):
         if is_in_bucket(path):
-            whole = io.BytesIO()
-            write(whole)
-            path.write_bytes(whole.getvalue())
+            buffer = io.BytesIO()
+            write(buffer)
+            path.write_bytes(buffer.getvalue())
             return
-        part = path.with_name(f".{path.name}.part")  # always the same: one that a killed run left is written over
+        part = path.with_name(f".{path.name}.part")  # always the same name, so that no killed run's file stays behind
         try:
             with open(part, "wb") as opened:
                 write(opened)
@@ -86,23 +93,35 @@ def write_atomically(file: AnyPath, write: Callable[[BinaryIO], object]) -> None
 
 
 def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Write bytes atomically; see `write_atomically` for the errors."""
     write_atomically(path, lambda file: file.write(content))
 
 
 def write_text(path: AnyPath, text: str) -> None:
+    """Write a text in UTF-8 atomically; see `write_atomically` for the errors."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: AnyPath, value: Any) -> None:
+    """Write a value of JSON's types atomically; see `write_atomically` for the errors.
+
+    Raises:
+      ValueError: the value holds NaN or infinity.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name as a compressed .npz atomically; see `write_atomically` for the errors."""
     write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 def read_json(path: AnyPath) -> Any:
-    """Raises HeadSteerError where the file is damaged."""
+    """Read a JSON file.
+
+    Raises:
+      HeadSteerError: it is missing or damaged.
+    """
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, OSError) as error:
@@ -110,7 +129,11 @@ def read_json(path: AnyPath) -> Any:
 
 
 def read_arrays(path: AnyPath) -> dict[str, np.ndarray]:
-    """Raises HeadSteerError where the file is missing or damaged."""
+    """Read the arrays of an .npz file, by name.
+
+    Raises:
+      HeadSteerError: it is missing or damaged.
+    """
     try:
         with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
@@ -122,18 +145,19 @@ def read_arrays(path: AnyPath) -> dict[str, np.ndarray]:
 class Workdir:
     """A run's directory, on a disk or in a bucket.
 
-    Every file is written on process 0 alone, whole or not at all; every process waits for it, and a failure is one line
-    on all of them. `workdir / name` is a path, for code that reads or that has checkpoints there.
+    Process 0 alone writes a file, completely or not at all. Every process waits for it, and a failure is the same
+    one-line error on all of them. `workdir / name` is a path, for code that reads files or keeps checkpoints there.
     """
 
     path: Path
 
     def __truediv__(self, name: str) -> Path:
+        """Return the path of a file or directory in it."""
         return self.path / name
 
     @property
     def name(self) -> str:
-        """The last part of the path, which names the run."""
+        """Return the last part of the path, which names the run."""
         return self.path.name
 
     def write_json(self, name: str, value: Any) -> None:

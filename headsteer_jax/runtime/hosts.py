@@ -1,8 +1,8 @@
-"""Several processes as one program: one on each host of a cluster, or a lone one, by the same code.
+"""Several processes as one program: one on each host of a cluster, or a single one, with the same code.
 
-Every process runs every line. What is decided or written once is decided or written by process 0, in
-`on_first_process`, and told to the others; what each does for its share is done in `on_every_process`. A mistake that
-one of them meets is then raised in all of them, so that none waits for another that has left.
+Every process runs every line. `on_first_process` is for decisions and files: process 0 makes them and tells the others.
+`on_every_process` is for work that each process does for its share. An error in one process is raised in all of them,
+so that none waits for another that has left.
 """
 
 import json
@@ -22,9 +22,9 @@ from headsteer_jax.errors import HeadSteerError
 
 T = TypeVar("T")
 
-BARRIER_SECONDS = 7 * 24 * 3600  # seconds that one process waits for another that is alive: stages take hours
+BARRIER_SECONDS = 7 * 24 * 3600  # how long a process waits for another that is alive: stages take hours
 
-# what a cluster's launcher sets in each of several processes; a lone host has none of these
+# variables that a cluster's launcher sets in every process, and what they hold if there are several processes
 CLUSTERS: dict[str, Callable[[str], bool]] = {
     "SLURM_STEP_NUM_TASKS": lambda text: int(text) > 1,
     "OMPI_COMM_WORLD_SIZE": lambda text: int(text) > 1,
@@ -33,84 +33,91 @@ CLUSTERS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def start(where: str, timeout: int) -> None:
+def start(cluster: str, timeout: int) -> None:
     """Join the cluster, before any device is touched.
 
+    If some process does not arrive in time, this one ends with a one-line error and exit code 2; JAX would abort it.
+
     Args:
-      where: `auto`: as JAX finds it out (TPU slice, SLURM, Open MPI, Kubernetes); `HOST:PORT,PROCESSES,PROCESS`: the
-        coordinator, which is process 0, how many there are, and which one this is; empty: `auto` where one of CLUSTERS
-        says that there are several, else this process is alone.
-      timeout: seconds until all must be there.
+      cluster: `auto`: JAX detects it (TPU slice, SLURM, Open MPI, Kubernetes). `HOST:PORT,PROCESSES,PROCESS`: the
+        address of the coordinator, which is process 0, the number of processes, and this process's number. Empty:
+        `auto` if a variable of CLUSTERS says that there are several processes, otherwise this process is alone.
+      timeout: seconds within which every process must have arrived.
 
     Raises:
-      HeadSteerError: the text is not of these forms, or there is no cluster.
-
-    Where not all are there in time the process ends with one line and code 2: JAX itself would abort it.
+      HeadSteerError: the text has none of these forms, or there is no cluster.
     """
-    if not where:
+    if not cluster:
         if not any(name in os.environ and several(os.environ[name]) for name, several in CLUSTERS.items()):
             return
-        where = "auto"
-    arguments: dict[str, Any] = {}
-    coordinator = "the coordinator that the cluster names"
-    if where != "auto":
-        coordinator, *numbers = where.split(",")
-        host, _, port = coordinator.rpartition(":")
-        if len(numbers) != 2 or not all(text.isdigit() for text in (*numbers, port)) or not host:
-            raise HeadSteerError(f"--distributed={where}: allowed is auto or HOST:PORT,PROCESSES,PROCESS")
-        processes, number = map(int, numbers)
-        if number >= processes:
-            raise HeadSteerError(
-                f"--distributed={where}: process {number} of {processes}; allowed is 0 to {processes - 1}"
-            )
-        arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": number}
+        cluster = "auto"
+    arguments = {} if cluster == "auto" else _parse_cluster(cluster)
+    coordinator = arguments.get("coordinator_address", "the coordinator that the cluster names")
 
-    def too_late() -> None:
+    def give_up() -> None:
         line = f"error: not all processes met at {coordinator} within {timeout} s; check that each runs this command"
         print(f"{line}, that the address can be reached, or raise --distributed_timeout", file=sys.stderr, flush=True)
         os._exit(2)
 
-    timer = threading.Timer(timeout, too_late)
+    timer = threading.Timer(timeout, give_up)
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise HeadSteerError(f"--distributed={where}: no cluster could be joined ({reason})") from None
+        raise HeadSteerError(f"--distributed={cluster}: no cluster could be joined ({reason})") from None
     finally:
         timer.cancel()
 
 
+def _parse_cluster(cluster: str) -> dict[str, Any]:
+    """Read HOST:PORT,PROCESSES,PROCESS as arguments of `jax.distributed.initialize`."""
+    coordinator, *numbers = cluster.split(",")
+    host, _, port = coordinator.rpartition(":")
+    if len(numbers) != 2 or not all(text.isdigit() for text in (*numbers, port)) or not host:
+        raise HeadSteerError(f"--distributed={cluster}: allowed is auto or HOST:PORT,PROCESSES,PROCESS")
+    processes, number = map(int, numbers)
+    if number >= processes:
+        raise HeadSteerError(
+            f"--distributed={cluster}: process {number} of {processes}; allowed is 0 to {processes - 1}"
+        )
+    return {"coordinator_address": coordinator, "num_processes": processes, "process_id": number}
+
+
 def process_count() -> int:
+    """Return the number of processes."""
     return jax.process_count()
 
 
 def is_first_process() -> bool:
-    """Whether this process writes and speaks for all."""
+    """Say whether this is process 0, which writes the files and the log for all."""
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Until every process is here. By the coordinator: a collective of devices would give up after a while."""
+def wait_for_all(barrier: str) -> None:
+    """Wait until every process has reached the barrier of this name.
+
+    The coordinator keeps it: a collective operation of the devices would time out.
+    """
     if process_count() > 1:
-        multihost.sync_global_processes(what, processes=set(range(process_count())), timeout=BARRIER_SECONDS)
+        multihost.sync_global_processes(barrier, processes=set(range(process_count())), timeout=BARRIER_SECONDS)
 
 
-def exchange_bytes(own: bytes) -> list[bytes]:
-    """Every process's bytes, told to all."""
+def exchange_bytes(message: bytes) -> list[bytes]:
+    """Send this process's message to all, and return every process's message in order."""
     if process_count() == 1:
-        return [own]
+        return [message]
     wait_for_all("exchange")
-    length_P = multihost_utils.process_allgather(np.int32(len(own)))
+    length_P = multihost_utils.process_allgather(np.int32(len(message)))
     padded = np.zeros(max(int(length_P.max()), 1), np.uint8)
-    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [row[:length].tobytes() for row, length in zip(rows, length_P, strict=True)]
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, str, BaseException | None]:
-    """(result, the line for the others, what to raise here)."""
+    """Call a function -> (its result, the line for the other processes, the error to raise here)."""
     try:
         return function(), "", None
     except HeadSteerError as error:
@@ -120,10 +127,10 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str, BaseException | 
 
 
 def on_first_process(function: Callable[[], T]) -> T:
-    """What process 0 makes of it, in JSON's types, told to all.
+    """Call a function on process 0 alone, and return its result, a value of JSON's types, on every process.
 
     Raises:
-      HeadSteerError: process 0 failed; in every process.
+      HeadSteerError: process 0 failed; it is raised in every process.
     """
     if process_count() == 1:
         return function()
@@ -137,25 +144,32 @@ def on_first_process(function: Callable[[], T]) -> T:
 
 
 def on_every_process(function: Callable[[], T], kind: type[HeadSteerError] = HeadSteerError) -> T:
-    """What this process makes of it, once all have succeeded.
+    """Call a function on every process, and return this process's result once all have succeeded.
+
+    Args:
+      kind: a kind of HeadSteerError that the other processes raise too if one of them raised it.
 
     Raises:
-      HeadSteerError: one of them failed; in every process the first one's line, and of its kind where that is `kind`.
+      HeadSteerError: one of them failed; every process raises the first failure's line.
     """
     if process_count() == 1:
         return function()
     result, line, error = _attempt(function)
-    own = json.dumps([type(error).__name__, line])
-    for name, failed in map(json.loads, exchange_bytes(own.encode())):
-        if failed:
-            raise (kind if name == kind.__name__ else HeadSteerError)(failed) from error
+    outcome = json.dumps([type(error).__name__, line])
+    for name, failure in map(json.loads, exchange_bytes(outcome.encode())):
+        if failure:
+            raise (kind if name == kind.__name__ else HeadSteerError)(failure) from error
     return result  # type: ignore[return-value]
 
 
-def check_equal(what: dict[str, str]) -> None:
-    """Raises HeadSteerError, in every process, where one has another text than process 0 under some name."""
-    texts = [json.loads(text) for text in exchange_bytes(json.dumps(what).encode())]
-    for name in what:
+def check_equal(settings: dict[str, str]) -> None:
+    """Check that every process has the same settings.
+
+    Raises:
+      HeadSteerError: under some name a process has another text than process 0; it is raised in every process.
+    """
+    texts = [json.loads(text) for text in exchange_bytes(json.dumps(settings).encode())]
+    for name in settings:
         for number, text in enumerate(texts):
             if text[name] != texts[0][name]:
                 raise HeadSteerError(
@@ -165,20 +179,23 @@ def check_equal(what: dict[str, str]) -> None:
 
 
 def wait_before_exit() -> None:
-    """Before a process ends early: where the first one is gone, JAX aborts the others before they can speak."""
+    """Wait up to ten seconds for the others before an early exit: JAX aborts them as soon as process 0 is gone."""
     if jax.distributed.is_initialized():
         with suppress(Exception):
             multihost.sync_global_processes("leave", processes=set(range(process_count())), timeout=10)
 
 
 def process_share(total: int) -> tuple[int, int]:
-    """Which of `total` pieces of work are this process's: from, to."""
+    """Return this process's share of `total` pieces of work, as the first and the one after the last."""
     number = jax.process_index()
     return total * number // process_count(), total * (number + 1) // process_count()
 
 
 def gather_rows(array: np.ndarray) -> np.ndarray:
-    """Every process's [n, ...], one after the other; n may differ. Not of 64 bits, which JAX would halve."""
+    """Concatenate every process's rows [n, ...], in order; n may differ.
+
+    The dtype must not have 64 bits, as JAX would halve them.
+    """
     if process_count() == 1:
         return array
     wait_for_all("join")
@@ -190,11 +207,11 @@ def gather_rows(array: np.ndarray) -> np.ndarray:
 
 
 def to_numpy(tree: Any) -> Any:
-    """The whole of every array as NumPy's, wherever its parts are."""
+    """Copy every array of a pytree to NumPy, complete, even if its parts are on several hosts."""
 
-    def one(leaf: Any) -> np.ndarray:
+    def leaf_to_numpy(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         return np.asarray(leaf)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(leaf_to_numpy, tree)

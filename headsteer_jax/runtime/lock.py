@@ -14,62 +14,91 @@ from headsteer_jax.runtime.files import is_in_bucket
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 10.0  # between two signs of life of a run in a bucket; after three without one it counts as dead
+HEARTBEAT_SECONDS = 10.0  # between two signs of life of a run in a bucket
+MISSED_HEARTBEATS = 3  # after so many without a sign of life a run counts as dead
 
 
 @contextmanager
 def hold_lock(workdir: Path) -> Iterator[None]:
-    """While in here no other run may write into the directory.
-
-    On a local disk the lock is the operating system's, which ends with the process, however that ends. In a bucket it
-    is an object with a sign of life every BEAT seconds; a dead run's is waited for.
+    """Keep every other run from writing into a directory while the body of this context runs.
 
     Raises:
-      HeadSteerError: another run holds it.
+      HeadSteerError: another run holds the lock.
     """
-    busy = f"{workdir}: another run is writing here; wait until it has ended, or choose another --workdir"
-    if not is_in_bucket(workdir):
-        import fcntl
+    with _hold_bucket_lock(workdir) if is_in_bucket(workdir) else _hold_local_lock(workdir):
+        yield
 
-        with explain_errors(workdir / ".lock"):
-            file = open(workdir / ".lock", "a")  # noqa: SIM115  # the body's own errors are not the lock's
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HeadSteerError(busy) from None
-            yield
-        return
-    path, own, ended = workdir / ".lock", uuid.uuid4().hex, threading.Event()
 
-    def content() -> str:
-        return path.read_text() if path.exists() else ""
+def _busy_error(workdir: Path) -> HeadSteerError:
+    return HeadSteerError(
+        f"{workdir}: another run is writing here; wait until it has ended, or choose another --workdir"
+    )
 
-    if before := content():
-        logger.info(f"{workdir}: another run's lock; waiting whether it is alive")
-        for _ in range(3):
-            time.sleep(HEARTBEAT_SECONDS)
-            if (now := content()) not in ("", before):
-                raise HeadSteerError(busy)
-            if not now:
-                break
 
-    def beat() -> None:
-        number = 0
-        while not ended.wait(HEARTBEAT_SECONDS):
-            number += 1
-            with suppress(Exception):  # the network may come back
-                path.write_text(f"{own} {number}")
+@contextmanager
+def _hold_local_lock(workdir: Path) -> Iterator[None]:
+    """Hold the operating system's lock of a file, which ends with the process, however that ends."""
+    import fcntl
 
-    path.write_text(own)
-    time.sleep(HEARTBEAT_SECONDS / 10)  # of two that start at once the first sees the second's
-    if not content().startswith(own):
-        raise HeadSteerError(busy)
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    with explain_errors(workdir / ".lock"):
+        file = open(workdir / ".lock", "a")  # noqa: SIM115  # explain_errors must not cover the body of the context
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy_error(workdir) from None
+        yield
+
+
+@contextmanager
+def _hold_bucket_lock(workdir: Path) -> Iterator[None]:
+    """Hold a lock that is an object in the bucket, rewritten every HEARTBEAT_SECONDS as a sign of life."""
+    path, owner = workdir / ".lock", uuid.uuid4().hex
+    _wait_for_dead_run(workdir)
+    path.write_text(owner)
+    time.sleep(HEARTBEAT_SECONDS / 10)  # of two runs that start at once, the first sees the second's object
+    if not _read_lock(path).startswith(owner):
+        raise _busy_error(workdir)
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True)
+    heart.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
+        heart.join()
         path.unlink(missing_ok=True)
+
+
+def _read_lock(path: Path) -> str:
+    """Read the lock's content; an empty text if there is no lock."""
+    return path.read_text() if path.exists() else ""
+
+
+def _wait_for_dead_run(workdir: Path) -> None:
+    """Wait, if there is a lock, until it is gone or its run counts as dead.
+
+    Raises:
+      HeadSteerError: the lock changes, so its run is alive.
+    """
+    path = workdir / ".lock"
+    before = _read_lock(path)
+    if not before:
+        return
+    logger.info(f"{workdir}: there is another run's lock; waiting to see whether that run is alive")
+    for _ in range(MISSED_HEARTBEATS):
+        time.sleep(HEARTBEAT_SECONDS)
+        now = _read_lock(path)
+        if not now:
+            return
+        if now != before:
+            raise _busy_error(workdir)
+
+
+def _beat(path: Path, owner: str, ended: threading.Event) -> None:
+    """Rewrite the lock every HEARTBEAT_SECONDS until `ended` is set."""
+    number = 0
+    while not ended.wait(HEARTBEAT_SECONDS):
+        number += 1
+        with suppress(Exception):  # the network may come back
+            path.write_text(f"{owner} {number}")

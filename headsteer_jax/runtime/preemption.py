@@ -1,8 +1,8 @@
-"""SIGTERM: a machine that is about to be taken away says so; what was computed is saved, and the program ends.
+"""SIGTERM, which announces that the machine is about to be taken away: save what was computed, and end the program.
 
-Training saves a checkpoint at the next call and stops there; all else stops at once, as it is written whole or not at
-all. Several processes stop together, in training or at the end of a stage. The exit code RESUME asks for the same
-command again. JAX is imported late: it takes seconds, in which SIGTERM must be heard as well.
+Training saves a checkpoint after the current call and stops there. Everything else stops at once, as files are written
+completely or not at all. Several processes stop together, in training or at the end of a stage. EXIT_CODE asks for the
+same command again. JAX is imported late: that takes seconds, in which SIGTERM must be handled as well.
 """
 
 import os
@@ -16,35 +16,39 @@ STOPPED_MESSAGE = "stopped by SIGTERM: the same command goes on where it was"
 
 
 class Preempted(BaseException):
-    """Not an Exception: nothing may take it for a mistake and go on."""
+    """The signal to stop after SIGTERM; no Exception, so that nothing takes it for an error and goes on."""
 
 
 class Handler:
-    """SIGTERM's: ends the program at once, or keeps it in mind while `waits`.
+    """The handler of SIGTERM: it ends the program at once, or only takes note while `deferred` is true.
 
-    It does not raise: Python runs it wherever the program is, in a library's callback too, where exceptions get lost.
+    It does not raise: Python may run it inside a library's callback, where exceptions get lost.
     """
 
     def __init__(self) -> None:
-        self.waits, self.asked, self.questions = False, False, 0
+        self.deferred, self.requested, self.questions = False, False, 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if not self.waits:
+        """Take note of SIGTERM, and end the program unless it is deferred."""
+        self.requested = True
+        if not self.deferred:
             os.write(2, f"{STOPPED_MESSAGE}\n".encode())
             os._exit(EXIT_CODE)
 
-    def together(self) -> bool:
-        """Of several processes, whose SIGTERM JAX's own service hears instead: true in all at the same question."""
+    def ask_together(self) -> bool:
+        """Say whether one of several processes got SIGTERM; all of them get the same answer to the same question.
+
+        With several processes JAX's own service receives the signal instead of this handler.
+        """
         from jax.experimental import multihost_utils
 
-        self.questions += 1  # the service wants consecutive numbers, and says yes once
-        self.asked |= multihost_utils.reached_preemption_sync_point(self.questions)
-        return self.asked
+        self.questions += 1  # the service expects consecutive numbers, and says yes once
+        self.requested |= multihost_utils.reached_preemption_sync_point(self.questions)
+        return self.requested
 
 
 def install_handler() -> None:
-    """From now on."""
+    """Handle SIGTERM as this module describes."""
     signal.signal(signal.SIGTERM, Handler())
 
 
@@ -54,19 +58,26 @@ def _handler() -> Handler | None:
 
 
 def raise_if_preempted() -> None:
-    """Raises Preempted in all of several processes, where one of them got SIGTERM; they ask together."""
+    """Stop all of several processes if one of them got SIGTERM; every process must call this equally often.
+
+    Raises:
+      Preempted: one of them got it.
+    """
     import jax
 
     handler = _handler()
-    if handler is not None and jax.process_count() > 1 and handler.together():
+    if handler is not None and jax.process_count() > 1 and handler.ask_together():
         raise Preempted
 
 
 @contextmanager
 def defer_to_checkpoints() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM waits: gives `asked()`, true once it is time to save and raise Preempted.
+    """Defer SIGTERM in the body of this context, and give it a function that says whether to save and stop now.
 
-    Of several processes each must ask as often.
+    Every one of several processes must call the function equally often.
+
+    Raises:
+      Preempted: SIGTERM came, and the body ended by itself.
     """
     import jax
 
@@ -74,12 +85,12 @@ def defer_to_checkpoints() -> Iterator[Callable[[], bool]]:
     if handler is None:
         yield lambda: False
     elif jax.process_count() > 1:
-        yield handler.together
+        yield handler.ask_together
     else:
-        handler.waits = True
+        handler.deferred = True
         try:
-            yield lambda: handler.asked
+            yield lambda: handler.requested
         finally:
-            handler.waits = False
-        if handler.asked:
+            handler.deferred = False
+        if handler.requested:
             raise Preempted

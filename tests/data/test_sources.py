@@ -1,4 +1,4 @@
-"""headsteer_jax.data: splits that share nothing, every source read right, every bad input one line."""
+"""The data: splits share no image, every source is read right, and every bad input gives one line."""
 
 import json
 import subprocess
@@ -29,17 +29,20 @@ from dataset_files import (
     write_npz,
     write_tfds,
 )
+from etils import epath
 from helpers import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from headsteer_jax.config import DataConfig
+from headsteer_jax.config import Config, DataConfig
 from headsteer_jax.data import sources
 from headsteer_jax.data.batches import batch_indices, prefetch
-from headsteer_jax.data.dataset import LazyImages, Split, gather_images, related_pairs, stratified_cut
-from headsteer_jax.data.sources import load_dataset
+from headsteer_jax.data.dataset import Dataset, LazyImages, Split, gather_images, related_pairs, stratified_cut
+from headsteer_jax.data.sources import SOURCES, Source, check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.files import Workdir
+from headsteer_jax.stages import run_stages
 
 
 def config(source: str, path: str | Path, **fields: Any) -> DataConfig:
@@ -65,6 +68,51 @@ def one_line(error: pytest.ExceptionInfo[HeadSteerError], *parts: object) -> Non
     assert "\n" not in message
     for part in parts:
         assert str(part) in message, message
+
+
+# the choice of a source
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"source": "imagenet"},
+            "config.data.source = 'imagenet': allowed is double_digits, tfds, folder, npz",
+        ),
+        (
+            {"source": "tfds", "path": "somewhere"},
+            "config.data.name = '': allowed is the dataset's name, as data.source is 'tfds'",
+        ),
+        (
+            {"source": "folder", "name": "somehow"},
+            "config.data.path = '': allowed is the dataset's path, as data.source is 'folder'",
+        ),
+        ({"source": "npz"}, "config.data.path = '': allowed is the dataset's path, as data.source is 'npz'"),
+    ],
+)
+def test_a_source_that_cannot_be_is_one_line(fields: dict[str, str], line: str) -> None:
+    for check in (check_source, lambda data: load_dataset(data, seed=0)):
+        with pytest.raises(HeadSteerError) as error:
+            check(DataConfig(**fields))
+        assert str(error.value) == line
+
+
+def test_an_unknown_source_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(source="imagenet"))
+    with pytest.raises(HeadSteerError, match=r"config\.data\.source = 'imagenet': allowed is double_digits, "):
+        run_stages(config, Workdir(epath.Path(tmp_path) / "w"), ("train",), overwrite=False)
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_entry_of_sources_is_all_that_a_new_source_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split(TRAIN, TRAIN_LABELS.astype(np.int32))
+    dataset = Dataset(split, split, split, CLASSES)
+    monkeypatch.setitem(SOURCES, "insects", Source(lambda config, seed, memory: dataset))
+    data = DataConfig(source="insects", related=("winged=ant|bee",))
+    check_source(data)
+    assert load_dataset(data, seed=0).related is not None
+    assert load_dataset(DataConfig(source="insects"), seed=0) == dataset
 
 
 # the cut
@@ -237,7 +285,7 @@ def test_a_split_above_the_memory_limit_stays_lazy(
         files, "IMAGE", IMAGE | {"image": IMAGE["image"] | {"shape": {"dimensions": ["120", "140", "3"]}}}
     )
     cfg = config(source, WRITERS[source](tmp_path), name="insects" if source == "tfds" else "")
-    held, lazy = load_dataset(cfg, seed=0), load_dataset(cfg.model_copy(update={"memory_limit_mb": 1}), seed=0)
+    held, lazy = load_dataset(cfg, seed=0), load_dataset(cfg, seed=0, memory=1)
     assert isinstance(held.train.images, np.ndarray)
     assert isinstance(lazy.test.images, np.ndarray)
     assert isinstance(lazy.train.images, LazyImages)

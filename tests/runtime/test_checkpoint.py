@@ -1,6 +1,7 @@
-"""Checkpoints and files: what was saved comes back, what is damaged is refused, what fails leaves the old one."""
+"""Checkpoints and files: what was saved comes back, damage is refused, and a failed write leaves the old file."""
 
 import errno
+import logging
 import os
 import shutil
 import stat
@@ -28,7 +29,7 @@ from headsteer_jax.runtime.files import (
 )
 from headsteer_jax.runtime.lock import hold_lock
 
-# tensorstore says more about a damaged file when its futures are collected
+# TensorStore prints more about a damaged file when its futures are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -42,8 +43,8 @@ def tree(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def save(checkpoints: Checkpoints, step: int, what: Any, about: dict[str, Any]) -> None:
-    checkpoints.save(step, what, about)
+def save(checkpoints: Checkpoints, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    checkpoints.save(step, state, metadata)
     checkpoints.wait()
 
 
@@ -106,7 +107,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused_or_the_same(copy: Path) -> bool:
-    """Restores a copy of `saved`. True where it is refused, in one line; otherwise every value must be as saved."""
+    """Restore a copy of `saved`. Return True if it is refused in one line; otherwise every value must be as saved."""
     said = ""
     try:
         found, about = Checkpoints(copy).restore(tree())
@@ -120,7 +121,7 @@ def refused_or_the_same(copy: Path) -> bool:
 
 
 def test_every_file_cut_short_is_noticed(saved: Path, tmp_path: Path) -> None:
-    """Each file of a checkpoint, cut at three places: refused, or (a file that is not read) the very same values."""
+    """Each file of a checkpoint is cut at three places: it is refused, or, if it is not read, the values are the same."""
     files = [path.relative_to(saved) for path in saved.rglob("*") if path.is_file() and path.stat().st_size]
     assert len(files) > 5
     refused = 0
@@ -157,7 +158,7 @@ def test_another_model(saved: Path, change: dict[str, Any]) -> None:
 
 
 def test_an_interrupted_save_is_not_seen(saved: Path, tmp_path: Path) -> None:
-    """What orbax leaves when it is killed is a directory of another name."""
+    """When orbax is killed it leaves a directory of another name."""
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
     shutil.copytree(copy / "7", copy / "9.orbax-checkpoint-tmp-0")
@@ -253,7 +254,8 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     one_line(error, "file/w", "--workdir")
 
 
-def test_damage_falls_back_to_the_checkpoint_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_falls_back_to_the_checkpoint_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "headsteer_jax")
     checkpoints = Checkpoints(tmp_path, 2)
     for step in (1, 2):
         save(checkpoints, step, tree(step), {"step": step})
@@ -264,9 +266,10 @@ def test_damage_falls_back_to_the_checkpoint_before(tmp_path: Path, capsys: pyte
     found, about = Checkpoints(tmp_path, 2).restore(tree())
     chex.assert_trees_all_equal(found, tree(1))
     assert about == {"step": 1}
-    assert "2: " in (said := capsys.readouterr().err)
-    assert "damaged" in said
-    assert "going on from step 1" in said
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "2: " in caplog.text
+    assert "damaged" in caplog.text
+    assert "going on from step 1" in caplog.text
     with pytest.raises(HeadSteerError) as error:
         Checkpoints(tmp_path, 2).restore(tree(), 2)
     one_line(error, str(tmp_path / "2"), "damaged")
@@ -290,7 +293,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(saved: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_a_newer_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not passed over for an older one: that would be deleted work."""
+    """It is not passed over for an older one: work would be lost."""
     checkpoints = Checkpoints(tmp_path, 2)
     save(checkpoints, 1, tree(1), {})
     with monkeypatch.context() as patch:
@@ -298,11 +301,11 @@ def test_a_checkpoint_of_a_newer_format(tmp_path: Path, monkeypatch: pytest.Monk
         save(checkpoints, 2, tree(2), {})
     with pytest.raises(HeadSteerError) as error:
         checkpoints.restore(tree())
-    one_line(error, str(tmp_path / "2"), "of format 2, where this version knows 1", "upgrade")
+    one_line(error, str(tmp_path / "2"), "it has format 2, and this program reads 1", "upgrade")
 
 
 def test_what_is_saved_is_what_there_was_then(tmp_path: Path) -> None:
-    """The program goes on, and takes the arrays' memory, while a checkpoint is written."""
+    """The program goes on and reuses the arrays' memory while a checkpoint is written."""
     step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 1.5 + 1, x), donate_argnums=0)
     state = {"a": jnp.arange(2**20, dtype=jnp.float32), "b": jnp.ones((300, 70))}
     wanted = jax.tree.map(np.array, state)

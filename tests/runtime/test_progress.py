@@ -1,8 +1,10 @@
-"""Progress: plain lines where there is no terminal, with rate and time left; a bar where there is one."""
+"""Progress: a bar on a terminal, otherwise lines in the log with rate and time left; the log is silent by default."""
 
 import io
+import logging
 import re
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,12 +18,23 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Time that goes on only when a test says so."""
+    """Stop the clock, so that time passes only when a test says so."""
     now = [100.0]
     monkeypatch.setattr(p.time, "monotonic", lambda: now[0])
     return now
 
 
+@pytest.fixture
+def shown_log() -> Iterator[None]:
+    """Show the log as the command line does, and hide it again."""
+    package = logging.getLogger("headsteer_jax")
+    before = package.handlers, package.level, package.propagate
+    p.show_log()
+    yield
+    package.handlers, package.level, package.propagate = before
+
+
+@pytest.mark.usefixtures("shown_log")
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     with p.progress(100, "dense", initial=20) as bar:
         for _ in range(4):
@@ -34,6 +47,7 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], cloc
     assert lines[-1].startswith("dense: 60/100 step")
 
 
+@pytest.mark.usefixtures("shown_log")
 def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     with p.progress(3, "quick") as bar:
         clock[0] += 5
@@ -51,7 +65,14 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mse 0.1" in screen.getvalue()
 
 
-def test_say_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    p.say("train: done")
+@pytest.mark.usefixtures("shown_log")
+def test_a_log_message_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    p.logger.info("train: done")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "train: done\n")
+
+
+def test_the_package_is_silent_unless_its_log_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    p.logger.info("train: done")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
