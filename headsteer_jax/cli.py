@@ -256,8 +256,9 @@ def command_config(arguments: Sequence[str]) -> None:
         print(describe_field(flags.explain))
         return
     if flags.reference:
-        from headsteer_jax.runtime.files import write_text
+        from headsteer_jax.runtime.files import make_directory, write_text
 
+        make_directory(Path(flags.reference).parent)
         write_text(flags.reference, render_reference() + "\n")
         print(flags.reference)
         return
