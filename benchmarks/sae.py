@@ -239,7 +239,7 @@ def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         members = sae_train.seed_members(c)
         members = sae_train.pad_members(members, members_mesh(len(members.k), MachineConfig()).shape["member"])
         state = [sae_train.init_state(c, members, u_GD, F, 0)]
-        run = sae_train.make_epoch_program(c, members, F, D, steps, 0)
+        run = sae_train.make_epoch_program(c, members, D, steps, 0)
 
         def epoch() -> Any:
             state[0], _ = run(state[0], u_GD)

@@ -12,7 +12,6 @@ import uuid
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.analysis.layers import profile_layers
@@ -32,14 +31,22 @@ from headsteer_jax.data.dataset import Dataset, fingerprint_dataset
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.passes import make_observer
+from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.report.page import write_pages
 from headsteer_jax.runtime import hosts, preemption
 from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_json, write_text
 from headsteer_jax.runtime.lock import hold_lock
 from headsteer_jax.sae.grid import grid_config, grid_ks, grid_members, measure_grid
 from headsteer_jax.sae.latents import profile_latents
-from headsteer_jax.sae.metrics import compare_seeds, mean_activation_by_class, measure_health, summarise_latents
-from headsteer_jax.sae.residuals import load_or_compute_residuals
+from headsteer_jax.sae.metrics import measure_autoencoders
+from headsteer_jax.sae.residuals import (
+    LabelledResiduals,
+    ResidualSelection,
+    StoredResiduals,
+    Tokens,
+    load_all,
+    load_or_compute_residuals,
+)
 from headsteer_jax.sae.store import RunData, import_autoencoder, read_autoencoders, write_autoencoders
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.replacement import measure_replacement
@@ -84,66 +91,48 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     workdir.write_json("train/test.json", results)
 
 
+def _load_residuals(
+    cache: str | None, trained: TrainedModel, dataset: Dataset, name: str, tokens: Tokens
+) -> StoredResiduals:
+    """Load or compute the residuals of one split at the autoencoders' layer; without a cache they stay in memory."""
+    layer = trained.config.sae_layer
+    selection = ResidualSelection(getattr(dataset, name), name, (layer,), tokens)
+    return load_or_compute_residuals(cache, trained, selection)[layer]
+
+
 def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
-    c, classes = config.sae, len(dataset.class_names)
+    c, cache = config.sae, activation_cache(config, workdir)
     trained = load_trained(config, dataset, workdir / "train")
-    layer, cache, labels = config.sae_layer, activation_cache(config, workdir), dataset.train.labels
-    sources = {
-        name: load_or_compute_residuals(cache, trained, split, name, (layer,), c.tokens)[layer]
-        for name, split in (("train", dataset.train), ("test", dataset.test))
-    }
-    if c.tokens == "cls":
-        x_train = np.concatenate(list(sources["train"].chunks()))
-    else:
-        observe = make_observer(trained.model, config, "thresholded", layer)
-        x_train = observe(trained.params, dataset.train, "train: CLS").x
+    train, test = (_load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "test"))
+    x_train = load_all(train if c.tokens == "cls" else _load_residuals(None, trained, dataset, "train", "cls"))
+    labelled = LabelledResiduals(train, c.tokens, x_train, dataset.train.labels, len(dataset.class_names))
     if c.pretrained:
-        members = import_autoencoder(config)
+        result = import_autoencoder(config)
     else:
-        members = train_members(config, seed_members(c), sources["train"], workdir / "sae")
-    every_member = members.autoencoders(c.inference_k)  # the seeds, then the control
-    autoencoders = every_member.first(c.seeds)
-    replacement = measure_replacement(trained, autoencoders, dataset.test)._asdict()
-    rows, living = [], []
-    for number in range(every_member.members):
-        sae = every_member.member(number)
-        frequency = measure_health(sae, sources["train"].chunks()).frequency
-        decoder_FD = np.asarray(sae.weights.W_d)
-        living.append(decoder_FD[frequency > 0])
-        if number == c.seeds:
-            break  # the control is there to be compared with
-        on_test = measure_health(sae, sources["test"].chunks())._asdict()
-        mean_CF = mean_activation_by_class(sae, x_train, labels, classes)
-        rows.append(
-            {name: value for name, value in on_test.items() if name != "frequency"}
-            | summarise_latents(decoder_FD, frequency, mean_CF, c.dense_frequency)
-            | {name: float(values[number]) for name, values in replacement.items()}
-        )
-    latents = profile_latents(
-        autoencoders.member(0), sources["train"], x_train, labels, classes, gate_jacobian(trained, x_train), c.tokens,
-        INSPECTED_IMAGES,
-    )  # fmt: skip
-    numbers: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    numbers |= {"seeds": rows, "stability": compare_seeds(living[: c.seeds], living[c.seeds :])}
-    workdir.write_arrays("sae/inside.npz", latents)
-    write_autoencoders(workdir, RunData(trained, dataset, autoencoders, x_train), members.curves)
-    workdir.write_json("sae/health.json", numbers)
+        result = train_members(config, seed_members(c), train, workdir / "sae")
+    members = result.autoencoders(c.inference_k)  # the seeds, then the control
+    run = RunData(trained, dataset, members.first(c.seeds), x_train)
+    replacement = measure_replacement(trained, run.autoencoders, dataset.test)._asdict()
+    health = measure_autoencoders(members, c, labelled, test, replacement)
+    gate_DH = gate_jacobian(trained, x_train)
+    profile = profile_latents(run.autoencoders.member(0), labelled, gate_DH, INSPECTED_IMAGES)
+    workdir.write_arrays("sae/inside.npz", profile)
+    write_autoencoders(workdir, run, result.curves)
+    workdir.write_json("sae/health.json", health)
 
 
 def grid_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Train autoencoders of several k and learning rates; choose the rate of each k on validation."""
+    c, cache = grid_config(config), activation_cache(config, workdir)
     trained = load_trained(config, dataset, workdir / "train")
-    layer, cache, tokens = config.sae_layer, activation_cache(config, workdir), config.sae.tokens
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     sources = {
-        name: load_or_compute_residuals(cache, trained, split, name, (layer,), tokens)[layer]
-        for name, split in splits.items()
+        name: _load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "validation", "test")
     }
-    c = grid_config(config)
     members = grid_members(c, grid_ks(config), config.grid.learning_rates, config.grid.seeds)
-    made = train_members(config.model_copy(update={"sae": c}), members, sources["train"], workdir / "grid", "grid")
-    workdir.write_json("grid/grid.json", measure_grid(config, members, made, sources))
+    as_trained = config.model_copy(update={"sae": c})
+    result = train_members(as_trained, members, sources["train"], workdir / "grid", "grid")
+    workdir.write_json("grid/grid.json", measure_grid(config, members, result, sources))
 
 
 def steer_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:

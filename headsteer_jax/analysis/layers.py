@@ -21,23 +21,12 @@ from headsteer_jax.model.passes import per_image_program, run_over_split
 from headsteer_jax.model.vit import TrainedModel, predict_class
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
-from headsteer_jax.sae.residuals import load_or_compute_residuals
+from headsteer_jax.sae.residuals import ResidualSelection, load_all, load_or_compute_residuals
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.steering import Steering, run_suffix
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
 
 logger = logging.getLogger(__name__)
-
-
-def layer_residuals(trained: TrainedModel, split: Split, layers: tuple[int, ...], what: str) -> dict[int, np.ndarray]:
-    """{layer: [N, D] float32 CLS residual that enters it}, from one pass over a split."""
-
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        _, out = trained.model.apply(params, preprocess(images, trained.config.data))
-        return tuple(out["cls"][layer] for layer in layers)
-
-    program = per_image_program(run, trained.config.train.eval_batch)
-    return dict(zip(layers, run_over_split(program, trained.params, split, what), strict=True))
 
 
 def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
@@ -118,8 +107,8 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
     layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
     splits = {"validation": dataset.validation, "test": dataset.test}
     splits = {name: _first_of_each_class(split, config.layers.per_class) for name, split in splits.items()}
-    source = load_or_compute_residuals(cache, trained, dataset.train, "train", layers, "cls")
-    x_test = layer_residuals(trained, splits["test"], layers, "test: residuals of every layer")
+    source = load_or_compute_residuals(cache, trained, ResidualSelection(dataset.train, "train", layers, "cls"))
+    x_test = load_or_compute_residuals(None, trained, ResidualSelection(splits["test"], "test", layers, "cls"))
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
@@ -131,11 +120,11 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
         of_layer = config.model_copy(update={"sae": one})
         members = train_members(of_layer, seed_members(one), source[layer], directory / str(layer))
         sae = members.autoencoders(config.sae.inference_k).member(0)
-        z_NF = encode_split(sae, np.concatenate(list(source[layer].chunks())))
+        z_NF = encode_split(sae, load_all(source[layer]))
         stats = latent_statistics(z_NF, dataset.train.labels, len(dataset.class_names), sae.decoder)
         choice = class_frequent_latents(stats, config.steer, np.random.default_rng(0))
         steered[layer] = Steering(sae, stats.strength, choice)
-        on_test = measure_health(sae, [x_test[layer]])
+        on_test = measure_health(sae, [load_all(x_test[layer])])
         rows.append(
             {
                 "layer": layer,

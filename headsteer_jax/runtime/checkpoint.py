@@ -38,6 +38,18 @@ def _silence_thread_errors() -> Iterator[None]:
     sys.unraisablehook = hook  # not restored after a failure, as the threads outlast it
 
 
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep orbax from warning about options that are meant as they are: a notebook stays silent."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _crc32(leaf: Any) -> int:
     """Compute the checksum of an array's bits."""
     return zlib.crc32(np.ascontiguousarray(hosts.to_numpy(leaf)).tobytes())
@@ -96,13 +108,12 @@ class Checkpoints:
                 hosts.on_first_process(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             elif not self.directory.exists():
                 raise HeadSteerError(f"{self.directory}: no checkpoint; {REMAKE}")
-            self._manager = _Manager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
+            with _errors_only():
+                options = ocp.CheckpointManagerOptions(
                     max_to_keep=keep, create=False, cleanup_tmp_directories=writes, read_only=not writes,
                     single_host_load_and_broadcast=hosts.process_count() > 1, multiprocessing_options=multiprocessing,
-                ),
-            )  # fmt: skip
+                )  # fmt: skip
+                self._manager = _Manager(self.directory, options=options)
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
         """Copy the pytree, and write it while the caller goes on.

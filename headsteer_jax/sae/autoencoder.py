@@ -2,8 +2,8 @@
 
     u = (x - mean) * scale;  a = ReLU(W_e (u - b_d) + b_e);  z = a where large enough, else 0;  u_hat = W_d^T z + b_d
 
-The variants differ only in what counts as large enough, which the config says. `Autoencoder` reads and gives residuals
-as they are in the model; training works on the bare weights and the scaled input u.
+The variants differ only in what counts as large enough, which the config sets. `Autoencoder` reads and returns
+residuals as they are in the model; training works on the bare weights and the scaled input u.
 
 Axes: B, N residuals, D width, F latents, K places for active latents, S autoencoders.
 """
@@ -21,17 +21,17 @@ from headsteer_jax.errors import HeadSteerError
 
 
 class SAEWeights(NamedTuple):
-    """One autoencoder's parameters, or with a leading axis S those of several. A row of W_e and W_d is a latent's."""
+    """The parameters of one autoencoder, or of several with a leading axis S; each latent has a row of W_e and W_d."""
 
     W_e: jax.Array  # [F, D] encoder
     b_e: jax.Array  # [F]
     W_d: jax.Array  # [F, D] decoder
     b_d: jax.Array  # [D]
-    threshold: jax.Array  # [F] not above it a latent is 0: JumpReLU's theta, BatchTopK's one number; TopK, ReLU: 0
+    threshold: jax.Array  # [F] a latent is 0 unless above it: JumpReLU's theta, one number in BatchTopK, else 0
 
 
 class Scaling(NamedTuple):
-    """How residuals become the autoencoder's input: saved with it."""
+    """How residuals become the autoencoder's input; saved with it."""
 
     mean: np.ndarray  # [D] float32, over the training split; 0 without centring
     scale: np.ndarray  # [] float32: the mean norm of (x - mean) * scale is sqrt(D); 1 without scaling
@@ -40,26 +40,26 @@ class Scaling(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Autoencoder:
-    """A sparse autoencoder of residuals as they are in the model: its weights, their scaling and k, in one piece.
+    """A sparse autoencoder of residuals as they are in the model: its weights, their scaling and k.
 
-    A pytree, whose k is static. Several that were trained side by side are one Autoencoder whose weights have a leading
-    axis S; `member` picks one of them, and only one can encode and decode.
+    It is a pytree with a static k. Autoencoders that were trained side by side are one Autoencoder whose weights have a
+    leading axis S; `member` picks one of them, and only a single one can encode and decode.
     """
 
     weights: SAEWeights
     scaling: Scaling
-    k: int | None = field(metadata={"static": True})  # TopK's; None: what is above the thresholds is active
+    k: int | None = field(metadata={"static": True})  # TopK's; None: latents above their thresholds are active
 
     def encode(self, x_BD: jax.Array | np.ndarray) -> jax.Array:
-        """[B, D] residuals -> [B, F] latents >= 0, in the units of the scaled input."""
+        """Encode [B, D] residuals: [B, F] latents >= 0, in the units of the scaled input."""
         return encode_scaled(self.weights, scale_input(self.scaling, x_BD), self.k)
 
     def decode(self, z_BF: jax.Array) -> jax.Array:
-        """[B, F] latents -> [B, D] residuals."""
+        """Decode [B, F] latents: [B, D] residuals."""
         return unscale_output(self.scaling, decode_scaled(self.weights, z_BF))
 
     def reconstruct(self, x_BD: jax.Array | np.ndarray) -> jax.Array:
-        """[B, D] residuals -> [B, D] what the active latents make of them."""
+        """Encode and decode [B, D] residuals: [B, D], their reconstruction."""
         return self.decode(self.encode(x_BD))
 
     def member(self, seed: int) -> "Autoencoder":
@@ -72,23 +72,23 @@ class Autoencoder:
 
     @property
     def members(self) -> int:
-        """How many there are, S."""
+        """The number of autoencoders, S."""
         return len(self.weights.b_d)
 
     @property
     def decoder(self) -> np.ndarray:
-        """[F, D] decoder rows in the residual's units: what one unit of each latent adds to the residual."""
+        """The decoder rows in the residual's units, [F, D]: what one unit of each latent adds to the residual."""
         return np.asarray(self.weights.W_d) / self.scaling.scale
 
 
 def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Scaling:
-    """Centre and scale from the training split, accumulated in float64.
+    """Compute centre and scale from the training split, accumulated in float64.
 
     Args:
-      chunks: gives the split's residuals from the beginning, [n, D] at a time.
+      chunks: returns the split's residuals from the beginning, [n, D] at a time; called three times.
 
     Raises:
-      HeadSteerError: the residuals are not finite, or all the same.
+      HeadSteerError: the residuals are not finite, or are all the same.
     """
     total, count = 0.0, 0
     for x_nD in chunks():
@@ -106,56 +106,61 @@ def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Sca
 
 
 def scale_input(scaling: Scaling, x_BD: jax.Array | np.ndarray) -> jax.Array:
-    """U = (x - mean) * scale."""
+    """Scale [B, D] residuals: u = (x - mean) * scale."""
     return (jnp.asarray(x_BD) - scaling.mean) * scaling.scale
 
 
 def unscale_output(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
-    """X = u / scale + mean."""
+    """Undo `scale_input`: x = u / scale + mean, [B, D]."""
     return u_BD / scaling.scale + scaling.mean
 
 
-def keep_top_k(a_BF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
-    """TopK_k: the k largest of each row stay, the rest become 0.
+def keep_top_k(a_BF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
+    """Keep the k largest values of each row and set the others to 0 (TopK).
 
-    Of values that tie with the k-th, all stay: among float32 activations that are not 0 this does not happen in
-    practice, and it spares a scatter.
+    All values that tie with the k-th stay. Among float32 activations that are not 0 this does not happen in practice,
+    and it saves a scatter.
 
     Args:
-      k: how many; where it is not known while compiling, `most` is what it can be at most.
+      a_BF: activations.
+      k: how many; it may be traced.
+      max_k: the largest value that a traced k can have.
     """
     if isinstance(k, int):
-        most = k
+        max_k = k
         if k >= a_BF.shape[-1]:
             return a_BF
-    assert most is not None
-    best_BK = jax.lax.top_k(jax.lax.stop_gradient(a_BF), min(most, a_BF.shape[-1]))[0]
+    assert max_k is not None
+    best_BK = jax.lax.top_k(jax.lax.stop_gradient(a_BF), min(max_k, a_BF.shape[-1]))[0]
     best_BK = jnp.where(jnp.arange(best_BK.shape[-1]) < k, best_BK, jnp.inf)
-    # the least of the k, not their last: XLA's CPU compiler would turn the slice into a sort of the whole row
+    # the minimum of the k, not the last of them: XLA's CPU compiler would turn that slice into a sort of the whole row
     return jnp.where(a_BF < jnp.min(best_BK, axis=-1, keepdims=True), 0.0, a_BF)  # NaN stays
 
 
 def compute_pre_activations(sae: SAEWeights, u_BD: jax.Array) -> jax.Array:
-    """A = ReLU(W_e (u - b_d) + b_e), [B, F]."""
+    """Compute a = ReLU(W_e (u - b_d) + b_e), [B, F]."""
     return jax.nn.relu((u_BD - sae.b_d) @ sae.W_e.T + sae.b_e)
 
 
 def encode_scaled(sae: SAEWeights, u_BD: jax.Array, k: int | None) -> jax.Array:
-    """z, [B, F] >= 0.
+    """Encode scaled residuals: z, [B, F] >= 0.
 
     Args:
-      k: TopK's [TopK, eq. 3]; None: what is above the thresholds (BatchTopK, JumpReLU, ReLU).
+      sae: the weights of one autoencoder.
+      u_BD: the scaled input.
+      k: TopK's [TopK, eq. 3]; None: latents above their thresholds are active (BatchTopK, JumpReLU, ReLU).
     """
     a_BF = compute_pre_activations(sae, u_BD)
     return jnp.where(a_BF > sae.threshold, a_BF, 0.0) if k is None else keep_top_k(a_BF, k)
 
 
 def decode_scaled(sae: SAEWeights, z_BF: jax.Array) -> jax.Array:
-    """u_hat = W_d^T z + b_d, [B, D]."""
+    """Decode latents into scaled residuals: u_hat = W_d^T z + b_d, [B, D]."""
     return z_BF @ sae.W_d + sae.b_d
 
 
 def normalise_rows(W_FD: jax.Array) -> jax.Array:
+    """Divide each row by its norm."""
     return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
@@ -165,7 +170,7 @@ def encode_split(sae: Autoencoder, x_ND: np.ndarray, chunk: int = 4096) -> np.nd
 
 
 def encode_chunks(sae: Autoencoder, chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encode residuals chunk by chunk: yields each [B, D] with its latents, [B, F] float32."""
+    """Encode residuals chunk by chunk: yield each [B, D] with its latents, [B, F] float32."""
     for x_BD in chunks:
         yield x_BD, np.asarray(encode_compiled(sae, x_BD))
 
@@ -177,19 +182,20 @@ def row_slices(x_ND: np.ndarray, rows: int) -> Iterator[np.ndarray]:
 
 @jax.jit
 def encode_compiled(sae: Autoencoder, x_BD: jax.Array) -> jax.Array:
-    """Encode residuals by a compiled program: [B, D] -> [B, F]."""
+    """Encode residuals in a compiled program: [B, D] -> [B, F]."""
     return sae.encode(x_BD)
 
 
 def select_member(saes: SAEWeights, seed: int) -> SAEWeights:
-    """One of the autoencoders trained side by side."""
+    """Pick the weights of one of the autoencoders that were trained side by side."""
     return jax.tree.map(lambda leaf: leaf[seed], saes)
 
 
 def fold_scaling(sae: Autoencoder) -> SAEWeights:
-    """Fold centring and scale into the weights, for export: they then read residuals as they are.
+    """Fold centre and scale into the weights, for export: the result reads residuals as they are in the model.
 
-    Latents are divided by the scale, decoder rows keep their norm: x_hat = W_d^T (z / scale) + (mean + b_d / scale).
+    Its latents are those of `sae` divided by the scale, and its decoder rows keep their norm:
+    x_hat = W_d^T (z / scale) + (mean + b_d / scale).
     """
     weights, scaling = sae.weights, sae.scaling
     return weights._replace(

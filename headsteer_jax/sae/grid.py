@@ -1,6 +1,6 @@
 """Autoencoders of several k and learning rates, trained together as one program.
 
-The rate of each k is chosen on validation.
+The learning rate of each k is chosen on validation.
 """
 
 import logging
@@ -32,7 +32,7 @@ def grid_ks(config: Config) -> tuple[int, ...]:
 
 
 def grid_members(c: SAEConfig, ks: tuple[int, ...], rates: tuple[float, ...], count: int) -> Members:
-    """Combine every k with every learning rate, `count` seeds each; seed s begins alike in all of them."""
+    """Combine every k with every learning rate, `count` seeds each; seed s starts the same in all of them."""
     k, rate, seed = (axis.ravel() for axis in np.meshgrid(ks, rates or (c.learning_rate,), range(count), indexing="ij"))
     number = seed.astype(np.int32)
     return Members(k.astype(np.int32), rate.astype(np.float32), number, number)

@@ -1,8 +1,9 @@
-// Products with matrices that have K entries in a row of F, for CPUs: XLA has only dense products and scalar scatters.
+// Products with matrices of which each row has K entries among F, for CPUs: XLA has only dense products and scalar
+// scatters.
 // Each function is one XLA FFI call (docs.jax.dev/en/latest/ffi.html); sparse.py compiles and binds them.
 //
-// Leading axes are a batch of members (what vmap adds), each computed by itself. Work is cut into pieces whose results
-// do not depend on who computes them: the same bits on any number of threads.
+// Leading axes (those that vmap adds) are a batch of members, each computed independently. The work is cut into pieces
+// whose results do not depend on the thread that computes them: the bits are the same on any number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -27,8 +28,8 @@ typedef float Lane __attribute__((vector_size(32), aligned(4)));  // eight at on
 typedef int32_t Mask __attribute__((vector_size(32), aligned(4)));
 constexpr int64_t kLane = 8;
 
-// Runs work(0) .. work(pieces - 1) on the pool and on the calling thread, which takes pieces as well: so it never waits
-// for a thread that waits for it.
+// Runs work(0) .. work(pieces - 1) on the pool and on the calling thread. As the latter takes pieces as well, it never
+// waits for a thread that waits for it.
 void Parallel(ffi::ThreadPool& pool, int64_t pieces, const std::function<void(int64_t)>& work) {
   struct State {
     std::function<void(int64_t)> work;
@@ -57,11 +58,11 @@ void Parallel(ffi::ThreadPool& pool, int64_t pieces, const std::function<void(in
   state->finished.wait(lock, [&] { return state->done == pieces; });
 }
 
-// The product of all axes before the last `own` ones.
+// The product of all axes but the last `inner` ones.
 template <typename Dimensions>
-int64_t Members(const Dimensions& dimensions, size_t own) {
+int64_t Members(const Dimensions& dimensions, size_t inner) {
   int64_t members = 1;
-  for (size_t axis = 0; axis + own < dimensions.size(); ++axis) members *= dimensions[axis];
+  for (size_t axis = 0; axis + inner < dimensions.size(); ++axis) members *= dimensions[axis];
   return members;
 }
 
@@ -89,25 +90,25 @@ float Dot(const float* a, const float* b, int64_t width) {
 
 constexpr int64_t kRows = 32;  // images in a piece
 
-// The k largest of ReLU(a + bias) in each row, in descending order; of equals the first. Places from `active` on, and
-// those for which no value above 0 is left, hold value 0 and latent 0. A row with a NaN is NaN.
+// The k largest of ReLU(a + bias) in each row, in descending order; of equal values the first. Places from `active` on,
+// and those for which no value above 0 remains, hold value 0 and latent 0. A row with a NaN becomes NaN.
 ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::Result<Floats> values,
                 ffi::Result<Ints> latents) {
   const auto shape = a.dimensions();
   const int64_t rows = shape[shape.size() - 2], F = shape.back(), K = values->dimensions().back();
   const int64_t pieces = (rows + kRows - 1) / kRows, members = Members(shape, 2);
-  // The K-th largest of the maxima of `lanes` groups is at most the K-th largest of all, and near it.
+  // The K-th largest of the maxima of `lanes` groups is at most the K-th largest value, and close to it.
   int64_t lanes = 128;
   while (lanes < 4 * K) lanes *= 2;
   Parallel(pool, members * pieces, [&, lanes](int64_t piece) {
     const int64_t member = piece / pieces, begin = piece % pieces * kRows;
-    const float* own_bias = bias.typed_data() + member * F;
+    const float* member_bias = bias.typed_data() + member * F;
     const int64_t k = std::min<int64_t>(active.typed_data()[member], K);
     const auto nan = std::numeric_limits<float>::quiet_NaN();
     std::vector<float> row(F), most(lanes);
-    std::vector<std::pair<float, int32_t>> found;
+    std::vector<std::pair<float, int32_t>> candidates;
     for (int64_t r = begin; r < std::min(begin + kRows, rows); ++r) {
-      const float* from = a.typed_data() + (member * rows + r) * F;
+      const float* a_row = a.typed_data() + (member * rows + r) * F;
       std::fill(most.begin(), most.end(), 0.0f);
       float* value = values->typed_data() + (member * rows + r) * K;
       int32_t* latent = latents->typed_data() + (member * rows + r) * K;
@@ -115,7 +116,7 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
       int32_t broken = 0;
       int64_t f = 0;
       for (; f + kLane <= F; f += kLane) {
-        Lane a_f = *reinterpret_cast<const Lane*>(from + f) + *reinterpret_cast<const Lane*>(own_bias + f);
+        Lane a_f = *reinterpret_cast<const Lane*>(a_row + f) + *reinterpret_cast<const Lane*>(member_bias + f);
         unordered |= a_f != a_f;
         a_f = a_f > 0.0f ? a_f : Lane{};
         *reinterpret_cast<Lane*>(row.data() + f) = a_f;
@@ -123,12 +124,12 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
         group = a_f > group ? a_f : group;
       }
       for (; f < F; ++f) {
-        broken |= from[f] + own_bias[f] != from[f] + own_bias[f];
-        row[f] = std::max(from[f] + own_bias[f], 0.0f);
+        broken |= a_row[f] + member_bias[f] != a_row[f] + member_bias[f];
+        row[f] = std::max(a_row[f] + member_bias[f], 0.0f);
         most[f % lanes] = std::max(most[f % lanes], row[f]);
       }
       for (int64_t lane = 0; lane < kLane; ++lane) broken |= unordered[lane];
-      if (broken) {  // the loss must say so
+      if (broken) {  // so that the loss becomes NaN
         std::fill(value, value + K, nan);
         std::fill(latent, latent + K, 0);
         continue;
@@ -138,7 +139,7 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
         std::nth_element(most.begin(), most.begin() + (k - 1), most.end(), std::greater<float>());
         least = most[k - 1];
       }
-      found.clear();
+      candidates.clear();
       for (f = 0; f + kLane <= F; f += kLane) {
         const Lane a_f = *reinterpret_cast<const Lane*>(row.data() + f);
         const Mask hit = a_f >= least;
@@ -146,21 +147,21 @@ ffi::Error TopK(ffi::ThreadPool pool, Floats a, Floats bias, Ints active, ffi::R
         for (int64_t lane = 0; lane < kLane; ++lane) any |= hit[lane];
         if (!any) continue;
         for (int64_t lane = 0; lane < kLane; ++lane) {
-          if (a_f[lane] >= least && a_f[lane] > 0.0f) found.emplace_back(a_f[lane], f + lane);
+          if (a_f[lane] >= least && a_f[lane] > 0.0f) candidates.emplace_back(a_f[lane], f + lane);
         }
       }
       for (; f < F; ++f) {
-        if (row[f] >= least && row[f] > 0.0f) found.emplace_back(row[f], f);
+        if (row[f] >= least && row[f] > 0.0f) candidates.emplace_back(row[f], f);
       }
-      const int64_t kept = std::min<int64_t>(k, found.size());
+      const int64_t count = std::min<int64_t>(k, candidates.size());
       const auto before = [](const auto& x, const auto& y) {
         return x.first > y.first || (x.first == y.first && x.second < y.second);
       };
-      std::nth_element(found.begin(), found.begin() + kept, found.end(), before);
-      std::sort(found.begin(), found.begin() + kept, before);
+      std::nth_element(candidates.begin(), candidates.begin() + count, candidates.end(), before);
+      std::sort(candidates.begin(), candidates.begin() + count, before);
       for (int64_t j = 0; j < K; ++j) {
-        value[j] = j < kept ? found[j].first : 0.0f;
-        latent[j] = j < kept ? found[j].second : 0;
+        value[j] = j < count ? candidates[j].first : 0.0f;
+        latent[j] = j < count ? candidates[j].second : 0;
       }
     }
   });
@@ -200,9 +201,9 @@ ffi::Error DotRows(ffi::ThreadPool pool, Floats g, Ints latents, Floats W, ffi::
     const float* rows = W.typed_data() + member * F * D;
     for (int64_t b = begin; b < std::min(begin + kRows, B); ++b) {
       const int64_t at = (member * B + b) * K;
-      const float* own = g.typed_data() + (member * B + b) * D;
+      const float* g_row = g.typed_data() + (member * B + b) * D;
       for (int64_t j = 0; j < K; ++j) {
-        dots->typed_data()[at + j] = Dot(own, rows + latents.typed_data()[at + j] * D, D);
+        dots->typed_data()[at + j] = Dot(g_row, rows + latents.typed_data()[at + j] * D, D);
       }
     }
   });
@@ -215,7 +216,7 @@ ffi::Error OuterRows(ffi::ThreadPool pool, Floats z, Ints latents, Floats g, ffi
   const auto shape = z.dimensions(), out = outer->dimensions();
   const int64_t B = shape[shape.size() - 2], K = shape.back(), F = out[out.size() - 2], D = out.back();
   const int64_t members = Members(shape, 2), pieces = 32;
-  // by latent: which (b, j) name it, in the order of b
+  // for each latent the (b, j) that refer to it, in the order of b
   std::vector<int32_t> first(members * (F + 1)), entries(members * B * K);
   Parallel(pool, members, [&](int64_t member) {
     const float* weights = z.typed_data() + member * B * K;
@@ -232,7 +233,7 @@ ffi::Error OuterRows(ffi::ThreadPool pool, Floats z, Ints latents, Floats g, ffi
     const int64_t member = piece / pieces;
     const int32_t* start = first.data() + member * (F + 1);
     const int64_t total = start[F];
-    // pieces of as many entries each, not of as many latents
+    // pieces with equal numbers of entries, not of latents
     const auto cut = [&](int64_t part) {
       return part == pieces ? F : std::lower_bound(start, start + F, total * part / pieces) - start;
     };

@@ -22,7 +22,7 @@ FILE = "sae/autoencoders.npz"
 
 @dataclass(frozen=True)
 class RunData:
-    """What the stages train and sae made, in memory: everything that steering starts from."""
+    """The results of the stages train and sae, in memory: everything that steering starts from."""
 
     trained: TrainedModel
     dataset: Dataset
@@ -74,7 +74,7 @@ def import_autoencoder(config: Config) -> TrainedMembers:
     """Import the autoencoder that config.sae.pretrained names, as if it had been trained here, without curves.
 
     Raises:
-      HeadSteerError: it cannot be read, or is not of this config's activation, k or number of latents.
+      HeadSteerError: it cannot be read, or has another activation, k or number of latents than the config.
     """
     c = config.sae
     library, _, path = c.pretrained.partition(":")

@@ -1,12 +1,12 @@
-"""Makes tests/goldens/saelens* and overcomplete*: small autoencoders of those libraries, with what they answer.
+"""Write tests/goldens/saelens* and overcomplete*: small autoencoders of those libraries, with their outputs.
 
-Run it in an environment of each library's own, and only when a case is added:
+Run it in an environment with the library, only when a case is added:
     python3 -m venv /tmp/saelens && /tmp/saelens/bin/pip install sae-lens
     /tmp/saelens/bin/python tests/goldens/make_sae_goldens.py saelens
     python3 -m venv /tmp/overcomplete && /tmp/overcomplete/bin/pip install overcomplete 'matplotlib<3.9' safetensors
     /tmp/overcomplete/bin/python tests/goldens/make_sae_goldens.py overcomplete
 
-With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` reads x, writes z, x_hat.
+With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` adds z and x_hat to x.
 """
 
 import json
@@ -25,7 +25,7 @@ X = torch.tensor(np.random.default_rng(0).standard_normal((5, D)) + 0.5, dtype=t
 
 
 def jitter(model: torch.nn.Module, **means: float) -> Any:
-    """Every parameter of ordinary size, so that none can be left out unnoticed."""
+    """Give every parameter an ordinary size, so that none can be left out unnoticed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -34,7 +34,7 @@ def jitter(model: torch.nn.Module, **means: float) -> Any:
     return model
 
 
-def answers(sae: Any, x: torch.Tensor, latents: Any) -> tuple[np.ndarray, np.ndarray]:
+def compute_outputs(sae: Any, x: torch.Tensor, latents: Any) -> tuple[np.ndarray, np.ndarray]:
     with torch.no_grad():
         z = latents(sae.encode(x))
         return z.numpy(), sae.decode(z).numpy()
@@ -43,7 +43,7 @@ def answers(sae: Any, x: torch.Tensor, latents: Any) -> tuple[np.ndarray, np.nda
 def run_saelens(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     from sae_lens import SAE
 
-    return answers(SAE.load_from_disk(path), x, lambda z: z)
+    return compute_outputs(SAE.load_from_disk(path), x, lambda z: z)
 
 
 def run_overcomplete(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -51,12 +51,12 @@ def run_overcomplete(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarra
     import overcomplete.sae
     import safetensors
 
-    about = json.loads(safetensors.safe_open(path, "pt").metadata()["overcomplete"])
-    sae = getattr(overcomplete.sae, about["class"])(**about["arguments"])
+    metadata = json.loads(safetensors.safe_open(path, "pt").metadata()["overcomplete"])
+    sae = getattr(overcomplete.sae, metadata["class"])(**metadata["arguments"])
     sae.load_state_dict(load_file(path))
-    sae.running_threshold = about.get("running_threshold")
+    sae.running_threshold = metadata.get("running_threshold")
     sae.eval()
-    return answers(sae, x, lambda pair: pair[1])
+    return compute_outputs(sae, x, lambda pair: pair[1])
 
 
 def make_saelens(outputs: dict[str, np.ndarray]) -> str:
@@ -66,7 +66,7 @@ def make_saelens(outputs: dict[str, np.ndarray]) -> str:
     batch: dict[str, Any] = {"k": float(K), **common}
     matryoshka = {"matryoshka_widths": [6, F], **batch}
 
-    def keep(name: str, path: Path) -> None:
+    def store_outputs(name: str, path: Path) -> None:
         outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = run_saelens(path, X)
 
     for name, sae in {
@@ -79,11 +79,11 @@ def make_saelens(outputs: dict[str, np.ndarray]) -> str:
     }.items():
         path = HERE / f"saelens_{name}"
         jitter(sae, threshold=1.0).save_model(path)
-        if name == "bfloat16":  # its weights, not its arithmetic
+        if name == "bfloat16":  # its weights are bfloat16, its arithmetic is not
             wide = s.SAE.load_from_disk(path, dtype="float32")
-            outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = answers(wide, X, lambda z: z)
+            outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = compute_outputs(wide, X, lambda z: z)
         else:
-            keep(name, path)
+            store_outputs(name, path)
 
     for name, training in {
         "batchtopk": s.BatchTopKTrainingSAE(s.BatchTopKTrainingSAEConfig(**batch)),
@@ -96,8 +96,8 @@ def make_saelens(outputs: dict[str, np.ndarray]) -> str:
         training.topk_threshold.fill_(1.25)
         path = HERE / f"saelens_{name}"
         training.save_inference_model(path)
-        keep(name, path)
-        training.save_model(HERE / f"saelens_{name}_training")  # the same, before it is made JumpReLU
+        store_outputs(name, path)
+        training.save_model(HERE / f"saelens_{name}_training")  # the same, before it is turned into JumpReLU
 
     for name, sae, extra in (  # as before 6.0
         ("old_standard", s.StandardSAE(s.StandardSAEConfig(**common)), {}),
@@ -108,7 +108,7 @@ def make_saelens(outputs: dict[str, np.ndarray]) -> str:
         jitter(sae).save_model(path)
         old = {"hook_point": "blocks.0.hook_resid_pre", "dtype": "float32", "normalize_activations": False, **common}
         (path / "cfg.json").write_text(json.dumps(old | extra))
-        keep(name, path)
+        store_outputs(name, path)
     return f"sae_lens {s.__version__}"
 
 
@@ -139,15 +139,15 @@ def make_overcomplete(outputs: dict[str, np.ndarray]) -> str:
             sae.encode(X)  # in training mode: sets the threshold
         normalization = name if name in ("max_l2", "l1", "max_l1", "identity") else "l2"
         arguments: dict[str, Any] = {} if normalization == "l2" else dictionary(normalization)
-        about: dict[str, Any] = {"class": type(sae).__name__, "arguments": arguments}
+        metadata: dict[str, Any] = {"class": type(sae).__name__, "arguments": arguments}
         if isinstance(sae, TopKSAE):
             arguments["top_k"] = sae.top_k
         if isinstance(sae, BatchTopKSAE):
-            about["running_threshold"] = float(sae.running_threshold)
+            metadata["running_threshold"] = float(sae.running_threshold)
         state = {key: value.clone() for key, value in sae.state_dict().items()}  # rows not yet normalised
-        save_file(state, HERE / f"overcomplete_{name}.safetensors", metadata={"overcomplete": json.dumps(about)})
+        save_file(state, HERE / f"overcomplete_{name}.safetensors", metadata={"overcomplete": json.dumps(metadata)})
         sae.eval()
-        outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = answers(sae, X, lambda pair: pair[1])
+        outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = compute_outputs(sae, X, lambda pair: pair[1])
     return f"overcomplete {importlib.metadata.version('overcomplete')}"
 
 

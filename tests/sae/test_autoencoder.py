@@ -1,4 +1,4 @@
-"""The autoencoder: equations against float64, AuxK's gradient by hand, training, its measures."""
+"""The autoencoder and its objective: equations against float64, gradients by hand."""
 
 import chex
 import jax
@@ -27,35 +27,58 @@ def test_encode_and_decode(seed, k):
     assert k is None or np.all(np.sum(np.asarray(z) > 0, axis=1) <= k)
 
 
-def test_folded_reads_residuals_as_they_are():
-    sae, x = random_sae(1), np.random.default_rng(2).standard_normal((50, 6)).astype(np.float32) * 3 + 7
-    scaling = autoencoder.Scaling(np.full(6, 7.0, np.float32), np.float32(0.4))
-    whole = autoencoder.fold_scaling(sae, scaling)
+SCALING = autoencoder.Scaling(np.full(6, 7.0, np.float32), np.float32(0.4))
+
+
+@pytest.mark.parametrize("k", [3, None])
+def test_an_autoencoder_reads_and_gives_residuals_as_they_are(k):
+    weights, x = random_sae(1), np.random.default_rng(2).standard_normal((50, 6)).astype(np.float32) * 3 + 7
+    sae = autoencoder.Autoencoder(weights, SCALING, k)
+    exact = autoencoder.SAEWeights(*(np.asarray(a, np.float64) for a in weights))
+    scale = np.float64(SCALING.scale)
+    z = np.stack([reference.encode(exact, row, k) for row in (x.astype(np.float64) - 7) * scale])
+    x_hat = (z @ exact.W_d + exact.b_d) / scale + 7
+    np.testing.assert_allclose(sae.encode(x), z, atol=1e-5)
+    np.testing.assert_allclose(sae.reconstruct(x), x_hat, rtol=1e-5)
+    np.testing.assert_allclose(autoencoder.encode_split(sae, x, chunk=7), z, atol=1e-5)
+    np.testing.assert_allclose(sae.decoder, exact.W_d / scale, rtol=1e-6)
+
+
+def test_one_of_several_autoencoders_is_picked():
+    several = [random_sae(seed) for seed in range(3)]
+    sae = autoencoder.Autoencoder(jax.tree.map(lambda *leaves: jnp.stack(leaves), *several), SCALING, 3)
+    assert (sae.members, sae.first(2).members) == (3, 2)
+    chex.assert_trees_all_equal(sae.member(1).weights, several[1])
+    chex.assert_trees_all_equal(sae.first(2).member(1).weights, several[1])
+    assert jax.tree.structure(sae.member(0)) == jax.tree.structure(sae)  # a pytree with a static k
+
+
+def test_folded_weights_read_residuals_as_they_are():
+    weights, x = random_sae(1), np.random.default_rng(2).standard_normal((50, 6)).astype(np.float32) * 3 + 7
     for k in (3, None):
-        z = autoencoder.encode_scaled(sae, autoencoder.scale_input(scaling, x), k)
-        np.testing.assert_allclose(autoencoder.encode_scaled(whole, x, k), z / 0.4, atol=2e-5)
-        np.testing.assert_allclose(
-            autoencoder.decode_scaled(whole, z / 0.4),
-            autoencoder.unscale_output(scaling, autoencoder.decode_scaled(sae, z)),
-            rtol=1e-5,
-        )
+        sae = autoencoder.Autoencoder(weights, SCALING, k)
+        folded, z = autoencoder.fold_scaling(sae), sae.encode(x)
+        np.testing.assert_allclose(autoencoder.encode_scaled(folded, x, k), z / 0.4, atol=2e-5)
+        np.testing.assert_allclose(autoencoder.decode_scaled(folded, z / 0.4), sae.decode(z), rtol=1e-5)
 
 
-def stepped(sae, u, k=3, dead=None, k_aux=0, fast=False, **fields):
-    """loss of a config with these fields, and its gradients."""
-    c = SAEConfig(**fields)
+def loss_and_grads(sae, u, k=3, dead=None, k_aux=0, use_sparse=False, **fields):
+    """The loss of a config with these fields, and its gradients."""
+    settings = objective.Objective(SAEConfig(**fields), 5, k_aux, use_sparse)
     dead = jnp.zeros(len(sae.b_e), bool) if dead is None else dead
     return jax.value_and_grad(
-        lambda one: objective.autoencoder_loss(one, u, dead, jnp.int32(k), c, 5, k_aux, fast), has_aux=True
+        lambda weights: objective.autoencoder_loss(weights, u, dead, jnp.int32(k), settings), has_aux=True
     )(sae)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
 @pytest.mark.parametrize("prefixes", [(), (0.25, 0.5)])
 def test_loss_of_every_variant(activation, prefixes):
-    """In float64 by its formula; the gradient by the decoder by hand, as it is linear in it."""
+    """The loss in float64 by its formula; the decoder's gradient by hand, as the reconstruction is linear in it."""
     sae, u = random_sae(0), np.random.default_rng(1).standard_normal((8, 6)).astype(np.float32)
-    (total, seen), grads = stepped(sae, u, activation=activation, prefixes=prefixes, l1_weight=0.3, l0_weight=0.7)
+    (total, metrics), grads = loss_and_grads(
+        sae, u, activation=activation, prefixes=prefixes, l1_weight=0.3, l0_weight=0.7
+    )
     exact = autoencoder.SAEWeights(*(np.asarray(a, np.float64) for a in sae))
     a = np.maximum((u - exact.b_d) @ exact.W_e.T + exact.b_e, 0)
     smallest = 0.0
@@ -70,21 +93,21 @@ def test_loss_of_every_variant(activation, prefixes):
     lengths = [2, 5, 10] if prefixes else [10]  # 0.25 of 10 latents is 2.5, to the even
     variance = ((u - u.mean(axis=0)) ** 2).sum()
     errors = [u - (z[:, :n] @ exact.W_d[:n] + exact.b_d) for n in lengths]
-    price = {
+    penalty = {
         "jumprelu": 0.7 * ((z > 0).sum() / 8 / 3 - 1) ** 2,
         "relu": 0.3 * z.sum() / 8 / np.sqrt(6),  # decoder rows have norm 1
     }.get(activation, 0.0)
-    np.testing.assert_allclose(total, np.mean([(e**2).sum() for e in errors]) / variance + price, rtol=1e-5)
-    np.testing.assert_allclose(seen.mse, (errors[-1] ** 2).mean(), rtol=1e-5)
-    np.testing.assert_array_equal(seen.fired, (z > 0).sum(axis=0))
-    np.testing.assert_allclose(seen.l0, (z > 0).sum() / 8)
-    np.testing.assert_allclose(seen.threshold, smallest, rtol=1e-6)
-    by_W = np.zeros((10, 6))
+    np.testing.assert_allclose(total, np.mean([(e**2).sum() for e in errors]) / variance + penalty, rtol=1e-5)
+    np.testing.assert_allclose(metrics.mse, (errors[-1] ** 2).mean(), rtol=1e-5)
+    np.testing.assert_array_equal(metrics.fired, (z > 0).sum(axis=0))
+    np.testing.assert_allclose(metrics.l0, (z > 0).sum() / 8)
+    np.testing.assert_allclose(metrics.threshold, smallest, rtol=1e-6)
+    grad_W = np.zeros((10, 6))
     for n, e in zip(lengths, errors, strict=True):
-        by_W[:n] -= 2 * z[:, :n].T @ e / variance / len(lengths)
+        grad_W[:n] -= 2 * z[:, :n].T @ e / variance / len(lengths)
     if activation == "relu":
-        by_W += 0.3 * z.sum(axis=0)[:, None] * exact.W_d / 8 / np.sqrt(6)
-    np.testing.assert_allclose(grads.W_d, by_W, atol=1e-6)
+        grad_W += 0.3 * z.sum(axis=0)[:, None] * exact.W_d / 8 / np.sqrt(6)
+    np.testing.assert_allclose(grads.W_d, grad_W, atol=1e-6)
 
 
 @pytest.mark.skipif(not sparse.is_available(), reason="needs a CPU and a C++ compiler")
@@ -93,24 +116,26 @@ def test_loss_of_every_variant(activation, prefixes):
 def test_sparse_codes_change_nothing_but_rounding(activation, prefixes):
     sae, u = random_sae(5, 8, 60), np.random.default_rng(1).standard_normal((40, 8)).astype(np.float32)
     dead = jnp.arange(60) % 4 == 0
-    slow, fast = (
-        stepped(sae, u, dead=dead, k_aux=6, fast=way, activation=activation, prefixes=prefixes) for way in (False, True)
+    dense, by_codes = (
+        loss_and_grads(sae, u, dead=dead, k_aux=6, use_sparse=use_sparse, activation=activation, prefixes=prefixes)
+        for use_sparse in (False, True)
     )
-    chex.assert_trees_all_close(slow, fast, rtol=2e-4, atol=2e-6)
+    chex.assert_trees_all_close(dense, by_codes, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu", "relu"])
 @pytest.mark.parametrize(
-    "fast", [False, pytest.param(True, marks=pytest.mark.skipif(not sparse.is_available(), reason="needs a compiler"))]
+    "use_sparse",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not sparse.is_available(), reason="needs a compiler"))],
 )
 @pytest.mark.parametrize("leaf", ["W_e", "b_e", "W_d", "b_d"])
-def test_nan_anywhere_is_a_nan_loss(activation, fast, leaf):
+def test_nan_in_any_parameter_is_a_nan_loss(activation, use_sparse, leaf):
     sae = random_sae(0, 6, 48)
-    if fast and leaf == "W_d":
-        pytest.skip("a row that no latent uses is not read; training looks at the parameters as well")
+    if use_sparse and leaf == "W_d":
+        pytest.skip("a row that no latent uses is not read; training checks the parameters as well")
     broken = sae._replace(**{leaf: getattr(sae, leaf).at[3].set(jnp.nan)})
     u = np.random.default_rng(1).standard_normal((300, 6)).astype(np.float32)
-    (total, _), _ = stepped(broken, u, activation=activation, fast=fast)
+    (total, _), _ = loss_and_grads(broken, u, activation=activation, use_sparse=use_sparse)
     assert np.isnan(total)
 
 
@@ -118,14 +143,14 @@ def test_jump_gradients_are_the_straight_through_estimates():
     """arXiv:2407.14435, eq. 11, 12: dz/dtheta = -theta / eps K((a - theta) / eps), dH/dtheta = -1 / eps K."""
     a, theta = np.array([[0.2, 0.9, 1.2, 3.0], [1.1, 1.0, 0.7, 0.0]]), np.array([1.0, 1.0, 1.0, 0.1])
     eps = 0.5
-    g_z, g_on = np.random.default_rng(0).standard_normal((2, 2, 4))
+    grad_z, grad_on = np.random.default_rng(0).standard_normal((2, 2, 4))
     (z, on), pull = jax.vjp(lambda a, t: objective.jump_relu(a, t, eps), jnp.asarray(a), jnp.asarray(theta))
     np.testing.assert_allclose(z, a * (a > theta), rtol=1e-6)
     np.testing.assert_array_equal(on, a > theta)
-    by_a, by_theta = pull((jnp.asarray(g_z, jnp.float32), jnp.asarray(g_on, jnp.float32)))
+    grad_a, grad_theta = pull((jnp.asarray(grad_z, jnp.float32), jnp.asarray(grad_on, jnp.float32)))
     kernel = (a > 0) & (np.abs(a - theta) < eps / 2)
-    np.testing.assert_allclose(by_a, g_z * (a > theta), rtol=1e-6)
-    np.testing.assert_allclose(by_theta, (-(theta * g_z + g_on) / eps * kernel).sum(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(grad_a, grad_z * (a > theta), rtol=1e-6)
+    np.testing.assert_allclose(grad_theta, (-(theta * grad_z + grad_on) / eps * kernel).sum(axis=0), rtol=1e-5)
 
 
 @given(st.integers(0, 1000), st.integers(1, 200))
@@ -138,19 +163,24 @@ def test_batch_threshold_is_the_nth_largest(seed, count):
     assert objective.find_batch_threshold(jnp.asarray(a), count) == np.sort(a, axis=None)[-count]
 
 
-def test_top_k_of_a_k_that_is_not_known_while_compiling():
+def test_top_k_with_a_traced_k():
     a = np.random.default_rng(0).random((20, 30)).astype(np.float32)
     traced = jax.jit(lambda k: autoencoder.keep_top_k(a, k, 9))
     for k in (1, 4, 9):
         np.testing.assert_array_equal(traced(k), autoencoder.keep_top_k(a, k))
 
 
-def test_starts():
+def test_initial_weights():
     u = jnp.asarray(np.random.default_rng(0).standard_normal((30, 6)), jnp.float32)
     key = jax.random.key(0)
     tied, data, untied, jump = (
         objective.init_weights(key, u, SAEConfig(**fields), 20)
-        for fields in ({}, {"init": "data"}, {"init": "untied"}, {"activation": "jumprelu", "k": 2})
+        for fields in (
+            {},
+            {"ablation": {"init": "data"}},
+            {"ablation": {"init": "untied"}},
+            {"activation": "jumprelu", "k": 2},
+        )
     )
     for sae in (tied, data, untied, jump):
         np.testing.assert_allclose(np.linalg.norm(sae.W_d, axis=1), 1, rtol=1e-6)
@@ -180,11 +210,11 @@ def test_auxk_gradient_by_hand():
     w, d, b_d = (np.asarray(a, np.float64) for a in (sae.W_e[j], sae.W_d[j], sae.b_d))
     a = (u - b_d) @ w + 3.0
     assert np.all(a > 0)
-    left = e - a[:, None] * d
-    by_a = -2 * left @ d / V
-    np.testing.assert_allclose(grads.W_d[j], -2 * (a[:, None] * left).sum(axis=0) / V, rtol=1e-4)
-    np.testing.assert_allclose(grads.W_e[j], by_a @ (u - b_d), rtol=1e-4)
-    np.testing.assert_allclose(grads.b_e[j], by_a.sum(), rtol=1e-4)
+    error = e - a[:, None] * d
+    grad_a = -2 * error @ d / V
+    np.testing.assert_allclose(grads.W_d[j], -2 * (a[:, None] * error).sum(axis=0) / V, rtol=1e-4)
+    np.testing.assert_allclose(grads.W_e[j], grad_a @ (u - b_d), rtol=1e-4)
+    np.testing.assert_allclose(grads.b_e[j], grad_a.sum(), rtol=1e-4)
     others = np.arange(10) != j  # living latents and the decoder bias are not touched
     assert not np.asarray(grads.W_d)[others].any()
     assert not np.asarray(grads.W_e)[others].any()
@@ -205,10 +235,10 @@ def test_scaling():
     np.testing.assert_allclose(u.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(u, axis=1).mean(), 4, rtol=1e-5)
     np.testing.assert_allclose(autoencoder.unscale_output(scaling, jnp.asarray(u, jnp.float32)), x, rtol=1e-6)
-    off = autoencoder.fit_scaling(lambda: [x], SAEConfig(centre=False))
+    off = autoencoder.fit_scaling(lambda: [x], SAEConfig(ablation={"centre": False}))
     assert not off.mean.any()
     np.testing.assert_allclose(np.linalg.norm(x * off.scale, axis=1).mean(), 4, rtol=1e-5)
-    assert autoencoder.fit_scaling(lambda: [x], SAEConfig(scale=False)).scale == 1
+    assert autoencoder.fit_scaling(lambda: [x], SAEConfig(ablation={"scale": False})).scale == 1
 
 
 @pytest.mark.parametrize(

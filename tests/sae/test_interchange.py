@@ -1,4 +1,4 @@
-"""Autoencoders of SAELens and overcomplete: goldens that those made, exports run here in NumPy float64 and by them."""
+"""Autoencoders of SAELens and overcomplete: imports against their own outputs, exports run by NumPy and by them."""
 
 import importlib.util
 import json
@@ -18,15 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.sae.autoencoder import (
-    SAEWeights,
-    Scaling,
-    decode_scaled,
-    encode_scaled,
-    fold_scaling,
-    scale_input,
-    unscale_output,
-)
+from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling, fold_scaling
 from headsteer_jax.sae.interchange import (
     CONSTANT_VALUE,
     Imported,
@@ -36,21 +28,21 @@ from headsteer_jax.sae.interchange import (
     import_saelens,
 )
 
-# GOLDENS were made by the libraries themselves: goldens/make_sae_goldens.py
+# the libraries themselves wrote GOLDENS: goldens/make_sae_goldens.py
 D, F, K = 8, 24, 3
 KINDS = ["topk", "batch_topk", "jumprelu", "relu"]
-# an interpreter that has the library, where this one has not: HEADSTEER_SAELENS=/tmp/saelens/bin/python
+# HEADSTEER_SAELENS=/tmp/saelens/bin/python: an interpreter that has the library, if this one has not
 PEERS = {"saelens": "sae_lens", "overcomplete": "overcomplete"}
 
 
-def ours(kind: str, d: int = D, f: int = F) -> tuple[SAEWeights, Scaling]:
-    """An autoencoder whose every parameter matters, and a scaling likewise."""
+def ours(kind: str, d: int = D, f: int = F) -> Autoencoder:
+    """An autoencoder in which every parameter and the scaling matter."""
     rng = np.random.default_rng(1)
     normal = [rng.standard_normal(shape).astype(np.float32) for shape in ((f, d), (f,), (f, d), (d,), (f,), (d,))]
     W_e, b_e, W_d, b_d, spread, mean = normal
     threshold = {"batch_topk": np.full(f, 1.25), "jumprelu": np.abs(1 + spread / 2)}.get(kind, np.zeros(f))
-    sae = SAEWeights(*(jnp.asarray(value, jnp.float32) for value in (W_e, b_e / 2, W_d / 2, b_d / 2, threshold)))
-    return sae, Scaling(3 * mean, np.asarray(0.375, np.float32))
+    weights = SAEWeights(*(jnp.asarray(value, jnp.float32) for value in (W_e, b_e / 2, W_d / 2, b_d / 2, threshold)))
+    return Autoencoder(weights, Scaling(3 * mean, np.asarray(0.375, np.float32)), K if kind == "topk" else None)
 
 
 def residuals(scaling: Scaling, rows: int = 40) -> np.ndarray:
@@ -58,21 +50,21 @@ def residuals(scaling: Scaling, rows: int = 40) -> np.ndarray:
     return (scaling.mean + noise / scaling.scale).astype(np.float32)
 
 
-def answers(found: Imported, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    z = encode_scaled(found.sae, scale_input(found.scaling, x), found.inference_k)
-    return np.asarray(z), np.asarray(unscale_output(found.scaling, decode_scaled(found.sae, z)))
+def run_ours(imported: Imported, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    z = imported.sae.encode(x)
+    return np.asarray(z), np.asarray(imported.sae.decode(z))
 
 
-def expected(kind: str, sae: SAEWeights, scaling: Scaling, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What an export must answer: our latents over the scale, and our reconstruction of x. Float64."""
-    W_e, b_e, W_d, b_d, threshold = (np.asarray(leaf, np.float64) for leaf in sae)
-    mean, scale = (np.asarray(value, np.float64) for value in scaling)
+def expected(kind: str, sae: Autoencoder, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The outputs that an export must have: our latents over the scale, and our reconstruction of x. Float64."""
+    W_e, b_e, W_d, b_d, threshold = (np.asarray(leaf, np.float64) for leaf in sae.weights)
+    mean, scale = (np.asarray(value, np.float64) for value in sae.scaling)
     z = np.maximum(((x - mean) * scale - b_d) @ W_e.T + b_e, 0)
-    z = kept(z, K) if kind == "topk" else z * (z > threshold)
+    z = top_k(z, K) if kind == "topk" else z * (z > threshold)
     return z / scale, (z @ W_d + b_d) / scale + mean
 
 
-def kept(a: np.ndarray, k: int) -> np.ndarray:
+def top_k(a: np.ndarray, k: int) -> np.ndarray:
     """The k largest of each row, one by one."""
     out = np.zeros_like(a)
     for row, new in zip(a, out, strict=True):
@@ -82,7 +74,7 @@ def kept(a: np.ndarray, k: int) -> np.ndarray:
 
 
 def run_saelens(directory: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What SAELens computes from a file of today's layout for inference. Float64."""
+    """Compute what SAELens does with a file of today's layout for inference. Float64."""
     c = json.loads((directory / "cfg.json").read_text())
     t = {name: value.astype(np.float64) for name, value in load_file(directory / "sae_weights.safetensors").items()}
     assert int(c["metadata"]["sae_lens_version"].split(".")[0]) >= 6
@@ -91,7 +83,7 @@ def run_saelens(directory: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     length = np.linalg.norm(t["W_dec"], axis=1) if c.get("rescale_acts_by_decoder_norm") else 1.0
     z = np.maximum(pre * length, 0)
     if c["architecture"] == "topk":
-        z = kept(z, c["k"])
+        z = top_k(z, c["k"])
     elif c["architecture"] == "jumprelu":
         z = z * (pre > t["threshold"])
     else:
@@ -100,14 +92,14 @@ def run_saelens(directory: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def run_overcomplete(path: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What overcomplete computes from a plain linear SAE's state_dict whose dictionary is not normalised. Float64."""
+    """Compute what overcomplete does with a linear SAE's state_dict whose dictionary is not normalised. Float64."""
     t = {name: value.astype(np.float64) for name, value in load_file(path).items()}
     with safe_open(path, framework="np") as file:
         m = json.loads(file.metadata()["overcomplete"])
     assert m["arguments"]["dictionary_params"]["normalization"] == "identity"
     z = np.maximum(x @ t["encoder.final_block.0.weight"].T + t["encoder.final_block.0.bias"], 0)
     if m["class"] == "TopKSAE":
-        z = kept(z, m["arguments"]["top_k"])
+        z = top_k(z, m["arguments"]["top_k"])
     elif m["class"] == "BatchTopKSAE":
         z = z * (z >= m["running_threshold"])
     elif m["class"] == "JumpSAE":
@@ -115,8 +107,8 @@ def run_overcomplete(path: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return z, z @ t["dictionary._weights"] * np.exp(t["dictionary.multiplier"])
 
 
-def close(found: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...], rounding: float = 1e-6) -> None:
-    for a, b in zip(found, wanted, strict=True):
+def assert_close(actual: tuple[np.ndarray, ...], desired: tuple[np.ndarray, ...], rounding: float = 1e-6) -> None:
+    for a, b in zip(actual, desired, strict=True):
         assert a.shape == b.shape
         assert np.abs(a - b).max() <= rounding * np.abs(b).max()
 
@@ -140,15 +132,15 @@ def close(found: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...], roundin
         ("old_topk", "topk", K),
     ],
 )
-def test_an_import_answers_as_saelens_does(name: str, activation: str, k: int | None) -> None:
+def test_an_import_computes_what_saelens_does(name: str, activation: str, k: int | None) -> None:
     golden = np.load(GOLDENS / "saelens_outputs.npz")
-    wanted = tuple(golden[f"{name.removesuffix('_training')}_{part}"] for part in ("z", "x_hat"))
-    found = import_saelens(GOLDENS / f"saelens_{name}", width=D)
-    assert (found.activation, found.k) == (activation, k)
-    assert 0 < np.count_nonzero(wanted[0]) < wanted[0].size
-    close(answers(found, golden["x"]), wanted)
+    desired = tuple(golden[f"{name.removesuffix('_training')}_{part}"] for part in ("z", "x_hat"))
+    imported = import_saelens(GOLDENS / f"saelens_{name}", width=D)
+    assert (imported.activation, imported.k) == (activation, k)
+    assert 0 < np.count_nonzero(desired[0]) < desired[0].size
+    assert_close(run_ours(imported, golden["x"]), desired)
     if not name.endswith("_training") and not name.startswith(("old_", "bfloat16")):
-        close(run_saelens(GOLDENS / f"saelens_{name}", golden["x"]), wanted)
+        assert_close(run_saelens(GOLDENS / f"saelens_{name}", golden["x"]), desired)
 
 
 @pytest.mark.parametrize(
@@ -168,23 +160,23 @@ def test_an_import_answers_as_saelens_does(name: str, activation: str, k: int | 
         ("tied_bias", "topk", K),
     ],
 )
-def test_an_import_answers_as_overcomplete_does(name: str, activation: str, k: int | None) -> None:
+def test_an_import_computes_what_overcomplete_does(name: str, activation: str, k: int | None) -> None:
     golden = np.load(GOLDENS / "overcomplete_outputs.npz")
-    wanted = golden[f"{name}_z"], golden[f"{name}_x_hat"]
+    desired = golden[f"{name}_z"], golden[f"{name}_x_hat"]
     path = GOLDENS / f"overcomplete_{name}.safetensors"
-    found = import_overcomplete(path, width=D)
-    assert (found.activation, found.k) == (activation, k)
-    assert 0 < np.count_nonzero(wanted[0]) < wanted[0].size
-    close(answers(found, golden["x"]), wanted)
+    imported = import_overcomplete(path, width=D)
+    assert (imported.activation, imported.k) == (activation, k)
+    assert 0 < np.count_nonzero(desired[0]) < desired[0].size
+    assert_close(run_ours(imported, golden["x"]), desired)
     if name == "identity":
-        close(run_overcomplete(path, golden["x"]), wanted)
+        assert_close(run_overcomplete(path, golden["x"]), desired)
 
 
-def export(peer: str, kind: str, path: Path, d: int = D, f: int = F, k: int = K) -> tuple[SAEWeights, Scaling]:
-    sae, scaling = ours(kind, d, f)
+def export(peer: str, kind: str, path: Path, d: int = D, f: int = F, k: int = K) -> Autoencoder:
+    sae = ours(kind, d, f)
     write: Callable[..., None] = export_saelens if peer == "saelens" else export_overcomplete
-    write(sae, scaling, kind, k, path, {"model_name": "vit", "hook_name": "layers.2"})
-    return sae, scaling
+    write(sae, kind, k, path, {"model_name": "vit", "hook_name": "layers.2"})
+    return sae
 
 
 def without_constant(z: np.ndarray) -> np.ndarray:
@@ -195,24 +187,24 @@ def without_constant(z: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("peer", PEERS)
-def test_an_export_answers_as_ours_and_comes_back(tmp_path: Path, peer: str, kind: str) -> None:
+def test_an_export_computes_what_ours_does_and_can_be_imported(tmp_path: Path, peer: str, kind: str) -> None:
     path = tmp_path / "a" / "b.safetensors"
-    sae, scaling = export(peer, kind, path)
-    x = residuals(scaling)
-    wanted = expected(kind, sae, scaling, x)
+    sae = export(peer, kind, path)
+    x = residuals(sae.scaling)
+    desired = expected(kind, sae, x)
     if peer == "saelens":
         back, (z, x_hat) = import_saelens(path, D), run_saelens(path, x)
     else:
         back, (z, x_hat) = import_overcomplete(path, D), run_overcomplete(path, x)
         z = without_constant(z)
-    close((z, x_hat), wanted)
+    assert_close((z, x_hat), desired)
     assert (back.activation, back.k) == (kind, None if kind == "relu" else K)
-    close(answers(back, x), wanted, 2e-6)
-    raw = fold_scaling(sae, scaling)
+    assert_close(run_ours(back, x), desired, 2e-6)
+    raw = fold_scaling(sae)
     for name, value in raw._asdict().items():
-        np.testing.assert_allclose(getattr(back.sae, name), value, rtol=1e-6, atol=1e-5, err_msg=name)
-    if kind == "batch_topk":  # "above" here, "from ... on" there: the same set of floats
-        np.testing.assert_array_equal(back.sae.threshold, raw.threshold)
+        np.testing.assert_allclose(getattr(back.sae.weights, name), value, rtol=1e-6, atol=1e-5, err_msg=name)
+    if kind == "batch_topk":  # ours is on above it, theirs at it and above: the same set of floats
+        np.testing.assert_array_equal(back.sae.weights.threshold, raw.threshold)
 
 
 def peer_python(peer: str) -> str:
@@ -226,25 +218,25 @@ def peer_python(peer: str) -> str:
 @pytest.mark.parametrize("peer", PEERS)
 def test_an_export_runs_in_its_library(tmp_path: Path, peer: str, kind: str) -> None:
     python, path = peer_python(peer), tmp_path / "b.safetensors"
-    sae, scaling = export(peer, kind, path)
-    x = residuals(scaling)
+    sae = export(peer, kind, path)
+    x = residuals(sae.scaling)
     np.savez(tmp_path / "arrays.npz", x=x)
     script = GOLDENS / "make_sae_goldens.py"
     subprocess.run([python, script, peer, path, tmp_path / "arrays.npz"], check=True)
-    found = np.load(tmp_path / "arrays.npz")
-    z = found["z"] if peer == "saelens" else without_constant(found["z"])
-    close((z, found["x_hat"]), expected(kind, sae, scaling, x), 2e-6)
+    arrays = np.load(tmp_path / "arrays.npz")
+    z = arrays["z"] if peer == "saelens" else without_constant(arrays["z"])
+    assert_close((z, arrays["x_hat"]), expected(kind, sae, x), 2e-6)
 
 
-def test_latents_may_all_be_asked_for(tmp_path: Path) -> None:
-    sae, scaling = ours("topk")
-    export_saelens(sae, scaling, "topk", F + 5, tmp_path)
+def test_k_may_be_as_large_as_the_number_of_latents(tmp_path: Path) -> None:
+    sae = ours("topk")
+    export_saelens(sae, "topk", F + 5, tmp_path)
     assert import_saelens(tmp_path).k == F
-    export_overcomplete(sae, scaling, "topk", F + 5, tmp_path / "a.safetensors")
+    export_overcomplete(sae, "topk", F + 5, tmp_path / "a.safetensors")
     assert import_overcomplete(tmp_path / "a.safetensors").k == F
 
 
-def refused(read: Callable[[Path], object], path: Path, parts: list[str]) -> None:
+def assert_refused(read: Callable[[Path], object], path: Path, parts: list[str]) -> None:
     with pytest.raises(HeadSteerError) as error:
         read(path)
     assert "\n" not in str(error.value)
@@ -280,7 +272,7 @@ def test_a_config_that_is_not_supported(tmp_path: Path, change: dict[str, Any], 
     shutil.copytree(GOLDENS / "saelens_topk", path)
     config = json.loads((path / "cfg.json").read_text()) | change
     (path / "cfg.json").write_text(json.dumps(config))
-    refused(import_saelens, path, ["cfg.json" if "'W_enc'" not in parts else "sae_weights.safetensors", *parts])
+    assert_refused(import_saelens, path, ["cfg.json" if "'W_enc'" not in parts else "sae_weights.safetensors", *parts])
 
 
 @pytest.mark.parametrize(
@@ -295,7 +287,7 @@ def test_a_config_that_is_not_supported(tmp_path: Path, change: dict[str, Any], 
         ("sae_weights.safetensors", 1500, ["truncated or not a .safetensors file"]),
     ],
 )
-def test_files_of_saelens_that_are_not_there_or_damaged(
+def test_files_of_saelens_that_are_missing_or_damaged(
     tmp_path: Path, name: str, content: bytes | int | None, parts: list[str]
 ) -> None:
     path = tmp_path / "sae"
@@ -304,7 +296,7 @@ def test_files_of_saelens_that_are_not_there_or_damaged(
         (path / name).unlink()
     else:
         (path / name).write_bytes((path / name).read_bytes()[:content] if isinstance(content, int) else content)
-    refused(import_saelens, path, parts)
+    assert_refused(import_saelens, path, parts)
 
 
 @pytest.mark.parametrize(
@@ -321,8 +313,8 @@ def test_files_of_saelens_that_are_not_there_or_damaged(
 def test_tensors_of_saelens_that_do_not_fit(tmp_path: Path, name: str, value: Any, parts: list[str]) -> None:
     path = tmp_path / "sae"
     shutil.copytree(GOLDENS / "saelens_jumprelu", path)
-    respell(path / "sae_weights.safetensors", name, value)
-    refused(import_saelens, path, ["sae_weights.safetensors", *parts])
+    replace_tensor(path / "sae_weights.safetensors", name, value)
+    assert_refused(import_saelens, path, ["sae_weights.safetensors", *parts])
 
 
 def test_notes_on_training_are_only_notes(tmp_path: Path) -> None:
@@ -331,19 +323,21 @@ def test_notes_on_training_are_only_notes(tmp_path: Path) -> None:
     config = json.loads((path / "cfg.json").read_text())
     for note in ("x", {"training_architecture_details": 3}, {"training_architecture_details": {"k": np.nan}}):
         (path / "cfg.json").write_text(json.dumps(config | {"metadata": note}))
-        found = import_saelens(path)
-        assert (found.activation, found.k) == ("jumprelu", None)
+        imported = import_saelens(path)
+        assert (imported.activation, imported.k) == ("jumprelu", None)
 
 
 def test_a_scaling_factor_of_ones_is_nothing(tmp_path: Path) -> None:
     path = tmp_path / "sae"
     shutil.copytree(GOLDENS / "saelens_jumprelu", path)
-    respell(path / "sae_weights.safetensors", "scaling_factor", np.ones(F, np.float32))
-    np.testing.assert_array_equal(import_saelens(path).sae.W_e, import_saelens(GOLDENS / "saelens_jumprelu").sae.W_e)
+    replace_tensor(path / "sae_weights.safetensors", "scaling_factor", np.ones(F, np.float32))
+    np.testing.assert_array_equal(
+        import_saelens(path).sae.weights.W_e, import_saelens(GOLDENS / "saelens_jumprelu").sae.weights.W_e
+    )
 
 
-def respell(path: Path, name: str, value: Any, metadata: dict[str, str] | None = None) -> None:
-    """The same file with another tensor, or none (None), of this name, and with these metadata."""
+def replace_tensor(path: Path, name: str, value: Any, metadata: dict[str, str] | None = None) -> None:
+    """Rewrite a file with another tensor, or without one (None), of this name, and with these metadata."""
     tensors = load_file(path)
     tensors.pop(name, None)
     path.unlink()
@@ -382,18 +376,18 @@ def test_files_of_overcomplete_that_do_not_fit(
 ) -> None:
     path = tmp_path / "a.safetensors"
     shutil.copy(GOLDENS / "overcomplete_topk.safetensors", path)
-    about = {"class": "TopKSAE", "arguments": {"top_k": K}, **change}
-    respell(path, name, value, {"overcomplete": json.dumps(about)})
-    refused(import_overcomplete, path, parts)
+    metadata = {"class": "TopKSAE", "arguments": {"top_k": K}, **change}
+    replace_tensor(path, name, value, {"overcomplete": json.dumps(metadata)})
+    assert_refused(import_overcomplete, path, parts)
 
 
 def test_a_file_of_overcomplete_without_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     shutil.copy(GOLDENS / "overcomplete_topk.safetensors", path)
-    respell(path, "", None)
-    refused(import_overcomplete, path, ["class = None"])
-    respell(path, "", None, {"overcomplete": "{"})
-    refused(import_overcomplete, path, ["metadata are not {'class'"])
+    replace_tensor(path, "", None)
+    assert_refused(import_overcomplete, path, ["class = None"])
+    replace_tensor(path, "", None, {"overcomplete": "{"})
+    assert_refused(import_overcomplete, path, ["metadata are not {'class'"])
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -405,22 +399,22 @@ def test_an_export_is_the_same_bytes_each_time(tmp_path: Path, peer: str) -> Non
         assert path.read_bytes() == (second / path.name if second.is_dir() else second).read_bytes()
 
 
-def test_files_of_overcomplete_that_are_not_there_or_damaged(tmp_path: Path) -> None:
+def test_files_of_overcomplete_that_are_missing_or_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    refused(import_overcomplete, path, ["no such .safetensors file"])
+    assert_refused(import_overcomplete, path, ["no such .safetensors file"])
     path.write_bytes((GOLDENS / "overcomplete_topk.safetensors").read_bytes()[:900])
-    refused(import_overcomplete, path, ["truncated or not a .safetensors file"])
-    refused(import_overcomplete, path.rename(tmp_path / "a.pt"), ["no such .safetensors file"])
+    assert_refused(import_overcomplete, path, ["truncated or not a .safetensors file"])
+    assert_refused(import_overcomplete, path.rename(tmp_path / "a.pt"), ["no such .safetensors file"])
 
 
 def test_another_width_is_named(tmp_path: Path) -> None:
     path = GOLDENS / "saelens_topk"
-    refused(lambda _: import_saelens(path, width=384), path, ["width 8", "384 wide"])
+    assert_refused(lambda _: import_saelens(path, width=384), path, ["width 8", "384 wide"])
     path = GOLDENS / "overcomplete_topk.safetensors"
-    refused(lambda _: import_overcomplete(path, width=384), path, ["width 8", "384 wide"])
+    assert_refused(lambda _: import_overcomplete(path, width=384), path, ["width 8", "384 wide"])
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    sae, scaling = ours("topk")
-    refused(lambda path: export_saelens(sae, scaling, "topk", K, path), tmp_path / "file" / "a", ["not writable"])
+    sae = ours("topk")
+    assert_refused(lambda path: export_saelens(sae, "topk", K, path), tmp_path / "file" / "a", ["not writable"])

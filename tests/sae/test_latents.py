@@ -1,4 +1,4 @@
-"""What is inside an autoencoder: every array against brute force in float64; the page holds them and nothing else."""
+"""The profile of an autoencoder's latents: every array against brute force in float64; the page holds exactly these."""
 
 import base64
 import html
@@ -23,7 +23,7 @@ from headsteer_jax.data.dataset import Dataset, LazyImages, Split
 from headsteer_jax.report.latents import CLASSES_SHOWN, THUMBNAIL, write_latents_page
 from headsteer_jax.sae import autoencoder as s
 from headsteer_jax.sae import latents as profile
-from headsteer_jax.sae.residuals import ResidualsInMemory
+from headsteer_jax.sae.residuals import LabelledResiduals, ResidualsInMemory
 
 N, D, F, C, H, K = 83, 6, 10, 4, 3, 6
 TOKENS = {"cls": 1, "patches": 4, "all": 5}
@@ -32,11 +32,11 @@ HOSTILE = ("</script><b>bold</b>", 'it\'s "quoted" & <!-- <script>', "\u9905\u7a
 
 
 class Parts(ResidualsInMemory):
-    """Residuals that come a few at a time, and not whole images."""
+    """Residuals that come a few at a time, not in whole images."""
 
     def chunks(self) -> Iterator[np.ndarray]:
         cuts = [1, 2, 9, 10, 40, 41, 200]
-        return iter(np.split(self.x_ND, [cut for cut in cuts if cut < len(self.x_ND)]))
+        return iter(np.split(self.x, [cut for cut in cuts if cut < len(self.x)]))
 
 
 def residuals(tokens: str) -> tuple[np.ndarray, np.ndarray]:
@@ -66,10 +66,10 @@ def autoencoder(tokens: str) -> s.SAEWeights:
 GATE = np.random.default_rng(8).standard_normal((D, H))
 
 
-def look(tokens: str, k: int | None, source: type[ResidualsInMemory] = ResidualsInMemory) -> profile.Arrays:
+def profile_of(tokens: str, k: int | None, source: type[ResidualsInMemory] = ResidualsInMemory) -> profile.Arrays:
     x, x_cls = residuals(tokens)
-    held = source(x.reshape(-1, D))
-    return profile.profile_latents(autoencoder(tokens), SCALING, k, held, x_cls, labels(), C, GATE, tokens, K)  # type: ignore[arg-type]
+    split = LabelledResiduals(source(x.reshape(-1, D)), tokens, x_cls, labels(), C)  # type: ignore[arg-type]
+    return profile.profile_latents(s.Autoencoder(autoencoder(tokens), SCALING, k), split, GATE, K)
 
 
 @pytest.mark.parametrize("rows", [7, 4096])  # images that are encoded at once: 7 or 1; all
@@ -77,62 +77,62 @@ def look(tokens: str, k: int | None, source: type[ResidualsInMemory] = Residuals
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_array_by_brute_force(tokens: str, k: int | None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "ROWS_AT_ONCE", rows)
-    found, exact = look(tokens, k), s.SAEWeights(*(np.asarray(a, np.float64) for a in autoencoder(tokens)))
+    arrays, exact = profile_of(tokens, k), s.SAEWeights(*(np.asarray(a, np.float64) for a in autoencoder(tokens)))
     x, x_cls = residuals(tokens)
     encode = np.vectorize(
         lambda x_D: reference.encode(exact, (x_D - 0.5) * np.float64(SCALING.scale), k), signature="(d)->(f)"
     )
-    z, own, T = encode(x.astype(np.float64)), labels(), TOKENS[tokens]
+    z, classes, T = encode(x.astype(np.float64)), labels(), TOKENS[tokens]
     image = z.max(axis=1)
     fires = image > 0
     assert not fires[:, 4].any()
-    assert 0 < fires[:, 7].sum() < K  # fewer than there are places
+    assert 0 < fires[:, 7].sum() < K  # fewer than K images
 
-    wanted: dict[str, np.ndarray] = {
+    expected: dict[str, np.ndarray] = {
         "frequency": fires.mean(axis=0),
         "strength": np.array([v[v > 0].mean() if (v > 0).any() else 0 for v in z.reshape(-1, F).T]),
-        "class_counts": np.stack([fires[own == c].sum(axis=0) for c in range(C)]),
+        "class_counts": np.stack([fires[classes == c].sum(axis=0) for c in range(C)]),
     }
-    means = np.stack([image[own == c].mean(axis=0) if (own == c).any() else np.zeros(F) for c in range(C)])
-    wanted["class_means"] = means
-    most = means.max(axis=0)
-    rest = (means.sum(axis=0) - most) / (C - 1)
-    wanted["selectivity"] = np.divide(most - rest, most + rest, out=np.zeros(F), where=most > 0)
+    means = np.stack([image[classes == c].mean(axis=0) if (classes == c).any() else np.zeros(F) for c in range(C)])
+    expected["class_means"] = means
+    largest = means.max(axis=0)
+    elsewhere = (means.sum(axis=0) - largest) / (C - 1)
+    expected["selectivity"] = np.divide(largest - elsewhere, largest + elsewhere, out=np.zeros(F), where=largest > 0)
     W, living = exact.W_d, np.flatnonzero(fires.any(axis=0))
-    wanted["cosine"] = np.zeros(F)
+    expected["cosine"] = np.zeros(F)
     for f in living:
-        wanted["cosine"][f] = max(W[f] @ W[g] / np.linalg.norm(W[f]) / np.linalg.norm(W[g]) for g in living if g != f)
-    # what adding the latent at its strength does, by adding it
+        expected["cosine"][f] = max(W[f] @ W[g] / np.linalg.norm(W[f]) / np.linalg.norm(W[g]) for g in living if g != f)
+    # the effect of adding a latent at its strength, by adding it
     x_0 = np.random.default_rng(1).standard_normal(D)
-    wanted["effect"] = np.stack(
-        [(x_0 + wanted["strength"][f] * W[f] / np.float64(SCALING.scale)) @ GATE - x_0 @ GATE for f in range(F)]
+    expected["effect"] = np.stack(
+        [(x_0 + expected["strength"][f] * W[f] / np.float64(SCALING.scale)) @ GATE - x_0 @ GATE for f in range(F)]
     )
     if tokens != "cls":
-        wanted["token_frequency"] = (z > 0).mean(axis=(0, 1))
-        wanted["cls_frequency"] = (encode(x_cls.astype(np.float64)) > 0).mean(axis=0)
+        expected["token_frequency"] = (z > 0).mean(axis=(0, 1))
+        expected["cls_frequency"] = (encode(x_cls.astype(np.float64)) > 0).mean(axis=0)
 
     images, activations = np.zeros((F, K), int), np.zeros((F, K))
     patches = np.zeros((F, K, T))
     for f in range(F):
-        order = sorted(np.flatnonzero(fires[:, f]), key=lambda n: (-image[n, f], n))[:K]  # of equals the earlier
+        order = sorted(np.flatnonzero(fires[:, f]), key=lambda n: (-image[n, f], n))[:K]  # of equal ones the earlier
         images[f, : len(order)], activations[f, : len(order)] = order, image[order, f]
         patches[f, : len(order)] = z[order, :, f]
-    wanted |= {"top_images": images, "top_activations": activations}
+    expected |= {"top_images": images, "top_activations": activations}
     if tokens != "cls":
-        wanted["top_patches"] = patches
+        expected["top_patches"] = patches
 
-    assert set(found) == set(wanted)
+    assert set(arrays) == set(expected)
     kinds = {"class_counts": np.int32, "top_images": np.int32, "top_patches": np.float16}
-    for name, values in wanted.items():
-        assert found[name].dtype == kinds.get(name, np.float32), name
+    for name, values in expected.items():
+        assert arrays[name].dtype == kinds.get(name, np.float32), name
         tolerance = 1e-3 if name == "top_patches" else 1e-5
-        np.testing.assert_allclose(found[name], values, rtol=tolerance, atol=tolerance, err_msg=name)
-    assert found["top_activations"].flags.c_contiguous
+        np.testing.assert_allclose(arrays[name], values, rtol=tolerance, atol=tolerance, err_msg=name)
+    assert arrays["top_activations"].flags.c_contiguous
 
 
 @pytest.mark.parametrize("rows", [7, 4096])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_of_images_that_tie_the_first_comes_first(tokens: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_images_that_tie_comes_first(tokens: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "ROWS_AT_ONCE", rows)
     rng, T = np.random.default_rng(0), TOKENS[tokens]
     x, W = rng.integers(-1, 2, (N, T, D)), rng.integers(-1, 2, (F, D))  # sums of these are exact
@@ -140,34 +140,36 @@ def test_of_images_that_tie_the_first_comes_first(tokens: str, rows: int, monkey
     sae = s.SAEWeights(*(np.asarray(a, np.float32) for a in (W, zero, W, zero[:D], zero)))  # type: ignore[arg-type]
     flat = x.reshape(-1, D).astype(np.float32)
     plain = s.Scaling(zero[:D], np.float32(1))
-    found = profile.profile_latents(sae, plain, None, ResidualsInMemory(flat), flat[::T], labels(), C, GATE, tokens, K)  # type: ignore[arg-type]
+    split = LabelledResiduals(ResidualsInMemory(flat), tokens, flat[::T], labels(), C)  # type: ignore[arg-type]
+    arrays = profile.profile_latents(s.Autoencoder(sae, plain, None), split, GATE, K)
     image = np.maximum(x @ W.T, 0).max(axis=1)
     for f in range(F):
         order = sorted(np.flatnonzero(image[:, f]), key=lambda n: (-image[n, f], n))[:K]
-        assert found["top_images"][f, : len(order)].tolist() == order
-        assert found["top_activations"][f, : len(order)].tolist() == image[order, f].tolist()
+        assert arrays["top_images"][f, : len(order)].tolist() == order
+        assert arrays["top_activations"][f, : len(order)].tolist() == image[order, f].tolist()
         if tokens != "cls":
-            assert found["top_patches"][f, : len(order)].tolist() == np.maximum(x @ W.T, 0)[order, :, f].tolist()
-    assert any(len(set(row)) < K for row in found["top_activations"].tolist())
+            assert arrays["top_patches"][f, : len(order)].tolist() == np.maximum(x @ W.T, 0)[order, :, f].tolist()
+    assert any(len(set(row)) < K for row in arrays["top_activations"].tolist())
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_how_residuals_are_cut_does_not_matter(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_any_size_give_the_same_profile(tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "ROWS_AT_ONCE", 20)
-    one, other = look(tokens, 3), look(tokens, 3, Parts)
-    for name, values in one.items():
-        np.testing.assert_array_equal(values, other[name], err_msg=name)
+    at_once, in_parts = profile_of(tokens, 3), profile_of(tokens, 3, Parts)
+    for name, values in at_once.items():
+        np.testing.assert_array_equal(values, in_parts[name], err_msg=name)
 
 
-def test_more_places_than_images_and_one_latent_that_lives() -> None:
+def test_fewer_images_than_places_and_a_single_living_latent() -> None:
     x, sae = residuals("cls")[0][:4, 0], random_sae(0, D, F)
     sae = sae._replace(b_e=sae.b_e.at[1:].set(-100.0).at[0].set(50.0))
-    found = profile.profile_latents(sae, SCALING, 2, ResidualsInMemory(x), x, labels()[:4], C, GATE, "cls", 9)
-    assert found["top_images"].shape == (F, 9)
-    assert sorted(found["top_images"][0, :4]) == [0, 1, 2, 3]
-    assert not found["top_activations"][0, 4:].any()
-    assert not found["cosine"].any()
-    assert found["frequency"].tolist() == [1] + [0] * (F - 1)
+    split = LabelledResiduals(ResidualsInMemory(x), "cls", x, labels()[:4], C)
+    arrays = profile.profile_latents(s.Autoencoder(sae, SCALING, 2), split, GATE, 9)
+    assert arrays["top_images"].shape == (F, 9)
+    assert sorted(arrays["top_images"][0, :4]) == [0, 1, 2, 3]
+    assert not arrays["top_activations"][0, 4:].any()
+    assert not arrays["cosine"].any()
+    assert arrays["frequency"].tolist() == [1] + [0] * (F - 1)
 
 
 def made_dataset(channels: int = 3, side: int = 8, lazy: bool = False, names: tuple[str, ...] = HOSTILE) -> Dataset:
@@ -220,7 +222,9 @@ def written(tokens: str, directory: Path, name: str = "a <run>", **sizes: Any) -
     latents = sizes.pop("latents", 6)
     picture = {key: sizes[key] for key in ("channels", "side") if key in sizes}
     file = directory / "latents.html"
-    write_latents_page(file, name, look(tokens, 3), made_dataset(**sizes), made_config(tokens, latents, **picture))
+    write_latents_page(
+        file, name, profile_of(tokens, 3), made_dataset(**sizes), made_config(tokens, latents, **picture)
+    )
     text = file.read_text("utf-8")
     page = Page(text)
     return text, page, json.loads(page.scripts[0])
@@ -229,7 +233,7 @@ def written(tokens: str, directory: Path, name: str = "a <run>", **sizes: Any) -
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_page_holds_the_arrays(tokens: str, tmp_path: Path) -> None:
     _, page, data = written(tokens, tmp_path)
-    arrays = look(tokens, 3)
+    arrays = profile_of(tokens, 3)
     fires = np.flatnonzero(arrays["frequency"] > 0)
     assert sorted(data["latent"]) == fires.tolist()
     assert 4 not in data["latent"]
@@ -258,7 +262,7 @@ def test_page_holds_the_arrays(tokens: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_pictures_are_there_once_with_the_patches_that_drive_them(tokens: str, tmp_path: Path) -> None:
     _, _, data = written(tokens, tmp_path, channels=1, lazy=True)
-    arrays, images = look(tokens, 3), made_dataset(channels=1).train.images
+    arrays, images = profile_of(tokens, 3), made_dataset(channels=1).train.images
     assert isinstance(images, np.ndarray)
     assert len(data["images"]) == 6
     assert len(set(data["thumbnails"])) == len(data["thumbnails"]) == len(data["image_class"])
@@ -322,8 +326,8 @@ def test_two_pages_are_the_same_bytes(tmp_path: Path) -> None:
     assert len(texts) == 1
 
 
-def test_an_autoencoder_of_which_nothing_lives(tmp_path: Path) -> None:
-    arrays = {name: np.zeros_like(values) for name, values in look("all", 3).items()}
+def test_an_autoencoder_without_living_latents(tmp_path: Path) -> None:
+    arrays = {name: np.zeros_like(values) for name, values in profile_of("all", 3).items()}
     write_latents_page(tmp_path / "latents.html", "run", arrays, made_dataset(), made_config("all"))
     page = Page((tmp_path / "latents.html").read_text("utf-8"))
     assert f"0 of {F} latents fire; the {F} dead ones" in page.text

@@ -1,12 +1,13 @@
-"""The activation cache: the model's own residuals, whatever is on disk; what is damaged or stale is never read."""
+"""The activation cache gives the model's own residuals, whatever is on disk; damaged or stale files are never read."""
 
 import functools
 import json
+import logging
 import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +26,13 @@ from PIL import Image
 from headsteer_jax.config import Config, DataConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import LazyImages, Split
-from headsteer_jax.data.sources import _read_folder
+from headsteer_jax.data.sources import read_folder
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.vit import build_model, fingerprint_params
+from headsteer_jax.model.vit import TrainedModel, build_model, fingerprint_params
 from headsteer_jax.sae import residuals as cache
 from headsteer_jax.sae.residuals import (
+    SHARD_BYTES,
+    ResidualSelection,
     StoredResiduals,
     fingerprint_residuals,
     load_or_compute_residuals,
@@ -37,7 +40,7 @@ from headsteer_jax.sae.residuals import (
     write_cache,
 )
 
-# tensorstore says more about a damaged file when its futures are collected
+# tensorstore reports more about a damaged file when its futures are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 TOKENS = ("cls", "patches", "all")
@@ -46,7 +49,7 @@ BYTES = {"cls": 12 * 96, "patches": 12 * 4 * 96, "all": 12 * 5 * 96}  # 12 image
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
-    """Of 3 images in these shards."""
+    """Make blocks of 3 images in these shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "BLOCKS_PER_SHARD", 4)
         yield
@@ -62,8 +65,25 @@ def config_of(registers: int = 0, **train: Any) -> Config:
     )
 
 
-CONFIG = config_of()
-MODEL, PARAMS = build_model(CONFIG, CLASSES), random_params(CONFIG, CLASSES)
+def trained_model(config: Config, params: Any = None) -> TrainedModel:
+    """A model of a config with these parameters, or with random ones."""
+    params = random_params(config, CLASSES) if params is None else params
+    return TrainedModel(config, build_model(config, CLASSES), params)
+
+
+TRAINED = trained_model(config_of())
+CONFIG, MODEL, PARAMS = TRAINED
+
+
+def selection(split: Split, name: str, layers: Sequence[int], tokens: Any) -> ResidualSelection:
+    return ResidualSelection(split, name, tuple(layers), tokens)
+
+
+def load(
+    directory: Any, trained: TrainedModel, split: Split, name: str, layers: Sequence[int], tokens: Any,
+    size: int = SHARD_BYTES,
+) -> dict[int, StoredResiduals]:  # fmt: skip
+    return load_or_compute_residuals(directory, trained, selection(split, name, layers, tokens), size)
 
 
 @functools.cache
@@ -113,54 +133,51 @@ def shards(directory: Path) -> list[Path]:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("registers", "where"), [(0, "disk"), (2, "disk"), (0, "memory")])
 def test_the_models_own_residuals(split: Split, tmp_path: Path, tokens: Any, registers: int, where: str) -> None:
-    config = config_of(registers)
-    params = random_params(config, CLASSES)
+    trained = trained_model(config_of(registers))
     directory = tmp_path / "a b%20" if where == "disk" else None
-    found = load_or_compute_residuals(
-        directory, build_model(config, CLASSES), params, config, split, "train", (2, 0, 1), tokens, BYTES[tokens]
-    )
-    assert set(found) == {0, 1, 2}
+    by_layer = load(directory, trained, split, "train", (2, 0, 1), tokens, BYTES[tokens])
+    assert set(by_layer) == {0, 1, 2}
     assert len(shards(tmp_path)) == (3 * 8 if where == "disk" else 0)
     rng = np.random.default_rng(0)
-    for layer, stored in found.items():
-        x_NTD = expected(config, params, split, layer, tokens)
-        count, tokens_kept, width = x_NTD.shape
-        assert (stored.shape, stored.tokens) == ((count * tokens_kept, width), tokens_kept)
+    for layer, stored in by_layer.items():
+        x_NTD = expected(trained.config, trained.params, split, layer, tokens)
+        count, T, width = x_NTD.shape
+        assert (stored.shape, stored.tokens) == ((count * T, width), T)
         np.testing.assert_allclose(whole(stored), x_NTD, atol=1e-5)
         assert whole(stored).dtype == np.float32
-        some = rng.integers(0, count, 7)
-        np.testing.assert_array_equal(stored.images(some), whole(stored)[some])
-        (all_at_once,) = stored.groups(count * tokens_kept, rng)
+        sample = rng.integers(0, count, 7)
+        np.testing.assert_array_equal(stored.images(sample), whole(stored)[sample])
+        (all_at_once,) = stored.groups(count * T, rng)
         np.testing.assert_array_equal(all_at_once.reshape(x_NTD.shape), whole(stored))
 
 
 def test_gates_are_thresholded(split: Split) -> None:
-    """And they matter: the last layer's residual is not the dense model's."""
-    stored = load_or_compute_residuals(None, MODEL, PARAMS, CONFIG, split, "train", [2], "cls")[2]
+    """Gates matter: the last layer's residual is not the dense model's."""
+    stored = load(None, TRAINED, split, "train", [2], "cls")[2]
     dense = jax.jit(lambda p, images: MODEL.apply(p, preprocess(images, CONFIG.data), gating="dense")[1]["cls"][2])
     assert np.abs(whole(stored)[:, 0] - dense(PARAMS, split.images)).max() > 0.1
 
 
-def test_of_lazy_images(split: Split, tmp_path: Path) -> None:
+def test_lazy_images_have_the_same_residuals(split: Split, tmp_path: Path) -> None:
     images = np.asarray(split.images)
     lazy = replace(split, images=LazyImages(lambda places: images[places], np.arange(len(images)), (8, 8, 1)))
-    of_lazy = load_or_compute_residuals(tmp_path, MODEL, PARAMS, CONFIG, lazy, "train", [1], "all", BYTES["all"])[1]
-    held = load_or_compute_residuals(None, MODEL, PARAMS, CONFIG, split, "train", [1], "all")[1]
-    np.testing.assert_array_equal(whole(of_lazy), whole(held))
+    from_lazy = load(tmp_path, TRAINED, lazy, "train", [1], "all", BYTES["all"])[1]
+    held = load(None, TRAINED, split, "train", [1], "all")[1]
+    np.testing.assert_array_equal(whole(from_lazy), whole(held))
 
 
 @pytest.mark.parametrize(("batch", "size"), [(7, 2**20), (64, 1), (1000, BYTES["all"]), (1, 4 * BYTES["all"])])
 def test_the_number_of_calls_and_shards_changes_nothing(split: Split, tmp_path: Path, batch: int, size: int) -> None:
     """One shard or many, a call smaller or larger than a shard."""
-    config = config_of(eval_batch=batch)
-    stored = load_or_compute_residuals(tmp_path, MODEL, PARAMS, config, split, "train", [1], "all", size)[1]
+    trained = trained_model(config_of(eval_batch=batch), PARAMS)
+    stored = load(tmp_path, trained, split, "train", [1], "all", size)[1]
     np.testing.assert_allclose(whole(stored), expected(CONFIG, PARAMS, split, 1, "all"), atol=1e-5)
 
 
 def test_zeros_are_written(split: Split, tmp_path: Path) -> None:
-    """TensorStore leaves them out unless told not to, and what is left out counts as missing."""
-    zeros = jax.tree.map(np.zeros_like, PARAMS)
-    stored = load_or_compute_residuals(tmp_path, MODEL, zeros, CONFIG, split, "train", [0], "all", BYTES["all"])[0]
+    """TensorStore leaves zeros out by default, and a shard that is left out counts as missing."""
+    zeros = TRAINED._replace(params=jax.tree.map(np.zeros_like, PARAMS))
+    stored = load(tmp_path, zeros, split, "train", [0], "all", BYTES["all"])[0]
     np.testing.assert_array_equal(whole(stored), np.zeros((90, 5, 24), np.float32))
 
 
@@ -180,7 +197,7 @@ def test_groups_and_chunks_give_each_row_once(count: int, tokens: int, block: in
     assert sorted(flat[:, 0].tolist()) == x_NTD[..., 0].ravel().tolist()
     np.testing.assert_array_equal(flat[:, 1], flat[:, 0] + 1)
     sizes = [len(group) for group in groups]
-    assert set(sizes[:-1]) <= {max(tokens, rows // tokens * tokens)}  # of one size: a step is compiled once
+    assert set(sizes[:-1]) <= {max(tokens, rows // tokens * tokens)}  # of one size, so that a step is compiled once
     assert max(sizes) <= max(rows, tokens)
     images = flat[:, 0].reshape(count, tokens)  # an image's tokens stay together
     np.testing.assert_array_equal(images - images[:, :1], np.tile(2.0 * np.arange(tokens), (count, 1)))
@@ -200,7 +217,7 @@ def test_groups_mix_the_whole_split_in_a_new_order_each_time() -> None:
 
 def test_no_more_is_read_than_one_part_ahead(split: Split, tmp_path: Path) -> None:
     class Counted:
-        """An array that counts what it is asked for."""
+        """An array that counts its reads."""
 
         def __init__(self, array: Any) -> None:
             self.array, self.shape, self.reads = array, array.shape, 0
@@ -209,101 +226,101 @@ def test_no_more_is_read_than_one_part_ahead(split: Split, tmp_path: Path) -> No
             self.reads += 1
             return self.array[part]
 
-    stored = load_or_compute_residuals(tmp_path, MODEL, PARAMS, CONFIG, split, "train", [1], "all", BYTES["all"])[1]
+    stored = load(tmp_path, TRAINED, split, "train", [1], "all", BYTES["all"])[1]
     counted = Counted(stored.array)
     for number, group in enumerate(stored._replace(array=counted).groups(50, np.random.default_rng(0))):  # type: ignore[arg-type]
         assert len(group) == 50
         assert counted.reads == min(number + 2, 9)
 
 
-# ---- written once, gone on with
+# ---- written once, and continued after an interruption
 
 
-def counted_passes(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**9) -> list[int]:
-    """How many calls each of the cache's forward passes made; one is interrupted after `fail_after`."""
-    real, made = cache.stream_split, []
+def count_calls(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**9) -> list[int]:
+    """Count the calls of each of the cache's forward passes; one is interrupted after `fail_after`."""
+    stream_split, counts = cache.stream_split, []
 
     def passes(*args: Any) -> Iterator[Any]:
-        made.append(0)
-        for part in real(*args):
-            if made[-1] == fail_after:
+        counts.append(0)
+        for part in stream_split(*args):
+            if counts[-1] == fail_after:
                 raise KeyboardInterrupt
-            made[-1] += 1
+            counts[-1] += 1
             yield part
 
     monkeypatch.setattr(cache, "stream_split", passes)
-    return made
+    return counts
 
 
 @pytest.mark.parametrize(
     ("tokens", "batch", "fail_after"),
     [("cls", 16, 2), ("patches", 40, 1), ("all", 5, 9), ("all", 16, 0), ("all", 16, 3), ("all", 40, 2)],
 )
-def test_an_interrupted_pass_goes_on(
+def test_an_interrupted_pass_is_continued(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Any, batch: int, fail_after: int
 ) -> None:
-    config = config_of(eval_batch=batch)
-    given = (MODEL, PARAMS, config, split, "train", (1, 2), tokens, BYTES[tokens])
-    write_cache(tmp_path / "whole", *given)
-    mark = fingerprint_residuals(config, PARAMS, split)
+    trained = trained_model(config_of(eval_batch=batch), PARAMS)
+    arguments = (trained, selection(split, "train", (1, 2), tokens), BYTES[tokens])
+    write_cache(tmp_path / "whole", *arguments)
+    mark = fingerprint_residuals(trained, split)
     with monkeypatch.context() as patch:
-        counted_passes(patch, fail_after)
+        count_calls(patch, fail_after)
         with pytest.raises(KeyboardInterrupt):
-            load_or_compute_residuals(tmp_path / "resumed", *given)
-    there = len(shards(tmp_path / "resumed"))
-    assert there == 2 * (fail_after * batch // 12)  # shards of 12 images
+            load_or_compute_residuals(tmp_path / "resumed", *arguments)
+    written_shards = len(shards(tmp_path / "resumed"))
+    assert written_shards == 2 * (fail_after * batch // 12)  # shards of 12 images
     with pytest.raises(HeadSteerError) as error:
         open_cache(tmp_path / "resumed", mark, "train", 1, tokens)
     one_line(error, f"layer_1_{tokens}", "no complete cache")
     before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "resumed")}
-    made = counted_passes(monkeypatch)
-    load_or_compute_residuals(tmp_path / "resumed", *given)
-    assert made == [-(-90 // batch) - there // 2 * 12 // batch]  # calls: only those of the shards that are missing
+    counts = count_calls(monkeypatch)
+    load_or_compute_residuals(tmp_path / "resumed", *arguments)
+    assert counts == [-(-90 // batch) - written_shards // 2 * 12 // batch]  # calls: only those of the missing shards
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
 
 
-def test_complete_but_for_its_meta(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = (tmp_path, MODEL, PARAMS, CONFIG, split, "train", [1], "cls", BYTES["cls"])
-    load_or_compute_residuals(*given)
+def test_only_meta_json_is_missing(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (tmp_path, TRAINED, split, "train", [1], "cls", BYTES["cls"])
+    load(*arguments)
     before = files(tmp_path)
     next(tmp_path.rglob("meta.json")).unlink()
-    made = counted_passes(monkeypatch)
-    load_or_compute_residuals(*given)
-    assert made == [0]
+    counts = count_calls(monkeypatch)
+    load(*arguments)
+    assert counts == [0]
     assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_layers_that_got_to_different_places(split: Split, tmp_path: Path, layer: int) -> None:
-    given = (tmp_path, MODEL, PARAMS, CONFIG, split, "train", [1, 2], "cls", BYTES["cls"])
-    load_or_compute_residuals(*given)
+def test_layers_that_were_interrupted_at_different_shards(split: Split, tmp_path: Path, layer: int) -> None:
+    arguments = (tmp_path, TRAINED, split, "train", [1, 2], "cls", BYTES["cls"])
+    load(*arguments)
     before = files(tmp_path)
     for path in tmp_path.rglob("meta.json"):
         path.unlink()
     shards(next(tmp_path.rglob(f"layer_{layer}_cls")))[3].unlink()
-    load_or_compute_residuals(*given)
+    load(*arguments)
     assert files(tmp_path) == before
 
 
-def test_only_what_is_missing_is_computed(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = counted_passes(monkeypatch)
-    given = (MODEL, PARAMS, CONFIG, split)
-    load_or_compute_residuals(tmp_path, *given, "train", [1], "cls")
-    load_or_compute_residuals(tmp_path, *given, "train", [1], "cls")
-    assert len(made) == 1
-    both = load_or_compute_residuals(tmp_path, *given, "train", [2, 1, 1], "cls")
-    assert (len(made), sorted(both)) == (2, [1, 2])
-    load_or_compute_residuals(tmp_path, *given, "train", [1], "all")
-    load_or_compute_residuals(tmp_path, *given, "test", [1], "cls")
-    assert len(made) == 4
+def test_only_missing_residuals_are_computed(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = count_calls(monkeypatch)
+    arguments = (TRAINED, split)
+    load(tmp_path, *arguments, "train", [1], "cls")
+    load(tmp_path, *arguments, "train", [1], "cls")
+    assert len(counts) == 1
+    by_layer = load(tmp_path, *arguments, "train", [2, 1, 1], "cls")
+    assert (len(counts), sorted(by_layer)) == (2, [1, 2])
+    load(tmp_path, *arguments, "train", [1], "all")
+    load(tmp_path, *arguments, "test", [1], "cls")
+    assert len(counts) == 4
     names = sorted("/".join(path.parts[-3:-1]) for path in tmp_path.rglob("meta.json"))
     assert names == ["test/layer_1_cls", "train/layer_1_all", "train/layer_1_cls", "train/layer_2_cls"]
 
 
-def test_meta_says_what_it_is_of(split: Split, tmp_path: Path) -> None:
-    write_cache(tmp_path, MODEL, PARAMS, CONFIG, split, "train", [2], "all", BYTES["all"])
-    mark = fingerprint_residuals(CONFIG, PARAMS, split)
+def test_meta_json_identifies_the_array(split: Split, tmp_path: Path) -> None:
+    write_cache(tmp_path, TRAINED, selection(split, "train", [2], "all"), BYTES["all"])
+    mark = fingerprint_residuals(TRAINED, split)
     meta = json.loads((tmp_path / mark / "train" / "layer_2_all" / "meta.json").read_text())
     assert {key: meta[key] for key in ("fingerprint", "split", "layer", "tokens", "shape", "dtype", "shards")} == {
         "fingerprint": mark, "split": "train", "layer": 2, "tokens": "all", "shape": [90, 5, 24], "dtype": "float32",
@@ -312,14 +329,14 @@ def test_meta_says_what_it_is_of(split: Split, tmp_path: Path) -> None:
     assert meta["of"]["model"] == fingerprint_params(PARAMS)
 
 
-# ---- what is damaged is refused
+# ---- damaged files are refused
 
 
 @pytest.fixture(scope="module")
 def written(split: Split, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     directory = tmp_path_factory.mktemp("cache")
-    write_cache(directory, MODEL, PARAMS, CONFIG, split, "train", [1, 2], "all", BYTES["all"])
-    return directory, fingerprint_residuals(CONFIG, PARAMS, split)
+    write_cache(directory, TRAINED, selection(split, "train", [1, 2], "all"), BYTES["all"])
+    return directory, fingerprint_residuals(TRAINED, split)
 
 
 def read_back(directory: Path, mark: str) -> np.ndarray:
@@ -349,7 +366,7 @@ def test_a_flipped_bit_of_a_shard_is_refused(written: tuple[Path, str], tmp_path
         with pytest.raises(HeadSteerError) as error:
             read(stored)
         one_line(error, str(path), "damaged", f"{path.parents[3]}:", "delete it")
-    whole(open_cache(directory, mark, "train", 2, "all"))  # the other layer is as it was
+    whole(open_cache(directory, mark, "train", 2, "all"))  # the other layer is unchanged
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -361,13 +378,13 @@ def test_a_flipped_bit_elsewhere_is_refused_or_harmless(written: tuple[Path, str
     content = bytearray(path.read_bytes())
     content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
-    said, found = "layer_1_all", read_back(*written)
+    message, residuals = "layer_1_all", read_back(*written)
     try:
-        np.testing.assert_array_equal(read_back(directory, mark), found)
+        np.testing.assert_array_equal(read_back(directory, mark), residuals)
     except HeadSteerError as error:
-        said = str(error)
-    assert "\n" not in said
-    assert "layer_1_all" in said
+        message = str(error)
+    assert "\n" not in message
+    assert "layer_1_all" in message
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
@@ -394,7 +411,7 @@ def test_a_missing_shard_is_refused(written: tuple[Path, str], tmp_path: Path, w
     with pytest.raises(HeadSteerError) as error:
         read_back(directory, mark)
     one_line(error, str(array), f"shard {which % 8} is missing", "delete it")
-    for read in READS.values():  # of one that was opened before
+    for read in READS.values():  # also by an array that was opened before
         with pytest.raises(HeadSteerError) as error:
             read(stored)
         one_line(error, str(array), "is missing")
@@ -409,20 +426,20 @@ def test_a_missing_zarr_json_is_refused(written: tuple[Path, str], tmp_path: Pat
     one_line(error, str(array), "does not exist", "delete it")
 
 
-def test_what_was_deleted_is_made_again(split: Split, written: tuple[Path, str], tmp_path: Path) -> None:
-    """The mend that the messages name."""
+def test_a_deleted_array_is_written_again(split: Split, written: tuple[Path, str], tmp_path: Path) -> None:
+    """The remedy that the messages name."""
     directory, mark = tmp_path / "copy", written[1]
     shutil.copytree(written[0], directory)
     shutil.rmtree(directory / mark / "train" / "layer_1_all")
-    load_or_compute_residuals(directory, MODEL, PARAMS, CONFIG, split, "train", [1, 2], "all", BYTES["all"])
+    load(directory, TRAINED, split, "train", [1, 2], "all", BYTES["all"])
     assert files(directory) == files(written[0])
 
 
-# ---- what is of something else is refused
+# ---- arrays of another model, split, layer or tokens are refused
 
 
 @pytest.mark.parametrize(
-    ("asked", "parts"),
+    ("arguments", "parts"),
     [
         (("f" * 16, "train", 1, "all"), ["f" * 16, "no complete cache"]),
         ((None, "test", 1, "all"), ["test", "no complete cache"]),
@@ -430,21 +447,21 @@ def test_what_was_deleted_is_made_again(split: Split, written: tuple[Path, str],
         ((None, "train", 1, "cls"), ["layer_1_cls", "no complete cache", "train/layer_2_all; write it first"]),
     ],
 )
-def test_it_is_not_there(written: tuple[Path, str], asked: tuple[Any, ...], parts: list[str]) -> None:
-    mark, *rest = asked
+def test_an_array_that_does_not_exist(written: tuple[Path, str], arguments: tuple[Any, ...], parts: list[str]) -> None:
+    mark, *names = arguments
     with pytest.raises(HeadSteerError) as error:
-        open_cache(written[0], mark or written[1], *rest)
+        open_cache(written[0], mark or written[1], *names)
     one_line(error, *parts)
 
 
-def test_nothing_is_there(tmp_path: Path) -> None:
+def test_an_empty_cache(tmp_path: Path) -> None:
     with pytest.raises(HeadSteerError) as error:
         open_cache(tmp_path / "none", "f" * 16, "train", 1, "all")
     one_line(error, str(tmp_path / "none"), "only of none")
 
 
 @pytest.mark.parametrize(
-    ("asked", "parts"),
+    ("arguments", "parts"),
     [
         (("f" * 16, "train", 1, "all"), ["another fingerprint", "not 'ffffffffffffffff'"]),
         ((None, "test", 1, "all"), ["another split", "'train', not 'test'"]),
@@ -453,9 +470,9 @@ def test_nothing_is_there(tmp_path: Path) -> None:
     ],
 )
 def test_a_directory_that_was_renamed(
-    written: tuple[Path, str], tmp_path: Path, asked: tuple[Any, ...], parts: list[str]
+    written: tuple[Path, str], tmp_path: Path, arguments: tuple[Any, ...], parts: list[str]
 ) -> None:
-    mark, name, layer, tokens = asked[0] or written[1], *asked[1:]
+    mark, name, layer, tokens = arguments[0] or written[1], *arguments[1:]
     target = tmp_path / mark / name / f"layer_{layer}_{tokens}"
     shutil.copytree(written[0] / written[1] / "train" / "layer_1_all", target)
     with pytest.raises(HeadSteerError) as error:
@@ -463,14 +480,14 @@ def test_a_directory_that_was_renamed(
     one_line(error, str(target), "delete it", *parts)
 
 
-def test_a_begun_cache_of_another_layout(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = (tmp_path, MODEL, PARAMS, CONFIG, split, "train", [1], "cls")
+def test_an_interrupted_cache_of_another_layout(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (tmp_path, TRAINED, split, "train", [1], "cls")
     with monkeypatch.context() as patch:
-        counted_passes(patch, 1)
+        count_calls(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            load_or_compute_residuals(*given, BYTES["cls"])
+            load(*arguments, BYTES["cls"])
     with pytest.raises(HeadSteerError) as error:
-        load_or_compute_residuals(*given)
+        load(*arguments)
     one_line(error, str(tmp_path), "chunk_shape", "delete it")
 
 
@@ -482,7 +499,7 @@ def changed(config: Config, section: str, **fields: Any) -> Config:
 
 
 def with_bit(params: Any, seed: int) -> Any:
-    """One bit of one parameter flipped."""
+    """Flip one bit of one parameter."""
     leaves, tree = jax.tree.flatten(params)
     leaves, rng = [np.array(leaf) for leaf in leaves], np.random.default_rng(seed)
     raw = rng.choice(np.array(leaves, dtype=object)).reshape(-1).view(np.uint8)
@@ -494,20 +511,20 @@ def with_bit(params: Any, seed: int) -> Any:
 def test_any_bit_of_the_model_counts(split: Split, seed: int) -> None:
     other = with_bit(PARAMS, seed)
     assert fingerprint_params(other) != fingerprint_params(PARAMS)
-    assert fingerprint_residuals(CONFIG, other, split) != fingerprint_residuals(CONFIG, PARAMS, split)
+    assert fingerprint_residuals(TRAINED._replace(params=other), split) != fingerprint_residuals(TRAINED, split)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_any_image_and_label_counts(split: Split, seed: int) -> None:
-    rng, own = np.random.default_rng(seed), fingerprint_residuals(CONFIG, PARAMS, split)
+    rng, original = np.random.default_rng(seed), fingerprint_residuals(TRAINED, split)
     images, labels = np.array(split.images), split.labels.copy()
     images.reshape(-1)[rng.integers(images.size)] ^= 1
-    assert fingerprint_residuals(CONFIG, PARAMS, replace(split, images=images)) != own
+    assert fingerprint_residuals(TRAINED, replace(split, images=images)) != original
     labels[rng.integers(len(labels))] += 1
-    assert fingerprint_residuals(CONFIG, PARAMS, replace(split, labels=labels)) != own
+    assert fingerprint_residuals(TRAINED, replace(split, labels=labels)) != original
     order = np.r_[1, 0, 2 : len(labels)]
-    assert fingerprint_residuals(CONFIG, PARAMS, Split(split.images[order], split.labels[order])) != own
-    assert fingerprint_residuals(CONFIG, PARAMS, Split(split.images[:-1], split.labels[:-1])) != own
+    assert fingerprint_residuals(TRAINED, Split(split.images[order], split.labels[order])) != original
+    assert fingerprint_residuals(TRAINED, Split(split.images[:-1], split.labels[:-1])) != original
 
 
 @pytest.mark.parametrize(
@@ -524,10 +541,9 @@ def test_any_image_and_label_counts(split: Split, seed: int) -> None:
         ("model", {"layer_norm_epsilon": 1e-5}),
     ],
 )
-def test_what_changes_the_forward_pass_counts(split: Split, section: str, fields: dict[str, Any]) -> None:
-    assert fingerprint_residuals(changed(CONFIG, section, **fields), PARAMS, split) != fingerprint_residuals(
-        CONFIG, PARAMS, split
-    )
+def test_settings_of_the_forward_pass_count(split: Split, section: str, fields: dict[str, Any]) -> None:
+    other = trained_model(changed(CONFIG, section, **fields), PARAMS)
+    assert fingerprint_residuals(other, split) != fingerprint_residuals(TRAINED, split)
 
 
 @pytest.mark.parametrize(
@@ -540,19 +556,16 @@ def test_what_changes_the_forward_pass_counts(split: Split, section: str, fields
         ("sae", {"k": 3}),
     ],
 )
-def test_what_does_not_does_not(split: Split, section: str, fields: dict[str, Any]) -> None:
-    assert fingerprint_residuals(changed(CONFIG, section, **fields), PARAMS, split) == fingerprint_residuals(
-        CONFIG, PARAMS, split
-    )
-    assert fingerprint_residuals(CONFIG, jax.tree.map(np.asarray, PARAMS), split) == fingerprint_residuals(
-        CONFIG, PARAMS, split
-    )
+def test_other_settings_do_not_count(split: Split, section: str, fields: dict[str, Any]) -> None:
+    original = fingerprint_residuals(TRAINED, split)
+    assert fingerprint_residuals(trained_model(changed(CONFIG, section, **fields), PARAMS), split) == original
+    assert fingerprint_residuals(TRAINED._replace(params=jax.tree.map(np.asarray, PARAMS)), split) == original
 
 
-def test_a_stale_cache_is_never_read(split: Split, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_or_compute_residuals(tmp_path, MODEL, PARAMS, CONFIG, split, "train", [1], "cls")
-    load_or_compute_residuals(tmp_path, MODEL, PARAMS, CONFIG, split, "test", [1], "cls")
-    capsys.readouterr()
+def test_a_stale_cache_is_never_read(split: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "headsteer_jax")
+    load(tmp_path, TRAINED, split, "train", [1], "cls")
+    load(tmp_path, TRAINED, split, "test", [1], "cls")
     other = with_bit(PARAMS, 1)
     images = np.array(split.images)
     images[0] ^= 255
@@ -561,14 +574,13 @@ def test_a_stale_cache_is_never_read(split: Split, tmp_path: Path, capsys: pytes
         (PARAMS, changed(CONFIG, "data", mean=(0.5,)), split),
         (PARAMS, CONFIG, replace(split, images=images)),
     ):
-        stored = load_or_compute_residuals(
-            tmp_path, build_model(config, CLASSES), params, config, data, "train", [1], "cls"
-        )[1]
+        caplog.clear()
+        stored = load(tmp_path, trained_model(config, params), data, "train", [1], "cls")[1]
         np.testing.assert_allclose(whole(stored), expected(config, params, data, 1, "cls"), atol=1e-5)
-        said = [line for line in capsys.readouterr().err.splitlines() if "another model" in line]
-        assert len(said) == 1
-        assert str(tmp_path / fingerprint_residuals(CONFIG, PARAMS, split)) in said[0]
-        assert "delete" in said[0]
+        lines = [line for line in caplog.messages if "another model" in line]
+        assert len(lines) == 1
+        assert str(tmp_path / fingerprint_residuals(TRAINED, split)) in lines[0]
+        assert "delete" in lines[0]
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -581,39 +593,41 @@ def write_images(root: Path) -> Path:
 
 
 def test_files_that_are_decoded_as_they_are_read(tmp_path: Path) -> None:
-    """Their names, sizes and times, the images' places, and some images themselves."""
+    """The fingerprint covers names, sizes and times, the images' places, and some of the images."""
     root = write_images(tmp_path / "images")
     data = DataConfig(source="folder", path=str(root), image_size=8)
     config = CONFIG.model_copy(update={"data": data})
     path = root / "train" / "a" / "3.png"
-    about, content = path.stat(), path.read_bytes()
+    stat, content = path.stat(), path.read_bytes()
 
-    def now(places: Any = range(20)) -> str:
-        train = _read_folder(data)[0]
+    def fingerprint(places: Any = range(20)) -> str:
+        train = read_folder(data)[0]
         assert isinstance(train.images, LazyImages)
-        return fingerprint_residuals(config, PARAMS, Split(train.images[np.array(places)], np.zeros(20, np.int32)))
+        return fingerprint_residuals(
+            trained_model(config, PARAMS), Split(train.images[np.array(places)], np.zeros(20, np.int32))
+        )
 
-    def touched(time: int) -> str:
+    def fingerprint_after_touch(time: int) -> str:
         os.utime(path, ns=(time, time))
-        return now()
+        return fingerprint()
 
-    own = now()
-    assert touched(about.st_mtime_ns) == own
-    assert now([*range(19), 20]) != own
-    assert touched(about.st_mtime_ns + 60 * 10**9) != own
+    original = fingerprint()
+    assert fingerprint_after_touch(stat.st_mtime_ns) == original
+    assert fingerprint([*range(19), 20]) != original
+    assert fingerprint_after_touch(stat.st_mtime_ns + 60 * 10**9) != original
     path.write_bytes(content + b"x")
-    assert touched(about.st_mtime_ns) != own  # its size
+    assert fingerprint_after_touch(stat.st_mtime_ns) != original  # its size
     path.write_bytes(content)
-    assert touched(about.st_mtime_ns) == own
+    assert fingerprint_after_touch(stat.st_mtime_ns) == original
     path.rename(path.with_name("3b.png"))
-    assert now() != own
+    assert fingerprint() != original
     path.with_name("3b.png").rename(path)
-    for path in (root / "train").rglob("*.png"):  # an uncompressed format: neither its size nor its time tells
-        about = path.stat()
+    for path in (root / "train").rglob("*.png"):  # an uncompressed format: neither size nor time changes
+        stat = path.stat()
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path, "bmp")
-        assert len(path.read_bytes()) == about.st_size
-        os.utime(path, ns=(about.st_mtime_ns, about.st_mtime_ns))
-    assert now() != own
+        assert len(path.read_bytes()) == stat.st_size
+        os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert fingerprint() != original
 
 
 # ---- a full disk, a bucket
@@ -631,31 +645,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(split: Split, tmp_path: Path, small_disk: Path) -> None:
-    given = (MODEL, PARAMS, CONFIG, split, "train", [1, 2], "all", BYTES["all"])
+    arguments = (TRAINED, split, "train", [1, 2], "all", BYTES["all"])
     (small_disk / "ballast").write_bytes(bytes(180 * 1024))
     with pytest.raises(HeadSteerError) as error:
-        load_or_compute_residuals(small_disk, *given)
+        load(small_disk, *arguments)
     one_line(error, str(small_disk), "the disk is full", "free some space")
     assert not list(small_disk.rglob("meta.json"))
-    there = shards(small_disk)
-    assert there
-    load_or_compute_residuals(tmp_path / "whole", *given)
-    for path in there:  # what was written is whole
+    partial = shards(small_disk)
+    assert partial
+    load(tmp_path / "whole", *arguments)
+    for path in partial:  # every shard on the disk is complete
         assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(small_disk)).read_bytes()
     (small_disk / "ballast").unlink()
-    load_or_compute_residuals(small_disk, *given)
+    load(small_disk, *arguments)
     assert files(small_disk) == files(tmp_path / "whole")
 
 
-def test_a_place_that_cannot_be_written(split: Split, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written(split: Split, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HeadSteerError) as error:
-        load_or_compute_residuals(tmp_path / "file", MODEL, PARAMS, CONFIG, split, "train", [1], "cls")
+        load(tmp_path / "file", TRAINED, split, "train", [1], "cls")
     one_line(error, str(tmp_path / "file"))
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """As much of Google's storage as TensorStore asks for; buckets named gone-... do not answer."""
+    """The part of Google's storage that TensorStore needs; buckets named gone-... do not answer."""
 
     protocol_version = "HTTP/1.1"
     objects: dict[str, bytes]
@@ -671,14 +685,14 @@ class Bucket(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def asked(self) -> tuple[str, str, dict[str, str]]:
-        """Bucket, object, query."""
+    def request_parts(self) -> tuple[str, str, dict[str, str]]:
+        """Parse the URL into bucket, object and query."""
         url = urlsplit(self.path)
         bucket, _, name = url.path.partition("/b/")[2].partition("/o")
         return bucket, unquote(name.removeprefix("/")), {key: values[0] for key, values in parse_qs(url.query).items()}
 
     def do_GET(self) -> None:
-        bucket, name, query = self.asked()
+        bucket, name, query = self.request_parts()
         if bucket.startswith("gone"):
             self.close_connection = True
             return
@@ -698,18 +712,18 @@ class Bucket(BaseHTTPRequestHandler):
         first, last = self.headers["Range"].removeprefix("bytes=").split("-")
         begin = int(first) if first else max(0, len(content) - int(last))
         end = min(int(last) + 1, len(content)) if first and last else len(content)
-        where = f"bytes {begin}-{end - 1}/{len(content)}"
-        return self.reply(206, content[begin:end], x_goog_generation="1", Content_Range=where)
+        content_range = f"bytes {begin}-{end - 1}/{len(content)}"
+        return self.reply(206, content[begin:end], x_goog_generation="1", Content_Range=content_range)
 
     def do_POST(self) -> None:
-        bucket, _, query = self.asked()
+        bucket, _, query = self.request_parts()
         self.objects[f"{bucket}/{query['name']}"] = self.rfile.read(int(self.headers["Content-Length"]))
         self.reply(200, json.dumps({"name": query["name"], "generation": "1"}).encode())
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[dict[str, bytes]]:
-    """What a server in Google's place holds: TensorStore's own gs:// driver talks to it."""
+    """The objects of a server in Google's place, to which TensorStore's own gs:// driver talks."""
     Bucket.objects = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -722,13 +736,13 @@ def bucket() -> Iterator[dict[str, bytes]]:
 @pytest.mark.parametrize("as_path", [False, True])
 def test_a_bucket(split: Split, tmp_path: Path, bucket: dict[str, bytes], as_path: bool) -> None:
     bucket.clear()
-    given = (MODEL, PARAMS, CONFIG, split, "train", [1, 2], "all", BYTES["all"])
+    arguments = (TRAINED, split, "train", [1, 2], "all", BYTES["all"])
     url: Any = Path("gs://shelf/some where/x") if as_path else "gs://shelf/some where/x/"
-    found = load_or_compute_residuals(url, *given)
-    load_or_compute_residuals(tmp_path, *given)
+    by_layer = load(url, *arguments)
+    load(tmp_path, *arguments)
     assert {key.removeprefix("shelf/some where/x/"): value for key, value in bucket.items()} == files(tmp_path)
-    np.testing.assert_array_equal(found[2].images(np.array([70, 3])), whole(found[2])[[70, 3]])
-    mark = fingerprint_residuals(CONFIG, PARAMS, split)
+    np.testing.assert_array_equal(by_layer[2].images(np.array([70, 3])), whole(by_layer[2])[[70, 3]])
+    mark = fingerprint_residuals(TRAINED, split)
     key = f"shelf/some where/x/{mark}/train/layer_2_all/c/3/0/0"
     bucket[key] = bucket[key][:-1] + b"~"
     with pytest.raises(HeadSteerError) as error:
@@ -744,7 +758,7 @@ def test_a_bucket_that_does_not_answer(split: Split, bucket: dict[str, bytes], m
     monkeypatch.setitem(cache.RETRIES, "max_retries", 1)
     for attempt in (
         lambda: open_cache("gs://gone-away/x", "f" * 16, "train", 1, "all"),
-        lambda: load_or_compute_residuals("gs://gone-away/x", MODEL, PARAMS, CONFIG, split, "train", [1], "cls"),
+        lambda: load("gs://gone-away/x", TRAINED, split, "train", [1], "cls"),
     ):
         with pytest.raises(HeadSteerError) as error:
             attempt()

@@ -1,4 +1,4 @@
-"""Sparse codes against dense products in float64, and against the XLA functions that they stand for."""
+"""Sparse codes against dense products in float64, and against the XLA functions that they replace."""
 
 import os
 import subprocess
@@ -36,12 +36,12 @@ def dense(values: np.ndarray, latents: np.ndarray, F: int) -> np.ndarray:
 @given(st.integers(0, 10**6), st.integers(1, 70), st.integers(1, 600), st.integers(1, 40), st.data())
 @settings(max_examples=60, deadline=None)
 def test_encode_is_top_k_with_ties_and_odd_shapes(seed: int, B: int, F: int, D: int, data: st.DataObject) -> None:
-    most = data.draw(st.integers(1, F))
-    k = data.draw(st.integers(0, most))
+    max_k = data.draw(st.integers(1, F))
+    k = data.draw(st.integers(0, max_k))
     u, W, bias = drawn(seed, B, F, D)
-    values, latents = jax.jit(sparse.encode_top_k, static_argnums=4)(u, W, bias, jnp.int32(k), most)
+    values, latents = jax.jit(sparse.encode_top_k, static_argnums=4)(u, W, bias, jnp.int32(k), max_k)
     a = np.maximum(u.astype(np.float64) @ W.T + bias, 0)
-    order = np.argsort(-a, axis=1, kind="stable")[:, :most]  # of equals the first, as lax.top_k has it
+    order = np.argsort(-a, axis=1, kind="stable")[:, :max_k]  # of equal values the first, as in lax.top_k
     best = np.take_along_axis(a, order, axis=1)
     best[:, k:] = 0
     np.testing.assert_array_equal(values, best)  # these halves are exact in float32
@@ -52,13 +52,13 @@ def test_encode_is_top_k_with_ties_and_odd_shapes(seed: int, B: int, F: int, D: 
 @given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 80), st.integers(1, 33), st.integers(1, 12))
 @settings(max_examples=40, deadline=None)
 def test_products_and_gradients_are_those_of_dense_latents(seed: int, B: int, F: int, D: int, k: int) -> None:
-    most = min(k, F)
+    max_k = min(k, F)
     rng = np.random.default_rng(seed)
     u, W, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((B, D), (F, D), (F,)))
     V, target = (rng.standard_normal(shape).astype(np.float32) for shape in ((F, D), (B, D)))
 
     def error(u, W, bias, V):  # type: ignore[no-untyped-def]
-        z, latents = sparse.encode_top_k(u, W, bias, jnp.int32(most), most)
+        z, latents = sparse.encode_top_k(u, W, bias, jnp.int32(max_k), max_k)
         return jnp.sum((sparse.sum_weighted_rows(z, latents, V) - target) ** 2), (z, latents)
 
     (value, (z, latents)), grads = jax.jit(jax.value_and_grad(error, argnums=(0, 1, 2, 3), has_aux=True))(u, W, bias, V)
@@ -68,8 +68,8 @@ def test_products_and_gradients_are_those_of_dense_latents(seed: int, B: int, F:
     g = 2 * e @ V.T.astype(np.float64) * (z_BF > 0)
     expected = (g @ W, g.T @ u, g.sum(axis=0), 2 * z_BF.T @ e)
     np.testing.assert_allclose(value, np.sum(e**2), rtol=1e-5)
-    for found, wanted in zip(grads, expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=2e-6 * (1 + np.abs(wanted).max()) * np.sqrt(B * D), rtol=1e-5)
+    for actual, desired in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(actual, desired, atol=2e-6 * (1 + np.abs(desired).max()) * np.sqrt(B * D), rtol=1e-5)
     np.testing.assert_array_equal(sparse.count_firings(z, latents, F), (z_BF > 0).sum(axis=0))
 
 
@@ -80,7 +80,7 @@ def test_vmap_is_one_member_after_another() -> None:
     u, bias = (np.round(rng.standard_normal(shape) * 4).astype(np.float32) for shape in ((33, 16), (3, 200)))
     k = jnp.array([1, 5, 7], jnp.int32)
 
-    def both(W, bias, k):  # type: ignore[no-untyped-def]
+    def compute(W, bias, k):  # type: ignore[no-untyped-def]
         z, latents = sparse.encode_top_k(u, W, bias, k, 7)
         return (
             z,
@@ -89,15 +89,15 @@ def test_vmap_is_one_member_after_another() -> None:
             sparse.sum_outer_products(z, latents, jnp.asarray(u), 200),
         )
 
-    together = jax.jit(jax.vmap(both))(W, bias, k)
+    together = jax.jit(jax.vmap(compute))(W, bias, k)
     for member in range(3):
-        alone = jax.jit(both)(W[member], bias[member], k[member])
-        for one, all_ in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-            np.testing.assert_array_equal(one, all_[member])
+        alone = jax.jit(compute)(W[member], bias[member], k[member])
+        for array, arrays in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_array_equal(array, arrays[member])
 
 
 @needs_compiler
-def test_same_bits_whatever_the_threads(tmp_path: Path) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     program = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from headsteer_jax.sae import sparse
@@ -108,7 +108,7 @@ z, latents = jax.lax.top_k(jnp.asarray(rng.random((300, 700)), jnp.float32), 9)
 np.savez(sys.argv[1], s=sparse.sum_weighted_rows(z, latents, W), o=sparse.sum_outer_products(z, latents, u, 700)[0],
          d=jax.grad(lambda z: (sparse.sum_weighted_rows(z, latents, W) * u).sum())(z))
 """
-    found = []
+    results = []
     for cores in ("0", "0,1"):
         if len(os.sched_getaffinity(0)) < 2:
             pytest.skip("needs two cores")
@@ -118,15 +118,21 @@ np.savez(sys.argv[1], s=sparse.sum_weighted_rows(z, latents, W), o=sparse.sum_ou
             env=environment(),
         )  # fmt: skip
         with np.load(path) as arrays:
-            found.append(dict(arrays))
-    for name, values in found[0].items():
-        np.testing.assert_array_equal(values, found[1][name])
+            results.append(dict(arrays))
+    for name, values in results[0].items():
+        np.testing.assert_array_equal(values, results[1][name])
 
 
 @pytest.mark.parametrize(("compiler", "says"), [("/bin/false", "did not compile"), ("/no/such/c++", "did not compile")])
 def test_without_a_compiler_one_line_and_dense_products(tmp_path: Path, compiler: str, says: str) -> None:
+    program = """
+from headsteer_jax.runtime.progress import show_log
+from headsteer_jax.sae import sparse
+show_log()
+print(sparse.is_available())
+"""
     result = subprocess.run(
-        [sys.executable, "-c", "from headsteer_jax.sae import sparse; print(sparse.is_available())"], cwd=ROOT,
+        [sys.executable, "-c", program], cwd=ROOT,
         env=environment(CXX=compiler, XDG_CACHE_HOME=str(tmp_path)), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert result.stdout.strip() == "False"
