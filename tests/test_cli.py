@@ -375,7 +375,7 @@ def test_config_shows_explains_and_checks(tmp_path):
     lines = succeeded(headsteer("config", "--config.sae.k=7")).stdout.splitlines()
     assert "sae.k = 7" in lines
     assert 'data.source = "double_digits"' in lines
-    assert "Share of heads to keep." in succeeded(headsteer("config", "--explain=gate.target")).stdout
+    assert "The share of heads that the usage loss aims at." in succeeded(headsteer("config", "--explain=gate.target")).stdout
     assert succeeded(headsteer("config", "--check")).stdout == "double_digits: right\n"
     page = tmp_path / "new" / "fields.md"
     assert succeeded(headsteer("config", f"--reference={page}")).stdout == f"{page}\n"
