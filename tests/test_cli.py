@@ -323,7 +323,8 @@ def test_mistakes_in_a_run(arguments, texts, tmp_path):
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    refused(headsteer("run", f"--workdir={tmp_path / 'file' / 'w'}"), str(tmp_path / "file"), "--workdir")
+    for workdir in (tmp_path / "file" / "w", tmp_path / "file"):
+        refused(headsteer("run", f"--workdir={workdir}"), str(tmp_path / "file"), "--workdir")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,8 @@ def test_config_shows_explains_and_checks(tmp_path):
     lines = succeeded(headsteer("config", "--config.sae.k=7")).stdout.splitlines()
     assert "sae.k = 7" in lines
     assert 'data.source = "double_digits"' in lines
-    assert "The share of heads that the usage loss aims at." in succeeded(headsteer("config", "--explain=gate.target")).stdout
+    explanation = succeeded(headsteer("config", "--explain=gate.target")).stdout
+    assert "The share of heads that the usage loss aims at." in explanation
     assert succeeded(headsteer("config", "--check")).stdout == "double_digits: right\n"
     page = tmp_path / "new" / "fields.md"
     assert succeeded(headsteer("config", f"--reference={page}")).stdout == f"{page}\n"
@@ -518,7 +520,9 @@ def test_pages_need_a_finished_report_of_this_version(finished, tmp_path):
     workdir = finished.copy(tmp_path, "activations", "figures")
     record = workdir / "report" / "done.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"format": 1}))
-    refused(headsteer("page", workdir), "of format 1, made by another version of HeadSteer", "headsteer run")
+    refused(
+        headsteer("page", workdir), "another version of HeadSteer made it", "its record has format 1", "headsteer run"
+    )
     record.unlink()
     refused(headsteer("page", workdir), "headsteer page needs the stage report", "--stages=report")
 
