@@ -1,4 +1,4 @@
-"""`python run.py ...` in a clone does what `headsteer run ...` does."""
+"""The script `python run.py ...`, which does in a clone what `headsteer run ...` does."""
 
 import sys
 

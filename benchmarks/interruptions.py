@@ -1,4 +1,4 @@
-"""What a run survives: killed, terminated, its checkpoints damaged, its disk full - and still the same numbers.
+"""Tests that a run survives being killed, terminated, damaged checkpoints and a full disk, with the same numbers.
 
     python benchmarks/interruptions.py reference --workdir=DIR
     python benchmarks/interruptions.py kill      --workdir=DIR [--times=50]
@@ -6,17 +6,17 @@
     python benchmarks/interruptions.py damage    --workdir=DIR [--times=100] [--direct]
     python benchmarks/interruptions.py full      --workdir=DIR [--times=3] [--stages=train,sae,...]
 
-Each drives run.py on a tiny config and compares what it leaves with an uninterrupted run's: every parameter and
-optimizer state, the autoencoders, the sweep, the summary, bit for bit. `reference` makes that run, twice: first to
-compile, then to be timed; unless both agree there is nothing to compare with. The others make it where it is missing.
+Each command drives `headsteer run` on a tiny config and compares the result with an uninterrupted run's, bit for bit:
+every parameter and optimizer state, the autoencoders, the sweep and the summary. `reference` makes that run
+twice, first to compile and then to be timed, and checks that both agree. The other commands make it if there is none.
 
-`kill` and `terminate` interrupt a run again and again, at random moments or as a file is being written, until it has
-finished; `damage` changes a bit of a checkpoint or cuts a file of it short, through run.py or, with --direct, by
-restoring in this process; `full` (Linux, as root) runs a stage on a small disk and then enlarges it.
+`kill` and `terminate` interrupt a run again and again, at random moments or while a file is written, until it has
+finished. `damage` changes a bit of a checkpoint or cuts a file of it short, and then runs the command or (--direct)
+restores in this process. `full` (Linux, as root) runs a stage on a small disk, which it then enlarges.
 
-DIR/trials.jsonl has a line for each trial: what is there is not tried again, so that a new version of the program
-needs a new DIR. A trial that fails keeps its directory in DIR/trials. The last line printed is one JSON object with
-the figures; the exit code is 1 where a trial failed.
+DIR/trials.jsonl has a line for each trial. A trial that has its line is not repeated, so a new version of the program
+needs a new DIR. A trial that fails keeps its directory in DIR/trials. The last line printed is one JSON object with the
+figures. The exit code is 1 if a trial failed.
 """
 
 import argparse
@@ -54,20 +54,20 @@ from headsteer_jax.train.step import State, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("train", "sae", "grid", "steer", "layers", "report")
-PRODUCTS = {  # of a stage, beside its own directory
+PRODUCTS = {  # what a stage writes outside its own directory
     "sae": ("activations",),
     "grid": ("activations",),
     "steer": ("sweep.nc",),
     "layers": ("activations",),
     "report": ("summary.json", "report.html", "latents.html", "figures"),
 }
-DAMAGED = {"train": "train/dense_control/last", "sae": "sae/checkpoints"}  # by stage
+DAMAGED = {"train": "train/dense_control/last", "sae": "sae/checkpoints"}  # a stage's checkpoints
 RESUME = 75  # exit code of a run that saved what it had and asks for the same command again
 PATIENCE = 60.0  # seconds that a terminated run may take to end
 LONGEST = 900.0  # seconds that any run may take
 STARTING = 10.0  # seconds within which SIGTERM may end Python itself, before the program could hear it
-SHOWN = 12  # of what differs: one bit reaches every parameter within a step
-TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp|^\.[^.].*\.\w+$|\.__lock$")  # orbax's, ours, TensorStore's
+SHOWN = 12  # differences that are listed: one bit reaches every parameter within a step
+TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp|^\.[^.].*\.\w+$|\.__lock$")  # of orbax, of this package, of TensorStore
 CONFIG = '''"""A run of about a minute that saves often."""
 
 from headsteer_jax.config import (
@@ -93,16 +93,16 @@ def get_config():
     )
 '''
 
-# ---- what a run left
+# ---- the results of a run
 
 
 def steps_in(directory: Path) -> list[int]:
-    """The steps of the finished checkpoints in a directory, in order."""
+    """List the steps of the finished checkpoints in a directory, in order."""
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.exists() else []
 
 
-def mark(value: Any) -> str:
-    """A short hash of an array with its type and shape, or of anything that is JSON."""
+def hash_value(value: Any) -> str:
+    """Hash an array with its type and shape, or anything that is JSON."""
     if isinstance(value, (np.ndarray, jax.Array)):
         array = np.asarray(value)
         content = repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
@@ -117,8 +117,8 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path), leaf
 
 
-def of_checkpoint(directory: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """The newest checkpoint's step, arrays and JSON object, read by orbax without this package."""
+def checkpoint_contents(directory: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the newest checkpoint's step, arrays and JSON object, read by orbax without this package."""
     steps = steps_in(directory)
     yield f"{name}: step", steps[-1:]
     if steps:
@@ -131,11 +131,11 @@ def of_checkpoint(directory: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def contents(workdir: Path, stages: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Everything of these stages that must not depend on interruptions, by name."""
+    """Yield every result of these stages that must not depend on interruptions, by name."""
     if "train" in stages:
         for phase in PHASES:
             for kind in ("last", "best"):
-                yield from of_checkpoint(workdir / "train" / phase / kind, f"train/{phase}/{kind}")
+                yield from checkpoint_contents(workdir / "train" / phase / kind, f"train/{phase}/{kind}")
         rows: dict[str, list[Any]] = {}
         for row in read_log(workdir / "train" / "metrics.jsonl"):
             rows.setdefault(f"train/metrics.jsonl: {row['phase']} {row['step']}", []).append(row)
@@ -158,37 +158,38 @@ def contents(workdir: Path, stages: Iterable[str]) -> Iterator[tuple[str, Any]]:
         for name, value in json.loads((workdir / "summary.json").read_text()).items():
             if name not in ("seconds", "peak_memory_bytes"):
                 yield f"summary.json: {name}", value
-        for name in ("report.html", "latents.html"):  # which tell of time and place: only that they are whole
+        for name in ("report.html", "latents.html"):  # they hold times and paths: only check that they are complete
             yield name, (workdir / name).read_text().rstrip().endswith("</html>")
 
 
 def digest(workdir: Path, stages: Iterable[str] = STAGES) -> dict[str, str]:
-    """Name -> hash of everything that must be the same, so that a difference names its culprit."""
-    return {name: mark(value) for name, value in contents(workdir, tuple(stages))}
+    """Hash everything that must be the same, by name, so that a difference names its culprit."""
+    return {name: hash_value(value) for name, value in contents(workdir, tuple(stages))}
 
 
 def difference(workdir: Path, reference: dict[str, str], stages: Iterable[str] = STAGES) -> list[str]:
-    """What differs from the reference in these stages; each thing a line."""
+    """Describe what differs from the reference in these stages, one line for each difference."""
     stages = tuple(stages)
     prefixes = [f"{stage}/" for stage in stages]
     prefixes += ["sweep.nc"] if "steer" in stages else []
     prefixes += ["summary.json", "report.html", "latents.html"] if "report" in stages else []
-    want = {name: value for name, value in reference.items() if name.startswith(tuple(prefixes))}
+    expected = {name: value for name, value in reference.items() if name.startswith(tuple(prefixes))}
     try:
-        have = digest(workdir, stages)
+        actual = digest(workdir, stages)
     except Exception as error:  # whatever is missing or unreadable is the finding
         return [f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
-    lines = [f"differs: {name}" for name in sorted(want.keys() | have.keys()) if want.get(name) != have.get(name)]
+    lines = [f"differs: {name}" for name in sorted(expected.keys() | actual.keys())
+             if expected.get(name) != actual.get(name)]  # fmt: skip
     return lines[:SHOWN] + [f"and {len(lines) - SHOWN} more differ"] * (len(lines) > SHOWN)
 
 
 def temporaries(workdir: Path) -> set[str]:
-    """Half-written files and directories, wherever they are."""
+    """Find half-written files and directories anywhere in a workdir."""
     return {str(path.relative_to(workdir)) for path in workdir.rglob("*") if TEMPORARY.search(path.name)}
 
 
 def stage_of(workdir: Path) -> str:
-    """The stage that was started and is not done; else `between`."""
+    """Name the stage that was started and is not done; else `between`."""
     started = [stage for stage in STAGES if (workdir / stage / "started.json").exists()]
     if not started:
         return "before the first"
@@ -199,7 +200,7 @@ def stage_of(workdir: Path) -> str:
 
 
 class Campaign:
-    """A directory: the config, the reference, the programs compiled so far, the log of trials."""
+    """A directory with the config, the reference run, the programs compiled so far and the log of trials."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.directory, self.seed = directory.resolve(), seed
@@ -211,8 +212,8 @@ class Campaign:
         self.reference: dict[str, str] = {}
         self.seconds = 0.0
 
-    def of(self, what: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["what"] == what]
+    def trials(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["what"] == kind]
 
     def add(self, **row: Any) -> None:
         """Log a trial and print it."""
@@ -229,7 +230,7 @@ class Campaign:
         """
         file, workdir = self.directory / "reference.json", self.directory / "reference"
         if not file.exists():
-            found = []
+            digests = []
             for _ in range(2):
                 shutil.rmtree(workdir, ignore_errors=True)
                 begin = time.monotonic()
@@ -238,21 +239,21 @@ class Campaign:
                 seconds = time.monotonic() - begin
                 if code != 0 or run.untidy():
                     raise SystemExit(f"the reference failed: exit code {code}; see {run.stderr_file}")
-                found.append(digest(workdir))
-            if found[0] != found[1]:
-                raise SystemExit(f"two uninterrupted runs differ: {difference(workdir, found[0])[:9]}")
-            file.write_text(json.dumps({"seconds": seconds, "digest": found[1]}, indent=1))
+                digests.append(digest(workdir))
+            if digests[0] != digests[1]:
+                raise SystemExit(f"two uninterrupted runs differ: {difference(workdir, digests[0])[:9]}")
+            file.write_text(json.dumps({"seconds": seconds, "digest": digests[1]}, indent=1))
         read = json.loads(file.read_text())
         self.reference, self.seconds = read["digest"], read["seconds"]
 
     @contextlib.contextmanager
-    def trial(self, what: str, number: int) -> Iterator[tuple[Path, np.random.Generator, list[str]]]:
-        """A directory, random numbers of its own and a list for what goes wrong; kept only if something does."""
-        directory = self.directory / "trials" / f"{what.replace(' ', '-')}-{number}"
-        shutil.rmtree(directory, ignore_errors=True)  # of a trial that was itself interrupted
+    def trial(self, kind: str, number: int) -> Iterator[tuple[Path, np.random.Generator, list[str]]]:
+        """Give a trial a directory, random numbers and a list of failures; the directory stays only after a failure."""
+        directory = self.directory / "trials" / f"{kind.replace(' ', '-')}-{number}"
+        shutil.rmtree(directory, ignore_errors=True)  # a trial that was itself interrupted may have left it
         directory.mkdir(parents=True)
         failures: list[str] = []
-        rng = np.random.default_rng([self.seed, *what.encode(), number])
+        rng = np.random.default_rng([self.seed, *kind.encode(), number])
         yield directory, rng, failures
         if failures:
             failures.append(f"kept in {directory}")
@@ -261,7 +262,7 @@ class Campaign:
 
 
 class Run:
-    """run.py in a process group of its own, which is gone when the `with` ends."""
+    """A run in a process group of its own, which ends with the `with` statement."""
 
     def __init__(self, campaign: Campaign, workdir: Path, stages: Iterable[str] = STAGES) -> None:
         number = len(list(workdir.parent.glob(f"{workdir.name}.*.stderr")))
@@ -285,7 +286,7 @@ class Run:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, to it and to whatever it started."""
+        """Send SIGKILL to the run and to every process that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -302,19 +303,19 @@ class Run:
         return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
     def untidy(self) -> list[str]:
-        """What no user should see."""
-        found = [word for word in ("Traceback", "Exception ignored", "Fatal Python error") if word in self.stderr]
-        return [f"{word} in {self.stderr_file.name}" for word in found]
+        """List what no user should see."""
+        words = [word for word in ("Traceback", "Exception ignored", "Fatal Python error") if word in self.stderr]
+        return [f"{word} in {self.stderr_file.name}" for word in words]
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, or None where it still runs."""
+        """Wait for the run's end: its exit code, or None if it still runs after so many seconds."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Whether it came true while the program ran; looked at every few milliseconds."""
+        """Wait until a condition holds, which is checked all the time; False if the run or the time ended first."""
         end = time.monotonic() + seconds
         while self.code is None and time.monotonic() < end:
             if condition():
@@ -323,55 +324,55 @@ class Run:
         return False
 
     def wait_for_writes(self, count: int, seconds: float) -> bool:
-        """Whether so many files or checkpoints were begun to be written; returns as the last of them is."""
+        """Wait until so many files or checkpoints were begun to be written; False if the run or time ended first."""
         directories = watched(self.workdir)
-        seen = _temporaries_now(directories)  # of an earlier run that was killed
-        count += len(seen)
+        names = _temporaries_now(directories)  # an earlier run that was killed left them
+        count += len(names)
 
         def begun() -> bool:
-            seen.update(_temporaries_now(directories))
-            return len(seen) >= count
+            names.update(_temporaries_now(directories))
+            return len(names) >= count
 
         return self.wait_until(begun, seconds)
 
     def finish(self) -> list[str]:
-        """Let it run to its end; what was wrong."""
+        """Let the run go to its end, and list what was wrong."""
         code = self.wait(LONGEST)
         if code is None:
             return [f"not done after {LONGEST:.0f} s: {self.stderr_file.name}"]
         return ([f"exit code {code}: {self.stderr_file.name}: {self._last_line()}"] if code else []) + self.untidy()
 
     def _last_line(self) -> str:
-        return (self.stderr.strip().splitlines() or ["nothing said"])[-1][:200]
+        return (self.stderr.strip().splitlines() or ["no output"])[-1][:200]
 
 
 def watched(workdir: Path) -> list[Path]:
-    """The directories that files and checkpoints are written to; few, as they are looked at all the time."""
+    """List the directories that files and checkpoints are written to; few, as they are read all the time."""
     checkpoints = [f"train/{phase}/{kind}" for phase in PHASES for kind in ("last", "best")]
     checkpoints += ["sae/checkpoints", "grid/checkpoints", "layers/1/checkpoints", "layers/2/checkpoints"]
     return [workdir, *(workdir / name for name in (*STAGES, *checkpoints))]
 
 
 def _temporaries_now(directories: list[Path]) -> set[str]:
-    found = set()
+    names = set()
     for directory in directories:
         with contextlib.suppress(OSError):  # not there yet, or just renamed
-            found |= {entry.path for entry in os.scandir(directory) if TEMPORARY.search(entry.name)}
-    return found
+            names |= {entry.path for entry in os.scandir(directory) if TEMPORARY.search(entry.name)}
+    return names
 
 
 # ---- killed and terminated
 
 
 def kill(run: Run, delay: float, failures: list[str]) -> str | None:
-    """SIGKILL; what came of it."""
+    """Send SIGKILL; returns what came of it, or None if the run had just finished."""
     run.kill()
     return "killed" if run.code == -signal.SIGKILL else None
 
 
 def terminate(run: Run, delay: float, failures: list[str]) -> str | None:
-    """SIGTERM: the run must end by itself, ask to be resumed, and say so in one line."""
-    said, begin = len(run.stderr.splitlines()), time.monotonic()
+    """Send SIGTERM: the run must end by itself, ask to be resumed, and say so in one line."""
+    printed, begin = len(run.stderr.splitlines()), time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         run.process.send_signal(signal.SIGTERM)
     code = run.wait(PATIENCE)
@@ -379,30 +380,30 @@ def terminate(run: Run, delay: float, failures: list[str]) -> str | None:
         return None  # it had just finished
     if code == -signal.SIGTERM and not run.stderr and delay < STARTING:
         return "before it could hear"
-    where = f"{run.stderr_file.name}, {stage_of(run.workdir)}"
+    place = f"{run.stderr_file.name}, {stage_of(run.workdir)}"
     if code is None:
-        failures.append(f"still there {PATIENCE:.0f} s after SIGTERM: {where}")
-        return "not heard"
+        failures.append(f"still there {PATIENCE:.0f} s after SIGTERM: {place}")
+        return "ignored"
     if code != RESUME:
-        failures.append(f"exit code {code} after SIGTERM: {where}")
-    lines = [line for line in run.stderr.splitlines()[said:] if "same command" in line]
+        failures.append(f"exit code {code} after SIGTERM: {place}")
+    lines = [line for line in run.stderr.splitlines()[printed:] if "same command" in line]
     if len(lines) != 1:
-        failures.append(f"{len(lines)} lines say how to go on: {where}")
+        failures.append(f"{len(lines)} lines say how to go on: {place}")
     return f"ended after {'more than 5' if time.monotonic() - begin > 5 else 'at most 5'} s"
 
 
-def chain(campaign: Campaign, what: str, number: int, most: int) -> None:
-    """One run, interrupted up to `most` times and resumed each time; the last time it may finish."""
-    interrupt = {"kill": kill, "terminate": terminate}[what]
+def chain(campaign: Campaign, kind: str, number: int, most: int) -> None:
+    """Interrupt one run up to `most` times and resume it each time; the last time it may finish."""
+    interrupt = {"kill": kill, "terminate": terminate}[kind]
     begin, interruptions = time.monotonic(), []
-    with campaign.trial(what, number) as (directory, rng, failures):
+    with campaign.trial(kind, number) as (directory, rng, failures):
         workdir = directory / "run"
         for link in range(most):
             aim = bool(rng.random() < 0.5)
             # the first falls anywhere; those after it come sooner, so that many interruptions cost few whole runs
             delay = rng.uniform(0, campaign.seconds * (1.0 if link == 0 else 0.4))
             writes, into = int(rng.integers(1, 13)), rng.uniform(0, 0.06)
-            left = temporaries(workdir)
+            left_over = temporaries(workdir)
             with Run(campaign, workdir) as run:
                 started = time.monotonic()
                 if aim and run.wait_for_writes(writes, LONGEST):
@@ -419,7 +420,7 @@ def chain(campaign: Campaign, what: str, number: int, most: int) -> None:
                     "stage": stage_of(workdir),
                     "after": round(time.monotonic() - started, 2),
                     "aimed": aim,
-                    "in_write": sorted(temporaries(workdir) - left),
+                    "in_write": sorted(temporaries(workdir) - left_over),
                     "came": came,
                 }
             )
@@ -432,29 +433,29 @@ def chain(campaign: Campaign, what: str, number: int, most: int) -> None:
             failures += difference(workdir, campaign.reference)
         litter = sorted(temporaries(workdir))
     campaign.add(
-        what=what, number=number, interruptions=interruptions, failures=failures, litter=litter,
+        what=kind, number=number, interruptions=interruptions, failures=failures, litter=litter,
         seconds=round(time.monotonic() - begin, 1),
     )  # fmt: skip
 
 
-def interrupted(campaign: Campaign, what: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Chains until there were so many interruptions."""
+def interrupted(campaign: Campaign, kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run chains until there were as many interruptions as asked for."""
 
     def all_interruptions() -> list[dict[str, Any]]:
-        every = [one for row in campaign.of(what) for one in row["interruptions"]]
-        return [one for one in every if one["came"] != "before it could hear"]
+        interruptions = [interruption for row in campaign.trials(kind) for interruption in row["interruptions"]]
+        return [interruption for interruption in interruptions if interruption["came"] != "before it could hear"]
 
-    while len(all_interruptions()) < args.times and (args.chains is None or len(campaign.of(what)) < args.chains):
+    while len(all_interruptions()) < args.times and (args.chains is None or len(campaign.trials(kind)) < args.chains):
         missing = args.times - len(all_interruptions())
-        chain(campaign, what, len(campaign.of(what)), min(args.most, missing))
-    found, rows = all_interruptions(), campaign.of(what)
+        chain(campaign, kind, len(campaign.trials(kind)), min(args.most, missing))
+    interruptions, rows = all_interruptions(), campaign.trials(kind)
     return {
-        "interruptions": len(found),
+        "interruptions": len(interruptions),
         "whole_runs": len(rows),
-        "by_stage": Counter(one["stage"] for one in found),
-        "in_a_checkpoint": sum(any("orbax" in name for name in one["in_write"]) for one in found),
-        "in_another_file": sum(any("orbax" not in name for name in one["in_write"]) for one in found),
-        "came": Counter(one["came"] for one in found),
+        "by_stage": Counter(interruption["stage"] for interruption in interruptions),
+        "in_a_checkpoint": sum(any("orbax" in name for name in row["in_write"]) for row in interruptions),
+        "in_another_file": sum(any("orbax" not in name for name in row["in_write"]) for row in interruptions),
+        "came": Counter(interruption["came"] for interruption in interruptions),
         "left_over": sum(bool(row["litter"]) for row in rows),
     }
 
@@ -463,26 +464,26 @@ def interrupted(campaign: Campaign, what: str, args: argparse.Namespace) -> dict
 
 
 def halfway(campaign: Campaign, stage: str) -> Path:
-    """A workdir whose stage was killed when it had two checkpoints; made once."""
+    """Make, once, a workdir whose stage was killed when it had two checkpoints."""
     directory = campaign.directory / "halfway" / stage
-    workdir, kept = directory / "run", directory / "made"
+    workdir, marker = directory / "run", directory / "made"
     checkpoints = workdir / DAMAGED[stage]
-    while not kept.exists():
+    while not marker.exists():
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         unfinished(campaign.directory / "reference", workdir, stage)
         shutil.rmtree(checkpoints.parent if stage == "train" else workdir / stage, ignore_errors=True)
         with Run(campaign, workdir, [stage]) as run:
-            found = run.wait_until(lambda: len(steps_in(checkpoints)) >= 2, LONGEST)
-        if not found:
+            reached = run.wait_until(lambda: len(steps_in(checkpoints)) >= 2, LONGEST)
+        if not reached:
             raise SystemExit(f"{stage} could not be stopped halfway: {run.stderr}")
         if len(steps_in(checkpoints)) == 2 and not (workdir / stage / "done.json").exists():
-            kept.write_text(f"{steps_in(checkpoints)}\n")
+            marker.write_text(f"{steps_in(checkpoints)}\n")
     return workdir
 
 
 def unfinished(reference: Path, workdir: Path, stage: str) -> None:
-    """Copy a finished workdir without what this stage and those after it made; of train, the phases stay."""
+    """Copy a finished workdir without the results of this stage and later ones; the phases of train stay."""
     shutil.copytree(reference, workdir)
     for name in STAGES[STAGES.index(stage) :]:
         for product in (name, *PRODUCTS.get(name, ())):
@@ -498,7 +499,7 @@ def unfinished(reference: Path, workdir: Path, stage: str) -> None:
 
 
 def damage_a_file(checkpoint: Path, rng: np.random.Generator) -> str:
-    """Flip a bit of one file or cut it short; half the time any file, half the time a large one. Says what it did."""
+    """Flip a bit of one file or cut it short, half the time a large one; returns a description of the damage."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = np.array([path.stat().st_size for path in files], float)
     path = files[rng.choice(len(files), p=sizes / sizes.sum() if rng.random() < 0.5 else None)]
@@ -517,14 +518,14 @@ def damage_a_file(checkpoint: Path, rng: np.random.Generator) -> str:
 
 
 def damaged_run(campaign: Campaign, number: int) -> None:
-    """Damage the newest checkpoint, then run: refused in one line, or the reference's numbers."""
+    """Damage the newest checkpoint, then run: it must be refused in one line, or give the reference's numbers."""
     begin, stage = time.monotonic(), "sae" if number % 4 == 3 else "train"
     source = halfway(campaign, stage)
     with campaign.trial("damage", number) as (directory, rng, failures):
         workdir = directory / "run"
         shutil.copytree(source, workdir)
         earlier, newest = steps_in(workdir / DAMAGED[stage])
-        what = damage_a_file(workdir / DAMAGED[stage] / str(newest), rng)
+        description = damage_a_file(workdir / DAMAGED[stage] / str(newest), rng)
         with Run(campaign, workdir, [stage]) as run:
             code = run.wait(LONGEST)
         failures += run.untidy()
@@ -542,15 +543,15 @@ def damaged_run(campaign: Campaign, number: int) -> None:
         else:
             failures.append(came)
     campaign.add(
-        what="damage", number=number, stage=stage, damage=what, came=came, failures=failures,
+        what="damage", number=number, stage=stage, damage=description, came=came, failures=failures,
         seconds=round(time.monotonic() - begin, 1),
     )  # fmt: skip
 
 
 def empty_state(campaign: Campaign) -> State:
-    """The shapes of a dense phase's state."""
+    """Make a state with the shapes of a dense phase."""
     config = load_config(str(campaign.config), {})
-    dataset = load_dataset(config.data, config.seed)
+    dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
     params = init_params(build_model(config, len(dataset.class_names)), config, config.seed)
     average = params if config.train.ema else None
     key = jax.random.key_data(jax.random.key(0))
@@ -558,18 +559,18 @@ def empty_state(campaign: Campaign) -> State:
 
 
 def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:
-    """Damage the newest checkpoint, then restore: HeadSteerError, or what was saved at the step that it says."""
+    """Damage the newest checkpoint, then restore: HeadSteerError, or what was saved at the step that it names."""
     source = halfway(campaign, "train") / DAMAGED["train"]
     like, truth = empty_state(campaign), {}
     for step in steps_in(source):
         tree, about = Checkpoints(source, 2).restore(like, step)
-        truth[step] = {name: mark(leaf) for name, leaf in named_leaves(tree)}, mark(about)
+        truth[step] = {name: hash_value(leaf) for name, leaf in named_leaves(tree)}, hash_value(about)
     earlier, newest = sorted(truth)
     for number in numbers:
         begin = time.monotonic()
         with campaign.trial("damage directly", number) as (directory, rng, failures):
             shutil.copytree(source, directory / "last")
-            what = damage_a_file(directory / "last" / str(newest), rng)
+            description = damage_a_file(directory / "last" / str(newest), rng)
             try:
                 checkpoints = Checkpoints(directory / "last", 2)
                 tree, about = checkpoints.restore(like)
@@ -585,22 +586,25 @@ def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:
                 step = about.get("step")
                 came = {newest: "restored", earlier: "restored the one before"}.get(step, f"restored step {step}")
                 leaves, true_about = truth.get(step, ({}, ""))
-                failures += [f"differs: {name}" for name, leaf in named_leaves(tree) if mark(leaf) != leaves.get(name)]
-                failures += ["differs: about"] if mark(about) != true_about else []
+                failures += [
+                    f"differs: {name}" for name, leaf in named_leaves(tree) if hash_value(leaf) != leaves.get(name)
+                ]
+                failures += ["differs: about"] if hash_value(about) != true_about else []
         campaign.add(
-            what="damage directly", number=number, damage=what, came=came, failures=failures,
+            what="damage directly", number=number, damage=description, came=came, failures=failures,
             seconds=round(time.monotonic() - begin, 2),
         )  # fmt: skip
 
 
-def damage(campaign: Campaign, what: str, args: argparse.Namespace) -> dict[str, Any]:
-    numbers = range(len(campaign.of(what)), args.times)
-    if what == "damage directly":
+def damage(campaign: Campaign, kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Damage checkpoints, as often as asked for."""
+    numbers = range(len(campaign.trials(kind)), args.times)
+    if kind == "damage directly":
         damaged_directly(campaign, numbers)
     else:
         for number in numbers:
             damaged_run(campaign, number)
-    rows = campaign.of(what)
+    rows = campaign.trials(kind)
     return {"came": Counter(row["came"] for row in rows)}
 
 
@@ -609,7 +613,7 @@ def damage(campaign: Campaign, what: str, args: argparse.Namespace) -> dict[str,
 
 @contextlib.contextmanager
 def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
-    """A file system of so many bytes in memory; gives a function that changes its size."""
+    """Mount a file system of so many bytes in memory; yields a function that changes its size."""
     place.mkdir(parents=True, exist_ok=True)
 
     def mount(options: str) -> None:
@@ -632,16 +636,19 @@ def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
 
 
 def occupied(directory: Path) -> int:
-    """Bytes on a tmpfs: whole pages."""
+    """Count the bytes of a directory on a tmpfs, which stores whole pages."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in directory.rglob("*") if path.is_file())
 
 
-def filled(campaign: Campaign, stage: str, number: int) -> None:
-    """A stage on a disk that has room for a part of it: one line; with more room the same command finishes."""
+def fill_disk(campaign: Campaign, stage: str, number: int) -> None:
+    """Run a stage on a disk that is too small: one line; with more room the same command must finish."""
     begin, reference = time.monotonic(), campaign.directory / "reference"
     stages = STAGES[: STAGES.index(stage) + 1]
     with campaign.trial(f"full {stage}", number) as (directory, rng, failures):
-        before, workdir = directory / "before", directory / "disk"  # a disk of its own: what is said goes elsewhere
+        before, workdir = (
+            directory / "before",
+            directory / "disk",
+        )  # only the workdir is on the small disk, not what is printed
         unfinished(reference, before, stage)
         if stage == "train":
             shutil.rmtree(before)
@@ -677,18 +684,19 @@ def filled(campaign: Campaign, stage: str, number: int) -> None:
     )  # fmt: skip
 
 
-def full(campaign: Campaign, what: str, args: argparse.Namespace) -> dict[str, Any]:
+def full(campaign: Campaign, kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Fill the disk in every stage, as often as asked for."""
     for number in range(args.times):
         for stage in args.stages:
-            if not any(row["stage"] == stage and row["number"] == number for row in campaign.of(what)):
-                filled(campaign, stage, number)
-    rows = campaign.of(what)
+            if not any(row["stage"] == stage and row["number"] == number for row in campaign.trials(kind)):
+                fill_disk(campaign, stage, number)
+    rows = campaign.trials(kind)
     return {"came": {stage: Counter(row["came"] for row in rows if row["stage"] == stage) for stage in args.stages}}
 
 
 # ---- the command line
 
-DO: dict[str, tuple[Callable[..., dict[str, Any]], int, str]] = {
+BENCHMARKS: dict[str, tuple[Callable[..., dict[str, Any]], int, str]] = {
     "kill": (interrupted, 50, "SIGKILL at random moments"),
     "terminate": (interrupted, 20, "SIGTERM at random moments"),
     "damage": (damage, 100, "changed and truncated checkpoints"),
@@ -697,7 +705,7 @@ DO: dict[str, tuple[Callable[..., dict[str, Any]], int, str]] = {
 
 
 def stage_names(text: str) -> list[str]:
-    """Raises ArgumentTypeError where there is no such stage."""
+    """Parse a list of stages; raises ArgumentTypeError if there is no such stage."""
     names = text.split(",")
     if unknown := set(names) - set(STAGES):
         raise argparse.ArgumentTypeError(f"there is no stage {min(unknown)!r}; allowed are {', '.join(STAGES)}")
@@ -706,15 +714,19 @@ def stage_names(text: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True)
-    for name, help_text in {"reference": "an uninterrupted run"}.items() | {n: d[2] for n, d in DO.items()}.items():
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, help_text in {"reference": "an uninterrupted run"}.items() | {
+        name: text for name, (_, _, text) in BENCHMARKS.items()
+    }.items():
         command = commands.add_parser(name, help=help_text)
         command.add_argument("--workdir", type=Path, required=True)
-        command.add_argument("--seed", type=int, default=0, help="of what happens when (default: %(default)s)")
-        if name in DO:
-            command.add_argument("--times", type=int, default=DO[name][1], help="how often (default: %(default)s)")
+        command.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: %(default)s)")
+        if name in BENCHMARKS:
+            command.add_argument(
+                "--times", type=int, default=BENCHMARKS[name][1], help="how often (default: %(default)s)"
+            )
         if name in ("kill", "terminate"):
-            command.add_argument("--most", type=int, default=8, help="in one run (default: %(default)s)")
+            command.add_argument("--most", type=int, default=8, help="interruptions of one run (default: %(default)s)")
             command.add_argument("--chains", type=int, help="at most so many runs, however few the interruptions")
         if name == "damage":
             command.add_argument("--direct", action="store_true", help="restore in this process instead of running")
@@ -724,17 +736,17 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every run is ended and every disk unmounted
     campaign = Campaign(args.workdir, args.seed)
     campaign.make_reference()
-    if args.what == "reference":
+    if args.benchmark == "reference":
         figures: dict[str, Any] = {"digests": len(campaign.reference)}
         failed = []
     else:
-        what = "damage directly" if args.what == "damage" and args.direct else args.what
-        figures = DO[args.what][0](campaign, what, args)
-        rows = campaign.of(what)
+        kind = "damage directly" if args.benchmark == "damage" and args.direct else args.benchmark
+        figures = BENCHMARKS[args.benchmark][0](campaign, kind, args)
+        rows = campaign.trials(kind)
         failed = [row for row in rows if row["failures"]]
         figures |= {"trials": len(rows), "failed": len(failed)}
         figures["seconds_per_trial"] = round(float(np.mean([row["seconds"] for row in rows])), 2) if rows else None
-    print(json.dumps({"benchmark": args.what, "reference_seconds": round(campaign.seconds, 1), **figures}))
+    print(json.dumps({"benchmark": args.benchmark, "reference_seconds": round(campaign.seconds, 1), **figures}))
     return 1 if failed else 0
 
 

@@ -1,10 +1,11 @@
-"""Trains a top-k sparse autoencoder with another library, by that library's own classes, for comparison with ours.
+"""Trains a top-k sparse autoencoder with another library's own classes, for comparison with ours.
 
     PEER_ENVIRONMENT/bin/python benchmarks/peers.py PEER VECTORS.npz OUT.npz [--k=32] [--latents=3072] [--epochs=10]
 
-PEER is overcomplete, dictionary_learning or sae_lens, or torch: a plain PyTorch loop. It runs in the peer's environment
-and needs nothing of ours. VECTORS.npz holds `train` [N, D], centred and scaled already, the same for every peer. The
-model, the loss, the optimiser's step and the loop are the peer's; ours are the shuffled batches, which lie in memory.
+PEER is overcomplete, dictionary_learning or sae_lens, or torch for a plain PyTorch loop. This script runs in the peer's
+environment and does not need this package. VECTORS.npz holds `train` [N, D], already centred and scaled, and the same
+for every peer. The model, the loss, the optimiser's step and the loop are the peer's; only the shuffled batches, which
+are in memory, come from here.
 
 OUT.npz holds the result as plain arrays, with a = ReLU((u - apply_b_d * b_d) @ W_e.T + b_e):
 
@@ -38,49 +39,49 @@ from torch import Tensor
 from torch.nn import functional
 
 AUX_WEIGHT = {"overcomplete": 0.1, "dictionary_learning": 1 / 32, "sae_lens": 1.0, "torch": 1 / 32}  # their defaults
-UNTIMED = 3  # first steps, with what is set up on the way
-CHECKED = 512  # vectors
-CLOSE = 1e-5  # to the k-th or the threshold, as a share of the largest: so close, rounding decides
-FAR = 1e-3
+UNTIMED = 3  # first steps, which include what is set up on the way
+CHECKED = 512  # vectors on which the arrays are compared with the peer's own forward
+CLOSE = 1e-5  # distance to the k-th or the threshold, as a share of the largest, within which rounding decides
+FAR = 1e-3  # the largest difference that is allowed
 
-Arrays = dict[str, Any]  # what is written: W_e, b_e, W_d, b_d, threshold, apply_b_d
+Arrays = dict[str, Any]  # an autoencoder's: W_e, b_e, W_d, b_d, threshold, apply_b_d
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]  # z and u_hat, by the peer's own code
 Trainer = Callable[[Tensor, Iterator[Tensor], int, argparse.Namespace], tuple[Arrays, Forward]]
 
 
 def batches(u_ND: Tensor, batch: int, steps: int, seed: int, stamps: list[float]) -> Iterator[Tensor]:
-    """So many shuffled batches, an epoch after another without its last partial one; notes when each is asked for."""
+    """Yield shuffled batches, epoch by epoch without the last partial one; `stamps` records when each is asked for."""
     generator = torch.Generator().manual_seed(seed)
-    per_epoch, told = len(u_ND) // batch, time.perf_counter()
+    per_epoch, printed = len(u_ND) // batch, time.perf_counter()
     for step in range(steps):
         if step % per_epoch == 0:
             parts = torch.randperm(len(u_ND), generator=generator)[: per_epoch * batch].split(batch)
         stamps.append(time.perf_counter())
-        if stamps[-1] - told > 10:
-            told = stamps[-1]
-            print(f"step {step} of {steps}, {(told - stamps[0]) / step:.2f} s each", file=sys.stderr, flush=True)
+        if stamps[-1] - printed > 10:
+            printed = stamps[-1]
+            print(f"step {step} of {steps}, {(printed - stamps[0]) / step:.2f} s each", file=sys.stderr, flush=True)
         yield u_ND.index_select(0, parts[step % per_epoch])
 
 
 def ramps(steps: int, args: argparse.Namespace) -> tuple[int, int]:
-    """Steps of the learning rate's warm-up and of its decay."""
+    """Count the steps of the learning rate's warm-up and of its decay."""
     return round(args.warmup_share * steps), round(args.decay_share * steps)
 
 
 def scheduler(optimizer: torch.optim.Optimizer, steps: int, args: argparse.Namespace) -> Any:
-    """A linear warm-up and, at the end, a linear decay, for trainers that take any scheduler."""
+    """Make a linear warm-up and, at the end, a linear decay, for trainers that take any scheduler."""
     warmup, decay = ramps(steps, args)
     factor = lambda step: min(1.0, (step + 1) / max(warmup, 1), (steps - step) / max(decay, 1))  # noqa: E731
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def threshold_rate(steps: int) -> float:
-    """Of BatchTopK's running threshold: a mean over a twentieth of the steps, as defaults outlast a short run."""
+    """Compute the rate of BatchTopK's running threshold: a mean over a twentieth of the steps, as defaults are slow."""
     return min(1.0, 20 / steps)
 
 
 def train_overcomplete(u_ND: Tensor, stream: Iterator[Tensor], steps: int, args: argparse.Namespace) -> Any:
-    """overcomplete's TopKSAE or BatchTopKSAE, its train_sae and its AuxK loss."""
+    """Train overcomplete's TopKSAE or BatchTopKSAE with its train_sae and its AuxK loss."""
     from overcomplete.sae import BatchTopKSAE, TopKSAE, train_sae
     from overcomplete.sae.losses import top_k_auxiliary_loss
     from overcomplete.sae.optimizer import CosineScheduler
@@ -110,7 +111,7 @@ def train_overcomplete(u_ND: Tensor, stream: Iterator[Tensor], steps: int, args:
 
 
 def train_dictionary_learning(u_ND: Tensor, stream: Iterator[Tensor], steps: int, args: argparse.Namespace) -> Any:
-    """dictionary_learning's trainSAE with its TopKTrainer or BatchTopKTrainer."""
+    """Train with dictionary_learning's trainSAE and its TopKTrainer or BatchTopKTrainer."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
@@ -120,7 +121,7 @@ def train_dictionary_learning(u_ND: Tensor, stream: Iterator[Tensor], steps: int
     across, (warmup, decay), built = args.variant == "batch_topk", ramps(steps, args), []
 
     def build(**config: Any) -> Any:
-        """trainSAE calls this for a trainer, and returns none: this keeps it."""
+        """Make the trainer that trainSAE asks for, and keep it, as trainSAE returns none."""
         trainer = (BatchTopKTrainer if across else TopKTrainer)(**config)
         trainer.dead_feature_threshold = args.dead_epochs * len(u_ND)  # else 10 million, which no argument changes
         built.append(trainer)
@@ -152,7 +153,7 @@ def train_dictionary_learning(u_ND: Tensor, stream: Iterator[Tensor], steps: int
 
 
 def train_sae_lens(u_ND: Tensor, stream: Iterator[Tensor], steps: int, args: argparse.Namespace) -> Any:
-    """sae_lens's SAETrainer with its TopK or BatchTopK training autoencoder, as it saves it for inference."""
+    """Train sae_lens's TopK or BatchTopK autoencoder with its SAETrainer, as it saves it for inference."""
     from sae_lens import (
         SAE,
         BatchTopKTrainingSAE,
@@ -199,7 +200,7 @@ def train_sae_lens(u_ND: Tensor, stream: Iterator[Tensor], steps: int, args: arg
 
 
 def train_torch(u_ND: Tensor, stream: Iterator[Tensor], steps: int, args: argparse.Namespace) -> Any:
-    """The plain loop: tied start, unit decoder rows, and AuxK of Gao et al. (2024)."""
+    """Train by a plain loop: tied start, unit decoder rows, and AuxK of Gao et al. (2024)."""
     if args.variant != "topk" or args.schedule != "linear":
         sys.exit("the plain loop knows only --variant=topk and --schedule=linear")
     W_d = functional.normalize(torch.randn(args.latents, u_ND.shape[1]))
@@ -244,8 +245,8 @@ TRAINERS: dict[str, Trainer] = {
 }
 
 
-def mend_imports() -> None:
-    """Lets peers be imported beside newer packages than they know. Nothing that is mended takes part in training."""
+def fix_imports() -> None:
+    """Let peers be imported beside newer packages than they know. Nothing that is fixed takes part in training."""
     if find_spec("torchvision"):
         try:
             importlib.import_module("torchvision")
@@ -259,7 +260,7 @@ def mend_imports() -> None:
 
 
 def exported(arrays: Arrays, scale: float, args: argparse.Namespace) -> Arrays:
-    """Float32 arrays, for vectors that the peer saw divided by `scale`."""
+    """Convert a peer's arrays to float32; the peer saw the vectors divided by `scale`."""
     kind = "threshold" if "threshold" in arrays else "topk"
     plain = {"threshold": 0.0, **{key: x.detach() if isinstance(x, Tensor) else x for key, x in arrays.items()}}
     result = {key: np.ascontiguousarray(plain[key], np.float32) for key in ("W_e", "b_e", "W_d", "b_d")}
@@ -270,7 +271,7 @@ def exported(arrays: Arrays, scale: float, args: argparse.Namespace) -> Arrays:
 
 
 def difference(s: Arrays, u_BD: np.ndarray, z_BF: np.ndarray, u_hat_BD: np.ndarray) -> tuple[float, float]:
-    """The largest between the formula and the peer, and the share of vectors left out as rounding decides them."""
+    """Return the largest difference between formula and peer, and the share of vectors that rounding decides."""
     a_BF = np.maximum((u_BD - s["apply_b_d"] * s["b_d"]) @ s["W_e"].T + s["b_e"], 0)
     close = CLOSE * a_BF.max()
     if s["kind"] == "topk":
@@ -281,24 +282,24 @@ def difference(s: Arrays, u_BD: np.ndarray, z_BF: np.ndarray, u_hat_BD: np.ndarr
     else:
         tied_B = (np.abs(a_BF - s["threshold"]) < close).any(axis=1)
         ours_BF = np.where(a_BF > s["threshold"], a_BF, 0)
-    both = (ours_BF, z_BF), (ours_BF @ s["W_d"] + s["b_d"], u_hat_BD)
-    return np.max([np.abs(x - y)[~tied_B].max(initial=0) for x, y in both]), tied_B.mean()  # NaN where one has it
+    pairs = (ours_BF, z_BF), (ours_BF @ s["W_d"] + s["b_d"], u_hat_BD)
+    return np.max([np.abs(x - y)[~tied_B].max(initial=0) for x, y in pairs]), tied_B.mean()  # NaN where one has it
 
 
 def check(s: Arrays, forward: Forward, u_ND: Tensor, scale: float, peer: str) -> None:
-    """Stops where the formula does not reproduce the peer's own forward. `u_ND` is as the peer saw it."""
+    """Stop unless the formula reproduces the peer's own forward. `u_ND` is as the peer saw it."""
     u_BD = u_ND[:CHECKED]
     with torch.no_grad():
         z_BF, u_hat_BD = (x.numpy() * np.float32(scale) for x in forward(u_BD))
     largest, tied = difference(s, u_BD.numpy() * np.float32(scale), z_BF, u_hat_BD)
-    seen = f"{len(u_BD)} vectors, {tied:.1%} of them too close to call, {(z_BF != 0).sum(axis=1).mean():.1f} active"
-    print(f"largest difference {largest:.1e} from {peer} over {seen}", file=sys.stderr)
+    extent = f"{len(u_BD)} vectors, {tied:.1%} of them too close to call, {(z_BF != 0).sum(axis=1).mean():.1f} active"
+    print(f"largest difference {largest:.1e} from {peer} over {extent}", file=sys.stderr)
     if not largest <= FAR or tied > 0.1:  # not <=, as it may be NaN
         sys.exit(f"the arrays do not reproduce {peer}'s own forward: nothing was written")
 
 
 def parse() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("peer", choices=TRAINERS)
@@ -311,16 +312,21 @@ def parse() -> argparse.Namespace:
     add("--lr", type=float, default=4e-4)
     add("--seed", type=int, default=0)
     add("--variant", choices=("topk", "batch_topk"), default="topk")
-    add("--schedule", choices=("linear", "cosine"), default="linear", help="of the learning rate")
-    add("--warmup-share", type=float, default=0.05, help="of the steps")
-    add("--decay-share", type=float, default=0.2, help="of the steps; not with --schedule=cosine")
-    add("--aux-weight", type=float, help="of the AuxK loss; the peer's default without it")
-    add("--dead-epochs", type=float, default=3.0, help="without firing, then a latent is dead; not overcomplete")
+    add("--schedule", choices=("linear", "cosine"), default="linear", help="schedule of the learning rate")
+    add("--warmup-share", type=float, default=0.05, help="share of the steps")
+    add("--decay-share", type=float, default=0.2, help="share of the steps; not with --schedule=cosine")
+    add("--aux-weight", type=float, help="weight of the AuxK loss (default: the peer's)")
+    add(
+        "--dead-epochs",
+        type=float,
+        default=3.0,
+        help="epochs without firing after which a latent is dead; not overcomplete",
+    )
     add("--unit-norm", action="store_true", help="train on vectors of unit mean squared norm, and fold it back")
     add("--encoder", choices=("tied", "linear"), default="tied", help="overcomplete's: starts as the decoder, or apart")
     add("--decoder-init-norm", type=float, default=0.1, help="sae_lens's")
     add("--sparse", action="store_true", help="sae_lens's sparse activations: faster, without decoder norms")
-    add("--time-steps", type=int, help="stop after so many and only measure: nothing is written")
+    add("--time-steps", type=int, help="stop after so many steps and only measure: nothing is written")
     args = parser.parse_args()
     args.aux_weight = AUX_WEIGHT[args.peer] if args.aux_weight is None else args.aux_weight
     if not find_spec(args.peer):
@@ -332,7 +338,7 @@ def parse() -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace) -> Tensor:
-    """The vectors to train on, [N, D]."""
+    """Load the vectors to train on, [N, D]."""
     if not args.vectors.is_file():
         sys.exit(f"{args.vectors} is not a file")
     with np.load(args.vectors) as file:
@@ -345,7 +351,7 @@ def load(args: argparse.Namespace) -> Tensor:
 
 
 def main() -> None:
-    """Trains, checks, writes, and prints the figures."""
+    """Train, check, write, and print the figures."""
     args = parse()
     u_ND = load(args)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -355,19 +361,19 @@ def main() -> None:
     steps = args.time_steps or args.epochs * (len(u_ND) // args.batch)
     if steps <= UNTIMED:
         sys.exit(f"{steps} steps are too few: the first {UNTIMED} are not timed")
-    mend_imports()
+    fix_imports()
     stamps: list[float] = []
     arrays, forward = TRAINERS[args.peer](u_ND, batches(u_ND, args.batch, steps, args.seed, stamps), steps, args)
-    took = np.diff([*stamps, time.perf_counter()])[UNTIMED:]
-    rate = len(took) * args.batch / took.sum()
+    seconds = np.diff([*stamps, time.perf_counter()])[UNTIMED:]
+    rate = len(seconds) * args.batch / seconds.sum()
     if not args.time_steps:
         result = exported(arrays, scale, args)
         check(result, forward, u_ND, scale, args.peer)
-        figures = {"seconds": took.sum(), "steps_timed": len(took), "vectors_per_second": rate}
+        figures = {"seconds": seconds.sum(), "steps_timed": len(seconds), "vectors_per_second": rate}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         np.savez(args.out, **result, **figures, settings=json.dumps(vars(args), default=str))
     shown = {key: getattr(args, key) for key in ("variant", "k", "epochs", "lr", "seed")}
-    shown |= {"vectors_per_second": round(rate, 1), "seconds_per_step": round(float(np.median(took)), 4)}
+    shown |= {"vectors_per_second": round(rate, 1), "seconds_per_step": round(float(np.median(seconds)), 4)}
     print(json.dumps({"peer": args.peer, "version": version(args.peer.replace("_", "-")), **shown}))
 
 

@@ -1,18 +1,18 @@
-"""How well and how fast autoencoders train, next to the libraries that researchers use today.
+"""Measures how well and how fast autoencoders train, next to the libraries that researchers use today.
 
     python benchmarks/sae.py vectors VECTORS.npz --config=configs/NAME.py [--config.FIELD=VALUE ...]
     python benchmarks/sae.py speed VECTORS.npz [--peer=NAME=PYTHON ...]
     python benchmarks/sae.py quality VECTORS.npz RESULTS.jsonl [--peer=NAME=PYTHON ...]
     python benchmarks/sae.py ablation VECTORS.npz RESULTS.jsonl
 
-`vectors` caches the CLS residuals that enter the last layer of a config's model before it is trained, so with
---config.model.pretrained those of a pretrained backbone. A peer is trained by `peers.py` in its own environment, by the
-Python named: --peer=overcomplete=/path/to/venv/bin/python, likewise dictionary_learning, sae_lens, torch. All see the
-same vectors, centred and scaled, and all are scored by our code. The learning rate of each is the best on validation
-at k = 32; ours must leave at most 1% of latents dead, the peers' need not.
+`vectors` stores the CLS residuals that enter the last layer of a config's model before training: with
+--config.model.pretrained, those of a pretrained backbone. `peers.py` trains a peer in the peer's own environment, with
+the given Python: --peer=overcomplete=/path/to/venv/bin/python, likewise dictionary_learning, sae_lens and torch. All
+see the same vectors, centred and scaled, and our code scores all. Each gets the learning rate that is best on
+validation at k = 32; ours must leave at most 1% of latents dead, while the peers' may leave more.
 
-Results go to a file, a line for each training: what is there is not trained again. Times are medians over repeats in
-one run, and the machine should have nothing else to do. The last line printed is one JSON object with the figures.
+Results go to a file with a line for each training; a training that has its line is not repeated. Times are medians over
+repeats in one run, and the machine should have nothing else to do. The last line printed is one JSON object.
 """
 
 import argparse
@@ -37,34 +37,33 @@ from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.model.passes import per_image_program, run_over_split
 from headsteer_jax.model.vit import build_model
 from headsteer_jax.runtime.mesh import members_mesh
-from headsteer_jax.runtime.progress import say
 from headsteer_jax.sae import train as sae_train
-from headsteer_jax.sae.autoencoder import SAEWeights, Scaling, fit_scaling, scale_input, select_member
+from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, fit_scaling, scale_input
 from headsteer_jax.sae.metrics import measure_health
 from headsteer_jax.sae.residuals import ResidualsInMemory
 from headsteer_jax.train.loop import init_params
 
 PEERS = Path(__file__).with_name("peers.py")
-RATES = (4e-4, 1e-3, 2e-3)  # tried for everyone
+RATES = (4e-4, 1e-3, 2e-3)  # learning rates that are tried for all
 TUNED_AT = 32  # k
-MOST_DEAD = 0.01  # share of latents that never fire on the training vectors
-OURS: dict[str, dict[str, Any]] = {  # name -> fields of config.sae beside the arguments'
+MOST_DEAD = 0.01  # the largest share of our latents that may never fire on the training vectors
+OURS: dict[str, dict[str, Any]] = {  # name -> fields of config.sae, beside those that the arguments set
     "headsteer topk": {},
     "headsteer batch_topk": {"activation": "batch_topk"},
 }
-SHORT = 20  # epochs; in fewer, latents count as dead after a quarter of one
+SHORT = 20  # epochs; in shorter trainings, latents count as dead after a quarter of an epoch
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "gradients not made unit": {"unit_gradient": False},
-    "without centring": {"centre": False},
+    "gradients not made unit": {"ablation": {"unit_gradient": False}},
+    "without centring": {"ablation": {"centre": False}},
     "without AuxK": {"aux_weight": 0.0},
-    "encoder drawn apart": {"init": "untied"},
-    "decoder rows left free": {"decoder_norm": "free"},
+    "encoder drawn apart": {"ablation": {"init": "untied"}},
+    "decoder rows left free": {"ablation": {"decoder_norm": "free"}},
 }
 
 
 def make_vectors(file: Path, config: Config) -> None:
-    """Residuals of all splits, as float32 arrays `train`, `validation`, `test` and `<split>_labels`."""
+    """Write the residuals of all splits: float32 arrays `train`, `validation`, `test`, and `<split>_labels`."""
     dataset = load_dataset(config.data, config.seed)
     model = build_model(config, len(dataset.class_names))
     params, layer = init_params(model, config, config.seed), config.sae_layer
@@ -81,7 +80,7 @@ def make_vectors(file: Path, config: Config) -> None:
 
 
 class Bench:
-    """The vectors, as they are and as the peers get them."""
+    """The vectors of every split, and their scaling."""
 
     def __init__(self, file: Path) -> None:
         with np.load(file) as arrays:
@@ -90,56 +89,56 @@ class Bench:
         self.width = self.x["train"].shape[1]
 
     def config(self, **fields: Any) -> Config:
-        # any model of this width: only its width matters here
+        """Make the config of a training; of the model, only the width matters."""
         return Config(model=ModelConfig(width=self.width, heads=6), sae=SAEConfig(**fields))
 
-    def score(self, sae: SAEWeights, scaling: Scaling, k: int | None) -> dict[str, float]:
-        """By our code, for everyone."""
-        on = {name: measure_health(sae, scaling, ResidualsInMemory(x).chunks(), k) for name, x in self.x.items()}
+    def score(self, sae: Autoencoder) -> dict[str, float]:
+        """Score an autoencoder, ours or a peer's."""
+        health = {name: measure_health(sae, ResidualsInMemory(x).chunks()) for name, x in self.x.items()}
         return {
-            "validation": on["validation"].explained_variance,
-            "test": on["test"].explained_variance,
-            "train": on["train"].explained_variance,
-            "mse_residual": on["test"].mse_residual,
-            "l0": on["test"].l0,
-            "dead": float(np.mean(on["train"].frequency == 0)),
+            "validation": health["validation"].explained_variance,
+            "test": health["test"].explained_variance,
+            "train": health["train"].explained_variance,
+            "mse_residual": health["test"].mse_residual,
+            "l0": health["test"].l0,
+            "dead": float(np.mean(health["train"].frequency == 0)),
         }
 
 
 def train_ours(bench: Bench, seeds: int, fields: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """Train so many seeds in one program; yields the score of each."""
+    """Train several seeds in one program, and yield the score of each."""
     window = {"dead_window": 0.25} if fields["epochs"] < SHORT else {}
     config = bench.config(seeds=seeds, control=False, **(window | fields))
     members = sae_train.seed_members(config.sae)
     with tempfile.TemporaryDirectory() as directory:
-        made = sae_train.train_members(
-            config, members, ResidualsInMemory(bench.x["train"]), Path(directory), str(fields)
-        )
+        source = ResidualsInMemory(bench.x["train"])
+        trained = sae_train.train_members(config, members, source, Path(directory), str(fields))
+    autoencoders = trained.autoencoders(config.sae.inference_k)
     for seed in range(seeds):
-        yield bench.score(select_member(made.saes, seed), made.scaling, config.sae.inference_k)
+        yield bench.score(autoencoders.member(seed))
 
 
 def run_peer(bench: Bench, name: str, python: str, *options: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Train a peer in its environment: its last line, and its arrays."""
+    """Train a peer in its environment, and return the figures that it printed and its arrays."""
     with tempfile.TemporaryDirectory() as directory:
-        given, made = Path(directory) / "given.npz", Path(directory) / "made.npz"
-        np.savez(given, train=np.asarray(scale_input(bench.scaling, bench.x["train"])))
+        vectors, weights = Path(directory) / "vectors.npz", Path(directory) / "weights.npz"
+        np.savez(vectors, train=np.asarray(scale_input(bench.scaling, bench.x["train"])))
         library = name.split()[0]
         done = subprocess.run(
-            [python, str(PEERS), library, str(given), str(made), *options],
+            [python, str(PEERS), library, str(vectors), str(weights), *options],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
         arrays = {}
-        if made.exists():
-            with np.load(made) as stored:
+        if weights.exists():
+            with np.load(weights) as stored:
                 arrays = dict(stored)
     return json.loads(done.stdout.strip().splitlines()[-1]), arrays
 
 
 def train_peer(bench: Bench, name: str, python: str, fields: dict[str, Any], seed: int) -> dict[str, float]:
-    """Train one autoencoder of a peer; its score."""
+    """Train one autoencoder of a peer, and score it."""
     options = [f"--k={fields['k']}", f"--latents={8 * bench.width}", f"--epochs={fields['epochs']}",
                f"--batch={fields['batch']}", f"--lr={fields['learning_rate']}", f"--seed={seed}"]  # fmt: skip
     if "batch_topk" in name:
@@ -147,46 +146,46 @@ def train_peer(bench: Bench, name: str, python: str, fields: dict[str, Any], see
     _, a = run_peer(bench, name, python, *options)
     b_e = a["b_e"] if a["apply_b_d"] else a["b_e"] + a["W_e"] @ a["b_d"]  # ours subtracts b_d
     threshold = np.broadcast_to(a["threshold"], b_e.shape)
-    sae = SAEWeights(*(jnp.asarray(part, jnp.float32) for part in (a["W_e"], b_e, a["W_d"], a["b_d"], threshold)))
-    return bench.score(sae, bench.scaling, int(a["k"]) if a["kind"] == "topk" else None)
+    weights = SAEWeights(*(jnp.asarray(part, jnp.float32) for part in (a["W_e"], b_e, a["W_d"], a["b_d"], threshold)))
+    return bench.score(Autoencoder(weights, bench.scaling, int(a["k"]) if a["kind"] == "topk" else None))
 
 
 class Results:
-    """A file of rows, one for each training."""
+    """A file with a row for each training."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def find(self, **what: Any) -> list[dict[str, Any]]:
-        return [row for row in self.rows if all(row.get(name) == value for name, value in what.items())]
+    def find(self, **fields: Any) -> list[dict[str, Any]]:
+        return [row for row in self.rows if all(row.get(name) == value for name, value in fields.items())]
 
     def add(self, **row: Any) -> None:
         self.rows.append(row)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        say(json.dumps(row))
+        print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 def quality(bench: Bench, results: Results, args: argparse.Namespace) -> dict[str, Any]:
-    """Explained variance on test at every k: ours and every peer's, each at its best learning rate."""
-    everyone: dict[str, str | None] = dict.fromkeys(OURS) | args.peers
+    """Measure explained variance on test at every k, for ours and every peer, each at its best learning rate."""
+    trainers: dict[str, str | None] = dict.fromkeys(OURS) | args.peers  # name -> Python; None: ours
     plan = {"epochs": args.epochs, "batch": args.batch}
 
     def train(name: str, python: str | None, k: int, rate: float, seeds: int) -> None:
-        what = {"name": name, "k": k, "learning_rate": rate, **plan}
-        missing = [seed for seed in range(seeds) if not results.find(**what, seed=seed)]
+        identity = {"name": name, "k": k, "learning_rate": rate, **plan}
+        missing = [seed for seed in range(seeds) if not results.find(**identity, seed=seed)]
         fields = {"k": k, "learning_rate": rate, **plan}
         if python is not None:
             for seed in missing:
-                results.add(**what, seed=seed, **train_peer(bench, name, python, fields, seed))
+                results.add(**identity, seed=seed, **train_peer(bench, name, python, fields, seed))
         elif missing:
             for seed, score in enumerate(train_ours(bench, seeds, fields | OURS[name])):
                 if seed in missing:
-                    results.add(**what, seed=seed, **score)
+                    results.add(**identity, seed=seed, **score)
 
     best = {}
-    for name, python in everyone.items():
+    for name, python in trainers.items():
         for rate in args.rates:
             train(name, python, TUNED_AT, rate, 1)
 
@@ -197,7 +196,7 @@ def quality(bench: Bench, results: Results, args: argparse.Namespace) -> dict[st
         best[name] = max(args.rates, key=on_validation)
     table: dict[str, Any] = {"rates": best, "explained_variance": {}, "dead": {}, "l0": {}, "spread": {}}
     for k in args.ks:
-        for name, python in everyone.items():
+        for name, python in trainers.items():
             train(name, python, k, best[name], args.seeds if python is None else args.peer_seeds)
             rows = results.find(name=name, k=k, learning_rate=best[name], **plan)
             for column, key in (("explained_variance", "test"), ("dead", "dead"), ("l0", "l0")):
@@ -207,28 +206,29 @@ def quality(bench: Bench, results: Results, args: argparse.Namespace) -> dict[st
 
 
 def ablation(bench: Bench, results: Results, args: argparse.Namespace) -> dict[str, Any]:
-    """Ours with one part switched off at a time, at k = 32."""
+    """Train ours with one part switched off at a time, at k = 32."""
     table = {}
     for name, fields in ABLATIONS.items():
         plan = {"epochs": args.epochs, "batch": args.batch, "learning_rate": args.rates[0], "k": TUNED_AT}
-        what = {"name": f"ablation: {name}", **plan}
-        if len(results.find(**what)) < args.seeds:
+        identity = {"name": f"ablation: {name}", **plan}
+        if len(results.find(**identity)) < args.seeds:
             for seed, score in enumerate(train_ours(bench, args.seeds, plan | fields)):
-                if not results.find(**what, seed=seed):
-                    results.add(**what, seed=seed, **score)
-        rows = results.find(**what)
+                if not results.find(**identity, seed=seed):
+                    results.add(**identity, seed=seed, **score)
+        rows = results.find(**identity)
         table[name] = {key: round(float(np.mean([row[key] for row in rows])), 4) for key in ("test", "dead", "l0")}
     return {"ablation": table, "epochs": args.epochs, "learning_rate": args.rates[0], "seeds": args.seeds}
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def time_call(call: Callable[[], Any]) -> float:
+    """Measure the seconds of one call."""
     begin = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - begin
 
 
 def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """A training step beside the encoder's one matrix product and the peers' steps, measured in turns."""
+    """Time a training step, the encoder's one matrix product and the peers' steps, in turns."""
     steps, F, D = args.steps, 8 * bench.width, bench.width
     u_GD = jnp.asarray(scale_input(bench.scaling, bench.x["train"][: steps * args.batch]))
     W_FD = jax.random.normal(jax.random.key(0), (F, D))
@@ -256,11 +256,11 @@ def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     calls |= ours
     times: dict[str, list[float]] = {name: [] for name in [*calls, *args.peers]}
     for call in calls.values():
-        seconds(call)  # compiled
+        time_call(call)  # compiles
     for repeat in range(args.repeats):
-        say(f"repeat {repeat + 1} of {args.repeats}")
+        print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr, flush=True)
         for name, call in calls.items():
-            times[name].append(seconds(call) / steps)
+            times[name].append(time_call(call) / steps)
         for name, python in args.peers.items():
             options = [f"--time-steps={steps}", f"--k={TUNED_AT}", f"--latents={F}", f"--batch={args.batch}"]
             options += ["--variant=batch_topk"] if "batch_topk" in name else []
@@ -281,7 +281,7 @@ def speed(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("vectors", "speed", "quality", "ablation"))
+    parser.add_argument("benchmark", choices=("vectors", "speed", "quality", "ablation"))
     parser.add_argument("vectors", type=Path)
     parser.add_argument("results", type=Path, nargs="?")
     parser.add_argument("--config", default="configs/tiny_imagenet100_vit_s.py")
@@ -294,20 +294,22 @@ def main() -> None:
     parser.add_argument("--peer-seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
-    args, rest = parser.parse_known_args()
+    args, unparsed = parser.parse_known_args()
     args.peers = dict(peer.split("=", 1) for peer in args.peer)
-    if args.what == "vectors":
-        overrides = dict(item.removeprefix("--config.").split("=", 1) for item in rest)
+    if args.benchmark == "vectors":
+        overrides = dict(item.removeprefix("--config.").split("=", 1) for item in unparsed)
         make_vectors(args.vectors, load_config(args.config, overrides))
         return
-    if rest or (args.what in ("quality", "ablation") and args.results is None):
-        parser.error(f"unknown: {' '.join(rest)}" if rest else f"{args.what} needs RESULTS.jsonl")
+    if unparsed:
+        parser.error(f"unknown: {' '.join(unparsed)}")
+    if args.benchmark in ("quality", "ablation") and args.results is None:
+        parser.error(f"{args.benchmark} needs RESULTS.jsonl")
     bench = Bench(args.vectors)
-    if args.what == "speed":
+    if args.benchmark == "speed":
         figures = speed(bench, args)
     else:
-        figures = {"quality": quality, "ablation": ablation}[args.what](bench, Results(args.results), args)
-    print(json.dumps({"benchmark": args.what, "cores": os.cpu_count(), **figures}))
+        figures = {"quality": quality, "ablation": ablation}[args.benchmark](bench, Results(args.results), args)
+    print(json.dumps({"benchmark": args.benchmark, "cores": os.cpu_count(), **figures}))
 
 
 if __name__ == "__main__":

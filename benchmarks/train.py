@@ -1,16 +1,16 @@
-"""How near a training step comes to the machine's matrix-product peak, what gating costs, and PyTorch beside it.
+"""Measures how near a training step comes to the matrix-product peak, what gating costs, and PyTorch's speed.
 
     python benchmarks/train.py [--patches=8,4] [--batches=128,64] [--size=S] [--peer=PYTHON]
 
-The model is a ViT on made-up 32x32 images of 100 classes; 8x8 patches make 17 tokens, 4x4 make 65. The peak is that of
-this run: every product of the training step (forward, to the input's gradient, to the kernel's) by itself, as a plain
-jitted product in its fastest layout, each as often as the step has it. Attention's own small products are counted in
-the step's FLOPs and are not part of the peak. On an accelerator the model computes in bfloat16, and MFU is the share of
-the maker's figure.
+The model is a ViT on generated 32x32 images of 100 classes; 8x8 patches make 17 tokens, 4x4 make 65. The peak is
+measured in the same run: every matrix product of the training step (the forward pass, the input's gradient, the
+kernel's) is timed by itself, as a plain jitted product in its fastest layout, and counted as often as the step has it.
+Attention's own small products are counted in the step's FLOPs and are not part of the peak. On an accelerator the model
+computes in bfloat16, and MFU is the share of the maker's figure.
 
-A peer is PyTorch's Python: the same gated model and step, eager and compiled, at several batch sizes, the best counts.
-Times are medians over repeats, all taken in turns, and the machine should have nothing else to do. The last line
-printed is one JSON object with the figures.
+--peer is the Python of an environment with PyTorch: the same gated model and step run there, eager and compiled, at
+several batch sizes, and the best one counts. Times are medians over repeats, all taken in turns, and the machine should
+have nothing else to do. The last line printed is one JSON object with the figures.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Products = dict[tuple[int, int, int], int]  # (rows, in, out) -> how many of the
 
 
 def forward_products(size: str, patch: int, batch: int) -> Products:
-    """The products of a forward pass with kernels; the last layer's queries, projection and MLP see CLS only."""
+    """Count a forward pass's products with kernels; the last layer's queries, projection and MLP see CLS only."""
     depth, D, _ = SIZES[size]
     tokens = 1 + (SIDE // patch) ** 2
     products: collections.Counter[tuple[int, int, int]] = collections.Counter()
@@ -53,7 +53,7 @@ def forward_products(size: str, patch: int, batch: int) -> Products:
 
 
 class Turns:
-    """Times of several calls, taken in turns; what a call returns is waited for."""
+    """The times of several calls, which are made in turns and waited for."""
 
     def __init__(self, calls: dict[Any, Callable[[], Any]]) -> None:
         import jax
@@ -61,7 +61,7 @@ class Turns:
         self.wait, self.calls = jax.block_until_ready, calls
         self.times: dict[Any, list[float]] = {name: [] for name in calls}
         for call in calls.values():
-            self.wait(call())  # compiled
+            self.wait(call())  # compiles
 
     def take(self, repeats: int) -> None:
         for _ in range(repeats):
@@ -78,7 +78,7 @@ class Turns:
 
 
 def product_calls(products: Products, dtype: str) -> dict[Any, Callable[[], Any]]:
-    """(rows, in, out, role, layout) -> one product; layouts differ in what lies transposed in memory."""
+    """Make a call for each product, by (rows, in, out, role, layout); a layout says what is transposed in memory."""
     import jax
     import jax.numpy as jnp
 
@@ -103,15 +103,15 @@ def product_calls(products: Products, dtype: str) -> dict[Any, Callable[[], Any]
 
 
 def peak(products: Products, seconds: dict[Any, float]) -> tuple[float, float, float]:
-    """FLOP/s of a forward pass's products, of a training step's, and of the best single one."""
+    """Compute the FLOP/s of a forward pass's products, of a training step's, and of the best single one."""
     roles: dict[Any, float] = {}
     for name, value in seconds.items():
         if isinstance(name, tuple):
             roles[name[:4]] = min(value, roles.get(name[:4], np.inf))
 
-    def rate(*wanted: str) -> float:
+    def rate(*selected: str) -> float:
         parts = [(2 * n * i * o * products[n, i, o], s * products[n, i, o]) for (n, i, o, role), s in roles.items()
-                 if role in wanted]  # fmt: skip
+                 if role in selected]  # fmt: skip
         return sum(flops for flops, _ in parts) / sum(s for _, s in parts)
 
     best = max(2 * n * i * o / s for (n, i, o, _), s in roles.items())
@@ -119,7 +119,7 @@ def peak(products: Products, seconds: dict[Any, float]) -> tuple[float, float, f
 
 
 def numpy_rate(products: Products, repeats: int) -> float:
-    """FLOP/s of NumPy's best product of these shapes."""
+    """Measure the FLOP/s of NumPy's best product of these shapes."""
     rng, best = np.random.default_rng(0), 0.0
     for n, i, o in products:
         x, w = rng.standard_normal((n, i), np.float32), rng.standard_normal((i, o), np.float32)
@@ -131,14 +131,14 @@ def numpy_rate(products: Products, repeats: int) -> float:
 
 
 def our_config(size: str, patch: int, batch: int, dtype: Any) -> Any:
-    """The experiment that is timed."""
+    """Make the config that is timed."""
     from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, PhaseConfig, SAEConfig, TrainConfig
 
     phase = PhaseConfig(steps=10_000, learning_rate=RATE)
     return Config(
         data=DataConfig(
-            source="npz", path="made up", image_size=SIDE, channels=CHANNELS, mean=MEAN, std=STD, crop_padding=PADDING,
-            flip=True,
+            source="npz", path="generated", image_size=SIDE, channels=CHANNELS, mean=MEAN, std=STD,
+            crop_padding=PADDING, flip=True,
         ),
         model=ModelConfig.of_size(size, patch=patch, dtype=dtype),
         gate=GateConfig(target=TARGET, noise=NOISE, loss="squared", weight=PRESSURE, learning_rate_scale=GATE_RATE),
@@ -148,7 +148,7 @@ def our_config(size: str, patch: int, batch: int, dtype: Any) -> Any:
 
 
 def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], float]:
-    """So many training steps, dense and gated, and forward passes; XLA's count of a forward pass's FLOPs."""
+    """Make calls of several training steps, dense and gated, and forward passes; also return XLA's count of FLOPs."""
     import jax
     import jax.numpy as jnp
 
@@ -183,7 +183,7 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
 
 
 def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One number of tokens: a row of the table."""
+    """Measure one number of tokens: a row of the table."""
     import jax
 
     from headsteer_jax.model.flops import forward_flops, peak_tflops
@@ -236,14 +236,14 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
         "flops_over_xla_count": round(flops / counted, 3),
     }  # fmt: skip
     if maker:
-        done = {name: 3 * flops * args.steps / medians[name] for name in ("dense", "gated")}
-        row["mfu"] = {name: round(value / maker / 1e12, 3) for name, value in done.items()}
+        rate = {name: 3 * flops * args.steps / medians[name] for name in ("dense", "gated")}
+        row["mfu"] = {name: round(value / maker / 1e12, 3) for name, value in rate.items()}
     if args.peer:
-        theirs = {name: round(int(name.split()[2]) / medians[name], 1) for name in peer_calls}
-        row["torch"] = {"version": peer.version, "images_per_second": theirs}
-        for what, our in (("training", "gated"), ("forward", "forward")):
-            fastest = max(rate for name, rate in theirs.items() if name.startswith(what))
-            row[f"{what}_over_torch"] = round(rates[our] / fastest, 2)
+        peer_rates = {name: round(int(name.split()[2]) / medians[name], 1) for name in peer_calls}
+        row["torch"] = {"version": peer.version, "images_per_second": peer_rates}
+        for kind, name in (("training", "gated"), ("forward", "forward")):
+            fastest = max(rate for call, rate in peer_rates.items() if call.startswith(kind))
+            row[f"{kind}_over_torch"] = round(rates[name] / fastest, 2)
     return row
 
 
@@ -267,7 +267,7 @@ class Peer:
         self._answer()
 
     def calls(self, kind: str, batches: list[int]) -> dict[Any, Callable[[], Any]]:
-        names = [f"{what} {kind} {batch}" for what in ("training", "forward") for batch in batches]
+        names = [f"{role} {kind} {batch}" for role in ("training", "forward") for batch in batches]
         return {name: functools.partial(self.call, name) for name in names}
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ class Peer:
 
 
 def torch_worker(args: argparse.Namespace) -> None:
-    """The gated model and its step in PyTorch, by variant and batch size."""
+    """Run the gated model and its step in PyTorch, one call for each line of standard input."""
     import torch
     from torch import Tensor, nn
     from torch.nn import functional
@@ -346,10 +346,10 @@ def torch_worker(args: argparse.Namespace) -> None:
         return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def augment(images: Tensor) -> Tensor:
-        """A random crop of the padded image, mirrored half the time, drawn for each image."""
-        B, where = len(images), torch.arange(SIDE, device=images.device)
+        """Crop each padded image at random, and mirror half of them."""
+        B, pixels = len(images), torch.arange(SIDE, device=images.device)
         padded = functional.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING))
-        rows, columns = (torch.randint(2 * PADDING + 1, (B, 1), device=images.device) + where for _ in range(2))
+        rows, columns = (torch.randint(2 * PADDING + 1, (B, 1), device=images.device) + pixels for _ in range(2))
         columns = torch.where(torch.rand(B, 1, device=images.device) < 0.5, columns, columns.flip(1))
         return padded[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]]
 
@@ -390,10 +390,10 @@ def torch_worker(args: argparse.Namespace) -> None:
     calls: dict[str, Callable[[], Any]] = {}
     print(torch.__version__, flush=True)
     for line in sys.stdin:
-        what, kind, batch = line.split()
+        role, kind, batch = line.split()
         if line not in calls:
             calls |= {f"{part} {kind} {batch}\n": call for part, call in variant(int(batch), kind == "compiled")}
-        with torch.inference_mode(what == "forward"):
+        with torch.inference_mode(role == "forward"):
             calls[line]()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -407,13 +407,17 @@ def main() -> None:
         return [int(number) for number in text.split(",")]
 
     parser.add_argument("--size", choices=SIZES, default="S")
-    parser.add_argument("--patches", type=numbers, default=[8, 4], help="sides; 8: 17 tokens, 4: 65")
-    parser.add_argument("--batches", type=numbers, default=[], help="one for each; default 128 at 8, 64 at 4")
-    parser.add_argument("--steps", type=int, default=2, help="in one call")
+    parser.add_argument(
+        "--patches", type=numbers, default=[8, 4], help="sides of patches: 8 makes 17 tokens, 4 makes 65"
+    )
+    parser.add_argument("--batches", type=numbers, default=[], help="one for each patch; default: 128 at 8, 64 at 4")
+    parser.add_argument("--steps", type=int, default=2, help="training steps in one call")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peer", metavar="PYTHON", help="of an environment with PyTorch")
+    parser.add_argument("--peer", metavar="PYTHON", help="the Python of an environment with PyTorch")
     parser.add_argument("--peer-batches", type=numbers, default=[16, 32, 64, 128])
-    parser.add_argument("--compiled", type=int, default=1, help="the peer's best batch sizes that are compiled too")
+    parser.add_argument(
+        "--compiled", type=int, default=1, help="how many of the peer's best batch sizes are compiled too"
+    )
     parser.add_argument("--torch-worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch_worker:

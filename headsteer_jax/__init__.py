@@ -1,7 +1,7 @@
 """HeadSteer: steer a sparse autoencoder's latents to control which attention heads a vision transformer runs.
 
-`load_run(DIR)` loads a finished run; `load_config(FILE)` and `Config` describe an experiment; `Autoencoder` encodes and
-decodes residuals. Everything is imported when it is first used, so that the command line's help stays quick.
+`load_run(DIR)` loads a finished run as a `Run`. `load_config(FILE)` reads an experiment's `Config`. An `Autoencoder`
+encodes and decodes residuals. Everything is imported when it is first used, so that the command line's help is quick.
 """
 
 import importlib

@@ -1,6 +1,7 @@
-"""The command line: the commands, their flags, and what ends the program.
+"""The command line: its commands and their flags, and how the program ends.
 
-Exit codes: 0; 2 after one line that says what is wrong; 75 when SIGTERM stopped it, and the same command goes on.
+The exit code is 0 on success, 2 after one line that says what is wrong, 75 if SIGTERM stopped the program (the same
+command then goes on), 130 if Ctrl-C did, and 1 after an error of the program's own, with a traceback.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import preemption
 
 DEFAULT_CONFIG = "double_digits"
-ABOUT = """Train a gated vision transformer, learn its concepts with a sparse autoencoder, steer its heads, report.
+HELP = """Train a gated vision transformer, learn its concepts with a sparse autoencoder, steer its heads, report.
 
 commands:
   run      train, learn concepts, steer and report; start here
@@ -42,23 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.modules["headsteer_jax.runtime.hosts"].wait_before_exit()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # at once: libraries' threads and exit handlers would bury the line under their own tracebacks
+    os._exit(code)  # a normal exit would let libraries' threads and exit handlers bury the line under tracebacks
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
-    """Run one command; every mistake of the user's is one line. Returns the exit code."""
+    """Run one command and return its exit code; an error outside the program is one line on standard error."""
     preemption.install_handler()
     _silence_libraries()
     try:
-        name, *rest = arguments or ["--help"]
+        name, *command_arguments = arguments or ["--help"]
         if name in ("-h", "--help"):
-            print(f"usage: headsteer COMMAND [flags]\n\n{ABOUT}")
+            print(f"usage: headsteer COMMAND [flags]\n\n{HELP}")
         elif name == "--version":
             from headsteer_jax import __version__
 
             print(__version__)
         elif name in COMMANDS:
-            COMMANDS[name](rest)
+            COMMANDS[name](command_arguments)
         else:
             raise HeadSteerError(f"{name}: no such command; allowed are {', '.join(COMMANDS)}")
     except HeadSteerError as error:
@@ -77,9 +78,9 @@ def run_command_line(arguments: Sequence[str]) -> int:
 
 
 def _silence_libraries() -> None:
-    """Keep libraries from printing errors that are raised here and become one line.
+    """Keep libraries from printing errors that are raised here as well and become one line.
 
-    Orbax logs every save, and a failed one once for each array; its threads print what they raise.
+    Orbax logs every save, and a failed save once for each array; its threads print what they raise.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -89,26 +90,30 @@ def _silence_libraries() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser of one command's flags that raises HeadSteerError instead of ending the program."""
 
-    def __init__(self, command: str, about: str, epilog: str = "", usage: str | None = None) -> None:
+    def __init__(self, command: str, description: str, epilog: str = "", usage: str | None = None) -> None:
         super().__init__(
-            prog=f"headsteer {command}", usage=usage, allow_abbrev=False, description=about, epilog=epilog,
+            prog=f"headsteer {command}", usage=usage, allow_abbrev=False, description=description, epilog=epilog,
             formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=100),
         )  # fmt: skip
 
     def error(self, message: str) -> Any:
+        """Raise argparse's message as a HeadSteerError."""
         raise HeadSteerError(f"{message}; {self.prog} --help lists what there is")
 
     def parse_with_overrides(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-        """Parse flags, and overrides of config fields: dotted path -> text.
+        """Parse a command's flags and its overrides of config fields.
+
+        Returns:
+          The flags, and the overrides as dotted path -> text.
 
         Raises:
-          HeadSteerError: an unknown flag.
+          HeadSteerError: there is no such flag, or its value is not right.
         """
-        flags, rest = self.parse_known_args(arguments)
-        overrides = {}
-        for argument in rest:
+        flags, unparsed = self.parse_known_args(arguments)
+        overrides = {} if flags.placeholder is None else {"FIELD": flags.placeholder}  # the help's own placeholder
+        for argument in unparsed:
             name, equals, value = argument.partition("=")
             if not name.startswith("--config.") or not equals:
                 raise HeadSteerError(
@@ -119,23 +124,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_run(arguments: Sequence[str]) -> None:
-    """Headsteer run: the stages of an experiment."""
+    """Run the stages of an experiment: `headsteer run`."""
     parser = Parser(
         "run", "Train a gated vision transformer, learn its concepts, steer its heads, report.",
-        "A config's fields: headsteer config --explain=FIELD, or docs/reference/configuration.md",
+        "To learn what a field means: headsteer config --explain=FIELD, or docs/reference/configuration.md.",
         "headsteer run [flags] [--config.FIELD=VALUE ...]",
     )  # fmt: skip
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="a shipped config's name, or a file (%(default)s)")
-    parser.add_argument("--config.FIELD", metavar="VALUE", dest="_field", help="set any field of the config")
+    parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
     parser.add_argument("--workdir", metavar="DIR", help="where everything is written (runs/NAME)")
-    parser.add_argument("--stages", metavar="A,B", help="of train, sae, grid, steer, layers, report (all but grid)")
+    parser.add_argument(
+        "--stages", metavar="A,B", help="which of train, sae, grid, steer, layers, report (all but grid)"
+    )
     parser.add_argument("--seed", help="short for --config.seed")
-    parser.add_argument("--overwrite", action="store_true", help="make stages again whose config changed")
+    parser.add_argument("--overwrite", action="store_true", help="remake stages whose config changed")
     parser.add_argument("--profile", action="store_true", help="short for --config.machine.profile=true")
     parser.add_argument(
-        "--distributed", default="", metavar="auto|HOST:PORT,N,I", help="join a cluster as process I of N"
+        "--distributed", default="", metavar="auto|HOST:PORT,N,I", help="join a cluster, as process I of N"
     )
-    parser.add_argument("--distributed-timeout", type=int, default=300, metavar="SECONDS", help="for all to join (300)")
+    parser.add_argument(
+        "--distributed-timeout", type=int, default=300, metavar="SECONDS", help="time for all to join (%(default)s)"
+    )
     flags, overrides = parser.parse_with_overrides(arguments)
     if flags.seed is not None:
         overrides = {"seed": flags.seed} | overrides
@@ -156,8 +165,10 @@ def command_run(arguments: Sequence[str]) -> None:
                 f"--stages={flags.stages}: there is no stage {name!r}; allowed are {', '.join(STAGES)}"
             )
     _start(flags.distributed, flags.distributed_timeout)
-    same = {f"--{name}": json.dumps(value) for name, value in vars(flags).items() if not name.startswith("distributed")}
-    hosts.check_equal(same)
+    per_process = ("distributed", "distributed_timeout")
+    hosts.check_equal(
+        {f"--{name}": json.dumps(value) for name, value in vars(flags).items() if name not in per_process}
+    )
     run_stages(config, _workdir(workdir), tuple(names), flags.overwrite)
     report = _workdir(workdir) / "report.html"
     if hosts.is_first_process() and report.exists():
@@ -165,7 +176,7 @@ def command_run(arguments: Sequence[str]) -> None:
 
 
 def command_export(arguments: Sequence[str]) -> None:
-    """Headsteer export: a run's model or autoencoders for other libraries."""
+    """Write a run's model or autoencoders for other libraries: `headsteer export`."""
     parser = Parser(
         "export", "Write a finished run's model or autoencoders in the format of another library.",
         "targets:\n"
@@ -200,7 +211,7 @@ def command_export(arguments: Sequence[str]) -> None:
 
 
 def command_page(arguments: Sequence[str]) -> None:
-    """Headsteer page: a run's pages from what its stages saved."""
+    """Write a run's pages again from what its stages saved: `headsteer page`."""
     parser = Parser("page", "Write the pages of a finished run again, from what its stages saved.")
     parser.add_argument("run", metavar="RUN", help="the run's directory")
     parser.add_argument("--output", metavar="DIR", help="where report.html, latents.html and figures/ go (the run's)")
@@ -230,21 +241,24 @@ def command_page(arguments: Sequence[str]) -> None:
 
 
 def command_config(arguments: Sequence[str]) -> None:
-    """Headsteer config: show, explain, check, or write the reference."""
-    parser = Parser("config", "Show a config with its overrides, one field a line; or explain, check, or write a page.")
+    """Show, explain or check a config, or write the reference of all fields: `headsteer config`."""
+    parser = Parser(
+        "config", "Show a config with its overrides, one field per line; or explain a field, or check the config."
+    )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="a shipped config's name, or a file (%(default)s)")
-    parser.add_argument("--config.FIELD", metavar="VALUE", dest="_field", help="set any field of the config")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--explain", metavar="FIELD", help="what a field, or every field of a section, means")
-    what.add_argument("--check", action="store_true", help="say whether the config is right, and nothing else")
-    what.add_argument("--reference", metavar="PAGE.md", help="write a page with every field")
+    parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--explain", metavar="FIELD", help="explain a field, or every field of a section")
+    action.add_argument("--check", action="store_true", help="only say whether the config is right")
+    action.add_argument("--reference", metavar="PAGE.md", help="write a page with every field")
     flags, overrides = parser.parse_with_overrides(arguments)
     if flags.explain:
         print(describe_field(flags.explain))
         return
     if flags.reference:
-        from headsteer_jax.runtime.files import write_text
+        from headsteer_jax.runtime.files import make_directory, write_text
 
+        make_directory(Path(flags.reference).parent)
         write_text(flags.reference, render_reference() + "\n")
         print(flags.reference)
         return
@@ -261,7 +275,7 @@ COMMANDS = {"run": command_run, "export": command_export, "page": command_page, 
 
 
 def find_config(name: str) -> Path:
-    """Find a config: a file as it is given, else one that ships with the package, by its name.
+    """Find a config: a file at this path, else a shipped config of this name (`double_digits`, also with `.py`).
 
     Raises:
       HeadSteerError: there is neither.
@@ -276,7 +290,7 @@ def find_config(name: str) -> Path:
 
 
 def _shipped_configs() -> dict[str, Path]:
-    """Configs by name: of the wheel, or of the clone that this package lies in."""
+    """List the shipped configs by name: those in the wheel, else those in the clone that holds this package."""
     package = Path(str(importlib.resources.files("headsteer_jax")))
     directories = (package / "configs", package.parent / "configs")
     files = [file for directory in directories for file in directory.glob("*.py") if file.stem != "__init__"]
@@ -284,7 +298,11 @@ def _shipped_configs() -> dict[str, Path]:
 
 
 def _check_names(config: Config) -> None:
-    """Check what the config's own checks cannot know: names of data sources and strategies."""
+    """Check the names of data sources and strategies, which the config itself cannot check.
+
+    Raises:
+      HeadSteerError: there is no such data source or strategy.
+    """
     from headsteer_jax.data.sources import check_source
     from headsteer_jax.steer.strategies import find_strategy
 
@@ -303,7 +321,7 @@ def _workdir(path: str) -> Any:
 
 
 def _start(distributed: str = "", timeout: int = 300) -> None:
-    """Join the cluster if there is one, keep compiled programs, and show the log."""
+    """Join the cluster, if there is one, before JAX touches a device; keep compiled programs; show the log."""
     from headsteer_jax.runtime import hosts
     from headsteer_jax.runtime.compiled import keep_compiled_programs
     from headsteer_jax.runtime.progress import show_log

@@ -9,7 +9,7 @@ FULL_DISK = "the disk is full; what was saved before is intact: free some space 
 UNREACHABLE_REASONS = re.compile(
     "ABORTED|UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EXCEEDED|.*Invalid GCS bucket"
 )
-DENIED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM)
+DENIED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM, errno.EEXIST)
 
 
 class HeadSteerError(Exception):

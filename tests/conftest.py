@@ -1,4 +1,4 @@
-"""The compilation cache that all tests share, and small images."""
+"""Small data and a finished run, made once for all tests that need them, and the compilation cache that they share."""
 
 import atexit
 import os
@@ -14,8 +14,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the worker processes share 
 import numpy as np
 import pytest
 from builders import CLASSES
+from helpers import FinishedRun, make_finished_run
 
 from headsteer_jax.data.dataset import Split
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of every stage but grid on a tiny config, which all worker processes share; tests must not change it."""
+    directory = tmp_path_factory.getbasetemp()
+    return make_finished_run(directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The shipped experiments end to end, with the figures that they promise. Minutes each: `pytest -m slow`."""
+"""The shipped experiments give the results that their configs promise; each takes minutes: `pytest -m slow`."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from helpers import SHARED, run
 
 
-def summary(workdir: Path, *arguments: object) -> dict[str, Any]:
+def run_experiment(workdir: Path, *arguments: object) -> dict[str, Any]:
+    """Run an experiment in a process of its own, and return its summary."""
     result = run(f"--workdir={workdir}", *arguments, timeout=3000)
     assert result.returncode == 0, result.stderr
     assert (workdir / "report.html").stat().st_size > 100_000
@@ -17,36 +18,36 @@ def summary(workdir: Path, *arguments: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_embedded_default(tmp_path: Path) -> None:
-    found = summary(tmp_path)
-    layer, steering = found["last_layer"], found["steering"]
-    assert found["dense_accuracy"] >= 0.9
-    assert found["gated_accuracy"] >= max(0.9, found["dense_accuracy"] - 0.01)
+    summary = run_experiment(tmp_path)
+    layer, steering = summary["last_layer"], summary["steering"]
+    assert summary["dense_accuracy"] >= 0.9
+    assert summary["gated_accuracy"] >= max(0.9, summary["dense_accuracy"] - 0.01)
     assert 0.7 <= layer["usage"] <= 0.9
     assert layer["all_on"] - layer["all_off"] >= 0.1
     saved = steering["unsteered"]["usage"] - steering["class"]["usage"]
     assert saved >= 0.2
     assert steering["class"]["accuracy"] >= steering["unsteered"]["accuracy"] - 0.01
     assert steering["class"]["classes_saved"] >= 30
-    assert all(claim["holds"] for claim in found["claims"] if "gate_aligned" not in claim["claim"])
+    assert all(claim["holds"] for claim in summary["claims"] if "gate_aligned" not in claim["claim"])
     aligned = steering["gate_aligned"]
     assert aligned["usage"] < steering["class"]["usage"] - 0.1
     assert aligned["accuracy"] >= steering["unsteered"]["accuracy"] - 0.01
-    assert found["sae"]["explained_variance"] >= 0.9
-    assert found["sae"]["dead_fraction"] <= 0.01
-    assert found["peak_memory_bytes"] <= 4 * 2**30
+    assert summary["sae"]["explained_variance"] >= 0.9
+    assert summary["sae"]["dead_fraction"] <= 0.01
+    assert summary["peak_memory_bytes"] <= 4 * 2**30
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there")
 def test_a_pretrained_vit_on_photographs_at_a_reduced_size(tmp_path: Path) -> None:
-    """The wiring of the paper's model: pretrained backbone, TFDS directory, every stage."""
-    found = summary(
+    """The paper's model goes through every stage, with a pretrained backbone and a TFDS directory."""
+    summary = run_experiment(
         tmp_path, "--config=configs/tiny_imagenet100_vit_s.py", f"--config.data.path={SHARED / 'data'}",
         f"--config.model.pretrained={SHARED / 'weights' / 'vit_small_patch14.safetensors'}",
         "--config.data.train_per_class=150", "--config.train.dense.steps=150", "--config.train.gated.steps=150",
         "--config.train.eval_every=150", "--config.train.eval_batch=250", "--config.sae.epochs=10",
         "--config.machine.sweep_chunk=250",
     )  # fmt: skip
-    assert found["gated_accuracy"] > 0.05  # chance: 0.01
-    assert 0.6 < found["last_layer"]["usage"] < 0.95
-    assert found["sae"]["explained_variance"] > 0.8
+    assert summary["gated_accuracy"] > 0.05  # chance: 0.01
+    assert 0.6 < summary["last_layer"]["usage"] < 0.95
+    assert summary["sae"]["explained_variance"] > 0.8

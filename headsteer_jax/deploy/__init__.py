@@ -1,1 +1,1 @@
-"""What leaves the project: trained models and autoencoders in formats that other libraries read."""
+"""Export of trained models and autoencoders to formats that other libraries read."""

@@ -17,20 +17,20 @@ TARGETS = ("timm:FILE.safetensors", "saelens:DIR", "overcomplete:DIR")
 
 
 def parse_target(target: str) -> tuple[str, Path]:
-    """Split an export's target into library and path.
+    """Split an export target, such as saelens:DIR, into library and path.
 
     Raises:
-      HeadSteerError: it is not one of TARGETS.
+      HeadSteerError: the target has none of the forms in TARGETS.
     """
     library, _, path = target.partition(":")
-    known = {name.partition(":")[0] for name in TARGETS}
-    if library not in known or not path or (library == "timm" and not path.endswith(".safetensors")):
+    libraries = {form.partition(":")[0] for form in TARGETS}
+    if library not in libraries or not path or (library == "timm" and not path.endswith(".safetensors")):
         raise HeadSteerError(f"{target}: allowed is {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
     return library, Path(path)
 
 
 def export_timm(trained: TrainedModel, file: Path) -> None:
-    """Write the gated model's weights under timm's names; the gates stay behind.
+    """Write a gated model's weights under timm's names; the gates are left out.
 
     Raises:
       HeadSteerError: the file cannot be written.
@@ -42,12 +42,14 @@ def export_timm(trained: TrainedModel, file: Path) -> None:
 def export_autoencoders(
     trained: TrainedModel, autoencoders: Autoencoder, library: str, directory: Path, run_name: str
 ) -> None:
-    """Write every autoencoder for another library; they read residuals as they are in the model.
+    """Write every autoencoder in another library's format.
+
+    The exported autoencoders read residuals as they are in the model: centring and scaling are folded in.
 
     Args:
-      autoencoders: one for each seed, as leading axis of the weights.
-      library: saelens, which gets directories seed_0, ...; or overcomplete, which gets seed_0.safetensors, ...
-      run_name: goes into the files' metadata.
+      autoencoders: the seeds, along the leading axis of the weights.
+      library: `saelens` writes directories seed_0, seed_1, ...; `overcomplete` writes files seed_0.safetensors, ...
+      run_name: the name of the run, for the metadata.
 
     Raises:
       HeadSteerError: the directory cannot be written.

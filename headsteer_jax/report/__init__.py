@@ -1,1 +1,1 @@
-"""What people look at: figures, the report page, the page of latents, and results pages for the documentation."""
+"""Figures, the report page, the page of latents, and results pages for the documentation."""

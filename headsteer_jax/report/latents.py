@@ -1,4 +1,4 @@
-"""latents.html: one page with a row for every latent that fires."""
+"""The page latents.html, which has a row for every latent that fires."""
 
 import base64
 import io
@@ -15,13 +15,13 @@ from headsteer_jax.report.render import render_template
 from headsteer_jax.runtime.files import write_text
 from headsteer_jax.sae.latents import Arrays
 
-THUMBNAIL = 56  # pixels: images on the page are no larger
-CLASSES_SHOWN = 5  # classes in a latent's histogram
-HEAT_LEVELS = 15  # of a patch's heat: one hexadecimal digit
+THUMBNAIL = 56  # pixels: the page shows no image larger
+CLASSES_SHOWN = 5  # in each latent's histogram
+HEAT_LEVELS = 15  # a patch's heat is one hexadecimal digit
 
 
 def _thumbnail_uri(image: np.ndarray) -> str:
-    """[height, width, channels] uint8 -> a small picture as PNG or JPEG, whichever is shorter."""
+    """Encode an image, [height, width, channels] uint8, as a small PNG or JPEG, whichever is shorter."""
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     if max(picture.size) > THUMBNAIL:
         picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
@@ -34,18 +34,27 @@ def _thumbnail_uri(image: np.ndarray) -> str:
 
 
 def _heat_digits(patches_T: np.ndarray, most: float) -> str:
-    """A hexadecimal digit for each patch: 0 where the latent is silent, LEVELS at its strongest."""
+    """Write a hexadecimal digit for each patch: 0 if the latent is silent there, f if its activation is `most`."""
     levels = np.ceil(HEAT_LEVELS * np.asarray(patches_T, np.float64) / most).clip(0, HEAT_LEVELS).astype(int)
     return "".join(f"{level:x}" for level in levels)
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """Four digits are more than the page shows."""
+    """Round to four significant digits, which are more than the page shows."""
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def _pictures(latent: int, arrays: Arrays, used: np.ndarray, tokens: str) -> list[list[Any]]:
-    """A latent's top images as [place in `used`, activation] and, with patches, [the CLS token's (or null), heat]."""
+    """List a latent's top images.
+
+    Args:
+      used: the training images on the page, by number, ascending.
+      tokens: config.sae.tokens.
+
+    Returns:
+      For each image [its place in `used`, the activation]; if the autoencoder reads patches, also [..., the CLS
+      token's activation or None, the patches' heat].
+    """
     fires = np.flatnonzero(arrays["top_activations"][latent] > 0)
     strength = arrays["top_activations"][latent, fires]
     rows: list[list[Any]] = [
@@ -62,22 +71,22 @@ def _pictures(latent: int, arrays: Arrays, used: np.ndarray, tokens: str) -> lis
 
 
 def page_data(arrays: Arrays, dataset: Dataset, config: Config) -> dict[str, Any]:
-    """What the page holds, in JSON's types: columns with an entry for each latent that fires, most selective first.
+    """Collect the page's content in JSON's types: columns with an entry for each latent that fires.
 
-    `images` has entries for the first config.report.inside of them; they name `thumbnails`, which are there once each.
+    The most selective latents come first. `images` has entries for the first config.report.inside of them, which refer
+    to `thumbnails` by number, so that the page holds each image once.
     """
     tokens, frequency = config.sae.tokens, arrays["frequency"]
     order = np.flatnonzero(frequency > 0)
     order = order[np.argsort(-arrays["selectivity"][order], kind="stable")]
     shown = order[: config.report.inside]
     used = np.unique(arrays["top_images"][shown][arrays["top_activations"][shown] > 0])
-    parts = np.array_split(used, max(1, len(used) // 256))  # whole images are large
+    parts = np.array_split(used, max(1, len(used) // 256))  # unscaled images are large
     histogram, spread = [], []
     for count_C, mean_C in zip(arrays["class_counts"][:, order].T, arrays["class_means"][:, order].T, strict=True):
-        first = np.lexsort((-mean_C, -count_C))[
-            :CLASSES_SHOWN
-        ]  # a dense latent fires on every image of several classes
-        histogram.append([[int(c), int(count_C[c])] for c in first if count_C[c]])
+        # the means decide between equal counts: a dense latent fires on every image of several classes
+        top_classes = np.lexsort((-mean_C, -count_C))[:CLASSES_SHOWN]
+        histogram.append([[int(c), int(count_C[c])] for c in top_classes if count_C[c]])
         spread.append([int(np.count_nonzero(count_C)), int(count_C.sum())])
     names = [name for name in ("frequency", "token_frequency", "cls_frequency") if name in arrays]
     return {
@@ -95,11 +104,11 @@ def page_data(arrays: Arrays, dataset: Dataset, config: Config) -> dict[str, Any
 
 
 def write_latents_page(file: Path, name: str, arrays: Arrays, dataset: Dataset, config: Config) -> None:
-    """Write one page that opens from disk: a row for each latent that fires; its headings sort.
+    """Write a page that opens from disk, with a row for each latent that fires; a click on a heading sorts it.
 
     Args:
-      name: the run's, for the title.
-      arrays: of `profile_latents`, on the training split.
+      name: the run's name, for the title.
+      arrays: what `profile_latents` returned for the training split.
     """
     data = page_data(arrays, dataset, config)
     page = render_template(

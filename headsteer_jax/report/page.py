@@ -1,4 +1,4 @@
-"""report.html and latents.html: pages that hold the figures, the tables and how to read both."""
+"""The pages report.html and latents.html, which hold the figures, the tables and how to read both."""
 
 import base64
 
@@ -20,7 +20,7 @@ def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path
     """Draw a run's figures and write its pages from summary.json, sweep.nc and the other files of its stages.
 
     Args:
-      output: where `figures/`, `report.html` and `latents.html` go; None: the workdir.
+      output: the directory for `figures/`, `report.html` and `latents.html`; None means the workdir.
 
     Raises:
       HeadSteerError: a file is missing or damaged, or the directory is not writable.
@@ -43,7 +43,7 @@ def write_report(m: ReportData, name: str, directory: Path) -> None:
     """Write figures/NAME.png and NAME.svg, and report.html, which holds the SVGs, into a directory.
 
     Args:
-      name: the run's, for the title.
+      name: the run's name, for the title.
     """
     figures = make_directory(directory / "figures")
     images = {}
@@ -52,7 +52,7 @@ def write_report(m: ReportData, name: str, directory: Path) -> None:
         for kind in ("png", "svg"):
             path = figures / f"{figure}.{kind}"
             if files is None:
-                path.unlink(missing_ok=True)  # from an earlier report
+                path.unlink(missing_ok=True)  # an earlier report may have left one
             else:
                 write_bytes(path, files[kind])
         if files is not None:

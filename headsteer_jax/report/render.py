@@ -1,4 +1,4 @@
-"""The one place that turns a template of `templates/` into a page."""
+"""Rendering of the templates in `templates/`."""
 
 from importlib import resources
 from typing import Any
@@ -9,7 +9,10 @@ from headsteer_jax.report.style import format_heads, format_number, format_signe
 
 
 def render_template(template: str, /, **values: Any) -> str:
-    """Render a template by its file name; in HTML, values are escaped, and an unknown name is an error."""
+    """Render a template by its file name.
+
+    In HTML, values are escaped. A name that the template uses and `values` lacks is an error.
+    """
     environment = Environment(
         autoescape=".html." in template, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,4 +1,4 @@
-"""A run's results as a Markdown page for docs/: every number from its summary.json, its figures beside the page."""
+"""A run's results as a Markdown page for docs/: its numbers come from summary.json, its figures lie beside the page."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from headsteer_jax.runtime.files import Workdir, make_directory, read_json, writ
 
 
 def format_run_command(config: Config, name: str, based_on: Config, config_name: str) -> str:
-    """Format the command that made a run: its config and the fields that differ from it."""
+    """Format the command that made a run: the config that it began with, and every field that it changed."""
     base, final = flatten(based_on), flatten(config)
 
     def text(value: Any) -> str:
@@ -27,39 +27,39 @@ def render_results(summary: dict[str, Any], folder: str, command: str, run_comma
     """Render the page's text.
 
     Args:
-      summary: all of summary.json.
-      folder: where the page's figures are, relative to it.
-      command: what generates this page.
-      run_command: the command of the run.
+      summary: the content of summary.json.
+      folder: the directory of the page's figures, relative to the page.
+      command: the command that writes this page.
+      run_command: the command that made the run.
     """
     config = summary["config"]
-    table, first = summary["classes"], config["gate"]["first_layer"]
-    usage = [row["usage_before"] for row in table]
+    rows, first_layer = summary["classes"], config["gate"]["first_layer"]
+    usage = [row["usage_before"] for row in rows]
     curve = summary["steering"]["class"]["curve"]
     lowest = min(range(len(curve["alpha"])), key=lambda a: (curve["alpha"][a] >= 0, -curve["usage"][a]))
     return render_template(
         "results.md.j2",
         summary=summary, folder=folder, command=command, run_command=run_command,
         total_seconds=sum(summary["seconds"].values()),
-        images=sum(row["images"] for row in table), classes=len(table),
-        usages=", ".join(f"{first + i}: {value:.3f}" for i, value in enumerate(summary["layer_usage"])),
+        images=sum(row["images"] for row in rows), classes=len(rows),
+        usages=", ".join(f"{first_layer + i}: {value:.3f}" for i, value in enumerate(summary["layer_usage"])),
         usage_range=(min(usage), max(usage)),
         tokens=1 + config["model"]["registers"] + (config["data"]["image_size"] // config["model"]["patch"]) ** 2,
-        best=table[:2], top=table[: config["report"]["top_classes"]],
+        best=rows[:2], top=rows[: config["report"]["top_classes"]],
         negative={"alpha": curve["alpha"][lowest], "usage": curve["usage"][lowest]},
         strategies=[name for name in summary["steering"] if name != "unsteered"],
     )  # fmt: skip
 
 
 def write_results(workdir: Workdir, file: Path, config_name: str, based_on: Config) -> None:
-    """Write a results page and, in a folder of its name, the figures that it shows.
+    """Write a results page and, in a directory of the same name, its figures.
 
     Args:
-      config_name: the config that the run began with, as the command line names it.
+      config_name: the config that the run began with, as given on the command line.
       based_on: that config, without the run's overrides.
 
     Raises:
-      HeadSteerError: the run lacks class steering; the page cannot be written.
+      HeadSteerError: the run has no class steering, or the page cannot be written.
     """
     summary = read_json(workdir / "summary.json")
     if "classes" not in summary:

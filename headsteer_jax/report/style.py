@@ -14,10 +14,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
 
-PAGE_INCHES = 9.5  # inches: at 96 pixels an inch the page's column
-MATRIX_CLASSES = 100  # rows that are legible at that width; of more classes both ends of the ranking are shown
-MONTAGE_CLASSES = 6
-TILE = 56  # pixels: images in the montage are no larger
+PAGE_INCHES = 9.5  # a figure's width: the page's column, at 96 pixels an inch
+MATRIX_CLASSES = 100  # as many rows are legible; of more classes, both ends of the ranking are shown
+MONTAGE_CLASSES = 6  # classes whose latents are shown with their images
+TILE = 56  # pixels: the montage shows no image larger
 COLOURS = {
     "class": "#D55E00",
     "global": "#0072B2",
@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 
 class ReportData(NamedTuple):
-    """All that figures are drawn from."""
+    """A run's results, from which every figure and page is drawn."""
 
     config: Config
     dataset: Dataset
@@ -73,48 +73,48 @@ class ReportData(NamedTuple):
 
     @property
     def colours(self) -> dict[str, str]:
-        """Strategy -> colour, in the order of the config."""
+        """Give each strategy a colour, in the order of the config."""
         names = [str(name) for name in self.arrays["strategies"]]
         more = iter(MORE_COLOURS * len(names))
         return {name: COLOURS.get(name) or next(more) for name in names}
 
     @property
     def main(self) -> str:
-        """The strategy that figures of one strategy show: `class` where it was run."""
+        """Pick the strategy for figures that show only one: `class` if it was run, else the first."""
         return "class" if "class" in self.colours else next(iter(self.colours))
 
     @property
     def images(self) -> int:
-        """Test images that were steered."""
+        """Count the test images that were steered."""
         return int(self.arrays["test_count"].sum())
 
 
 def shorten(name: str, length: int = 16) -> str:
-    """A class name for a label: printable, on one line, cut in its middle where it is long."""
+    """Shorten a class name for a label: printable, on one line, cut in its middle if it is too long."""
     name = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
     return name if len(name) <= length else f"{name[: length - 5]}…{name[-4:]}"
 
 
 def format_number(value: float) -> str:
-    """As short as it is exact, with a real minus sign."""
+    """Format a number in up to six digits, without trailing zeros and with a real minus sign."""
     return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def format_signed(value: float, digits: int) -> str:
-    """With its sign, rounded; never minus zero."""
+    """Format a rounded number with its sign; never minus zero."""
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def format_heads(heads: Iterable[int]) -> str:
-    """[2, 5] -> {h2, h5}, counted from 0."""
+    """Format head numbers as a set: [2, 5] becomes {h2, h5}."""
     return "{" + ", ".join(f"h{head}" for head in heads) + "}"
 
 
 def spread_labels(values: Sequence[float], gap: float) -> list[float]:
-    """Places near `values`, in their order and at least `gap` apart: for labels beside the ends of lines."""
+    """Move values apart, as little as possible, until neighbours differ by `gap`: heights for labels beside lines."""
     order = np.argsort(values, kind="stable")
     places = np.array(values, float)[order]
-    for _ in range(20 * len(places)):  # neighbours that are too close share the way
+    for _ in range(20 * len(places)):  # neighbours that are too close move by the same distance
         for i in range(len(places) - 1):
             push = max(0.0, gap - (places[i + 1] - places[i])) / 2
             places[i : i + 2] += (-push, push)
@@ -122,16 +122,16 @@ def spread_labels(values: Sequence[float], gap: float) -> list[float]:
 
 
 def set_alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
-    """Alphas on a scale that is linear near 0 and logarithmic beyond, both ways, with labels where there is room."""
+    """Scale the alpha axis linearly near 0 and logarithmically beyond, and label the alphas that there is room for."""
     unit = np.abs(alphas[alphas != 0]).min() if (alphas != 0).any() else 1.0
     axes.set_xscale("asinh", linear_width=float(unit))
-    room = 0.024 * float(np.ptp(np.arcsinh(alphas / unit)))  # for a character
+    character = 0.024 * float(np.ptp(np.arcsinh(alphas / unit)))  # the width of one
     shown: list[float] = []
     ends = (0, alphas[0], alphas[-1])
     for alpha in sorted(alphas.tolist(), key=lambda a: (a not in ends, np.log2(abs(a) or 1) % 1 != 0, -abs(a))):
         for other in shown:
             apart = abs(np.arcsinh(alpha / unit) - np.arcsinh(other / unit))
-            if apart < room * (1 + (len(format_number(alpha)) + len(format_number(other))) / 2):
+            if apart < character * (1 + (len(format_number(alpha)) + len(format_number(other))) / 2):
                 break
         else:
             shown.append(alpha)
@@ -141,9 +141,9 @@ def set_alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
     axes.set_xlabel("steering strength \N{GREEK SMALL LETTER ALPHA}")
 
 
-def set_ticks(axis: Axis, what: str, most: int = 6) -> None:
-    """Usage in fractions, as [LH26] has it; all else in percent."""
-    percent = what != "usage"
+def set_ticks(axis: Axis, quantity: str, most: int = 6) -> None:
+    """Label at most so many ticks: usage in fractions, as in [LH26], any other quantity in percent."""
+    percent = quantity != "usage"
     axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(
         FuncFormatter(
@@ -153,7 +153,7 @@ def set_ticks(axis: Axis, what: str, most: int = 6) -> None:
 
 
 def remove_frame(axes: Axes) -> None:
-    """No frame, grid or ticks: for images."""
+    """Remove frame, grid and ticks, as images need none."""
     axes.grid(False)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -162,7 +162,7 @@ def remove_frame(axes: Axes) -> None:
 
 @contextmanager
 def apply_style() -> Iterator[None]:
-    """Within it figures look as ours do; matplotlib's own settings come back after it."""
+    """Apply this package's style to figures that are drawn inside; matplotlib's own settings come back afterwards."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
         yield

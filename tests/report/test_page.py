@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, escaped, legible, the summary's numbers, the same bytes twice."""
+"""The report page: complete, self-contained, escaped and legible, with the summary's numbers, byte for byte."""
 
 import base64
 import io
@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from etils import epath
 from made_run import made_run
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -41,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "alphas": (1.0, 2.0), "heads": 3, "rows": False,
     },
 }  # fmt: skip
-MISSING = {  # what a case cannot show
+MISSING = {  # the figures that a case cannot have
     "no class strategy, 3 heads, 4 classes steered, no training rows": {"savers", "overlap", "training"},
     "1000 long names": {"training"},
 }
@@ -81,8 +82,16 @@ class Page(HTMLParser):
             self._rows[-1][-1] += data
 
 
+def report_data(run: dict[str, Any]) -> style.ReportData:
+    return style.ReportData(**{name: value for name, value in run.items() if name != "name"})
+
+
+def write_report(run: dict[str, Any], directory: Path) -> None:
+    page.write_report(report_data(run), run["name"], epath.Path(directory))
+
+
 class Written(NamedTuple):
-    """A case's report."""
+    """The report of one case."""
 
     case: str
     run: dict[str, Any]
@@ -95,7 +104,7 @@ class Written(NamedTuple):
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     run = made_run(**CASES[request.param])
     workdir = tmp_path_factory.mktemp("run")
-    page.write_report(workdir=workdir, **run)
+    write_report(run, workdir)
     html = (workdir / "report.html").read_text()
     return Written(request.param, run, workdir, Page(html), html)
 
@@ -164,11 +173,11 @@ def test_numbers_are_the_summarys(written: Written) -> None:
         assert row[2].startswith(f"{result['usage']:.3f}")
         assert row[3].startswith(f"{100 * result['accuracy']:.1f}%")
         if "alpha_per_class" in result:
-            each = result["alpha_per_class"]
+            per_class = result["alpha_per_class"]
             assert row[1].replace("\u2212", "-") == f"{result['alpha']:g}"
             assert row[5:] == [
-                str(result["classes_saved"]), f"{each['usage']:.3f}", f"{100 * each['accuracy']:.1f}%",
-                str(each["classes_saved"]),
+                str(result["classes_saved"]), f"{per_class['usage']:.3f}",
+                f"{100 * per_class['accuracy']:.1f}%", str(per_class["classes_saved"]),
             ]  # fmt: skip
     sizes = [row for row in page.tables["sizes"] if row]
     for row, size in zip(sizes, layer["by_size"], strict=True):
@@ -176,13 +185,13 @@ def test_numbers_are_the_summarys(written: Written) -> None:
         assert row[4] == "{" + ", ".join(f"h{head}" for head in size["heads"]) + "}"
     if "classes" in summary:
         table = [row for row in page.tables["classes-table"] if row]
-        for row, one in zip(table, summary["classes"], strict=True):
+        for row, result in zip(table, summary["classes"], strict=True):
             assert row[1:6] == [
-                str(one["images"]), f"{one['usage_before']:.3f}", f"{one['usage_after']:.3f}",
-                f"{100 * one['accuracy_before']:.1f}%", f"{100 * one['accuracy_after']:.1f}%",
+                str(result["images"]), f"{result['usage_before']:.3f}", f"{result['usage_after']:.3f}",
+                f"{100 * result['accuracy_before']:.1f}%", f"{100 * result['accuracy_after']:.1f}%",
             ]  # fmt: skip
-            assert row[7] == " ".join(map(str, one["heads_after"]))
-            assert row[8] == ("yes" if one["saved"] else "no")
+            assert row[7] == " ".join(map(str, result["heads_after"]))
+            assert row[8] == ("yes" if result["saved"] else "no")
         verdicts = [row[-1] for row in page.tables["claims-table"] if row]
         words = {True: "holds", False: "does not hold", None: "not reached"}
         assert verdicts == [words[claim["holds"]] for claim in summary["claims"]]
@@ -199,7 +208,7 @@ def test_numbers_are_the_summarys(written: Written) -> None:
 
 
 def _boxes(axis: Axis) -> list[Any]:
-    """Where an axis's visible tick labels are."""
+    """List the boxes of an axis's visible tick labels."""
     low, high = sorted(axis.get_view_interval())
     margin = 1e-6 * (high - low)
     labels = [
@@ -210,20 +219,19 @@ def _boxes(axis: Axis) -> list[Any]:
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str) -> None:
-    arguments = {key: value for key, value in written.run.items() if key != "name"}
     with style.apply_style():
-        figure = figures.FIGURES[name](style.ReportData(**arguments))
+        figure = figures.FIGURES[name](report_data(written.run))
         if figure is None:
             assert name in MISSING[written.case]
             return
         figure.draw_without_rendering()
-        whole = figure.bbox
+        frame = figure.bbox
         for axes in figure.findobj(lambda artist: isinstance(artist, Axes)):
             for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
                 boxes = _boxes(axis)
                 for i, box in enumerate(boxes):
-                    assert whole.x0 - 1 <= box.x0
-                    assert box.x1 <= whole.x1 + 1
+                    assert frame.x0 - 1 <= box.x0
+                    assert box.x1 <= frame.x1 + 1
                     for other in boxes[:i]:
                         apart_x = max(box.x0, other.x0) - min(box.x1, other.x1)
                         apart_y = max(box.y0, other.y0) - min(box.y1, other.y1)
@@ -231,27 +239,27 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
             texts = [text for text in (*axes.texts, axes.title, axes._left_title) if text.get_text()]
             for text in texts:
                 box = text.get_window_extent()
-                assert whole.x0 - 1 <= box.x0, text
-                assert box.x1 <= whole.x1 + 1, text
-                assert whole.y0 - 1 <= box.y0, text
-                assert box.y1 <= whole.y1 + 1, text
+                assert frame.x0 - 1 <= box.x0, text
+                assert box.x1 <= frame.x1 + 1, text
+                assert frame.y0 - 1 <= box.y0, text
+                assert box.y1 <= frame.y1 + 1, text
 
 
 def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
-    run = made_run()
-    for name in ("one", "two"):
-        page.write_report(workdir=tmp_path / name, **run)
-    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    run = made_run(classes=5, heads=3, seeds=2, per_class=4)
+    for name in ("first", "second"):
+        write_report(run, tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file())
     assert len(files) == 2 * len(figures.FIGURES) + 1
     for path in files:
-        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+        assert (tmp_path / "first" / path).read_bytes() == (tmp_path / "second" / path).read_bytes(), path
 
 
-def test_a_figure_of_an_earlier_report_goes(tmp_path: Path) -> None:
+def test_a_figure_of_an_earlier_report_is_removed(tmp_path: Path) -> None:
     stale = tmp_path / "figures" / "savers.png"
     stale.parent.mkdir()
     stale.write_bytes(b"old")
-    page.write_report(workdir=tmp_path, **made_run(strategies=("random",), heads=2, seeds=1, rows=False))
+    write_report(made_run(strategies=("random",), heads=2, seeds=1, rows=False), tmp_path)
     assert not stale.exists()
 
 
@@ -259,15 +267,14 @@ def test_figures_leave_matplotlib_as_it_was() -> None:
     import matplotlib
 
     before = {name: matplotlib.rcParams[name] for name in matplotlib.rcParams}
-    arguments = {key: value for key, value in made_run(heads=2, seeds=1).items() if key != "name"}
-    figures.render_figure(style.ReportData(**arguments), "sae")
+    figures.render_figure(report_data(made_run(heads=2, seeds=1)), "sae")
     assert {name: matplotlib.rcParams[name] for name in before} == before
 
 
 @pytest.mark.parametrize(
     ("value", "digits", "text"), [(0.5, 3, "+0.500"), (-0.25, 1, "\u22120.2"), (-0.0001, 2, "+0.00"), (3, 0, "+3")]
 )
-def test_signed(value: float, digits: int, text: str) -> None:
+def test_format_signed(value: float, digits: int, text: str) -> None:
     assert style.format_signed(value, digits) == text
 
 
@@ -275,11 +282,11 @@ def test_signed(value: float, digits: int, text: str) -> None:
     ("name", "text"),
     [("pine tree", "pine tree"), ("a\nb\x07 c", "a b c"), ("abcdefghijklmnopqrstuvwxyz", "abcdefghijk\u2026wxyz")],
 )
-def test_short(name: str, text: str) -> None:
+def test_shorten(name: str, text: str) -> None:
     assert style.shorten(name) == text
 
 
-def test_spread_keeps_order_gap_and_what_is_apart_already() -> None:
+def test_spread_labels_keeps_the_order_and_moves_only_close_neighbours() -> None:
     places = style.spread_labels([0.5, 0.51, 0.1, 0.52, 0.9], 0.1)
     assert places[2] == pytest.approx(0.1)
     assert places[4] == pytest.approx(0.9)

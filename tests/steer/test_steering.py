@@ -11,7 +11,7 @@ import reference
 from builders import CLASSES, setting, steer_config, trained_model
 
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.vit import TrainedModel, build_model
+from headsteer_jax.model.vit import Intervention, TrainedModel, build_model
 from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer import steering as steer
 from headsteer_jax.steer.table import gates_to_pattern
@@ -74,7 +74,7 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
         def changed(x_BD):
             return steer.apply_steering(steered[layer], x_BD, labels, alpha, config.steer)
 
-        intervention = vit.Intervention(gate_input=changed, steer_residual=target == "residual")
+        intervention = Intervention(gate_input=changed, steer_residual=target == "residual")
         logits, out = model.apply(params, images, interventions={layer: intervention})
         return out["gates"][layer] > 0, jnp.argmax(logits, axis=1)
 

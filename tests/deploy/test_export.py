@@ -1,0 +1,71 @@
+"""Exports of a run: the files that other libraries read hold the run's model and autoencoders."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from helpers import FinishedRun
+from safetensors.numpy import load_file
+
+from headsteer_jax.deploy.export import export_autoencoders, export_timm, parse_target
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.pretrained import load_backbone
+from headsteer_jax.runs import Run, load_run
+from headsteer_jax.sae.interchange import import_overcomplete, import_saelens
+
+
+@pytest.fixture(scope="module")
+def run(finished: FinishedRun) -> Run:
+    return load_run(finished.workdir)
+
+
+@pytest.mark.parametrize(
+    ("target", "library", "path"),
+    [
+        ("timm:a/vit.safetensors", "timm", "a/vit.safetensors"),
+        ("saelens:a", "saelens", "a"),
+        ("overcomplete:gs://bucket/a", "overcomplete", "gs://bucket/a"),
+    ],
+)
+def test_a_target_is_a_library_and_a_path(target: str, library: str, path: str) -> None:
+    assert parse_target(target) == (library, epath.Path(path))
+
+
+@pytest.mark.parametrize("target", ["torch:x", "timm:model.bin", "saelens", "saelens:", "", ":x"])
+def test_a_target_that_is_not_right(target: str) -> None:
+    with pytest.raises(HeadSteerError, match=r"allowed is timm:FILE\.safetensors, saelens:DIR or overcomplete:DIR"):
+        parse_target(target)
+
+
+def test_timms_file_holds_the_model_without_its_gates(run: Run, tmp_path: Path) -> None:
+    file = epath.Path(tmp_path) / "new" / "vit.safetensors"
+    export_timm(run.trained, file)
+    tensors = load_file(file)
+    assert tensors["blocks.2.attn.qkv.weight"].shape == (72, 24)
+    assert tensors["head.weight"].shape == (100, 24)
+    assert not any("decide" in name for name in tensors)
+
+    model = run.config.model.model_copy(update={"pretrained": str(file), "pretrained_head": True})
+    zeros = jax.tree.map(np.zeros_like, jax.device_get(run.trained.params))
+    params, loaded = load_backbone(zeros, run.config.model_copy(update={"model": model}))
+    assert len(loaded.loaded) == len(tensors)
+    expected = jax.tree_util.tree_leaves_with_path(run.trained.params)
+    for (path, leaf), restored in zip(expected, jax.tree.leaves(params), strict=True):
+        gate = "decide" in jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(restored, np.zeros_like(leaf) if gate else leaf)
+
+
+@pytest.mark.parametrize("library", ["saelens", "overcomplete"])
+def test_every_autoencoder_comes_back_and_answers_as_before(run: Run, tmp_path: Path, library: str) -> None:
+    export_autoencoders(run.trained, run.autoencoders, library, epath.Path(tmp_path) / "new", "tiny")
+    x = run.x_train[:50]
+    for seed in range(run.config.sae.seeds):
+        if library == "saelens":
+            imported = import_saelens(tmp_path / "new" / f"seed_{seed}", width=24)
+        else:
+            imported = import_overcomplete(tmp_path / "new" / f"seed_{seed}.safetensors", width=24)
+        assert (imported.activation, imported.k) == ("topk", run.config.sae.k)
+        sae = run.autoencoder(seed)
+        np.testing.assert_allclose(imported.sae.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
