@@ -56,7 +56,7 @@ def start(cluster: str, timeout: int) -> None:
 
     def give_up() -> None:
         line = f"error: not all processes met at {coordinator} within {timeout} s; check that each runs this command"
-        print(f"{line}, that the address can be reached, or raise --distributed_timeout", file=sys.stderr, flush=True)
+        print(f"{line}, that the address can be reached, or raise --distributed-timeout", file=sys.stderr, flush=True)
         os._exit(2)
 
     timer = threading.Timer(timeout, give_up)
