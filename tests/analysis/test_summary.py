@@ -20,7 +20,7 @@ from headsteer_jax.steer.tally import StepFunction, pack_bits, unpack_bits
 
 @pytest.fixture(scope="module")
 def config_and_result() -> tuple[Config, SweepResult]:
-    return made_sweep(classes=8, heads=4, seeds=2, per_class=12)
+    return made_sweep(classes=8, heads=4, seeds=2, per_class=14)
 
 
 @pytest.fixture(scope="module")
