@@ -536,7 +536,7 @@ def damaged_run(campaign: Campaign, number: int) -> None:
             if len(errors) != 1 or str(workdir / DAMAGED[stage]) not in errors[0]:
                 failures.append(f"refused without one line that names the checkpoint: {errors}")
         elif code == 0:
-            resumed = re.findall(r"going on from (?:step|epoch) (\d+)", run.stderr)
+            resumed = re.findall(r"resuming from (?:step|epoch) (\d+)", run.stderr)
             names = {str(newest): "went on from it", str(earlier): "went on from the one before"}
             came = names.get(resumed[-1] if resumed else "", "began anew")
             failures += difference(workdir, campaign.reference, [stage])
@@ -708,7 +708,7 @@ def stage_names(text: str) -> list[str]:
     """Parse a list of stages; raises ArgumentTypeError if there is no such stage."""
     names = text.split(",")
     if unknown := set(names) - set(STAGES):
-        raise argparse.ArgumentTypeError(f"there is no stage {min(unknown)!r}; allowed are {', '.join(STAGES)}")
+        raise argparse.ArgumentTypeError(f"there is no stage {min(unknown)!r}; choose from {', '.join(STAGES)}")
     return names
 
 

@@ -2,8 +2,8 @@
 
 The first run downloads CIFAR-100 (extra `prepare`, TensorFlow) and the backbone (extra `hub`); later ones need neither.
 To train from scratch, pass --config.model.pretrained= ; to start from a local file, pass
---config.model.pretrained=vit_small.safetensors. With 4x4 patches there are 65 tokens, which take a GPU or a TPU. The
-recipe is that of tiny_imagenet100_vit_s.py with more steps; it has not been run, for want of a network.
+--config.model.pretrained=vit_small.safetensors. With 4x4 patches there are 65 tokens, which need a GPU or a TPU. The
+recipe is that of tiny_imagenet100_vit_s.py with more steps. It has not been run, because we had no network.
 """
 
 from headsteer_jax.config import (

@@ -1,7 +1,8 @@
-"""The default experiment: two handwritten digits on a canvas, 100 classes, three to four minutes on two CPU cores.
+"""The default experiment: two handwritten digits on a canvas, 100 classes. It takes some minutes on two CPU cores.
 
-Expected on test: 92% accuracy of the dense and of the gated model; the last layer uses 0.80 of its heads, and without
-them 18 points of accuracy are lost; class steering lowers its usage to 0.57 at the same accuracy.
+The gated model's accuracy on test is 92.4%, and 0.804 of the last layer's heads run. With all heads of that layer off,
+accuracy is 64.9%. Class steering lowers the usage to 0.621 at 92.3%, gate-aligned steering to 0.220 at 91.2%. Another
+CPU rounds differently and therefore trains a different model.
 """
 
 from headsteer_jax.config import (
@@ -23,13 +24,13 @@ def get_config() -> Config:
             source="double_digits",
             image_size=20,
             channels=1,
-            mean=(0.1,),  # of the canvases' pixels
+            mean=(0.1,),  # roughly that of the canvases' pixels
             std=(0.25,),
             train_per_class=800,
             crop_padding=0,  # canvases are placed at random already
         ),
-        # With four blocks accuracy depends so much on the last one's heads that none can be spared, and with wider MLPs
-        # the last block does not matter: hence five thin blocks.
+        # With four blocks, accuracy depends so much on the last block's heads that none can be spared; with wider MLPs
+        # the last block does not matter. Therefore there are five thin blocks.
         model=ModelConfig(patch=4, depth=5, width=96, heads=6, mlp_ratio=1),
         gate=GateConfig(target=0.8),
         train=TrainConfig(
@@ -40,11 +41,11 @@ def get_config() -> Config:
             eval_every=300,
             eval_batch=250,  # on a CPU twice as fast as 1000: the activations stay in its cache
         ),
-        # 16 of 768 active latents explain 0.9 of the variance, and separate the classes better than more
+        # 16 active latents of 768 explain 0.9 of the variance, and separate the classes better than more latents do
         sae=SAEConfig(expansion=8, k=16, epochs=9, batch=1024, learning_rate=1e-3),
         steer=SteerConfig(
             latents=16,
             alphas=(-4, -2, -1, -0.5, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
-            tolerance=0.005,  # on validation; the loss on test then stays within a point
+            tolerance=0.005,  # on validation; accuracy on test may fall by more
         ),
     )

@@ -1,6 +1,6 @@
 """ViT-S on 100 classes of photographs, 32x32, from a prepared TFDS directory (array_record; nothing is downloaded).
 
-With 8x8 patches there are 17 tokens, and two cores train about 110 images a second. Start from a pretrained backbone:
+With 8x8 patches there are 17 tokens, few enough for a CPU. To start from a pretrained backbone, pass
 --config.data.path=DIR --config.model.pretrained=vit_small_patch14.safetensors
 """
 

@@ -74,7 +74,7 @@ def explain_staleness(config: Config, workdir: Workdir, stage: Stage) -> str:
             if difference := _describe_difference(record["config"], stage_fields(config, stage)):
                 return difference
             if record["inputs"] != _inputs_finished(workdir, stage):
-                return "a stage that it reads was made again"
+                return "a stage that it reads was computed again"
     return ""
 
 
@@ -107,7 +107,7 @@ def prepare_stage(
     if reason and not overwrite:
         raise HeadSteerError(f"{directory}: it is stale ({reason}); pass --overwrite or another --workdir")
     if reason:
-        logger.info(f"{stage.name}: making it again ({reason})")
+        logger.info(f"{stage.name}: computing it again ({reason})")
         remove_directory(directory)
     elif is_done(workdir, stage):
         logger.info(f"{stage.name}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")

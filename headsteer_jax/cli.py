@@ -1,7 +1,7 @@
 """The command line: its commands and their flags, and how the program ends.
 
 The exit code is 0 on success, 2 after one line that says what is wrong, 75 if SIGTERM stopped the program (the same
-command then goes on), 130 if Ctrl-C did, and 1 after an error of the program's own, with a traceback.
+command then continues), 130 if Ctrl-C did, and 1 after an unexpected error, with a traceback.
 """
 
 import argparse
@@ -23,15 +23,16 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import preemption
 
 DEFAULT_CONFIG = "double_digits"
-HELP = """Train a gated vision transformer, learn its concepts with a sparse autoencoder, steer its heads, report.
+CONFIG_HELP = "a shipped config's name, or a file (default: %(default)s)"
+HELP = """Train a gated vision transformer, find concepts with a sparse autoencoder, steer its heads, and report.
 
 commands:
-  run      train, learn concepts, steer and report; start here
+  run      train, learn concepts, steer and report (start here)
   export   write a run's model or autoencoders for timm, SAELens or overcomplete
   page     write a run's pages again, or a results page for the documentation
   config   show, explain or check a config, or write the reference of all fields
 
-headsteer COMMAND --help explains a command."""
+headsteer COMMAND --help explains a command; headsteer --version prints the version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +62,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
         elif name in COMMANDS:
             COMMANDS[name](command_arguments)
         else:
-            raise HeadSteerError(f"{name}: no such command; allowed are {', '.join(COMMANDS)}")
+            raise HeadSteerError(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
     except HeadSteerError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -72,13 +73,13 @@ def run_command_line(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
 
 def _silence_libraries() -> None:
-    """Keep libraries from printing errors that are raised here as well and become one line.
+    """Keep libraries from printing errors that are also raised here, where they become one line.
 
     Orbax logs every save, and a failed save once for each array; its threads print what they raise.
     """
@@ -100,7 +101,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise argparse's message as a HeadSteerError."""
-        raise HeadSteerError(f"{message}; {self.prog} --help lists what there is")
+        raise HeadSteerError(f"{message}; {self.prog} --help lists the flags")
 
     def parse_with_overrides(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         """Parse a command's flags and its overrides of config fields.
@@ -109,7 +110,7 @@ class Parser(argparse.ArgumentParser):
           The flags, and the overrides as dotted path -> text.
 
         Raises:
-          HeadSteerError: there is no such flag, or its value is not right.
+          HeadSteerError: there is no such flag, or its value is not valid.
         """
         flags, unparsed = self.parse_known_args(arguments)
         overrides = {} if flags.placeholder is None else {"FIELD": flags.placeholder}  # the help's own placeholder
@@ -126,24 +127,28 @@ class Parser(argparse.ArgumentParser):
 def command_run(arguments: Sequence[str]) -> None:
     """Run the stages of an experiment: `headsteer run`."""
     parser = Parser(
-        "run", "Train a gated vision transformer, learn its concepts, steer its heads, report.",
-        "To learn what a field means: headsteer config --explain=FIELD, or docs/reference/configuration.md.",
+        "run", "Train a gated vision transformer, learn its concepts, steer its heads, and write a report.",
+        "headsteer config --explain=FIELD explains a field; docs/reference/configuration.md lists all fields.",
         "headsteer run [flags] [--config.FIELD=VALUE ...]",
     )  # fmt: skip
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="a shipped config's name, or a file (%(default)s)")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help=CONFIG_HELP)
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
-    parser.add_argument("--workdir", metavar="DIR", help="where everything is written (runs/NAME)")
+    parser.add_argument("--workdir", metavar="DIR", help="where everything is written (default: runs/NAME)")
     parser.add_argument(
-        "--stages", metavar="A,B", help="which of train, sae, grid, steer, layers, report (all but grid)"
+        "--stages", metavar="A,B", help="some of train, sae, grid, steer, layers, report (default: all but grid)"
     )
     parser.add_argument("--seed", help="short for --config.seed")
-    parser.add_argument("--overwrite", action="store_true", help="remake stages whose config changed")
+    parser.add_argument("--overwrite", action="store_true", help="compute stages again if their fields have changed")
     parser.add_argument("--profile", action="store_true", help="short for --config.machine.profile=true")
     parser.add_argument(
         "--distributed", default="", metavar="auto|HOST:PORT,N,I", help="join a cluster, as process I of N"
     )
     parser.add_argument(
-        "--distributed-timeout", type=int, default=300, metavar="SECONDS", help="time for all to join (%(default)s)"
+        "--distributed-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait until all processes have joined (default: %(default)s)",
     )
     flags, overrides = parser.parse_with_overrides(arguments)
     if flags.seed is not None:
@@ -162,7 +167,7 @@ def command_run(arguments: Sequence[str]) -> None:
     for name in names:
         if name not in STAGES:
             raise HeadSteerError(
-                f"--stages={flags.stages}: there is no stage {name!r}; allowed are {', '.join(STAGES)}"
+                f"--stages={flags.stages}: there is no stage {name!r}; choose from {', '.join(STAGES)}"
             )
     _start(flags.distributed, flags.distributed_timeout)
     per_process = ("distributed", "distributed_timeout")
@@ -214,7 +219,9 @@ def command_page(arguments: Sequence[str]) -> None:
     """Write a run's pages again from what its stages saved: `headsteer page`."""
     parser = Parser("page", "Write the pages of a finished run again, from what its stages saved.")
     parser.add_argument("run", metavar="RUN", help="the run's directory")
-    parser.add_argument("--output", metavar="DIR", help="where report.html, latents.html and figures/ go (the run's)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where to write report.html, latents.html and figures/ (default: RUN)"
+    )
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
     flags = parser.parse_args(list(arguments))
@@ -245,11 +252,11 @@ def command_config(arguments: Sequence[str]) -> None:
     parser = Parser(
         "config", "Show a config with its overrides, one field per line; or explain a field, or check the config."
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="a shipped config's name, or a file (%(default)s)")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help=CONFIG_HELP)
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--explain", metavar="FIELD", help="explain a field, or every field of a section")
-    action.add_argument("--check", action="store_true", help="only say whether the config is right")
+    action.add_argument("--check", action="store_true", help="only say whether the config is valid")
     action.add_argument("--reference", metavar="PAGE.md", help="write a page with every field")
     flags, overrides = parser.parse_with_overrides(arguments)
     if flags.explain:
@@ -265,7 +272,7 @@ def command_config(arguments: Sequence[str]) -> None:
     config = load_config(find_config(flags.config), overrides)
     _check_names(config)
     if flags.check:
-        print(f"{flags.config}: right")
+        print(f"{flags.config}: valid")
         return
     for path, value in flatten(config).items():
         print(f"{path} = {json.dumps(value)}")
@@ -286,7 +293,7 @@ def find_config(name: str) -> Path:
     stem = Path(name).name.removesuffix(".py")
     if stem in shipped and name in (stem, f"{stem}.py", f"configs/{stem}.py"):
         return shipped[stem]
-    raise HeadSteerError(f"--config={name}: no such file; the configs that ship are {', '.join(sorted(shipped))}")
+    raise HeadSteerError(f"--config={name}: no such file; the shipped configs are {', '.join(sorted(shipped))}")
 
 
 def _shipped_configs() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The package's one exception, whose message is one line, and the one place that turns other errors into it."""
+"""The package's exception, whose message is one line, and the context manager that turns other errors into it."""
 
 import errno
 import re
@@ -13,7 +13,7 @@ DENIED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM, errno.EEXIST)
 
 
 class HeadSteerError(Exception):
-    """A mistake or mishap outside the program; its message is one line that names the culprit and the remedy."""
+    """A mistake or failure outside the program; its message is one line that names the culprit and the remedy."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A finished run in Python: load it, look into it, and sweep any strategy over it.
+"""A finished run in Python: load it, inspect it, and sweep any strategy over it.
 
 Example:
   run = load_run("runs/double_digits")
@@ -39,7 +39,7 @@ class Run(RunData):
 
     @property
     def config(self) -> Config:
-        """The config that the run was made with."""
+        """The config of the last command that ran in the directory."""
         return self.trained.config
 
     def autoencoder(self, seed: int = 0) -> Autoencoder:
@@ -49,7 +49,7 @@ class Run(RunData):
           HeadSteerError: there is no such seed.
         """
         if not 0 <= seed < self.autoencoders.members:
-            raise HeadSteerError(f"autoencoder {seed}: allowed is 0 to {self.autoencoders.members - 1}")
+            raise HeadSteerError(f"there is no autoencoder {seed}; choose from 0 to {self.autoencoders.members - 1}")
         return self.autoencoders.member(seed)
 
     def sweep(self, strategies: "Strategies", **steer: Any) -> xarray.Dataset:
@@ -62,7 +62,7 @@ class Run(RunData):
           steer: fields of config.steer to change, for instance `alphas`.
 
         Returns:
-          The dataset of sweep.nc (docs/outputs.md), with `accuracy` and `usage` on test.
+          The dataset of sweep.nc (docs/reference/outputs.md), with `accuracy` and `usage` on test.
 
         Raises:
           HeadSteerError: a field, strategy or class is not valid.
@@ -86,11 +86,11 @@ class Run(RunData):
         steps = result.steps
         if not steps:
             raise HeadSteerError(
-                "alpha is exact for steer.mode = 'add', form = 'delta', target = 'policy', a gate without LayerNorm, "
+                "exact alphas need steer.mode = 'add', form = 'delta', target = 'policy', a gate without LayerNorm, "
                 "and a layer whose gate patterns fit a table"
             )
         if split not in steps:
-            raise HeadSteerError(f"there is no split {split!r} to steer; allowed are {', '.join(steps)}")
+            raise HeadSteerError(f"there is no split {split!r} to steer; choose from {', '.join(steps)}")
         return steps[split]["strategy"]
 
     def _run_sweep(self, strategies: "Strategies", steer: Mapping[str, Any]) -> tuple[Config, SweepResult]:
@@ -100,7 +100,7 @@ class Run(RunData):
         by_name = strategies if isinstance(strategies, Mapping) else {name: name for name in strategies}
         functions = {name: _resolve_strategy(choose, name) for name, choose in by_name.items()}
         if not functions:
-            raise HeadSteerError("no strategy to sweep; give at least one")
+            raise HeadSteerError("there is no strategy to sweep; give at least one")
         config = self.config.model_dump()
         config["steer"] |= {name: _to_tuples(value) for name, value in steer.items()} | {"strategies": ("class",)}
         try:
@@ -150,7 +150,7 @@ def read_config(workdir: Workdir) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise HeadSteerError(
-            f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} makes one"
+            f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} starts one"
         )
     try:
         return Config.model_validate_json(path.read_text())
@@ -174,5 +174,5 @@ def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None
         )
     if reason := explain_staleness(config, workdir, STAGES[name]):
         raise HeadSteerError(
-            f"{workdir / name}: not of this run's config.json ({reason}); headsteer run makes it again"
+            f"{workdir / name}: does not belong to this run's config.json ({reason}); headsteer run makes it again"
         )

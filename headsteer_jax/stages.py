@@ -1,7 +1,7 @@
 """The stages of a run: one table of them, what each does, and the loop over them.
 
-Each stage reads what the ones before saved, and is done once. Of several hosts all run a stage; process 0 decides what
-is to be done, and writes. To add a stage, write its body and add it to STAGES.
+Each stage reads what earlier stages saved, and is computed once. On several hosts, all of them run a stage; process 0
+decides which stages run, and writes. To add a stage, write its function and add it to STAGES.
 """
 
 import functools
@@ -56,7 +56,7 @@ from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, load_trained, tr
 
 logger = logging.getLogger(__name__)
 
-INSPECTED_IMAGES = 16  # of each latent that are looked for; the page shows config.report.top_images of them
+INSPECTED_IMAGES = 16  # top images stored for each latent; the page shows config.report.top_images of them
 
 
 def activation_cache(config: Config, workdir: Workdir) -> str:
@@ -268,14 +268,14 @@ def _load_checked_dataset(config: Config) -> Dataset:
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raises HeadSteerError if a host does not see what process 0 writes."""
+    """Check that every host sees what process 0 writes; raises HeadSteerError if one does not."""
     token, path = hosts.on_first_process(lambda: uuid.uuid4().hex), workdir / ".shared"
     hosts.on_first_process(lambda: write_text(path, token))
 
     def check_token() -> None:
         if not path.exists() or path.read_text() != token:
             raise HeadSteerError(
-                f"{workdir}: not the same on every host; --workdir must be on a file system that all share, or gs://"
+                f"{workdir}: not the same on every host; --workdir must be on a file system that all hosts share, or gs://"
             )
 
     hosts.on_every_process(check_token)

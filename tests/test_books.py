@@ -101,7 +101,7 @@ def test_a_stage_is_stale_after_one_that_it_reads_was_made_again(workdir: Workdi
     run_stage(Config(), workdir, BAKE)
     change_record(workdir, "mix/done.json", {"finished": "later"})
     assert explain_staleness(Config(), workdir, MIX) == ""
-    assert explain_staleness(Config(), workdir, BAKE) == "a stage that it reads was made again"
+    assert explain_staleness(Config(), workdir, BAKE) == "a stage that it reads was computed again"
 
 
 @pytest.mark.parametrize("record", ["started.json", "done.json"])

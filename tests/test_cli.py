@@ -240,7 +240,7 @@ def test_processes_with_different_configs_are_refused_at_once(finished, tmp_path
         assert code == 2
         errors = [line for line in lines.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-        assert "config.sae.k of process 1 is not process 0's (3, not 4)" in errors[0]
+        assert "config.sae.k of process 1 differs from process 0's (3, not 4)" in errors[0]
     assert not (tmp_path / "w").exists()
 
 
@@ -276,12 +276,12 @@ def test_sigterm_saves_and_asks_to_be_resumed(finished, tmp_path):
     finally:
         process.kill()
     lines = log.read_text().splitlines()
-    assert lines[-1] == "stopped by SIGTERM: the same command goes on where it was"
+    assert lines[-1] == "stopped by SIGTERM: the same command continues where it stopped"
     saved = int(re.search(r"dense: step (\d+) is saved", log.read_text())[1])
     assert max(int(path.name) for path in checkpoints.iterdir()) == saved
     process = start(*command, log=log)
     try:
-        while f"dense: going on from step {saved}" not in log.read_text():
+        while f"dense: resuming from step {saved}" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
     finally:
@@ -301,7 +301,7 @@ def test_sigterm_saves_and_asks_to_be_resumed(finished, tmp_path):
         (["--config.gate.target=1.5"], ["config.gate.target = '1.5'"]),
         (["--config.steer.strategies=class,best"], ["'best'", "matched_random"]),
         (["--config.steer.classes=00,dog"], ["no class 'dog'"]),
-        (["--config.steer.classes=00,00"], ["steer.classes", "no name twice"]),
+        (["--config.steer.classes=00,00"], ["steer.classes", "distinct names"]),
         (["--config.data.related=tens=10|11|dog"], ["config.data.related: tens", "no class 'dog'"]),
         (["--config.data.train_per_class=4", "--config.data.eval_per_class=2"], ["too few to choose alpha on"]),
         (["--config.model.pretrained=nowhere.npz"], ["nowhere.npz: no such file"]),
@@ -332,9 +332,9 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     [
         (["bake"], ["bake: no such command", "run, export, page, config"]),
         (["export"], ["RUN, TARGET", "headsteer export --help"]),
-        (["export", "RUN", "torch:x"], ["torch:x: allowed is timm:FILE.safetensors, saelens:DIR or overcomplete:DIR"]),
+        (["export", "RUN", "torch:x"], ["torch:x: must be timm:FILE.safetensors, saelens:DIR or overcomplete:DIR"]),
         (["export", "RUN", "timm:model.bin"], ["timm:model.bin", "timm:FILE.safetensors"]),
-        (["export", "RUN", "saelens"], ["saelens: allowed is", "saelens:DIR"]),
+        (["export", "RUN", "saelens"], ["saelens: must be", "saelens:DIR"]),
         (["export", "nowhere", "saelens:x"], ["nowhere/config.json: there is none", "headsteer run --workdir=nowhere"]),
         (["page"], ["RUN", "headsteer page --help"]),
         (["page", "nowhere"], ["nowhere/config.json: there is none"]),
@@ -343,7 +343,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         (["config", "--explain=sae.k", "--check"], ["not allowed with", "headsteer config --help"]),
         (["config", "--check", "--config.steer.strategies=best"], ["'best'", "matched_random"]),
         (["config", "--check", "--config.data.source=folder"], ["config.data.path = ''", "data.source is 'folder'"]),
-        (["config", "--check", "--config.data.source=disk"], ["config.data.source = 'disk': allowed is", "folder"]),
+        (["config", "--check", "--config.data.source=disk"], ["config.data.source = 'disk': must be one of", "folder"]),
         (["config", "--reference=/dev/null/page.md"], ["/dev/null"]),
     ],
 )
@@ -378,7 +378,7 @@ def test_config_shows_explains_and_checks(tmp_path):
     assert 'data.source = "double_digits"' in lines
     explanation = succeeded(headsteer("config", "--explain=gate.target")).stdout
     assert "The share of heads that the usage loss aims at." in explanation
-    assert succeeded(headsteer("config", "--check")).stdout == "double_digits: right\n"
+    assert succeeded(headsteer("config", "--check")).stdout == "double_digits: valid\n"
     page = tmp_path / "new" / "fields.md"
     assert succeeded(headsteer("config", f"--reference={page}")).stdout == f"{page}\n"
     assert "gate.target" in page.read_text()
@@ -389,7 +389,7 @@ def test_config_shows_explains_and_checks(tmp_path):
     [
         (HeadSteerError("two\n lines"), 2, "error: two lines\n"),
         (Preempted(), 75, "stopped by SIGTERM"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command continues"),
         (ValueError("a fault of the program"), 1, "Traceback"),
     ],
 )
@@ -459,7 +459,7 @@ def test_exported_autoencoders_come_back(finished, tmp_path, library, file):
     succeeded(headsteer("export", workdir, f"{library}:{tmp_path / library}"))
     command = ("run", f"--config={finished.config}", f"--workdir={workdir}", "--stages=sae", "--overwrite",
                f"--config.sae.pretrained={library}:{tmp_path / library / file}")  # fmt: skip
-    refused(headsteer(*command), "config.sae.seeds = 2", "1, as sae.pretrained names one autoencoder")
+    refused(headsteer(*command), "config.sae.seeds = 2", "1, because sae.pretrained names one autoencoder")
     refused(headsteer(*command, "--config.sae.seeds=1", "--config.sae.k=5"), "config.sae.k = 5", "has 4")
     succeeded(headsteer(*command, "--config.sae.seeds=1"))
     before = json.loads((finished.workdir / "sae" / "health.json").read_text())["seeds"][1]
@@ -606,10 +606,10 @@ def test_a_run_in_python(finished, loaded):
     [
         (["class"], {"alphas": [1.0, np.nan]}, r"config\.steer\.alphas\.1 = nan: input should be a finite number"),
         (["class"], {"alphas": [np.inf]}, r"config\.steer\.alphas\.0 = inf"),
-        (["class"], {"alphas": []}, r"steer\.alphas = \(\): allowed is at least one number"),
+        (["class"], {"alphas": []}, r"steer\.alphas = \(\): must be at least one number"),
         (["class"], {"alpha": [1.0]}, r"config\.steer\.alpha: there is no such field; did you mean"),
         (["best"], {}, "there is no 'best'"),
-        ([], {}, "no strategy to sweep"),
+        ([], {}, "there is no strategy to sweep"),
         (
             {"mine": lambda stats, label: ([10_000], [1.0])},
             {},
@@ -624,7 +624,7 @@ def test_what_a_sweep_in_python_refuses(loaded, strategies, fields, text):
 
 
 def test_what_an_exact_sweep_refuses(loaded):
-    with pytest.raises(HeadSteerError, match=r"^alpha is exact for steer\.mode = 'add'"):
+    with pytest.raises(HeadSteerError, match=r"^exact alphas need steer\.mode = 'add'"):
         loaded.exact("class", mode="clamp")
     with pytest.raises(HeadSteerError, match=r"^there is no split 'train'"):
         loaded.exact("class", "train")
@@ -682,7 +682,7 @@ def test_a_users_strategy_that_chooses_a_latent_twice(finished, tmp_path):
     command = ("run", f"--config={finished.config}", f"--workdir={workdir}", "--stages=steer", "--overwrite")
     changes = ("--config.steer.strategies=class,wrong_strategy:twice", "--config.steer.latents=2")
     result = headsteer(*command, *changes, cwd=tmp_path)
-    refused(result, "strategy 'wrong_strategy:twice', class 0 ('00'): latent 1 twice")
+    refused(result, "strategy 'wrong_strategy:twice', class 0 ('00'): latent 1 is chosen twice")
 
 
 @pytest.mark.slow
@@ -693,7 +693,7 @@ def test_more_heads_than_a_table_holds(finished, tmp_path):
         "--config.model.width=26", "--config.steer.strategies=class,random", "--config.steer.subsets=64",
         "--stages=train,sae,steer,report",
     ))  # fmt: skip
-    assert "the layers from 2 on run for every setting, as 13 heads are too many for a table" in result.stderr
+    assert "the layers from 2 on run for every setting, because 13 heads are too many for a table" in result.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["last_layer"]["by_size"]) == 14
     assert "exact" not in summary["steering"]["class"]

@@ -56,7 +56,7 @@ def test_an_autoencoder_of_a_loaded_run_encodes_and_decodes(finished: FinishedRu
         expected = (codes @ weights["W_d"] + weights["b_d"]) / scale + mean
         np.testing.assert_allclose(sae.decode(sae.encode(x)), expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(sae.reconstruct(x), sae.decode(sae.encode(x)))
-    with pytest.raises(HeadSteerError, match="autoencoder 2: allowed is 0 to 1"):
+    with pytest.raises(HeadSteerError, match="there is no autoencoder 2; choose from 0 to 1"):
         run.autoencoder(2)
 
 
@@ -64,7 +64,7 @@ def test_python_m_is_the_command_headsteer(tmp_path: Path) -> None:
     """It ends with the command's exit code, in any directory."""
     result = python("-m", "headsteer_jax", "config", "--config=tiny", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: --config=tiny: no such file; the configs that ship are ")
+    assert result.stderr.startswith("error: --config=tiny: no such file; the shipped configs are ")
 
 
 @pytest.mark.parametrize("name", ["double_digits", "double_digits.py", "configs/double_digits.py", "cifar100_vit_s"])

@@ -1,1 +1,1 @@
-"""From the sweep's counts to what may be claimed: statistics, headline numbers, layers, the sweep's file."""
+"""The analysis of a sweep: statistics, headline numbers, the paper's claims, every gated layer, the sweep's file."""

@@ -1,4 +1,4 @@
-"""How steerable each gated layer is: class steering of every layer by itself, then of all of them at once.
+"""The steerability of each gated layer: class steering of every layer by itself, then of all of them at once.
 
 Every layer has its own autoencoder. If several layers are steered, a later gate reads a residual that the changed heads
 of the earlier layers have already changed.
@@ -153,7 +153,7 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
     steered: dict[int, Steering] = {}
     rows: list[dict[str, Any]] = []
     for layer in layers:
-        logger.info(f"layer {layer}: autoencoder")
+        logger.info(f"layer {layer}: training its autoencoder")
         steered[layer], dead = _steer_layer(trained, dataset, layer, source[layer], directory / str(layer))
         explained = measure_health(steered[layer].sae, [load_all(x_test[layer])]).explained_variance
         rows.append({"layer": layer, "explained_variance": explained, "dead_fraction": dead})

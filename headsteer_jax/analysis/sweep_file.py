@@ -1,4 +1,4 @@
-"""The sweep as one dataset with named dimensions: xarray, kept as netCDF (`sweep.nc`)."""
+"""The sweep as one xarray dataset with named dimensions, saved as netCDF (`sweep.nc`)."""
 
 import io
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ def name_arrays(result: SweepResult) -> dict[str, np.ndarray]:
 
 
 def to_dataset(result: SweepResult, scored: Mapping[str, np.ndarray]) -> xarray.Dataset:
-    """Label the arrays of a sweep; docs/outputs.md describes each of them.
+    """Label the arrays of a sweep; docs/reference/outputs.md describes each of them.
 
     Args:
       scored: further arrays by name, such as those of `summarise`.

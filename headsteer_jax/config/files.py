@@ -162,9 +162,11 @@ def render_reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "These are all fields of a config with their defaults. A config file sets the fields that its experiment",
+        "This page lists all fields of a config with their defaults. A config file sets the fields that its experiment",
         "needs, and the command line overrides both: `--config.FIELD=VALUE`, with commas between the elements of a",
         "list. This page is the output of `headsteer config --reference=docs/reference/configuration.md`.",
+        "",
+        "Sources: [LH26] is the paper, arXiv:2603.26743; [AdaViT] is arXiv:2111.15668; [ViT] is arXiv:2010.11929.",
     ]
     before = None
     for path, annotation, text in list_fields():

@@ -1,4 +1,4 @@
-"""What an experiment is: every number that it depends on, documented, typed and checked at the start.
+"""The config of an experiment: every setting that it depends on, documented, typed and checked at the start.
 
 A config file defines `get_config() -> Config`. The sections are in the order of the data flow. They are frozen and
 hashable, so that a section can be a static argument of a jitted function. A field's docstring is its help text.
@@ -22,7 +22,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-MOST_HEADS = 12  # of a layer whose 2^H head subsets are all tried
+MOST_HEADS = 12  # the most heads of a layer for which all 2^H head subsets are tried
 PATTERN_BITS = 30  # a head pattern is an int32 with one bit for each head
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
@@ -39,13 +39,13 @@ class DataConfig(Section):
 
     source: str = "double_digits"
     """The kind of dataset, a name in headsteer_jax.data.sources.SOURCES. double_digits: two handwritten digits on a
-    canvas, from scikit-learn. tfds: a TensorFlow Datasets name, or a prepared directory. folder: images in
-    <path>/train/<class>/ and <path>/test/<class>/. npz: one file with train_images, train_labels, test_images,
-    test_labels and, optionally, class_names."""
+    canvas, from scikit-learn. tfds: a dataset of TensorFlow Datasets. folder: images in PATH/train/CLASS/
+    and PATH/test/CLASS/. npz: one file with train_images, train_labels, test_images, test_labels and, optionally,
+    class_names."""
     name: str = ""
     """The name of a TensorFlow dataset, such as cifar100. Only the source tfds needs it."""
     path: str = ""
-    """The place of the data: the directory of the source folder, the file of the source npz, or the directory that
+    """The location of the data: the directory of the source folder, the file of the source npz, or the directory that
     holds the prepared dataset of the source tfds. If it is empty, tfds looks in its own default directory."""
     image_size: PositiveInt = 20
     """The side in pixels of the square image that the model sees. Images of other sizes are cropped and resized."""
@@ -68,7 +68,7 @@ class DataConfig(Section):
     """The largest shift of a training image in pixels, each way: a random crop of the image padded with zeros."""
     crop_scale: Share = 1.0
     """The smallest share of a training image's area that a random square crop keeps, before it is resized to
-    image_size. With 1 there is no such crop."""
+    image_size. 1 switches this crop off."""
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     related: tuple[str, ...] = ()
@@ -97,9 +97,9 @@ class ModelConfig(Section):
     mlp_ratio: PositiveFloat = 4.0
     """The hidden width of a block's MLP, divided by D."""
     layer_norm_epsilon: PositiveFloat = 1e-6
-    """The epsilon of LayerNorm: 1e-6 in published vision transformers, while PyTorch's default is 1e-5."""
+    """The epsilon of LayerNorm. It is 1e-6 in published vision transformers; PyTorch's default is 1e-5."""
     gelu: Literal["exact", "tanh"] = "exact"
-    """The form of GELU. exact (by erf) belongs to timm's and Hugging Face's checkpoints, tanh to the original JAX
+    """The form of GELU: exact (by erf) for the checkpoints of timm and Hugging Face, tanh for the original JAX
     checkpoints."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type in which matrix products are computed. Parameters, LayerNorm, softmax, gates and logits stay float32."""
@@ -109,8 +109,8 @@ class ModelConfig(Section):
     pretrained: str = ""
     """The file of a pretrained backbone. It is a .safetensors or .pth file with the names of timm or of Hugging Face's
     ViTModel and Dinov2Model, or a .npz file of google-research/vision_transformer. hf://owner/model downloads
-    model.safetensors from the Hugging Face hub, hf://owner/model/FILE another file. A .pth file needs the extra
-    `torch`, a download the extra `hub`. If it is empty, the model is trained from scratch."""
+    model.safetensors from the Hugging Face hub, and hf://owner/model/FILE another file of it. A .pth file needs the
+    extra `torch`, and a download needs the extra `hub`. If it is empty, the model is trained from scratch."""
     pretrained_head: bool = False
     """Keep the pretrained file's classifier, which must have the dataset's classes. Otherwise the classifier starts
     anew."""
@@ -126,7 +126,7 @@ class GateConfig(Section):
     """The decision network in each gated layer, and the loss that limits its usage of heads [AdaViT]."""
 
     first_layer: PositiveInt = 1
-    """The first layer with gates; the layers before it keep all their heads. In [AdaViT] only layer 0 keeps them."""
+    """The first layer with gates; the layers before it keep all their heads. In [AdaViT] that is layer 0 only."""
     layer_norm: bool = False
     """Normalise the CLS residual before the gate reads it. Without this the gate logit is affine in the steering
     strength."""
@@ -137,8 +137,8 @@ class GateConfig(Section):
     """The initial bias of the gates. A positive bias opens them, so that pretrained features survive when the gates
     are switched on."""
     temperature: PositiveFloat = 1.0
-    """The temperature tau in sigmoid((m + noise) / tau), whose gradient the straight-through estimator uses. [AdaViT]'s
-    code has 5."""
+    """The temperature tau in sigmoid((m + noise) / tau), whose gradient the straight-through estimator uses.
+    [AdaViT]'s code uses 5."""
     noise: NonNegativeFloat = 1.0
     """The scale of the gates' logistic noise in training, before annealing. With 0 the gates are thresholded from the
     start."""
@@ -156,8 +156,8 @@ class GateConfig(Section):
     """The learning rate of the gates, divided by that of the other parameters. A value above 1 helps if the backbone is
     pretrained and learns slowly: a gate moves in proportion to its input, and early residuals are small."""
     anneal: Fraction = 0.62
-    """The first share of the gated phase, in which the noise falls linearly to 0 and the target falls from 1 to its
-    value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
+    """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target falls from 1 to
+    its value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
     models."""
 
 
@@ -165,7 +165,7 @@ class PhaseConfig(Section):
     """One training phase: the learning rate rises linearly and then follows a cosine to `final` times its peak."""
 
     steps: NonNegativeInt
-    """The number of optimizer steps. With 0 there is no such phase."""
+    """The number of optimizer steps. With 0 the phase is left out."""
     learning_rate: PositiveFloat = 1e-3
     """The peak of the phase's learning rate."""
     warmup: Fraction = 0.05
@@ -182,10 +182,10 @@ class TrainConfig(Section):
     dense: PhaseConfig = PhaseConfig(steps=1500)
     """The dense phase, in which every head runs."""
     gated: PhaseConfig = PhaseConfig(steps=800)
-    """The gated phase, which goes on from the end of the dense phase with gates."""
+    """The gated phase, which continues from the end of the dense phase with gates."""
     dense_control: bool = True
-    """Train the dense model on for as many steps as the gated phase has, so that the gated model is compared with a
-    dense model of the same training length."""
+    """Also train the dense model further, for as many steps as the gated phase has, so that the gated model can be
+    compared with a dense model of the same training length."""
     use: Literal["last", "best"] = "last"
     """The checkpoint of the gated phase that later stages read. last: the one at the end. best: the one with the best
     validation accuracy after annealing."""
@@ -202,8 +202,8 @@ class TrainConfig(Section):
     With 0 there is no average."""
     accumulate: PositiveInt = 1
     """The number of parts into which a step's batch is divided to save memory. They are computed one after the other,
-    and their gradients are averaged. The mean is the batch's gradient except for the usage loss, which each part takes
-    over its own images."""
+    and their gradients are averaged. The result is the gradient of the whole batch, except that each part takes the
+    usage loss over its own images."""
     eval_batch: PositiveInt = 1000
     """The number of images in a forward pass of evaluation, in every stage."""
     steps_per_call: PositiveInt = 25
@@ -218,10 +218,10 @@ class SAEAblationConfig(Section):
     """Parts of the autoencoder's training recipe that only an ablation switches off."""
 
     unit_gradient: bool = True
-    """Scale each step's gradient to norm 1 before Adam. Otherwise Adam's memory of the first, much larger gradients
-    slows the next thousand steps."""
+    """Scale each step's gradient to norm 1 before Adam. Otherwise Adam remembers the first, much larger gradients,
+    which slows the next thousand steps."""
     init: Literal["tied", "data", "untied"] = "tied"
-    """The start of the training. tied: the decoder's rows are random, and the encoder equals the decoder. data: the
+    """The initial weights. tied: the decoder's rows are random, and the encoder equals the decoder. data: the
     decoder's rows are training residuals, and the encoder equals the decoder. untied: the encoder is drawn
     independently of the decoder."""
     decoder_norm: Literal["unit", "free"] = "unit"
@@ -245,12 +245,12 @@ class SAEConfig(Section):
     expansion: PositiveInt = 8
     """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072."""
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = "topk"
-    """The choice of active latents, which are never negative. topk: the k largest of each image (arXiv:2406.04093).
+    """The choice of active latents, which are never negative. topk: the k largest of each residual (arXiv:2406.04093).
     batch_topk: the B k largest of a batch in training, and a threshold afterwards (arXiv:2412.06410). jumprelu: those
     above a threshold that each latent learns (arXiv:2407.14435). relu: the positive ones, with an L1 penalty, as a
     baseline."""
     k: PositiveInt = 32
-    """The number of active latents for each image: exactly for topk, on average for batch_topk, as a target for
+    """The number of active latents for each residual: exactly for topk, on average for batch_topk, as a target for
     jumprelu. relu does not use it. [LH26] does not report its k."""
     prefixes: tuple[Share, ...] = ()
     """The prefixes of a Matryoshka autoencoder (arXiv:2503.17547), as shares of the latents such as 0.0625,0.25. The
@@ -262,7 +262,7 @@ class SAEConfig(Section):
     epochs: PositiveInt = 100
     """The number of passes over the training split's residuals."""
     batch: PositiveInt = 1024
-    """The number of residuals in a training step, at most as many as there are training residuals."""
+    """The number of residuals in a training step, which is at most the number of training residuals."""
     learning_rate: PositiveFloat = 4e-4
     """The peak of Adam's learning rate."""
     warmup: Fraction = 0.05
@@ -281,7 +281,7 @@ class SAEConfig(Section):
     dead_window: Annotated[float, Field(gt=0, le=1e6)] = 3.0
     """The number of epochs after which a latent that has not fired counts as dead. It may be a fraction of an epoch."""
     dense_frequency: Share = 0.1
-    """The share of the images above which a latent that fires on them counts as dense."""
+    """A latent that fires on more than this share of the training images counts as dense."""
     l1_weight: NonNegativeFloat = 0.05
     """The weight of relu's penalty: the sum of the latents, each times the norm of its decoder row, over sqrt(D)."""
     l0_weight: NonNegativeFloat = 1.0
@@ -290,14 +290,14 @@ class SAEConfig(Section):
     """The width of the kernel that estimates the gradient of jumprelu's thresholds, in units of the scaled input."""
     pretrained: str = ""
     """An autoencoder that is imported instead of trained: saelens:DIR or overcomplete:FILE.safetensors. Its activation,
-    its k and its number of latents must be this config's, and seeds must be 1. If it is empty, autoencoders are
+    its k and its number of latents must agree with this config, and seeds must be 1. If it is empty, autoencoders are
     trained."""
     control: bool = True
     """Train one more autoencoder, from the first seed's initialisation on another order of the data. The report
     compares the similarity of different seeds with the similarity of these two."""
     memory: PositiveInt = 4096
-    """The most MiB of residuals that training holds in memory. If there are more, blocks of a third of that are read
-    in a new random order in each epoch."""
+    """The most MiB of residuals that training holds in memory. If there are more, they are read in parts of a third of
+    that, in a new random order in each epoch."""
     ablation: SAEAblationConfig = SAEAblationConfig()
     """Parts of the training recipe that can be switched off."""
 
@@ -312,7 +312,7 @@ class GridConfig(Section):
 
     k: tuple[PositiveInt, ...] = ()
     """The numbers of active latents, each of which is combined with every learning rate. If it is empty, they are half
-    of sae.k, sae.k, and twice sae.k, as far as there are so many latents."""
+    of sae.k, sae.k, and twice sae.k, except for those above the number of latents."""
     learning_rates: tuple[PositiveFloat, ...] = ()
     """The peaks of the learning rate. If it is empty, sae.learning_rate is the only one."""
     seeds: PositiveInt = 2
@@ -326,18 +326,19 @@ class SteerConfig(Section):
 
     strategies: tuple[str, ...] = ("class", "global", "random", "matched_random", "gate_aligned")
     """The strategies that choose latents: names in headsteer_jax.steer.strategies.STRATEGIES, or `module:function` for
-    a function of your own. It is called with the latents' statistics and a class, and returns the latents and their
-    weights."""
+    a function of your own. It is called with the latents' statistics and the index of a class, and returns the latents
+    and their weights."""
     latents: PositiveInt = 16
     """The number of latents that a strategy chooses for each class, |S|. [LH26] does not report it."""
     max_frequency: Share = 1.0
-    """The largest share of the training images on which a chosen latent fires. Dense latents are no concepts."""
+    """The largest share of the training images on which a chosen latent may fire. Dense latents are not concepts."""
     pool: PositiveInt = 128
-    """The number of the class's most frequent latents among which gate_aligned chooses."""
+    """The number of each class's most frequent latents from which gate_aligned chooses."""
     price: PositiveFloat = 0.02
-    """The accuracy that gate_aligned lets a class lose for the whole layer's usage at alpha 1. It grows with alpha."""
+    """The accuracy that gate_aligned gives up at alpha 1 to lower a class's usage from 1 to 0. It grows in
+    proportion to alpha."""
     evidence: PositiveInt = 200
-    """The number of training images of each class that gate_aligned uses beside the validation images. Their
+    """The number of training images of each class that gate_aligned uses in addition to the validation images. Their
     predictions under every gate pattern show which heads the class can spare."""
     mode: Literal["add", "scale", "clamp", "ablate"] = "add"
     """The change of a chosen latent z, where s is its mean activation on the images on which it fires. add:
@@ -354,13 +355,13 @@ class SteerConfig(Section):
     wanted_usage: tuple[Fraction, ...] = (0.75, 0.5, 0.25)
     """The usages for which the sweep finds the smallest alpha that reaches them, if alpha can be computed exactly."""
     classes: tuple[str, ...] = ()
-    """The classes whose images are steered and scored. If it is empty, all classes are."""
+    """The classes whose images are steered and scored. If it is empty, all classes are used."""
     least_validation: PositiveInt = 5
     """The number of validation images that every steered class must have, because alpha is chosen on them."""
     tolerance: Fraction = 0.01
-    """The accuracy on validation that the choice of alpha may give up."""
+    """The most accuracy on validation that the chosen alpha may give up."""
     saving: Fraction = 0.2
-    """The fall of a class's usage, at no loss of accuracy, from which on the class counts as saved."""
+    """A class counts as saved if its usage falls by at least this much and its accuracy does not fall."""
     bootstrap: PositiveInt = 1000
     """The number of resamplings behind each confidence interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -375,10 +376,10 @@ class LayersConfig(Section):
 
     layers: tuple[int, ...] = ()
     """The gated layers that are measured, each with an autoencoder of its own. Negative numbers count from the end. If
-    it is empty, all gated layers are."""
+    it is empty, all gated layers are measured."""
     epochs: PositiveInt = 20
-    """The number of passes that train each layer's autoencoder, which has one seed. All else is as in the section
-    `sae`."""
+    """The number of passes over the residuals that train each layer's autoencoder, which has one seed. Everything
+    else is as in the section `sae`."""
     alphas: tuple[Finite, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     """The steering strengths. Each costs a forward pass of the layers from the steered one on."""
     per_class: NonNegativeInt = 20
@@ -389,7 +390,8 @@ class ReportConfig(Section):
     """The contents of the report's pages."""
 
     top_classes: PositiveInt = 12
-    """The number of rows in the ranking of classes by saving at no loss, and of classes whose latents are shown."""
+    """The number of classes in the ranking by heads saved without loss of accuracy, and of classes whose latents are
+    shown."""
     top_latents: PositiveInt = 4
     """The number of latents that are shown for each of these classes."""
     top_images: PositiveInt = 8
@@ -402,11 +404,11 @@ class ReportConfig(Section):
 
 
 class MachineConfig(Section):
-    """How the experiment runs. It changes results by float32's rounding at most, so any field may change on resume."""
+    """How the experiment is computed. This changes results by rounding at most, so any field may change on resume."""
 
     data: NonNegativeInt = 0
     """The number of devices along the mesh's axis data, over which training divides each batch. With 0 it is the number
-    of all devices over machine.fsdp."""
+    of all devices divided by machine.fsdp."""
     fsdp: PositiveInt = 1
     """The number of devices along the mesh's axis fsdp, for models that do not fit one device. Training divides the
     batch over them too, and it shards large parameters, their averages and the optimizer's state. With 1 every device
@@ -416,25 +418,25 @@ class MachineConfig(Section):
     longer."""
     remat: bool = False
     """Compute each block's intermediates again in the backward pass instead of keeping them. This needs less memory and
-    a third more work."""
+    takes a third more computation."""
     keep: PositiveInt = 2
-    """The number of newest checkpoints of each phase that are kept. The best on validation is kept besides."""
+    """The number of newest checkpoints of each phase that are kept. The best one on validation is kept as well."""
     prefetch: PositiveInt = 2
     """The number of training calls whose batches are decoded and sent to the devices ahead, each in a thread of its
     own."""
     profile: bool = False
-    """Write a jax.profiler trace of one training call of each phase to <workdir>/train/profile."""
+    """Write a jax.profiler trace of one training call of each phase to train/profile in the workdir."""
     image_memory: PositiveInt = 4096
     """The most MiB that a split takes in memory when it is decoded. The images of a larger split are decoded batch by
     batch, in threads."""
     activation_cache: str = ""
-    """The place where residuals are kept: a directory, or gs://bucket/path. Other runs with the same model and data
-    read them too. If it is empty, they are kept in <workdir>/activations."""
+    """The location of the cached residuals: a directory, or gs://bucket/path. Other runs with the same model and data
+    read them too. If it is empty, it is the folder activations in the workdir."""
     sweep_memory: PositiveInt = 1024
-    """The most MiB of a device that one call of a sweep takes beside the parameters. If a call needs more, it takes
-    fewer images or alphas at once."""
+    """The most MiB of a device that one call of a sweep takes in addition to the parameters. If a call needs more, it
+    takes fewer images or alphas at once."""
     sweep_chunk: PositiveInt = 250
-    """The largest number of images of a device in one call of a sweep. A few hundred stay in a CPU's cache; a GPU can
+    """The largest number of images on a device in one call of a sweep. A few hundred stay in a CPU's cache; a GPU can
     take more."""
     peak_tflops: NonNegativeFloat = 0.0
     """The peak of a device in TFLOP/s in model.dtype. The log reports the share that training reaches (model FLOPs
@@ -448,7 +450,7 @@ class Rule(NamedTuple):
     field: str
     value: Any
     holds: bool
-    allowed: str  # the values that would be right, for the error
+    allowed: str  # the valid values, for the error: "must be ..."
 
 
 def _distinct(values: Sequence[Any]) -> bool:
@@ -497,7 +499,7 @@ class Config(Section):
                       self._layers_rules):  # fmt: skip
             for rule in rules():
                 if not rule.holds:
-                    raise ValueError(f"{rule.field} = {rule.value!r}: allowed is {rule.allowed}")
+                    raise ValueError(f"{rule.field} = {rule.value!r}: must be {rule.allowed}")
         return self
 
     def _image_rules(self) -> Iterator[Rule]:
@@ -518,7 +520,7 @@ class Config(Section):
         t = self.train
         multiple = f"a multiple of train.steps_per_call = {t.steps_per_call}"
         yield Rule("train.eval_every", t.eval_every, t.eval_every % t.steps_per_call == 0, multiple)
-        yield Rule("train.gated.steps", t.gated.steps, t.gated.steps > 0, "at least 1: the gates must learn")
+        yield Rule("train.gated.steps", t.gated.steps, t.gated.steps > 0, "at least 1, because the gates must learn")
 
     def _sae_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section sae."""
@@ -529,43 +531,44 @@ class Config(Section):
         yield Rule("sae.k", s.k, s.k <= self.latents, f"{most} (sae.expansion * model.width)")
         yield Rule("sae.k_start", s.k_start, s.k_start <= self.latents, most)
         yield Rule("sae.aux_k", s.aux_k, s.aux_k <= self.latents, most)
-        yield Rule("sae.seeds", s.seeds, not s.pretrained or s.seeds == 1, "1, as sae.pretrained names one autoencoder")
+        one_seed = "1, because sae.pretrained names one autoencoder"
+        yield Rule("sae.seeds", s.seeds, not s.pretrained or s.seeds == 1, one_seed)
         yield Rule("sae.pretrained", s.pretrained, imported, "saelens:DIR or overcomplete:FILE.safetensors")
-        yield Rule("sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, none twice")
+        yield Rule(
+            "sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, without repeats"
+        )
         yield Rule("sae.warmup", s.warmup, s.warmup + s.decay <= 1, f"at most 1 - sae.decay = {1 - s.decay:g}")
 
     def _grid_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section grid."""
         g = self.grid
         possible = _distinct(g.k) and all(k <= self.latents for k in g.k)
-        yield Rule("grid.k", g.k, possible, f"no number twice, each at most the {self.latents} latents")
-        yield Rule("grid.learning_rates", g.learning_rates, _distinct(g.learning_rates), "no number twice")
+        yield Rule("grid.k", g.k, possible, f"distinct numbers, each at most the {self.latents} latents")
+        yield Rule("grid.learning_rates", g.learning_rates, _distinct(g.learning_rates), "distinct numbers")
 
     def _steer_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section steer."""
         t, heads = self.steer, self.model.heads
         few_heads = "gate_aligned" not in t.strategies or heads <= MOST_HEADS
         no_gate_aligned = (
-            f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {heads}, above {MOST_HEADS}"
+            f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {heads} is above {MOST_HEADS}"
         )
         named = len(t.strategies) > 0 and _distinct(t.strategies)
         yield Rule("steer.strategies", t.strategies, few_heads, no_gate_aligned)
-        yield Rule("steer.strategies", t.strategies, named, "at least one name, none twice")
+        yield Rule("steer.strategies", t.strategies, named, "at least one name, without repeats")
         yield Rule("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents")
         yield Rule(
-            "steer.alphas", t.alphas, len(t.alphas) > 0 and _distinct(t.alphas), "at least one number, none twice"
+            "steer.alphas", t.alphas, len(t.alphas) > 0 and _distinct(t.alphas), "at least one number, without repeats"
         )
-        yield Rule("steer.classes", t.classes, _distinct(t.classes), "no name twice")
+        yield Rule("steer.classes", t.classes, _distinct(t.classes), "distinct names")
 
     def _layers_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section layers."""
         layers, alphas = self.layers.layers, self.layers.alphas
         gated = all(map(self._is_gated, layers)) and _distinct([layer % self.model.depth for layer in layers])
         steering = len(alphas) > 0 and _distinct(alphas) and 0 not in alphas
-        yield Rule("layers.layers", layers, gated, f"gated layers, none twice: {self._describe_gated_layers()}")
-        yield Rule(
-            "layers.alphas", alphas, steering, "at least one number, none twice, and not 0, which is always there"
-        )
+        yield Rule("layers.layers", layers, gated, f"distinct gated layers: {self._describe_gated_layers()}")
+        yield Rule("layers.alphas", alphas, steering, "at least one number, without repeats; 0 is always included")
 
     def _is_gated(self, layer: int) -> bool:
         """Say whether a layer, which may be counted from the end, has gates."""

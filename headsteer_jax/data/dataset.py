@@ -101,7 +101,10 @@ def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.nda
         name, equals, members = group.partition("=")
         names = [member.strip() for member in members.split("|")]
         if not equals or len(names) < 2:
-            raise HeadSteerError(f"config.data.related: {group!r}: a group is `name=class|class|...` of two or more")
+            raise HeadSteerError(
+                f"config.data.related: {group!r}: a group must have the form `name=class|class|...`, "
+                "with two or more classes"
+            )
         check_classes(f"config.data.related: {name}", names, class_names)
         places = [class_names.index(member) for member in names]
         pairs[np.ix_(places, places)] = True

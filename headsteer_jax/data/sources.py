@@ -46,11 +46,11 @@ def check_source(config: DataConfig) -> None:
       HeadSteerError: there is no such source, or the field is empty.
     """
     if config.source not in SOURCES:
-        raise HeadSteerError(f"config.data.source = {config.source!r}: allowed is {', '.join(SOURCES)}")
+        raise HeadSteerError(f"config.data.source = {config.source!r}: must be one of {', '.join(SOURCES)}")
     required = SOURCES[config.source].required
     if required and not getattr(config, required):
         raise HeadSteerError(
-            f"config.data.{required} = '': allowed is the dataset's {required}, as data.source is {config.source!r}"
+            f"config.data.{required} = '': must be the dataset's {required}, because data.source is {config.source!r}"
         )
 
 
@@ -78,7 +78,7 @@ def cut_dataset(read: Callable[[DataConfig], RawData], config: DataConfig, seed:
     and resized to image_size as they are decoded.
 
     Raises:
-      HeadSteerError: two classes have one name, a label is no class, or a class has too few images.
+      HeadSteerError: two classes have the same name, a label is no class, or a class has too few images.
     """
     train, test, class_names, related = read(config)
     origin = config.path or config.name
@@ -326,7 +326,7 @@ def _find_tfds_features(info: Any, title: str) -> tuple[str, str]:
         if not isinstance(feature, kind) or feature.np_dtype != dtype:
             raise HeadSteerError(
                 f"{title}: it has no feature {key!r} that is a {kind.__name__} of {dtype.__name__}; "
-                "only datasets for classification of 8-bit images serve"
+                "only classification datasets of 8-bit images can be used"
             )
     return image_key, label_key
 

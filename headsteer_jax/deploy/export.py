@@ -25,7 +25,7 @@ def parse_target(target: str) -> tuple[str, Path]:
     library, _, path = target.partition(":")
     libraries = {form.partition(":")[0] for form in TARGETS}
     if library not in libraries or not path or (library == "timm" and not path.endswith(".safetensors")):
-        raise HeadSteerError(f"{target}: allowed is {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
+        raise HeadSteerError(f"{target}: must be {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
     return library, Path(path)
 
 

@@ -110,7 +110,7 @@ def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: 
 def memory_error(fit: CompiledFit, memory: int, item: str) -> HeadSteerError:
     """Make the error for a budget that is too small for one `item`."""
     return HeadSteerError(
-        f"config.machine.sweep_memory = {memory}: too small, as {item} needs {-(-fit.needed // 2**20)} MiB"
+        f"config.machine.sweep_memory = {memory}: too small, because {item} needs {-(-fit.needed // 2**20)} MiB"
     )
 
 

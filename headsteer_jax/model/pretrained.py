@@ -164,7 +164,7 @@ class _BackboneReader:
         }
         depth = self.config.model.depth
         if blocks and blocks != set(range(depth)):
-            raise HeadSteerError(f"{self.path}: it has {max(blocks) + 1} blocks; config.model.depth = {depth}")
+            raise HeadSteerError(f"{self.path}: it has {max(blocks) + 1} blocks, but config.model.depth = {depth}")
 
     def read_norm(self, module: str, layer: int | None = None) -> dict[str, np.ndarray]:
         """Read a LayerNorm."""
@@ -226,7 +226,8 @@ class _BackboneReader:
             cls_11D, patches_1ND = np.zeros((1, 1, m.width), np.float32), positions
         else:
             raise HeadSteerError(
-                f"{self.path}: tensor {name!r}: {count} positions are no square of patches, with or without a CLS token"
+                f"{self.path}: tensor {name!r}: {count} positions do not form a square of patches, with or "
+                "without a CLS token"
             )
         if patches_1ND.shape[1] != grid**2:
             self.resampled.append(name)
@@ -242,7 +243,9 @@ class _BackboneReader:
         m, name = self.config.model, self.prefix + self.layout.tokens.get("registers", "")
         count = self.tensors[name].shape[1] if name in self.tensors else 0
         if count != m.registers:
-            raise HeadSteerError(f"{self.path}: it has {count} register tokens; config.model.registers = {m.registers}")
+            raise HeadSteerError(
+                f"{self.path}: it has {count} register tokens, but config.model.registers = {m.registers}"
+            )
         return {"registers": self.take(name, 1, m.registers, m.width)} if m.registers else {}
 
     def read_block(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
@@ -265,7 +268,8 @@ class _BackboneReader:
         head = self.read_dense("head", classes, self.config.model.width)
         if "pre_logits/kernel" in self.unused:
             raise HeadSteerError(
-                f"{self.path}: its head has a layer 'pre_logits', which ours has not; set model.pretrained_head off"
+                f"{self.path}: its head has a layer 'pre_logits', which our model does not have; "
+                "set model.pretrained_head=false"
             )
         return head
 

@@ -136,7 +136,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         ".pt": _read_torch,
     }
     if path.suffix not in readers:
-        raise HeadSteerError(f"config.model.pretrained = {path}: allowed is a file that ends in {', '.join(SUFFIXES)}")
+        raise HeadSteerError(f"config.model.pretrained = {path}: must be a file that ends in {', '.join(SUFFIXES)}")
     try:
         tensors = {name: np.asarray(tensor, np.float32) for name, tensor in readers[path.suffix](path).items()}
     except HeadSteerError:
@@ -172,8 +172,8 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise HeadSteerError(
-            f"{path}: not a file of torch that holds nothing but tensors, and nothing else is ever executed. "
-            "Save its state_dict alone, or take a .safetensors file"
+            f"{path}: not a torch file that holds only tensors, and no other kind is loaded; "
+            "save only its state_dict, or use a .safetensors file"
         ) from None
     for key in ("model", "state_dict", "teacher"):  # the training scripts of DeiT, timm and DINO wrap the weights
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -1,4 +1,4 @@
-"""The pages report.html and latents.html, which hold the figures, the tables and how to read both."""
+"""The pages report.html and latents.html, with figures, tables, and explanations of both."""
 
 import base64
 

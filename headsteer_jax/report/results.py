@@ -1,4 +1,4 @@
-"""A run's results as a Markdown page for docs/: its numbers come from summary.json, its figures lie beside the page."""
+"""A run's results as a Markdown page for docs/: its numbers come from summary.json, and its figures are beside it."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""How figures look: colours, fonts, axes and labels that all of them share."""
+"""The style of the figures: the colours, fonts, axes and labels that all of them share."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence

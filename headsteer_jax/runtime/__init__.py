@@ -1,1 +1,1 @@
-"""The ground that the other rooms stand on: hosts, devices, files, checkpoints, interruptions and progress."""
+"""The basis of the other rooms: hosts, devices, files, checkpoints, interruptions and progress."""

@@ -169,7 +169,7 @@ class Checkpoints:
                 fault = fault or error
                 continue
             if fault is not None:
-                logger.info(f"{fault}".partition(";")[0] + f": going on from step {candidate}")
+                logger.info(f"{fault}".partition(";")[0] + f": resuming from step {candidate}")
             return tree, metadata
         assert fault is not None
         raise fault
@@ -187,14 +187,14 @@ class Checkpoints:
         version = int(entry["format"])
         if version > FORMAT:
             raise HeadSteerError(
-                f"{path}: it has format {version}, and this program reads {FORMAT}; upgrade headsteer-jax"
+                f"{path}: it has format {version}, but this program reads format {FORMAT}; upgrade headsteer-jax"
             )
         if not version:
             raise HeadSteerError(f"{path}: an older version of HeadSteer wrote it, without checksums; {REMAKE}")
         for actual, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if actual.shape != expected.shape or actual.dtype != expected.dtype:
                 raise HeadSteerError(
-                    f"{path}: of another model: an array has the shape {actual.shape}, and this config expects "
+                    f"{path}: belongs to another model: an array has the shape {actual.shape}, but this config expects "
                     f"{expected.shape}; use its own config or another --workdir"
                 )
         return tree, entry

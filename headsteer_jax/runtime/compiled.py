@@ -1,4 +1,4 @@
-"""A cache of compiled programs, which spares later runs on this machine the time to compile."""
+"""A cache of compiled programs, which saves later runs on this machine the time to compile."""
 
 import hashlib
 import os

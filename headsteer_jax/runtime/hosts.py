@@ -76,12 +76,10 @@ def _parse_cluster(cluster: str) -> dict[str, Any]:
     coordinator, *numbers = cluster.split(",")
     host, _, port = coordinator.rpartition(":")
     if len(numbers) != 2 or not all(text.isdigit() for text in (*numbers, port)) or not host:
-        raise HeadSteerError(f"--distributed={cluster}: allowed is auto or HOST:PORT,PROCESSES,PROCESS")
+        raise HeadSteerError(f"--distributed={cluster}: must be auto or HOST:PORT,PROCESSES,PROCESS")
     processes, number = map(int, numbers)
     if number >= processes:
-        raise HeadSteerError(
-            f"--distributed={cluster}: process {number} of {processes}; allowed is 0 to {processes - 1}"
-        )
+        raise HeadSteerError(f"--distributed={cluster}: process {number} of {processes}; must be 0 to {processes - 1}")
     return {"coordinator_address": coordinator, "num_processes": processes, "process_id": number}
 
 
@@ -173,7 +171,7 @@ def check_equal(settings: dict[str, str]) -> None:
         for number, text in enumerate(texts):
             if text[name] != texts[0][name]:
                 raise HeadSteerError(
-                    f"{name} of process {number} is not process 0's ({text[name]}, not {texts[0][name]}); "
+                    f"{name} of process {number} differs from process 0's ({text[name]}, not {texts[0][name]}); "
                     "give every host the same"
                 )
 

@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""The lock that allows only one run at a time in a directory."""
 
 import logging
 import threading

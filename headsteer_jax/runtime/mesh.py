@@ -32,13 +32,13 @@ def training_mesh(machine: MachineConfig) -> Mesh:
     if data * fsdp > count:
         shape = f"{data} x {fsdp}" if machine.data else str(fsdp)
         raise HeadSteerError(
-            f"config.machine.{'data' if machine.data else 'fsdp'}: a mesh of {shape} devices, where there are {count}"
+            f"config.machine.{'data' if machine.data else 'fsdp'}: the mesh has {shape} devices, but there are {count}"
         )
     if not machine.data and count % fsdp:
-        raise HeadSteerError(f"config.machine.fsdp = {fsdp}: allowed is a divisor of the {count} devices")
+        raise HeadSteerError(f"config.machine.fsdp = {fsdp}: must be a divisor of the {count} devices")
     if jax.process_count() > 1 and data * fsdp < count:
         raise HeadSteerError(
-            f"config.machine.data = {data}: several hosts use all {count} devices; allowed is {count} / fsdp, or 0"
+            f"config.machine.data = {data}: several hosts use all {count} devices; it must be {count} / fsdp, or 0"
         )
     if data * fsdp == count:
         return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
@@ -55,7 +55,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     if t.batch % parts:
         factors = f"{mesh.size} devices" + (f" x train.accumulate = {t.accumulate}" if t.accumulate > 1 else "")
         raise HeadSteerError(
-            f"config.train.batch = {t.batch}: allowed is a multiple of {parts} ({factors}); "
+            f"config.train.batch = {t.batch}: must be a multiple of {parts} ({factors}); "
             "config.machine.data says how many devices are used"
         )
 

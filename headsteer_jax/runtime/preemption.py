@@ -1,8 +1,9 @@
 """SIGTERM, which announces that the machine is about to be taken away: save what was computed, and end the program.
 
 Training saves a checkpoint after the current call and stops there. Everything else stops at once, as files are written
-completely or not at all. Several processes stop together, in training or at the end of a stage. EXIT_CODE asks for the
-same command again. JAX is imported late: that takes seconds, in which SIGTERM must be handled as well.
+completely or not at all. Several processes stop together, in training or at the end of a stage. EXIT_CODE tells
+the caller to run the same command again. JAX is imported late: that takes seconds, during which SIGTERM must be handled
+as well.
 """
 
 import os
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE = os.EX_TEMPFAIL  # 75: a temporary failure, try again
-STOPPED_MESSAGE = "stopped by SIGTERM: the same command goes on where it was"
+STOPPED_MESSAGE = "stopped by SIGTERM: the same command continues where it stopped"
 
 
 class Preempted(BaseException):
-    """The signal to stop after SIGTERM; no Exception, so that nothing takes it for an error and goes on."""
+    """The signal to stop after SIGTERM; not an Exception, so that no handler of errors catches it and continues."""
 
 
 class Handler:

@@ -1,1 +1,1 @@
-"""Sparse autoencoders of a layer's residual: the model, its training, how good it is, what its latents mean."""
+"""Sparse autoencoders of a layer's residual: the model, its training, its quality, and what its latents mean."""

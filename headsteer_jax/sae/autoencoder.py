@@ -1,9 +1,9 @@
 """The sparse autoencoder of a layer's residual: TopK, BatchTopK, JumpReLU or ReLU with L1, any of them Matryoshka.
 
-    u = (x - mean) * scale;  a = ReLU(W_e (u - b_d) + b_e);  z = a where large enough, else 0;  u_hat = W_d^T z + b_d
+    u = (x - mean) * scale;  a = ReLU(W_e (u - b_d) + b_e);  z = a where it is large, else 0;  u_hat = W_d^T z + b_d
 
-The variants differ only in what counts as large enough, which the config sets. `Autoencoder` reads and returns
-residuals as they are in the model; training works on the bare weights and the scaled input u.
+The variants differ only in what counts as large, which the config sets. `Autoencoder` reads and returns residuals
+as they are in the model; training works on the bare weights and the scaled input u.
 
 Axes: B, N residuals, D width, F latents, K places for active latents, S autoencoders.
 """

@@ -54,7 +54,7 @@ def measure_grid(
     for number in range(len(members.k)):
         rate = min(rates, key=lambda candidate: abs(candidate - members.learning_rate[number]))
         if not np.isfinite(trained.curves["mse"][-1, number]):
-            logger.info(f"grid: k {members.k[number]}, learning rate {rate:g} turned NaN: left out")
+            logger.info(f"grid: k {members.k[number]}, learning rate {rate:g} diverged to NaN and is left out")
             continue
         k = int(members.k[number])
         sae = Autoencoder(select_member(trained.weights, number), trained.scaling, k if c.inference_k else None)

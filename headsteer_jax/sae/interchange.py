@@ -152,7 +152,7 @@ def _read_saelens_config(path: Path) -> dict[str, Any]:
     for name, (value, allowed) in settings.items():
         if value not in allowed:
             raise HeadSteerError(
-                f"{path}: {name} = {value!r}; allowed is {', '.join(map(str, allowed))}: choose such an SAE"
+                f"{path}: {name} = {value!r}; it must be {', '.join(map(str, allowed))}: choose such an SAE"
                 + (", or fold the normalisation in SAELens and save it again" if name.startswith("norm") else "")
             )
     sizes = {name: _read_integer(path, c, name) for name in ("d_in", "d_sae")}
@@ -273,8 +273,8 @@ def import_overcomplete(path: Path, width: int | None = None) -> Imported:
     m = _read_overcomplete_metadata(path)
     if surplus := sorted(set(tensors) - OVERCOMPLETE_TENSORS):
         raise HeadSteerError(
-            f"{path}: tensor {surplus[0]!r} is not of a plain linear encoder and dictionary; choose an SAE made with "
-            "encoder_module='linear' and a DictionaryLayer"
+            f"{path}: tensor {surplus[0]!r} does not belong to a plain linear encoder and dictionary; choose an SAE "
+            "made with encoder_module='linear' and a DictionaryLayer"
         )
     W_d = _read_overcomplete_dictionary(path, tensors, m)
     W_e, b_e = _read_overcomplete_encoder(path, tensors, W_d)
@@ -304,12 +304,12 @@ def _read_overcomplete_metadata(path: Path) -> dict[str, Any]:
         ) from None
     if name not in list(activations):
         raise HeadSteerError(
-            f"{path}: its metadata say class = {name!r}; allowed is {', '.join(activations)}: save such an SAE with "
-            """metadata={'overcomplete': '{"class": "TopKSAE", "arguments": {"top_k": 32}}'}"""
+            f"{path}: its metadata say class = {name!r}; it must be one of {', '.join(activations)}: save such an SAE "
+            """with metadata={'overcomplete': '{"class": "TopKSAE", "arguments": {"top_k": 32}}'}"""
         )
     if normalization not in ("l2", "max_l2", "l1", "max_l1", "identity"):
         raise HeadSteerError(
-            f"{path}: its metadata say normalization = {normalization!r}; allowed is l2, max_l2, l1, max_l1, identity"
+            f"{path}: its metadata say normalization = {normalization!r}; it must be l2, max_l2, l1, max_l1 or identity"
         )
     return m | {"arguments": arguments, "normalization": normalization, "activation": activations[name]}
 
@@ -403,7 +403,7 @@ def _read_integer(path: Path, values: Mapping[str, Any], name: str, maximum: int
     value = values.get(name)
     if type(value) is not int or not 1 <= value <= (maximum or value):
         allowed = f"1 to {maximum}" if maximum else "1 and more"
-        raise HeadSteerError(f"{path}: {name} = {value!r}; allowed are whole numbers, {allowed}: save it again")
+        raise HeadSteerError(f"{path}: {name} = {value!r}; it must be a whole number, {allowed}: save it again")
     return value
 
 

@@ -375,7 +375,7 @@ def _write_shards(trained: TrainedModel, selection: ResidualSelection, files: _C
     missing = files.first_missing_shard(begin, end)
     start, stop = missing * layout.shard, min(end * layout.shard, layout.shape[0])
     if missing > begin:
-        logger.info(f"{selection.description}: going on from image {start}")
+        logger.info(f"{selection.description}: resuming from image {start}")
     program = _make_program(trained, selection.layers, selection.tokens)
     calls = stream_split(program, trained.params, selection.split, selection.description, start, stop)
     for first, last, parts in _regroup_into_shards(calls, start, layout.shard, stop):
@@ -443,7 +443,7 @@ def open_cache(directory: Directory, fingerprint: str, name: str, layer: int, to
         for field, value in expected.items():
             if meta[field] != value:
                 raise HeadSteerError(
-                    f"{location.name}: it is of another {field}, {meta[field]!r}, not {value!r}; delete it and run the "
+                    f"{location.name}: its {field} is {meta[field]!r}, not {value!r}; delete it and run the "
                     "same command"
                 )
         layout = Layout(tuple(meta["shape"]), meta["shard"], meta["block"])
@@ -520,6 +520,6 @@ def _report_stale(root: Location, fingerprint: str, name: str) -> None:
     if sizes:
         directories = ", ".join(f"{root.name}/{stale}" for stale in sorted(sizes))
         logger.info(
-            f"{name}: activations of another model or other data are in {directories}: delete to free up to "
+            f"{name}: activations of another model or other data are in {directories}; delete them to free up to "
             f"{sum(sizes.values()) / 1e6:.0f} MB"
         )

@@ -1,6 +1,6 @@
-"""TopK codes as (values, latents) instead of F numbers of which k are not 0: decoding reads k rows, not F.
+"""TopK codes as k pairs (value, latent) instead of F numbers that are mostly 0: decoding reads k rows, not F.
 
-XLA's CPU compiler has only dense products and scatters that go one number at a time. On CPUs these functions are
+XLA's CPU compiler has only dense products, and scatters that process one number at a time. On CPUs these functions are
 therefore XLA FFI calls, written in C++ (`sparse.cc`), compiled once by the machine's own compiler and cached. Without a
 compiler, and on GPUs and TPUs, whose dense products are fast, training uses dense latents.
 

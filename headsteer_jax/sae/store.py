@@ -59,7 +59,7 @@ def read_autoencoders(workdir: Workdir, trained: TrainedModel) -> tuple[Autoenco
     stored = read_arrays(path)
     names = {"layer", "model", "mean", "scale", "x_train", *(f"sae_{name}" for name in SAEWeights._fields)}
     if missing := sorted(names - set(stored)):
-        raise HeadSteerError(f"{path}: it has no {missing[0]!r}, as if an older version made it; {REMAKE}")
+        raise HeadSteerError(f"{path}: it has no {missing[0]!r}, perhaps because an older version made it; {REMAKE}")
     if int(stored["layer"]) != config.sae_layer:
         raise HeadSteerError(f"{path}: made for layer {stored['layer']}, not for {config.sae_layer}; {REMAKE}")
     if str(stored["model"]) != fingerprint_params(trained.params):
@@ -88,7 +88,8 @@ def import_autoencoder(config: Config) -> TrainedMembers:
     ):
         if value is not None and value != expected:
             raise HeadSteerError(
-                f"config.sae.{field} = {expected!r}: {path} has {value!r}; set it to that, or import another one"
+                f"config.sae.{field} = {expected!r}: {path} has {value!r}; set it to this value, or import "
+                "another autoencoder"
             )
     curves = {name: np.zeros((0, 1), np.float32) for name in CURVES}
     return TrainedMembers(jax.tree.map(lambda leaf: leaf[None], weights), imported.sae.scaling, curves)

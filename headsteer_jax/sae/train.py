@@ -325,8 +325,8 @@ def _check_batch(c: SAEConfig, mesh: Mesh) -> None:
     """Raise HeadSteerError if the batch cannot be divided among the devices of each autoencoder."""
     if c.batch % mesh.shape["data"]:
         raise HeadSteerError(
-            f"config.sae.batch = {c.batch}: allowed is a multiple of {mesh.shape['data']}, the devices of each "
-            "autoencoder; config.machine.data says how many devices are used"
+            f"config.sae.batch = {c.batch}: must be a multiple of {mesh.shape['data']}, the number of devices "
+            "for each autoencoder; config.machine.data says how many devices are used"
         )
 
 
@@ -418,7 +418,7 @@ def train_members(
     """
     c, (count, D), member_count = config.sae, source.shape, len(members.k)
     if c.batch > count:
-        raise HeadSteerError(f"config.sae.batch = {c.batch}: allowed is at most the {count} training residuals")
+        raise HeadSteerError(f"config.sae.batch = {c.batch}: must be at most the {count} training residuals")
     mesh = members_mesh(member_count, config.machine)
     _check_batch(c, mesh)
     feed, members = _make_feed(source, config, mesh), pad_members(members, mesh.shape["member"])
@@ -436,7 +436,7 @@ def train_members(
     start = int(state.epoch)
     state = state_from_checkpoint(state, len(members.k), mesh)
     if 0 < start < c.epochs:
-        logger.info(f"{label}: going on from epoch {start}")
+        logger.info(f"{label}: resuming from epoch {start}")
     run = make_epoch_program(c, members, D, count // c.batch, config.seed, mesh)
     at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if feed.resident else 1
 

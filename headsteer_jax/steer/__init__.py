@@ -1,1 +1,1 @@
-"""Steering: which latents to change, what that does to the gates, and the sweep over every setting."""
+"""Steering: the choice of latents, the effect of changing them on the gates, and the sweep over every setting."""

@@ -1,6 +1,6 @@
-"""Which latents to change: a strategy looks at how latents fire on the training split and picks some for each class.
+"""Strategies: which latents are changed. A strategy chooses some for each class, from how they fire on the train split.
 
-A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES names ours. A strategy of the user's is
+A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES lists the built-in ones. A user's strategy is
 simpler, `(statistics, class) -> latents, weights`, and is given by its import path; `per_class_strategy` adapts it.
 
 Axes: C classes, E eligible latents, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit
@@ -126,7 +126,8 @@ def matched_random_latents(stats: LatentStatistics, config: SteerConfig, rng: np
         for position, latent in enumerate(class_latents):
             if not len(free):
                 raise HeadSteerError(
-                    f"config.steer.latents = {config.latents}: too many for matched_random, which needs as many others"
+                    f"config.steer.latents = {config.latents}: too many for matched_random, which needs as many "
+                    "other latents"
                 )
             closest = np.argsort(np.abs(stats.frequency[free] - stats.frequency[latent]), kind="stable")[:10]
             pick = rng.choice(closest)
@@ -250,14 +251,14 @@ def find_strategy(name: str) -> Strategy:
         return STRATEGIES[name]
     if ":" not in name:
         raise HeadSteerError(
-            f"config.steer.strategies: there is no {name!r}; allowed are {', '.join(STRATEGIES)}, or module:function"
+            f"config.steer.strategies: there is no {name!r}; choose from {', '.join(STRATEGIES)}, or module:function"
         )
     try:
         function = pkgutil.resolve_name(name)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise HeadSteerError(f"config.steer.strategies: {name!r} cannot be imported: {error}") from error
     if not callable(function):
-        raise HeadSteerError(f"config.steer.strategies: {name!r} is no function")
+        raise HeadSteerError(f"config.steer.strategies: {name!r} is not a function")
     return per_class_strategy(function, name)
 
 
@@ -314,17 +315,17 @@ def _check_pair(latents: np.ndarray, weights: np.ndarray, length: int, count: in
     """
     if latents.shape != (length,) or weights.shape != (length,) or not length:
         raise HeadSteerError(
-            f"{source}: latents of shape {latents.shape} and weights of shape {weights.shape}; allowed are two "
-            "of the same length, at least 1 and the same for every class"
+            f"{source}: latents of shape {latents.shape} and weights of shape {weights.shape}; both must have "
+            "the same length, at least 1 and the same for every class"
         )
     if latents.min() < 0 or latents.max() >= count:
         unknown = latents[(latents < 0) | (latents >= count)][0]
-        raise HeadSteerError(f"{source}: there is no latent {unknown}; allowed are 0 to {count - 1}")
+        raise HeadSteerError(f"{source}: there is no latent {unknown}; choose from 0 to {count - 1}")
     if len(np.unique(latents)) < length:
         twice = next(latent for latent in latents if (latents == latent).sum() > 1)
-        raise HeadSteerError(f"{source}: latent {twice} twice; each may be chosen once")
+        raise HeadSteerError(f"{source}: latent {twice} is chosen twice; each may be chosen once")
     if not np.isfinite(weights).all():
-        raise HeadSteerError(f"{source}: a weight is {weights[~np.isfinite(weights)][0]}; allowed are numbers")
+        raise HeadSteerError(f"{source}: a weight is {weights[~np.isfinite(weights)][0]}; it must be a finite number")
 
 
 def latent_overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:

@@ -78,8 +78,8 @@ def describe_method(config: Config) -> str:
     """Describe the method that is used for a config, for the log."""
     heads, steer = config.model.heads, config.steer
     if choose_method(config) == "suffix":
-        reason = "target is residual" if steer.target == "residual" else f"{heads} heads are too many for a table"
-        return f"sweep: the layers from {config.sae_layer} on run for every setting, as {reason}"
+        reason = "steer.target is residual" if steer.target == "residual" else f"{heads} heads are too many for a table"
+        return f"sweep: the layers from {config.sae_layer} on run for every setting, because {reason}"
     table = f"sweep: one pass, then look-ups among 2^{heads} = {2**heads} gate patterns"
     if choose_method(config) == "flips":
         return f"{table}; exact in alpha"

@@ -1,4 +1,4 @@
-"""One pass over a split gives all that the gates of one layer can lead to: the answer under every gate pattern.
+"""The answer under every gate pattern of one layer, for every image of a split, from one pass over the split.
 
 Steering a layer's gate changes nothing before that layer, so one pass keeps its input; what follows depends only on
 which of the 2^H gate patterns an image gets. Every setting is then a gate pattern and a look-up. Above MOST_HEADS heads

@@ -1,4 +1,4 @@
-"""What a split's images get at every alpha: flips placed on a grid, counts and bits, and exact step functions.
+"""The results of a split's images at every alpha: flips placed on a grid, counts and bits, and exact step functions.
 
 Axes: N images, R rows (an image with the class that steers it), C classes, H heads, A alphas of a grid, E flips, M
 doubtful places, P gate patterns.

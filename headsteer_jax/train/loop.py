@@ -93,7 +93,7 @@ def train_phase(
     """
     count, batch = len(dataset.train.labels), config.train.batch
     if batch > count:
-        raise HeadSteerError(f"config.train.batch = {batch}: allowed is at most the {count} training images")
+        raise HeadSteerError(f"config.train.batch = {batch}: must be at most the {count} training images")
     devices = mesh.training_mesh(config.machine)
     mesh.check_batch(config, devices)
     last = Checkpoints(directory / phase / "last", config.machine.keep)
@@ -115,7 +115,7 @@ def train_phase(
     if best.latest() is None:
         best_accuracy = -1.0
     if start:
-        logger.info(f"{phase}: going on from step {start}")
+        logger.info(f"{phase}: resuming from step {start}")
     log.forget_after(phase, start)
     run = _PhaseRun(model, phase, dataset, config, directory, log, devices, last, best, state, best_accuracy)
     return run.train(shardings)

@@ -117,10 +117,10 @@ def test_all_off_drops_every_head_of_one_layer() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("0", r"config.layers.layers = \(0,\): allowed is gated layers, none twice: 1 to"),
-        ("1,1", "none twice"),
-        ("1,-4", "none twice"),
-        ("99", "allowed is gated layers"),
+        ("0", r"config.layers.layers = \(0,\): must be distinct gated layers: 1 to"),
+        ("1,1", "distinct gated layers"),
+        ("1,-4", "distinct gated layers"),
+        ("99", "must be distinct gated layers"),
     ],
 )
 def test_layers_that_cannot_be_steered(text: str, says: str) -> None:

@@ -78,17 +78,17 @@ def one_line(error: pytest.ExceptionInfo[HeadSteerError], *parts: object) -> Non
     [
         (
             {"source": "imagenet"},
-            "config.data.source = 'imagenet': allowed is double_digits, tfds, folder, npz",
+            "config.data.source = 'imagenet': must be one of double_digits, tfds, folder, npz",
         ),
         (
             {"source": "tfds", "path": "somewhere"},
-            "config.data.name = '': allowed is the dataset's name, as data.source is 'tfds'",
+            "config.data.name = '': must be the dataset's name, because data.source is 'tfds'",
         ),
         (
             {"source": "folder", "name": "somehow"},
-            "config.data.path = '': allowed is the dataset's path, as data.source is 'folder'",
+            "config.data.path = '': must be the dataset's path, because data.source is 'folder'",
         ),
-        ({"source": "npz"}, "config.data.path = '': allowed is the dataset's path, as data.source is 'npz'"),
+        ({"source": "npz"}, "config.data.path = '': must be the dataset's path, because data.source is 'npz'"),
     ],
 )
 def test_a_source_that_cannot_be_is_one_line(fields: dict[str, str], line: str) -> None:
@@ -100,7 +100,7 @@ def test_a_source_that_cannot_be_is_one_line(fields: dict[str, str], line: str) 
 
 def test_an_unknown_source_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     config = Config(data=DataConfig(source="imagenet"))
-    with pytest.raises(HeadSteerError, match=r"config\.data\.source = 'imagenet': allowed is double_digits, "):
+    with pytest.raises(HeadSteerError, match=r"config\.data\.source = 'imagenet': must be one of double_digits, "):
         run_stages(config, Workdir(epath.Path(tmp_path) / "w"), ("train",), overwrite=False)
     assert not (tmp_path / "w").exists()
 
@@ -687,8 +687,8 @@ def test_related_groups_become_pairs() -> None:
 @pytest.mark.parametrize(
     ("group", "says"),
     [
-        ("cat|dog", "a group is"),
-        ("pets=cat", "a group is"),
+        ("cat|dog", "a group must have the form"),
+        ("pets=cat", "a group must have the form"),
         ("pets=cat|dogs", "no class 'dogs'; did you mean 'dog'?"),
         ("pets=cat|zebra", "no class 'zebra'; it has cat, dog"),
         ("pets=cat|dog|cat", "'cat' is named twice"),

@@ -35,7 +35,7 @@ def test_a_target_is_a_library_and_a_path(target: str, library: str, path: str) 
 
 @pytest.mark.parametrize("target", ["torch:x", "timm:model.bin", "saelens", "saelens:", "", ":x"])
 def test_a_target_that_is_not_right(target: str) -> None:
-    with pytest.raises(HeadSteerError, match=r"allowed is timm:FILE\.safetensors, saelens:DIR or overcomplete:DIR"):
+    with pytest.raises(HeadSteerError, match=r"must be timm:FILE\.safetensors, saelens:DIR or overcomplete:DIR"):
         parse_target(target)
 
 

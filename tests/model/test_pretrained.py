@@ -323,7 +323,7 @@ def test_a_prefix_is_seen_through(tmp_path: Path) -> None:
         ("a.npz", (GOLDENS / "augreg.npz").read_bytes()[:9000], "truncated or not a .npz file"),
         ("a.npz", (GOLDENS / "timm_vit.safetensors").read_bytes(), "truncated or not a .npz file"),
         ("a.safetensors", (GOLDENS / "augreg.npz").read_bytes(), "truncated or not a .safetensors file"),
-        ("a.bin", b"", "allowed is a file that ends in .safetensors, .pth, .pt, .npz"),
+        ("a.bin", b"", "must be a file that ends in .safetensors, .pth, .pt, .npz"),
     ],
 )
 def test_a_file_that_is_not_what_it_says(tmp_path: Path, name: str, content: bytes, says: str, fresh: Any) -> None:

@@ -269,7 +269,7 @@ def test_damage_falls_back_to_the_checkpoint_before(tmp_path: Path, caplog: pyte
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "2: " in caplog.text
     assert "damaged" in caplog.text
-    assert "going on from step 1" in caplog.text
+    assert "resuming from step 1" in caplog.text
     with pytest.raises(HeadSteerError) as error:
         Checkpoints(tmp_path, 2).restore(tree(), 2)
     one_line(error, str(tmp_path / "2"), "damaged")
@@ -301,7 +301,7 @@ def test_a_checkpoint_of_a_newer_format(tmp_path: Path, monkeypatch: pytest.Monk
         save(checkpoints, 2, tree(2), {})
     with pytest.raises(HeadSteerError) as error:
         checkpoints.restore(tree())
-    one_line(error, str(tmp_path / "2"), "it has format 2, and this program reads 1", "upgrade")
+    one_line(error, str(tmp_path / "2"), "it has format 2, but this program reads format 1", "upgrade")
 
 
 def test_what_is_saved_is_what_there_was_then(tmp_path: Path) -> None:

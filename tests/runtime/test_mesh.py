@@ -145,12 +145,12 @@ def test_a_run_goes_on_on_another_mesh(trained: Path) -> None:
 
 
 REFUSED = [
-    ("data=16", 16, "config.machine.data: a mesh of 16 x 1 devices, where there are 8"),
-    ("fsdp=16", 16, "config.machine.fsdp: a mesh of 16 devices, where there are 8"),
-    ("fsdp=3", 16, "config.machine.fsdp = 3: allowed is a divisor of the 8 devices"),
-    ("data=0", 12, "config.train.batch = 12: allowed is a multiple of 8 (8 devices)"),
-    ("data=3", 16, "config.train.batch = 16: allowed is a multiple of 3 (3 devices)"),
-    ("data=4, fsdp=2", 36, "config.train.batch = 36: allowed is a multiple of 8 (8 devices)"),
+    ("data=16", 16, "config.machine.data: the mesh has 16 x 1 devices, but there are 8"),
+    ("fsdp=16", 16, "config.machine.fsdp: the mesh has 16 devices, but there are 8"),
+    ("fsdp=3", 16, "config.machine.fsdp = 3: must be a divisor of the 8 devices"),
+    ("data=0", 12, "config.train.batch = 12: must be a multiple of 8 (8 devices)"),
+    ("data=3", 16, "config.train.batch = 16: must be a multiple of 3 (3 devices)"),
+    ("data=4, fsdp=2", 36, "config.train.batch = 36: must be a multiple of 8 (8 devices)"),
 ]
 
 

@@ -267,7 +267,7 @@ np.savez(sys.argv[1] + ".npz", *trained.weights, **trained.curves)
         np.testing.assert_allclose(results[1][name], values, atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "says"), [(64, r"config\.sae\.batch = 64: allowed is at most the 30")])
+@pytest.mark.parametrize(("batch", "says"), [(64, r"config\.sae\.batch = 64: must be at most the 30")])
 def test_batch_larger_than_the_data(tmp_path: Path, batch: int, says: str) -> None:
     config = sae_config(batch=batch)
     with pytest.raises(HeadSteerError, match=says):

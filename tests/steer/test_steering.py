@@ -98,7 +98,7 @@ def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     with pytest.raises(
-        HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, as one image under one alpha needs"
+        HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, because one image under one alpha needs"
     ):
         steer.run_suffix(
             TrainedModel(config, model, params), split, [({1: setting()}, split.labels)], np.ones(1), "test"

@@ -149,7 +149,7 @@ def test_too_few_latents() -> None:
 
 
 def test_unknown_strategy() -> None:
-    with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'klass'; allowed are class, "):
+    with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'klass'; choose from class, "):
         find_strategy("klass")
 
 
@@ -256,10 +256,10 @@ def test_a_users_strategy_by_its_import_path() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("best", r"there is no 'best'; allowed are class, .*, or module:function$"),
+        ("best", r"there is no 'best'; choose from class, .*, or module:function$"),
         ("nowhere.at_all:f", "'nowhere.at_all:f' cannot be imported: No module named 'nowhere'"),
         (f"{__name__}:missing", f"'{__name__}:missing' cannot be imported"),
-        (f"{__name__}:C", f"'{__name__}:C' is no function"),
+        (f"{__name__}:C", f"'{__name__}:C' is not a function"),
     ],
 )
 def test_strategies_that_do_not_exist(name: str, says: str) -> None:
@@ -270,9 +270,9 @@ def test_strategies_that_do_not_exist(name: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
-        (([0, F], [1, 1]), rf"there is no latent {F}; allowed are 0 to {F - 1}"),
+        (([0, F], [1, 1]), rf"there is no latent {F}; choose from 0 to {F - 1}"),
         (([0, -1], [1, 1]), "there is no latent -1"),
-        (([3, 4, 3], [1, 1, 1]), "latent 3 twice"),
+        (([3, 4, 3], [1, 1, 1]), "latent 3 is chosen twice"),
         (([1, 2], [1, np.nan]), "a weight is nan"),
         (([1, 2], [1, np.inf]), "a weight is inf"),
         (([1, 2], [1, 1e39]), "a weight is inf"),

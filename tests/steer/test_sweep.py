@@ -122,7 +122,7 @@ def test_the_method_is_chosen_and_described() -> None:
     assert choose_method(steer_config(mode="clamp")) == "gates"
     assert "the gate is computed for every alpha (clamp in delta form)" in describe_method(steer_config(mode="clamp"))
     assert choose_method(steer_config(target="residual")) == "suffix"
-    assert "the layers from 2 on run for every setting, as target is residual" in describe_method(
+    assert "the layers from 2 on run for every setting, because steer.target is residual" in describe_method(
         steer_config(target="residual")
     )
     many = steer_config()

@@ -98,6 +98,6 @@ def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
     config = config_of(memory=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
     with pytest.raises(
-        HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, as one image needs \d+ MiB$"
+        HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, because one image needs \d+ MiB$"
     ):
         filled(config, split)

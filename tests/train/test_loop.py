@@ -167,7 +167,7 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monk
 
 
 def test_batch_larger_than_the_data(dataset, tmp_path):
-    with pytest.raises(HeadSteerError, match=r"config\.train\.batch = 512: allowed is at most the 96"):
+    with pytest.raises(HeadSteerError, match=r"config\.train\.batch = 512: must be at most the 96"):
         loop.train_model(with_train(batch=512), dataset, tmp_path)
 
 
