@@ -169,7 +169,8 @@ def command_run(arguments: Sequence[str]) -> None:
             raise HeadSteerError(
                 f"--stages={flags.stages}: there is no stage {name!r}; choose from {', '.join(STAGES)}"
             )
-    _start(flags.distributed, flags.distributed_timeout)
+    hosts.start(flags.distributed, flags.distributed_timeout)
+    _start()
     per_process = ("distributed", "distributed_timeout")
     hosts.check_equal(
         {f"--{name}": json.dumps(value) for name, value in vars(flags).items() if name not in per_process}
@@ -299,9 +300,9 @@ def find_config(name: str) -> Path:
 def _shipped_configs() -> dict[str, Path]:
     """List the shipped configs by name: those in the wheel, else those in the clone that holds this package."""
     package = Path(str(importlib.resources.files("headsteer_jax")))
-    directories = (package / "configs", package.parent / "configs")
-    files = [file for directory in directories for file in directory.glob("*.py") if file.stem != "__init__"]
-    return {file.stem: file for file in reversed(files)}
+    in_wheel = package / "configs"
+    directory = in_wheel if in_wheel.is_dir() else package.parent / "configs"
+    return {file.stem: file for file in directory.glob("*.py") if file.stem != "__init__"}
 
 
 def _check_names(config: Config) -> None:
@@ -327,12 +328,10 @@ def _workdir(path: str) -> Any:
     return Workdir(epath.Path(path))
 
 
-def _start(distributed: str = "", timeout: int = 300) -> None:
-    """Join the cluster, if there is one, before JAX touches a device; keep compiled programs; show the log."""
-    from headsteer_jax.runtime import hosts
+def _start() -> None:
+    """Keep compiled programs from run to run, and show the log."""
     from headsteer_jax.runtime.compiled import keep_compiled_programs
     from headsteer_jax.runtime.progress import show_log
 
-    hosts.start(distributed, timeout)
     keep_compiled_programs()
     show_log()

@@ -29,7 +29,7 @@ from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, fingerprint_dataset
 from headsteer_jax.data.sources import check_source, load_dataset
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.report.page import write_pages
@@ -233,10 +233,10 @@ def run_stages(config: Config, workdir: Workdir, names: tuple[str, ...], overwri
       HeadSteerError: a stage before the first named one is not done; what is there was made from another config and
         `overwrite` is off; another run is writing there; hosts differ; anything that a stage raises.
     """
-    check_source(config.data)
     settings = {f"config.{path}": json.dumps(value) for path, value in flatten(config).items()}
     versions = package_versions()
     hosts.check_equal(settings | {f"the version of {name}": versions[name] for name in PACKAGES})
+    check_source(config.data)
     dataset: Dataset | None = None
     chosen = [stage for name, stage in STAGES.items() if name in names]
     with ExitStack() as held:
@@ -244,6 +244,7 @@ def run_stages(config: Config, workdir: Workdir, names: tuple[str, ...], overwri
         hosts.on_first_process(lambda: held.enter_context(hold_lock(workdir.path)))
         if hosts.process_count() > 1:
             _check_shared(workdir.path)
+        held.enter_context(explain_errors(workdir.path))  # a full disk is one line wherever it shows
         for stage in STAGES.values():
             record = hosts.on_first_process(functools.partial(prepare_stage, config, workdir, stage, chosen, overwrite))
             if record is None:

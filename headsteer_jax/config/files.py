@@ -14,8 +14,22 @@ from pydantic import (
     ValidationError,
 )
 
-from headsteer_jax.config.schema import Config, Section
+from headsteer_jax.config.schema import Config, SAEAblationConfig, Section
 from headsteer_jax.errors import HeadSteerError
+
+
+# the sections whose names do not follow from their classes' names
+NESTED_SECTIONS = {"SAEAblationConfig": "sae.ablation", "PhaseConfig": "train.<phase>"}
+
+# fields of version 0.1 that have moved
+MOVED_FIELDS = {
+    "data.memory_limit_mb": "machine.image_memory",
+    "sae.cache": "machine.activation_cache",
+    "steer.memory": "machine.sweep_memory",
+    "steer.chunk": "machine.sweep_chunk",
+    "layers.chunk": "machine.sweep_chunk",
+    **{f"sae.{name}": f"sae.ablation.{name}" for name in SAEAblationConfig.model_fields},
+}
 
 
 def first_fault(error: ValidationError, prefix: str = "") -> str:
@@ -34,6 +48,8 @@ def first_fault(error: ValidationError, prefix: str = "") -> str:
 
 
 def _did_you_mean(path: str) -> str:
+    if path in MOVED_FIELDS:
+        return f"; it is now config.{MOVED_FIELDS[path]}"
     close = difflib.get_close_matches(path, [name for name, *_ in list_fields()], n=1, cutoff=0.5)
     return f"; did you mean config.{close[0]}?" if close else "; headsteer config lists the fields"
 
@@ -123,7 +139,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
         if not isinstance(config, Config):
             raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}, not a Config")
     except ValidationError as error:
-        section = error.title.removesuffix("Config").lower()
+        section = NESTED_SECTIONS.get(error.title) or error.title.removesuffix("Config").lower()
         raise HeadSteerError(f"{first_fault(error, section)} (in {path})") from None
     except KeyError:
         raise HeadSteerError(f"--config={path}: the file defines no get_config()") from None

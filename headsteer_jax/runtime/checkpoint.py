@@ -43,7 +43,7 @@ def _errors_only() -> Iterator[None]:
     """Keep orbax from warning about options that are meant as they are: a notebook stays silent."""
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:

@@ -165,7 +165,7 @@ def _pattern_evidence(run: RunData, use_training: bool, program: Program, valida
     indices = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(dataset.class_names))])
     if not len(indices):
         none = np.zeros(0, np.int64)
-        return Outcomes(labels[:0], np.zeros((0, heads), np.float32), none, np.zeros((0, 2**heads), bool)), validation
+        return Outcomes(labels[:0], np.zeros((0, heads), np.float32), np.zeros((0, 2**heads), bool), none), validation
     split = Split(dataset.train.images[indices], labels[indices])
     table = fill_table(program, run.trained.params, split, "train: every gate pattern")
     return table.outcomes(split.labels), validation

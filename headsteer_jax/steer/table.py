@@ -86,8 +86,8 @@ class Outcomes(NamedTuple):
 
     labels: np.ndarray  # [N]
     gate_logits: np.ndarray  # [N, H] unsteered
-    pattern: np.ndarray  # [N] int64, the unsteered gates
     right: np.ndarray  # [N, P] bool: is the answer right under the pattern
+    pattern: np.ndarray  # [N] int64, the unsteered gates
 
     @property
     def right_unsteered(self) -> np.ndarray:
@@ -106,7 +106,7 @@ class Table(NamedTuple):
 
     def outcomes(self, labels: np.ndarray) -> Outcomes:
         """Compare every answer with the images' labels [N]."""
-        return Outcomes(labels, self.gate_logits, self.pattern.astype(np.int64), self.answers == labels[:, None])
+        return Outcomes(labels, self.gate_logits, self.answers == labels[:, None], self.pattern.astype(np.int64))
 
 
 def compile_table_program(trained: TrainedModel, split: Split) -> Program:

@@ -57,7 +57,7 @@ def made(seed: int, images: int = 23, heads: int = 3, sign: str = "both", active
     rows = Rows(image, steered_by, gate_logits[image], np.full((len(image), heads), 5.0), (row, latent, z[row, latent]))
     effect = gate_effect(rng.normal(0, 1, (LATENTS, 8)), rng.normal(0, 0.5, (8, heads)), CHOSEN)
     pattern = (gate_logits > 0) @ (1 << np.arange(heads))
-    outcomes = Outcomes(labels, gate_logits, pattern, rng.random((images, 2**heads)) < 0.6)
+    outcomes = Outcomes(labels, gate_logits, rng.random((images, 2**heads)) < 0.6, pattern)
     used = np.arange(len(image)) < images
     return Case(rows, used, choice, rng.uniform(0.5, 2, LATENTS).astype(np.float32), effect, outcomes, z.astype(float))
 

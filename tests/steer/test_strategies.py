@@ -157,7 +157,7 @@ def outcomes(seed: int, heads: int = 3, count: int = 40) -> Outcomes:
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % C
     logits = rng.standard_normal((count, heads)) + 0.7
-    return Outcomes(labels, logits, (logits > 0) @ (1 << np.arange(heads)), rng.random((count, 2**heads)) < 0.6)
+    return Outcomes(labels, logits, rng.random((count, 2**heads)) < 0.6, (logits > 0) @ (1 << np.arange(heads)))
 
 
 def worth(seen: tuple[Outcomes, ...], label: int, wish: tuple[int, ...], price: float) -> float:

@@ -64,8 +64,8 @@ def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
     folds = _halve_each_class(labels)
     for label in (0, 1):
         assert abs(int((folds[labels == label] == 0).sum()) - int((folds[labels == label] == 1).sum())) <= 1
-    train = Outcomes(np.zeros(2), np.zeros((2, 3)), np.zeros(2, int), np.zeros((2, 8), bool))
-    validation = Outcomes(labels, np.arange(21).reshape(7, 3), np.zeros(7, int), np.zeros((7, 8), bool))
+    train = Outcomes(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 8), bool), np.zeros(2, int))
+    validation = Outcomes(labels, np.arange(21).reshape(7, 3), np.zeros((7, 8), bool), np.zeros(7, int))
     stats = LatentStatistics(*np.zeros((4, 1)), outcomes=(train, validation))
     for fold in (0, 1):
         seen = _without_fold(stats, folds, fold).outcomes
