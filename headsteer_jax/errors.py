@@ -42,13 +42,13 @@ def explain_errors(culprit: object, remedy: str = "", fault: str = "") -> Iterat
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise HeadSteerError(f"{culprit}: {FULL_DISK}") from error
         reason = TENSORSTORE_DETAILS.split(str(error).strip().partition("\n")[0])[0] or type(error).__name__
-        if str(culprit).startswith("gs:"):
-            if isinstance(error, TimeoutError) or UNREACHABLE_REASONS.match(reason):
-                advice = "check the network, the bucket's name and your rights to it"
-                raise HeadSteerError(f"{culprit}: cannot be reached ({reason}); {advice}") from None
-        elif fault or not remedy:
-            if getattr(error, "errno", None) in DENIED or "Permission denied" in str(error):
-                raise HeadSteerError(f"{culprit}: not writable; choose another --workdir") from error
+        in_bucket = str(culprit).startswith("gs:")
+        if in_bucket and (isinstance(error, TimeoutError) or UNREACHABLE_REASONS.match(reason)):
+            advice = "check the network, the bucket's name and your rights to it"
+            raise HeadSteerError(f"{culprit}: cannot be reached ({reason}); {advice}") from None
+        denied = getattr(error, "errno", None) in DENIED or "Permission denied" in str(error)
+        if denied and not in_bucket and (fault or not remedy):
+            raise HeadSteerError(f"{culprit}: not writable; choose another --workdir") from error
         if fault and not isinstance(error, DAMAGE):
             raise
         if remedy:

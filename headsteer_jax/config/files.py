@@ -17,7 +17,6 @@ from pydantic import (
 from headsteer_jax.config.schema import Config, SAEAblationConfig, Section
 from headsteer_jax.errors import HeadSteerError
 
-
 # the sections whose names do not follow from their classes' names
 NESTED_SECTIONS = {"SAEAblationConfig": "sae.ablation", "PhaseConfig": "train.<phase>"}
 
