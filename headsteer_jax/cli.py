@@ -10,6 +10,7 @@ import importlib.resources
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -69,6 +70,9 @@ def run_command_line(arguments: Sequence[str]) -> int:
     except preemption.Preempted:
         print(preemption.STOPPED_MESSAGE, file=sys.stderr)
         return preemption.EXIT_CODE
+    except BrokenPipeError:  # what read the output, `head` for instance, has ended
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 128 + signal.SIGPIPE
     except Exception:
         traceback.print_exc()
         return 1
