@@ -1,4 +1,4 @@
-"""The shipped experiments give the results that their configs promise; each takes ten minutes and more: `pytest -m experiment`."""
+"""The shipped experiments give the results that their configs promise: `pytest -m experiment`, ten minutes and more."""
 
 import json
 from pathlib import Path
