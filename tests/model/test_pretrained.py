@@ -377,6 +377,7 @@ def test_pth_executes_nothing(tmp_path: Path, fresh: Any) -> None:
         load_backbone(fresh, config_for(tmp_path / "c.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHECKPOINT.exists(), reason=f"{CHECKPOINT} is not there")
 def test_a_real_checkpoint() -> None:
     """DINOv2's layout: LayerScale, 37x37 positions, 14x14 patches; ours has 4x4 positions and 8x8 patches."""

@@ -167,8 +167,17 @@ def test_steer_residual_lets_the_block_compute_on_it(images):
     chex.assert_trees_all_close(steered, logits, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("gating", ["dense", "sampled", "thresholded"])
+@pytest.mark.parametrize(
+    ("gating", "remat"),
+    [
+        ("sampled", True),
+        ("thresholded", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dense", False), ("dense", True), ("sampled", False), ("thresholded", True))
+        ),
+    ],
+)
 def test_scanned_and_rematerialised_layers_are_the_same(gating: str, remat: bool) -> None:
     """The same parameters and, to rounding, the same answers, gates, residuals and gradients."""
     config = tiny_config()

@@ -175,6 +175,7 @@ class Counted(ResidualsInMemory):
             yield part
 
 
+@pytest.mark.slow
 def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     x = concepts(30_000, 24, np.random.default_rng(0))  # 2.9 MB
     config = sae_config(epochs=4, learning_rate=3e-3, memory=1, seeds=1, control=False)
@@ -214,6 +215,7 @@ def test_streaming_uses_every_full_batch(tmp_path: Path, batch: int) -> None:
     assert state.step == 2 * (40_000 // batch)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_devices(tmp_path: Path) -> None:
     program = """
 import sys, numpy as np
@@ -241,6 +243,7 @@ np.savez(sys.argv[1] + ".npz", *trained.weights, **trained.curves)
         np.testing.assert_array_equal(results[2][name], values)
 
 
+@pytest.mark.slow
 def test_several_devices_train_the_same(tmp_path: Path) -> None:
     program = """
 import sys, numpy as np, jax

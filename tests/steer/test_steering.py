@@ -1,5 +1,6 @@
 """Steering against a float64 reference; the programs against the plain model; alpha 0 against no steering."""
 
+import itertools
 from dataclasses import replace
 
 import chex
@@ -54,9 +55,18 @@ def test_alpha_0_in_delta_form_is_the_residual_bit_for_bit(mode):
     assert not np.array_equal(run(x, 1.0), x)
 
 
-@pytest.mark.parametrize("layer", [-1, -2])
-@pytest.mark.parametrize("target", ["policy", "residual"])
-@pytest.mark.parametrize("memory", [1024, 1])
+@pytest.mark.parametrize(
+    ("layer", "target", "memory"),
+    [
+        (-1, "policy", 1024),
+        (-2, "residual", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product((-1, -2), ("policy", "residual"), (1024, 1))
+            if case not in ((-1, "policy", 1024), (-2, "residual", 1))
+        ),
+    ],
+)
 def test_run_suffix_is_the_plain_model(split, layer, target, memory):
     """Against one forward pass for each setting; alpha 0 is the unsteered model bit for bit, in any budget."""
     config = steer_config(target=target, memory=memory)

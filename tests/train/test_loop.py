@@ -52,7 +52,7 @@ def final_states(config, dataset, directory):
     return states
 
 
-@pytest.mark.parametrize("fields", [{}, {"ema": 0.9, "mixup": 0.2}])
+@pytest.mark.parametrize("fields", [{}, pytest.param({"ema": 0.9, "mixup": 0.2}, marks=pytest.mark.slow)])
 def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch, fields):
     """Stopped in the middle of the dense and of the gated phase, each time after a checkpoint that is not the last."""
     config = with_train(**fields)
@@ -192,7 +192,7 @@ def test_gates_have_a_learning_rate_of_their_own():
     assert step.scale_gates(updates, 1.0) is updates
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_the_batchs(gated):
     """They are equal to rounding without the usage loss, which is not a mean over images."""
     config = tiny_config()
@@ -238,6 +238,7 @@ def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
         assert list((tmp_path / "profile" / phase).rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
     """SIGTERM comes in the third call: that call's last step is saved, and the end equals an uninterrupted run's."""
     config = tiny_config()
