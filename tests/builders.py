@@ -70,23 +70,14 @@ def steer_config(*, chunk: int = 64, memory: int | None = None, **steer: object)
 
 
 def random_params(config: Config, classes: int, seed: int = 0) -> object:
-    """Make parameters that are nowhere 0, so that none drops out of a comparison.
-
-    NumPy draws them, about as the model's own initialisation does, because that would be compiled anew for each shape.
-    """
-    side, rng = config.data.image_size, np.random.default_rng(seed)
-    image = jax.ShapeDtypeStruct((1, side, side, config.data.channels), np.float32)
-    shapes = jax.eval_shape(build_model(config, classes).init, jax.random.key(seed), image)
-
-    def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        values = 0.2 * rng.standard_normal(leaf.shape)
-        if path[-1].key == "scale":
-            values += 1
-        elif path[-1].key == "kernel":
-            values += rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        return jnp.asarray(values, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    """Make parameters that are nowhere 0, so that none drops out of a comparison."""
+    side = config.data.image_size
+    image = np.zeros((1, side, side, config.data.channels), np.float32)
+    params = jax.jit(build_model(config, classes).init)(jax.random.key(seed), image)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf) + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32)), params
+    )
 
 
 def blobs(count: int, seed: int) -> Split:

@@ -11,6 +11,7 @@ import pytest
 import reference
 from builders import CLASSES, setting, steer_config, trained_model
 
+from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Intervention, TrainedModel, build_model
 from headsteer_jax.sae.autoencoder import SAEWeights
@@ -102,6 +103,7 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
 
 
 def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
+    split = Split(split.images[:2], split.labels[:2])  # of more images, more sizes would be compiled
     config = steer_config(target="residual", memory=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"mlp_ratio": 5000.0})})
     model = build_model(config, CLASSES)
