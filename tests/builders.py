@@ -72,11 +72,12 @@ def steer_config(*, chunk: int = 64, memory: int | None = None, **steer: object)
 def random_params(config: Config, classes: int, seed: int = 0) -> object:
     """Make parameters that are nowhere 0, so that none drops out of a comparison."""
     side = config.data.image_size
-    params = build_model(config, classes).init(
-        jax.random.key(seed), np.zeros((1, side, side, config.data.channels), np.float32)
-    )
+    image = np.zeros((1, side, side, config.data.channels), np.float32)
+    params = jax.jit(build_model(config, classes).init)(jax.random.key(seed), image)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), params)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf) + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32)), params
+    )
 
 
 def blobs(count: int, seed: int) -> Split:

@@ -304,7 +304,7 @@ def test_sigterm_saves_and_asks_to_be_resumed(finished, tmp_path):
         (["--config.steer.classes=00,00"], ["steer.classes", "distinct names"]),
         (["--config.data.related=tens=10|11|dog"], ["config.data.related: tens", "no class 'dog'"]),
         (["--config.data.train_per_class=4", "--config.data.eval_per_class=2"], ["too few to choose alpha on"]),
-        (["--config.model.pretrained=nowhere.npz"], ["nowhere.npz: no such file"]),
+        (["--config.model.pretrained=nowhere.npz", "--config.model.depth=2"], ["nowhere.npz: no such file"]),
         (
             ["--config.data.source=tfds", "--config.data.name=cifar100", "--config.data.path=/nowhere"],
             ["cifar100", "/nowhere"],

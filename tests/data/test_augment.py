@@ -13,11 +13,12 @@ from PIL import Image, ImageEnhance
 
 from headsteer_jax.config import DataConfig
 from headsteer_jax.data import augment as module
-from headsteer_jax.data.augment import OPERATIONS, augment_and_normalise, mixup, preprocess
+from headsteer_jax.data.augment import OPERATIONS, augment_and_normalise, preprocess
 
 SIDE = 12
 augment = jax.jit(module.augment, static_argnums=2)
 operation = jax.jit(module.apply_operation, static_argnums=2)
+mixup = jax.jit(module.mixup)
 
 
 def config(channels: int = 3, **fields: Any) -> DataConfig:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from builders import tiny_config
@@ -85,7 +86,7 @@ def features(params: Any, config: Config, images: np.ndarray) -> np.ndarray:
     def run(m: Any, images: Any) -> Any:
         return m.norm(m.blocks(m.embed(images), gating="dense")[0][:, 0])
 
-    return np.asarray(build_model(config, 5).apply(params, images, method=run))
+    return np.asarray(jax.jit(lambda p: build_model(config, 5).apply(p, images, method=run))(params))
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "plain"])
@@ -276,7 +277,7 @@ def test_features_and_logits_are_the_publishers(file: str, family: str) -> None:
     assert np.abs(features(params, config, ANSWERS["images"]) - wanted).max() <= 2e-6 * np.abs(wanted).max()
     assert ("head.kernel" in report.random) != has_head
     if has_head:
-        logits, _ = model.apply(params, ANSWERS["images"], gating="dense")
+        logits, _ = jax.jit(lambda p: model.apply(p, ANSWERS["images"], gating="dense"))(params)
         wanted = ANSWERS[f"{name}_logits"]
         assert np.abs(logits - wanted).max() <= 2e-6 * np.abs(wanted).max()
     unknown = [random for random in report.random if not random.startswith("head") and "decide" not in random]
@@ -377,6 +378,7 @@ def test_pth_executes_nothing(tmp_path: Path, fresh: Any) -> None:
         load_backbone(fresh, config_for(tmp_path / "c.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHECKPOINT.exists(), reason=f"{CHECKPOINT} is not there")
 def test_a_real_checkpoint() -> None:
     """DINOv2's layout: LayerScale, 37x37 positions, 14x14 patches; ours has 4x4 positions and 8x8 patches."""

@@ -47,7 +47,7 @@ def test_forced_gates_match_reference(images, dropped):
     params = random_params(config, 7)
     forced = {1: np.array([0.0, 1.0, 1.0]), 2: np.array([1.0, 0.0, 0.0])}
     batched = {layer: Intervention(gates=jnp.tile(g, (len(images), 1))) for layer, g in forced.items()}
-    logits, _ = vit.build_model(config, 7).apply(params, images, interventions=batched)
+    logits, _ = jax.jit(lambda x: vit.build_model(config, 7).apply(params, x, interventions=batched))(images)
     for i, image in enumerate(images):
         answer, *_ = reference.vit(
             reference.in_float64(params), image.astype(np.float64), config, "thresholded", forced
@@ -93,17 +93,17 @@ def test_gate_input_steers_the_gate_alone(images):
 def test_bfloat16_keeps_parameters_and_outputs_in_float32(images):
     config = with_model(tiny_config(), dtype="bfloat16")
     params = random_params(config, 7)
-    logits, out = vit.build_model(config, 7).apply(params, images, gating="dense")
+    logits, out = jax.jit(lambda x: vit.build_model(config, 7).apply(params, x, gating="dense"))(images)
     chex.assert_type([logits, out["cls"][2], out["gate_logits"][2]], jnp.float32)
     chex.assert_type(jax.tree.leaves(params), jnp.float32)
-    full, _ = vit.build_model(tiny_config(), 7).apply(params, images, gating="dense")
+    full, _ = jax.jit(lambda x: vit.build_model(tiny_config(), 7).apply(params, x, gating="dense"))(images)
     assert 0 < np.abs(logits - full).max() < 0.1 * np.abs(full).max()  # computed otherwise, but the same model
 
 
 def test_dense_has_no_gradient_for_gates(images):
     config = tiny_config()
     params = random_params(config, 7)
-    grads = jax.grad(lambda p: vit.build_model(config, 7).apply(p, images, gating="dense")[0].sum())(params)
+    grads = jax.jit(jax.grad(lambda p: vit.build_model(config, 7).apply(p, images, gating="dense")[0].sum()))(params)
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads["params"]["layers_2"]["decide"]))
     assert all(leaf.any() for leaf in jax.tree.leaves(grads["params"]["layers_1"]["mlp_out"]))
 
@@ -144,15 +144,15 @@ def test_registers_are_tokens_without_positions(images):
     model, params = vit.build_model(config, 7), random_params(config, 7)
     plain = {"params": {name: value for name, value in params["params"].items() if name != "registers"}}
     x, without = (
-        m.apply(p, images, method="embed")
+        jax.jit(lambda p, m=m: m.apply(p, images, method="embed"))(p)
         for m, p in ((model, params), (vit.build_model(with_model(config, registers=0), 7), plain))
     )
     assert x.shape == (5, 1 + 2 + 4, 24)
     chex.assert_trees_all_equal(x[:, [0, 3, 4, 5, 6]], without)
     chex.assert_trees_all_equal(x[:, 1:3], jnp.broadcast_to(params["params"]["registers"], (5, 2, 24)))
-    logits, _ = model.apply(params, images, gating="dense")
-    other = {"params": params["params"] | {"registers": params["params"]["registers"][:, :, ::-1]}}
-    assert np.abs(logits - model.apply(other, images, gating="dense")[0]).max() > 1e-3
+    run = jax.jit(lambda p: model.apply(p, images, gating="dense")[0])
+    other = {"params": params["params"] | {"registers": np.asarray(params["params"]["registers"])[:, :, ::-1]}}
+    assert np.abs(run(params) - run(other)).max() > 1e-3
 
 
 def test_steer_residual_lets_the_block_compute_on_it(images):
@@ -167,8 +167,17 @@ def test_steer_residual_lets_the_block_compute_on_it(images):
     chex.assert_trees_all_close(steered, logits, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("gating", ["dense", "sampled", "thresholded"])
+@pytest.mark.parametrize(
+    ("gating", "remat"),
+    [
+        ("sampled", True),
+        ("thresholded", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dense", False), ("dense", True), ("sampled", False), ("thresholded", True))
+        ),
+    ],
+)
 def test_scanned_and_rematerialised_layers_are_the_same(gating: str, remat: bool) -> None:
     """The same parameters and, to rounding, the same answers, gates, residuals and gradients."""
     config = tiny_config()
@@ -184,11 +193,11 @@ def test_scanned_and_rematerialised_layers_are_the_same(gating: str, remat: bool
         logits, out = model.apply(params, images, gating=gating, noise_BAH=noise)
         return (logits * jnp.arange(7)).sum() + 3 * stack_gates(out["gates"]).mean(), (logits, out)
 
-    (_, one), one_grad = jax.value_and_grad(lambda p: total(plain, p), has_aux=True)(params)
-    (_, two), two_grad = jax.value_and_grad(lambda p: total(scanned, p), has_aux=True)(params)
+    (_, one), one_grad = jax.jit(jax.value_and_grad(lambda p: total(plain, p), has_aux=True))(params)
+    (_, two), two_grad = jax.jit(jax.value_and_grad(lambda p: total(scanned, p), has_aux=True))(params)
     chex.assert_trees_all_close(one, two, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(one_grad, two_grad, rtol=1e-3, atol=1e-3)
-    chex.assert_trees_all_equal_shapes(params, scanned.init(jax.random.key(0), images))
+    chex.assert_trees_all_equal_shapes(params, jax.eval_shape(scanned.init, jax.random.key(0), images))
     text = jax.jit(lambda p: total(scanned, p)[0]).lower(params).as_text()
     assert text.count("stablehlo.while") >= 1  # there is a loop
     backward = str(jax.make_jaxpr(jax.grad(lambda p: total(scanned, p)[0]))(params))
@@ -200,5 +209,8 @@ def test_a_scan_is_left_where_something_intervenes() -> None:
     model = build_model(config.model_copy(update={"machine": MachineConfig(scan_layers=True)}), 7)
     params, images = random_params(config, 7), np.random.default_rng(0).standard_normal((4, 8, 8, 1))
     closed = {1: Intervention(gates=jnp.zeros((4, 3)))}
-    plain = build_model(config, 7).apply(params, images, interventions=closed)
-    chex.assert_trees_all_equal(model.apply(params, images, interventions=closed), plain)
+    plain, scanned = (
+        jax.jit(lambda p, m=m: m.apply(p, images, interventions=closed))(params)
+        for m in (build_model(config, 7), model)
+    )
+    chex.assert_trees_all_equal(scanned, plain)

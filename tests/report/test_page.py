@@ -100,7 +100,10 @@ class Written(NamedTuple):
     html: str
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=[pytest.mark.slow] * (case == "1000 long names")) for case in CASES],
+)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     run = made_run(**CASES[request.param])
     workdir = tmp_path_factory.mktemp("run")

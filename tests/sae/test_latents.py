@@ -237,12 +237,12 @@ def test_page_holds_the_arrays(tokens: str, tmp_path: Path) -> None:
     fires = np.flatnonzero(arrays["frequency"] > 0)
     assert sorted(data["latent"]) == fires.tolist()
     assert 4 not in data["latent"]
-    assert f"{len(fires)} of {F} latents fire; the {F - len(fires)} dead ones" in page.text
+    assert f"{len(fires)} of {F} latents fire; dead latents are left out." in page.text
     selectivity = arrays["selectivity"][data["latent"]]
     assert (np.diff(selectivity) <= 0).all()
-    more = ["of tokens", "of CLS"] if tokens != "cls" else []
+    more = ["Token frequency", "CLS frequency"] if tokens != "cls" else []
     assert page.headings == [
-        "Latent", "Top images", "Classes", "Top class", "its share", "Frequency", *more, "Strength", "Selectivity",
+        "Latent", "Top images", "Classes", "Top class", "Its share", "Frequency", *more, "Strength", "Selectivity",
         "Nearest", *(f"h{head}" for head in range(H)),
     ]  # fmt: skip
     extra = ("token_frequency", "cls_frequency") if tokens != "cls" else ()
@@ -330,7 +330,7 @@ def test_an_autoencoder_without_living_latents(tmp_path: Path) -> None:
     arrays = {name: np.zeros_like(values) for name, values in profile_of("all", 3).items()}
     write_latents_page(tmp_path / "latents.html", "run", arrays, made_dataset(), made_config("all"))
     page = Page((tmp_path / "latents.html").read_text("utf-8"))
-    assert f"0 of {F} latents fire; the {F} dead ones" in page.text
+    assert f"0 of {F} latents fire; dead latents are left out." in page.text
     assert json.loads(page.scripts[0])["thumbnails"] == []
 
 

@@ -463,10 +463,10 @@ def test_an_empty_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("f" * 16, "train", 1, "all"), ["another fingerprint", "not 'ffffffffffffffff'"]),
-        ((None, "test", 1, "all"), ["another split", "'train', not 'test'"]),
-        ((None, "train", 0, "all"), ["another layer", "1, not 0"]),
-        ((None, "train", 1, "patches"), ["another tokens", "'all', not 'patches'"]),
+        (("f" * 16, "train", 1, "all"), ["its fingerprint is ", "not 'ffffffffffffffff'"]),
+        ((None, "test", 1, "all"), ["its split is ", "'train', not 'test'"]),
+        ((None, "train", 0, "all"), ["its layer is ", "1, not 0"]),
+        ((None, "train", 1, "patches"), ["its tokens is ", "'all', not 'patches'"]),
     ],
 )
 def test_a_directory_that_was_renamed(

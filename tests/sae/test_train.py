@@ -88,14 +88,15 @@ def test_one_step_is_adam_by_hand() -> None:
     state = train.init_state(c, members, u, 48, 0)
     sae = autoencoder.select_member(state.sae, 0)
     settings = objective.Objective(c, c.k, 0, use_sparse=False)
-    grads = jax.grad(
+    gradient = jax.grad(
         lambda weights: objective.autoencoder_loss(weights, u, jnp.zeros(48, bool), jnp.int32(c.k), settings),
         has_aux=True,
-    )(sae)[0]
+    )
+    grads = jax.jit(gradient)(sae)[0]
     radial = (np.asarray(grads.W_d) * sae.W_d).sum(axis=1, keepdims=True)
     grads = grads._replace(W_d=grads.W_d - radial * sae.W_d)
     tx = optax.adam(c.learning_rate)
-    expected = optax.apply_updates(sae, tx.update(grads, tx.init(sae), sae)[0])
+    expected = jax.jit(lambda sae, grads: optax.apply_updates(sae, tx.update(grads, tx.init(sae), sae)[0]))(sae, grads)
     W_d = np.asarray(expected.W_d)
     expected = expected._replace(W_d=W_d / np.linalg.norm(W_d, axis=1, keepdims=True))
     after, curves = train.make_epoch_program(c, members, 24, 1, 0)(state, u)
@@ -158,7 +159,8 @@ def test_auxk_revives_dead_latents(weight: float, revives: bool) -> None:
     weak = jnp.where(jnp.arange(48) < 24, 1e-3, 1.0)[:, None]
     state = state._replace(sae=state.sae._replace(W_e=state.sae.W_e * weak))
     state, _ = train.make_epoch_program(c, train.seed_members(c), 24, len(x) // c.batch, 0)(state, u, epochs=100)
-    fires = np.asarray(jax.vmap(lambda sae: autoencoder.encode_scaled(sae, u, 2).sum(axis=0))(state.sae) > 0)
+    sums = jax.jit(jax.vmap(lambda sae: autoencoder.encode_scaled(sae, u, 2).sum(axis=0)))(state.sae)
+    fires = np.asarray(sums) > 0
     assert fires[:, :24].any() == revives
     if revives:
         assert fires[:, :24].mean() > 0.3
@@ -175,6 +177,7 @@ class Counted(ResidualsInMemory):
             yield part
 
 
+@pytest.mark.slow
 def test_more_than_fits_is_streamed_and_resumes(tmp_path: Path) -> None:
     x = concepts(30_000, 24, np.random.default_rng(0))  # 2.9 MB
     config = sae_config(epochs=4, learning_rate=3e-3, memory=1, seeds=1, control=False)
@@ -200,7 +203,7 @@ class InBlocks(ResidualsInMemory):
         return super().groups(rows // 5 * 5, rng)
 
 
-@pytest.mark.parametrize("batch", [64, 10923, 9999])
+@pytest.mark.parametrize("batch", [64, 10923, pytest.param(9999, marks=pytest.mark.slow)])
 def test_streaming_uses_every_full_batch(tmp_path: Path, batch: int) -> None:
     """Rows that do not fill a group's last batch go into the next group, so that an epoch has all its steps."""
     x = concepts(40_000, 24, np.random.default_rng(0))
@@ -214,6 +217,7 @@ def test_streaming_uses_every_full_batch(tmp_path: Path, batch: int) -> None:
     assert state.step == 2 * (40_000 // batch)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_devices(tmp_path: Path) -> None:
     program = """
 import sys, numpy as np
@@ -241,6 +245,7 @@ np.savez(sys.argv[1] + ".npz", *trained.weights, **trained.curves)
         np.testing.assert_array_equal(results[2][name], values)
 
 
+@pytest.mark.slow
 def test_several_devices_train_the_same(tmp_path: Path) -> None:
     program = """
 import sys, numpy as np, jax

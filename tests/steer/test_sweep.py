@@ -166,6 +166,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_devices() -> None:
     """One and three simulated devices, the last chunk not full: the same bits."""
     found = []

@@ -30,8 +30,18 @@ def dataset() -> Dataset:
 
 
 def with_train(**fields: object) -> Config:
+    """Make tiny_config with two layers, which compile sooner than three, and these fields in its section `train`."""
     config = tiny_config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"depth": 2})})
     return config.model_copy(update={"train": config.train.model_copy(update=fields)})
+
+
+@pytest.fixture(scope="module")
+def finished_training(dataset, tmp_path_factory):
+    """The directory of a whole training under with_train(). Tests must not change it."""
+    directory = tmp_path_factory.mktemp("whole")
+    loop.train_model(with_train(), dataset, directory)
+    return directory
 
 
 def final_states(config, dataset, directory):
@@ -52,11 +62,13 @@ def final_states(config, dataset, directory):
     return states
 
 
-@pytest.mark.parametrize("fields", [{}, {"ema": 0.9, "mixup": 0.2}])
-def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch, fields):
+@pytest.mark.parametrize("fields", [{}, pytest.param({"ema": 0.9, "mixup": 0.2}, marks=pytest.mark.slow)])
+def test_resume_equals_uninterrupted_bit_for_bit(dataset, finished_training, tmp_path, monkeypatch, fields):
     """Stopped in the middle of the dense and of the gated phase, each time after a checkpoint that is not the last."""
-    config = with_train(**fields)
-    loop.train_model(config, dataset, tmp_path / "whole")
+    config, uninterrupted = with_train(**fields), finished_training
+    if fields:
+        uninterrupted = tmp_path / "whole"
+        loop.train_model(config, dataset, uninterrupted)
     real = Checkpoints.save
     for phase in ("dense", "gated"):
 
@@ -71,33 +83,35 @@ def test_resume_equals_uninterrupted_bit_for_bit(dataset, tmp_path, monkeypatch,
             loop.train_model(config, dataset, tmp_path / "parts")
     monkeypatch.setattr(Checkpoints, "save", real)
     loop.train_model(config, dataset, tmp_path / "parts")
-    whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (final_states(config, dataset, path) for path in (uninterrupted, tmp_path / "parts"))
     chex.assert_trees_all_equal(whole, parts)
     assert whole["gated"][0].step == 8
     assert whole["gated"][1]["position"] == (8 + 8) * 16
     assert whole["gated"][1]["config"]["seed"] == 0
     assert np.any(whole["gated"][0].params["params"]["cls"] != whole["dense"][0].params["params"]["cls"])
-    rows = [read_log(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    rows = [read_log(path / "metrics.jsonl") for path in (uninterrupted, tmp_path / "parts")]
     assert rows[0] == rows[1]
 
 
-def test_metrics_show_sampled_and_thresholded_usage(dataset, tmp_path):
-    config = tiny_config()
-    loop.train_model(config, dataset, tmp_path)
-    rows = read_log(tmp_path / "metrics.jsonl")
+def test_metrics_show_sampled_and_thresholded_usage(finished_training):
+    config = with_train()
+    rows = read_log(finished_training / "metrics.jsonl")
     gated = [row for row in rows if row["phase"] == "gated" and "usage_sampled" in row]
     assert [row["step"] for row in gated] == [2, 4, 6, 8]
-    assert all(len(row["usage_sampled"]) == len(row["usage_thresholded"]) == 2 for row in gated)
+    layers = config.model.depth - 1  # the first has no gate
+    assert all(len(row["usage_sampled"]) == len(row["usage_thresholded"]) == layers for row in gated)
     assert gated[0]["gate_noise"] > 0 == gated[-1]["gate_noise"]
     assert gated[-1]["usage_sampled"] == gated[-1]["usage_thresholded"]  # no noise is left
     assert gated[-1]["usage_target"] == pytest.approx(config.gate.target)
     assert [row["step"] for row in rows if row["phase"] == "dense" and "validation_accuracy" in row] == [4, 8]
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert list((finished_training / "tensorboard").iterdir())
 
 
 def test_training_learns(dataset, tmp_path):
-    config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30, dense_control=False)
-    loop.train_model(config, dataset, tmp_path)
+    config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30)
+    model = build_model(config, 3)
+    with open_log(tmp_path) as log:
+        loop.train_phase(model, loop.init_params(model, config, 0), "dense", dataset, config, tmp_path, log)
     accuracy = [
         row["validation_accuracy"] for row in read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
     ]
@@ -116,13 +130,13 @@ def test_schedule_and_decay_mask():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
     config = with_train(weight_decay=0.5)
     tx = step.make_optimizer(config, plan)
-    state, zero = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    update, state, zero = jax.jit(tx.update), tx.init(params), jax.tree.map(np.zeros_like, params)
     decays = []
     for _ in range(100):
-        updates, state = tx.update(zero, state, params)
-        decays.append(-float(updates["kernel"][0, 0]) / 0.5)
-        assert not updates["bias"].any()
-        assert not updates["scale"].any()
+        updates, state = update(zero, state, params)
+        decays.append(-float(np.asarray(updates["kernel"])[0, 0]) / 0.5)
+        assert not np.any(updates["bias"])
+        assert not np.any(updates["scale"])
     expected = [1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)]
     np.testing.assert_allclose(decays, expected, rtol=1e-4, atol=1e-9)
 
@@ -134,8 +148,14 @@ def test_loss_by_hand():
     params = loop.init_params(model, config, 0)
     images = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
     targets = optax.smooth_labels(jax.nn.one_hot(np.arange(6) % 3, 3), 0.1)
-    loss, metrics = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), jnp.zeros((6, 2, 3)), config)
-    logits, out = model.apply(params, images)
+
+    @jax.jit
+    def compute(params):
+        noise = jnp.zeros((6, 2, 3))
+        losses = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), noise, config)
+        return losses, model.apply(params, images)
+
+    (loss, metrics), (logits, out) = compute(params)
     log_p = np.asarray(logits, np.float64) - np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1, keepdims=True))
     cross_entropy = -(np.asarray(targets) * log_p).sum(axis=1).mean()
     usage = [np.asarray(out["gates"][layer]).mean() for layer in (1, 2)]
@@ -177,11 +197,12 @@ def test_a_cut_off_last_row_is_left_out(tmp_path):
     assert read_log(path) == [{"phase": "dense", "step": 1}]
 
 
-def test_missing_checkpoint(dataset, tmp_path):
-    loop.train_model(with_train(dense_control=False), dataset, tmp_path)
-    shutil.rmtree(tmp_path / "gated" / "last")
+def test_missing_checkpoint(dataset, finished_training, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(finished_training, directory)
+    shutil.rmtree(directory / "gated" / "last")
     with pytest.raises(HeadSteerError, match="no checkpoint"):
-        loop.load_trained(with_train(dense_control=False), dataset, tmp_path)
+        loop.load_trained(with_train(), dataset, directory)
 
 
 def test_gates_have_a_learning_rate_of_their_own():
@@ -192,10 +213,10 @@ def test_gates_have_a_learning_rate_of_their_own():
     assert step.scale_gates(updates, 1.0) is updates
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_accumulated_gradients_are_the_batchs(gated):
     """They are equal to rounding without the usage loss, which is not a mean over images."""
-    config = tiny_config()
+    config = with_train()
     config = config.model_copy(update={"gate": config.gate.model_copy(update={"weight": 0.0})})
     images = blobs(32, 0)
     batch = images.images.reshape(2, 16, 8, 8, 1), images.labels.reshape(2, 16)
@@ -238,10 +259,10 @@ def test_the_log_tells_the_speed_and_a_flag_writes_a_trace(dataset, tmp_path):
         assert list((tmp_path / "profile" / phase).rglob("*.xplane.pb"))
 
 
-def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_sigterm_in_training_resumes_bit_for_bit(dataset, finished_training, tmp_path, monkeypatch):
     """SIGTERM comes in the third call: that call's last step is saved, and the end equals an uninterrupted run's."""
-    config = tiny_config()
-    loop.train_model(config, dataset, tmp_path / "whole")
+    config = with_train()
     real, calls = TrainingLog.write, []
 
     def terminated(self, phase, step, values, name="metrics"):
@@ -262,6 +283,6 @@ def test_sigterm_in_training_resumes_bit_for_bit(dataset, tmp_path, monkeypatch)
         loop.train_model(config, dataset, tmp_path / "parts")
     finally:
         signal.signal(signal.SIGTERM, before)
-    whole, parts = (final_states(config, dataset, tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (final_states(config, dataset, path) for path in (finished_training, tmp_path / "parts"))
     chex.assert_trees_all_equal(whole, parts)
-    assert read_log(tmp_path / "whole" / "metrics.jsonl") == read_log(tmp_path / "parts" / "metrics.jsonl")
+    assert read_log(finished_training / "metrics.jsonl") == read_log(tmp_path / "parts" / "metrics.jsonl")
