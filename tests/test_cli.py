@@ -1,5 +1,6 @@
 """The command line on a tiny config: what a finished run holds, how commands behave, how mistakes are answered."""
 
+import io
 import json
 import re
 import shutil
@@ -709,3 +710,15 @@ def test_a_memory_limit_may_be_changed_without_overwrite(finished, tmp_path):
     refused(headsteer(*command, "--config.machine.sweep_memory=0"), "config.machine.sweep_memory = '0'")
     succeeded(headsteer(*command, "--config.machine.sweep_memory=2"))
     xarray.testing.assert_identical(read_sweep(workdir / "sweep.nc"), read_sweep(finished.workdir / "sweep.nc"))
+
+
+def test_a_reader_that_ends_early_causes_no_traceback(capsys, monkeypatch):
+    class ClosedPipe(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    monkeypatch.setattr(cli, "_silence_libraries", lambda: None)
+    monkeypatch.setattr(cli.preemption, "install_handler", lambda: None)
+    assert cli.run_command_line(["config"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
