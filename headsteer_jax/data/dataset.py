@@ -63,6 +63,9 @@ class Split:
 
     images: np.ndarray | LazyImages  # [N, height, width, channels] uint8; `gather_images` reads both
     labels: np.ndarray  # [N] int32, in [0, C)
+    keys: np.ndarray | None = None
+    """[N] uint64: a hash of each image's name and size, or of its content. If a source gives none, the fingerprint
+    hashes the pixels."""
 
 
 @dataclass(frozen=True)
