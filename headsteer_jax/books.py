@@ -1,8 +1,11 @@
 """The books of a run: what each stage was made from, which stages are stale, and why.
 
-A stage keeps `<workdir>/<stage>/started.json`, the fields of the config that it depends on, and writes `done.json` at
-its end. If one of these fields has changed since, the stage is refused, or made again with --overwrite. A stage that is
-made again makes the stages that read it stale.
+A stage keeps `<workdir>/<stage>/started.json` and writes `done.json` at its end. They hold the fields of the config
+that it depends on, a description of its data, and hashes of the files that it read, so that a change of any of these
+is found and named. A stage that has changed is refused, or made again with --overwrite: beside the old one, which goes
+when the new one is complete. A stage that is made again makes the stages that read it stale.
+
+Where files lie, and how many images one pass of evaluation takes, is no part of an experiment: it may change.
 """
 
 import datetime
@@ -12,22 +15,37 @@ import logging
 import platform
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
+from etils.epath import Path
 
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.runtime.files import Workdir, make_directory, read_json, remove_directory, write_json
+from headsteer_jax.model.weights import fingerprint_weights
+from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_json
+from headsteer_jax.runtime.staging import (
+    discard_new,
+    is_stage_directory,
+    locate_complete,
+    redirect_stage,
+    replace_stage,
+)
+from headsteer_jax.sae.store import fingerprint_autoencoder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of a stage's record; a field of the config that is renamed or moved raises it
+FORMAT = 3  # of a stage's record; a field of the config that is renamed or moved raises it
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+PLACES = ("data.path", "model.pretrained", "sae.pretrained", "train.eval_batch")  # of no consequence for a result
+FILES: dict[str, Callable[[str], str]] = {
+    "model.pretrained": fingerprint_weights, "sae.pretrained": fingerprint_autoencoder,
+}  # fmt: skip
+Action = Literal["make", "replace", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,12 @@ class Stage:
     run: Callable[[Config, Dataset, Workdir], None]
     fields: tuple[str, ...]
     """The sections and fields of the config that its results depend on."""
+    entries: tuple[str, ...]
+    """Patterns of the names that it makes in its directory, beside started.json and done.json."""
+    products: tuple[str, ...] = ()
+    """The files and directories that it makes in the workdir itself."""
+    file: str = ""
+    """The field, one of FILES, that names a file which it reads."""
     reads: tuple[str, ...] = ()
     """The stages whose results it reads."""
     optional: bool = False
@@ -47,17 +71,47 @@ class Stage:
     """It runs if the command names no stages."""
 
 
+class Inputs(NamedTuple):
+    """Everything that a command starts from, by content."""
+
+    config: Config
+    data: dict[str, Any] | None  # as `describe_data` describes them; None if they were not looked at
+    hashes: dict[str, str]  # of the content of the files that fields of FILES name; empty if a file is not there
+
+
+def read_inputs(config: Config, dataset: Dataset | None) -> Inputs:
+    """Read what a command starts from."""
+    fields = flatten(config)
+    hashes = {name: fingerprint(fields[name]) if fields[name] else "" for name, fingerprint in FILES.items()}
+    return Inputs(config, None if dataset is None else describe_data(dataset), hashes)
+
+
 def stage_fields(config: Config, stage: Stage) -> dict[str, Any]:
     """Select the fields that a stage depends on, by dotted path."""
     return {
         path: value
         for path, value in flatten(config).items()
-        if any(path == field or path.startswith(f"{field}.") for field in stage.fields)
+        if path not in PLACES and any(path == field or path.startswith(f"{field}.") for field in stage.fields)
     }
 
 
-def explain_staleness(config: Config, workdir: Workdir, stage: Stage) -> str:
-    """Say why a stage's results in a directory cannot be used with this config.
+def describe_inputs(now: Inputs, workdir: Workdir, stage: Stage, unread: Sequence[str] = ()) -> dict[str, Any]:
+    """Describe what a stage is made from: the record that it keeps.
+
+    Args:
+      unread: optional stages that it reads and that are left out now.
+    """
+    record = {"format": FORMAT, "config": stage_fields(now.config, stage), "data": now.data}
+    if stage.file:
+        record["file"] = {"path": flatten(now.config)[stage.file], "hash": now.hashes[stage.file]}
+    return record | {"inputs": _inputs_finished(workdir, stage, unread)}
+
+
+def explain_staleness(now: Inputs, workdir: Workdir, stage: Stage, unread: Sequence[str] = ()) -> str:
+    """Say why a stage's results in a directory cannot be used with these inputs.
+
+    Args:
+      unread: optional stages that it reads and that are left out now.
 
     Returns:
       The reason; an empty text if they can be used, or if there are none.
@@ -65,95 +119,216 @@ def explain_staleness(config: Config, workdir: Workdir, stage: Stage) -> str:
     Raises:
       HeadSteerError: the stage's record is damaged.
     """
-    for name in ("done.json", "started.json"):
-        path = workdir / stage.name / name
-        if path.exists():
-            record = read_json(path)
-            if (version := record.get("format", 1)) != FORMAT:
-                return f"another version of HeadSteer made it: its record has format {version}, not {FORMAT}"
-            if difference := _describe_difference(record["config"], stage_fields(config, stage)):
-                return difference
-            if record["inputs"] != _inputs_finished(workdir, stage):
-                return "a stage that it reads was computed again"
-    return ""
+    record = read_record(workdir, stage.name)
+    return "" if record is None else _explain_difference(record, describe_inputs(now, workdir, stage, unread), stage)
+
+
+def read_record(workdir: Workdir, name: str) -> dict[str, Any] | None:
+    """Read what a stage was made from; None if it never began.
+
+    Raises:
+      HeadSteerError: the record is damaged.
+    """
+    directory = locate_complete(workdir, name)
+    for marker in ("done.json", "started.json"):
+        if (directory / marker).exists():
+            record: dict[str, Any] = read_json(directory / marker)
+            return record
+    return None
 
 
 def is_done(workdir: Workdir, stage: Stage) -> bool:
     """Say whether a stage is finished."""
-    return (workdir / stage.name / "done.json").exists()
+    return (locate_complete(workdir, stage.name) / "done.json").exists()
 
 
-def prepare_stage(
-    config: Config, workdir: Workdir, stage: Stage, chosen: Sequence[Stage], overwrite: bool
-) -> dict[str, Any] | None:
-    """Decide whether a stage has to run now, and if so write its started.json and the run's config.json.
+class Plan(NamedTuple):
+    """What a command will do with a stage."""
+
+    stage: Stage
+    action: Action
+    reason: str = ""  # why it is replaced
+    unread: tuple[str, ...] = ()  # optional stages that it could read, and that are stale
+
+
+def plan_stages(
+    now: Inputs, workdir: Workdir, stages: Sequence[Stage], chosen: Sequence[Stage], overwrite: bool
+) -> list[Plan]:
+    """Decide what to do with each chosen stage, before anything is written.
 
     Args:
-      chosen: the stages that the user asked for.
-      overwrite: delete stale results instead of refusing them.
-
-    Returns:
-      The record of a stage that has to run; None if there is nothing to do.
+      stages: all of them, in order.
+      chosen: those that the user asked for.
+      overwrite: replace stale results instead of refusing them.
 
     Raises:
-      HeadSteerError: a chosen stage reads this one, which is neither chosen nor done, or its results are stale and
-        `overwrite` is off.
+      HeadSteerError: a chosen stage reads one that is neither chosen nor done, or is stale; a chosen one is stale and
+        `overwrite` is off; or its directory is not ours.
+    """
+    plans: list[Plan] = []
+    remade: set[str] = set()
+    left_out: dict[str, str] = {}
+    for stage in stages:
+        if stage not in chosen:
+            if reason := _check_skipped(now, workdir, stage, chosen, remade):
+                left_out[stage.name] = reason
+            continue
+        unread = tuple(name for name in stage.reads if name in left_out)
+        plan = _plan_stage(now, workdir, stage, remade, unread)
+        if plan.action == "replace" and not overwrite:
+            raise HeadSteerError(
+                f"{workdir / stage.name}: it is stale ({plan.reason}); pass --overwrite or another --workdir"
+            )
+        if plan.action != "nothing":
+            remade.add(stage.name)
+            for name in unread:
+                logger.info(f"{stage.name}: leaves out {name}, which is stale ({left_out[name]})")
+        plans.append(plan)
+    return plans
+
+
+def _plan_stage(now: Inputs, workdir: Workdir, stage: Stage, remade: set[str], unread: tuple[str, ...]) -> Plan:
+    """Decide what to do with a chosen stage.
+
+    Args:
+      remade: the stages that are made in the same command.
+      unread: the optional stages that are left out.
     """
     directory = workdir / stage.name
-    if stage not in chosen:
-        _check_skipped(config, workdir, stage, chosen)
-        return None
-    reason = explain_staleness(config, workdir, stage)
-    if reason and not overwrite:
-        raise HeadSteerError(f"{directory}: it is stale ({reason}); pass --overwrite or another --workdir")
-    if reason:
-        logger.info(f"{stage.name}: computing it again ({reason})")
-        remove_directory(directory)
-    elif is_done(workdir, stage):
-        logger.info(f"{stage.name}: done before, in {read_json(directory / 'done.json')['seconds']:.0f} s")
-        return None
-    make_directory(directory)
-    record: dict[str, Any] = {
-        "format": FORMAT, "config": stage_fields(config, stage), "inputs": _inputs_finished(workdir, stage),
-    }  # fmt: skip
-    write_json(directory / "started.json", record)
-    write_json(workdir / "config.json", json.loads(config.model_dump_json()))
+    check_directory(directory)
+    record = read_record(workdir, stage.name)
+    reason = explain_staleness(now, workdir, stage, unread)
+    again = [name for name in stage.reads if name in remade]
+    if record is not None and again:
+        reason = reason or f"{again[0]}, which it reads, is computed again"
+    if record is not None and reason:
+        return Plan(stage, "replace", reason, unread)
+    return Plan(stage, "nothing" if is_done(workdir, stage) else "make", "", unread)
+
+
+def check_directory(directory: Path) -> None:
+    """Check that a stage's directory is HeadSteer's, or that nothing is there.
+
+    Raises:
+      HeadSteerError: it holds something, and no marker of a stage.
+    """
+    if directory.exists() and not is_stage_directory(directory):
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise HeadSteerError(
+                f"{directory}: exists, and HeadSteer did not make it; nothing is written there: choose another --workdir"
+            )
+
+
+def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
+    """Make a stage's directory, or the new one beside the old, and write started.json there; return the record.
+
+    A stage that was interrupted goes on, with the record that it began with, unless it began with other inputs.
+
+    Raises:
+      HeadSteerError: the disk is full or not writable.
+    """
+    stage, target = plan.stage, stage_workdir(workdir, plan)
+    record, started = describe_inputs(now, workdir, stage, plan.unread), target / f"{stage.name}/started.json"
+    if plan.action == "replace":
+        logger.info(f"{stage.name}: computing it again ({plan.reason}); the old results stay until it is done")
+    make_directory(target.path)
+    before = read_json(started) if started.exists() else None
+    if before is not None and not _explain_difference(before, record, stage):
+        record = before
+    else:
+        discard_new(workdir, stage.name, (*stage.entries, *stage.products))
+        make_directory(started.parent)
+        write_json(started, record)
+    if plan.action == "make":
+        write_config(now.config, workdir)
     return record
 
 
-def finish_record(record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Add to a stage's record the time of its end, its duration, and the process's largest memory so far."""
-    finished = datetime.datetime.now(datetime.UTC).isoformat()
-    return record | {"finished": finished, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+def stage_workdir(workdir: Workdir, plan: Plan) -> Workdir:
+    """Return the workdir that a stage writes to: if old results are replaced, its names lead beside them."""
+    return redirect_stage(workdir, plan.stage.name, plan.stage.products) if plan.action == "replace" else workdir
 
 
-def _check_skipped(config: Config, workdir: Workdir, stage: Stage, chosen: Sequence[Stage]) -> None:
-    """Check that a stage that is not chosen can be read by the chosen ones.
+def finish_stage(record: dict[str, Any], workdir: Workdir, plan: Plan, config: Config, seconds: float) -> None:
+    """Write a stage's done.json, and put new results in the place of the old ones.
 
     Raises:
-      HeadSteerError: a chosen stage reads it, and it is not done or stale.
+      HeadSteerError: the disk is full or not writable.
+    """
+    stage = plan.stage
+    finished = datetime.datetime.now(datetime.UTC).isoformat()
+    done = record | {"finished": finished, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+    write_json(stage_workdir(workdir, plan) / f"{stage.name}/done.json", done)
+    if plan.action == "replace":
+        replace_stage(workdir, stage.name, stage.entries, stage.products)
+        write_config(config, workdir)
+
+
+def write_config(config: Config, workdir: Workdir) -> None:
+    """Write the config of the last command to config.json, which `load_run` reads."""
+    write_json(workdir / "config.json", json.loads(config.model_dump_json()))
+
+
+def _check_skipped(now: Inputs, workdir: Workdir, stage: Stage, chosen: Sequence[Stage], remade: set[str]) -> str:
+    """Check that a stage that is not chosen can be read by the chosen ones.
+
+    Args:
+      remade: the stages that are made in the same command.
+
+    Returns:
+      Why an optional stage is left out; an empty text if it can be read, or if nothing reads it.
+
+    Raises:
+      HeadSteerError: a chosen stage needs it, and it is not done or stale.
     """
     readers = [reader.name for reader in chosen if stage.name in reader.reads]
-    if not readers or (stage.optional and not is_done(workdir, stage)):
-        return
+    if not readers:
+        return ""
     if not is_done(workdir, stage):
+        if stage.optional:
+            return ""
         raise HeadSteerError(
             f"{readers[0]} needs {stage.name}, which is not done in {workdir.path}: add it to --stages"
         )
-    if reason := explain_staleness(config, workdir, stage):
+    reason = explain_staleness(now, workdir, stage)
+    if again := [name for name in stage.reads if name in remade]:
+        reason = reason or f"{again[0]}, which it reads, is computed again"
+    if reason and not stage.optional:
         raise HeadSteerError(
             f"{readers[0]} needs {stage.name}, but {workdir / stage.name} is stale ({reason}); "
             f"add {stage.name} to --stages and pass --overwrite, or choose another --workdir"
         )
+    return reason
 
 
-def _inputs_finished(workdir: Workdir, stage: Stage) -> dict[str, str]:
+def _inputs_finished(workdir: Workdir, stage: Stage, unread: Sequence[str]) -> dict[str, str]:
     """Return for each finished stage that this one reads when it was finished."""
-    records = {name: workdir / name / "done.json" for name in stage.reads}
+    records = {name: locate_complete(workdir, name) / "done.json" for name in stage.reads if name not in unread}
     return {name: read_json(path)["finished"] for name, path in records.items() if path.exists()}
 
 
-def _describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage: Stage) -> str:
+    """Say how two records of a stage differ in what they were made from; an empty text if they agree."""
+    if (version := before.get("format", 1)) != FORMAT:
+        return f"another version of HeadSteer made it: its record has format {version}, not {FORMAT}"
+    if difference := _describe_field_changes(before["config"], now["config"]):
+        return difference
+    if before["data"] and now["data"] and (change := describe_data_change(before["data"], now["data"])):
+        return f"the data have changed: {change}"
+    if stage.file and (change := _describe_file_change(stage.file, before["file"], now["file"])):
+        return change
+    return "" if before["inputs"] == now["inputs"] else "a stage that it reads was computed again"
+
+
+def _describe_file_change(field: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say how the file that a field names differs; an empty text if it does not, or is no longer there to compare."""
+    if before["hash"] and now["hash"]:
+        changed = before["hash"] != now["hash"]
+        return f"config.{field}: the content of {now['path']} is not what it was" if changed else ""
+    return _describe_field_changes({field: before["path"]}, {field: now["path"]})
+
+
+def _describe_field_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the fields that differ; an empty text if none does."""
     missing = object()
     return "; ".join(

@@ -196,11 +196,11 @@ def command_export(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="the run's directory")
     parser.add_argument("targets", metavar="TARGET", nargs="+", help="LIBRARY:PATH, see below")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that HeadSteer did not write")
     flags = parser.parse_args(list(arguments))
 
-    from headsteer_jax.data.sources import load_dataset
-    from headsteer_jax.deploy.export import export_autoencoders, export_timm, parse_target
-    from headsteer_jax.runs import check_done, read_config
+    from headsteer_jax.deploy.export import check_target, export_autoencoders, export_timm, parse_target
+    from headsteer_jax.runs import check_done, count_classes, read_config
     from headsteer_jax.sae.store import read_autoencoders
     from headsteer_jax.train.loop import load_trained
 
@@ -209,9 +209,11 @@ def command_export(arguments: Sequence[str]) -> None:
     config = read_config(workdir)
     for library, _ in targets:
         check_done(config, workdir, "train" if library == "timm" else "sae", "headsteer export")
+    if not flags.overwrite:
+        for library, path in targets:
+            check_target(library, path)
     _start()
-    dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
-    trained = load_trained(config, dataset, workdir / "train")
+    trained = load_trained(config, count_classes(workdir), workdir / "train")
     for library, path in targets:
         if library == "timm":
             export_timm(trained, path)
@@ -227,27 +229,31 @@ def command_page(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where to write report.html, latents.html and figures/ (default: RUN)"
     )
+    parser.add_argument("--data", metavar="PLACE", help="where the data are now, if they have moved since the run")
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
     flags = parser.parse_args(list(arguments))
 
     from etils import epath
 
-    from headsteer_jax.data.sources import load_dataset
     from headsteer_jax.report.page import write_pages
     from headsteer_jax.report.results import write_results
-    from headsteer_jax.runs import check_done, read_config
+    from headsteer_jax.runs import check_done, load_run_dataset, read_config
+    from headsteer_jax.runtime.files import check_replaceable
 
     workdir = _workdir(flags.run)
     config = read_config(workdir)
     check_done(config, workdir, "report", "headsteer page")
     if flags.results:
+        check_replaceable(flags.results, "headsteer page")
         write_results(workdir, epath.Path(flags.results), flags.config, load_config(find_config(flags.config)))
         print(flags.results)
         return
     _start()
-    dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
+    config, dataset = load_run_dataset(config, workdir, flags.data, "--data=PLACE")
     output = epath.Path(flags.output) if flags.output else workdir.path
+    for name in ("report.html", "latents.html") if flags.output else ():
+        check_replaceable(output / name, 'content="HeadSteer"', "choose another --output")
     write_pages(config, dataset, workdir, output)
     print(output / "report.html")
 
@@ -268,8 +274,9 @@ def command_config(arguments: Sequence[str]) -> None:
         print(describe_field(flags.explain))
         return
     if flags.reference:
-        from headsteer_jax.runtime.files import make_directory, write_text
+        from headsteer_jax.runtime.files import check_replaceable, make_directory, write_text
 
+        check_replaceable(flags.reference, "headsteer config --reference")
         make_directory(Path(flags.reference).parent)
         write_text(flags.reference, render_reference() + "\n")
         print(flags.reference)

@@ -18,12 +18,13 @@ from pydantic import ValidationError
 
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset
-from headsteer_jax.books import explain_staleness, is_done
+from headsteer_jax.books import explain_staleness, is_done, read_inputs, read_record
 from headsteer_jax.config.files import first_fault
 from headsteer_jax.config.schema import Config
+from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.runtime.files import Workdir
+from headsteer_jax.runtime.files import Workdir, read_json
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
@@ -126,19 +127,61 @@ def _to_tuples(value: Any) -> Any:
     return tuple(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray)) else value
 
 
-def load_run(directory: str | os.PathLike[str]) -> Run:
+def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | Dataset | None" = None) -> Run:
     """Load a run whose stages train and sae are done, with the config of the last command that ran there.
 
+    Args:
+      data: the new place of the data, if they have moved since; or the dataset itself.
+
     Raises:
-      HeadSteerError: a stage is missing or damaged, or the data are no longer there.
+      HeadSteerError: a stage is missing or damaged, or the data are no longer there, or not what they were.
     """
     workdir = Workdir(Path(os.fspath(directory)))
     config = read_config(workdir)
     for name in ("train", "sae"):
         check_done(config, workdir, name, "load_run")
-    dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
-    data = load_run_data(config, dataset, workdir)
-    return Run(data.trained, data.dataset, data.autoencoders, data.x_train)
+    config, dataset = load_run_dataset(config, workdir, data, "load_run(..., data=PLACE)")
+    loaded = load_run_data(config, dataset, workdir)
+    return Run(loaded.trained, loaded.dataset, loaded.autoencoders, loaded.x_train)
+
+
+def load_run_dataset(
+    config: Config, workdir: Workdir, data: "str | os.PathLike[str] | Dataset | None", remedy: str
+) -> tuple[Config, Dataset]:
+    """Load the dataset of a finished run, and check that it is the one that the run was made with.
+
+    Args:
+      data: the new place of the data, if they have moved since; or the dataset itself.
+      remedy: how a user names a new place.
+
+    Returns:
+      The config, with the place of the data, and the dataset.
+
+    Raises:
+      HeadSteerError: the data are not there, or they have changed.
+    """
+    if isinstance(data, str | os.PathLike):
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": os.fspath(data)})})
+    if isinstance(data, Dataset):
+        dataset = data
+    else:
+        try:
+            dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
+        except HeadSteerError as error:
+            raise HeadSteerError(f"{error}; if the data have moved, {remedy} names their new place") from None
+    record = read_record(workdir, "train")
+    if record and (change := describe_data_change(record["data"], describe_data(dataset))):
+        raise HeadSteerError(f"{workdir.path}: the data have changed since this run: {change}; use those that it had")
+    return config, dataset
+
+
+def count_classes(workdir: Workdir) -> int:
+    """Count the classes of a run's data, from the record of its stage train.
+
+    Raises:
+      HeadSteerError: the record is missing or damaged.
+    """
+    return len(read_json(workdir / "train/done.json")["data"]["classes"])
 
 
 def read_config(workdir: Workdir) -> Config:
@@ -172,7 +215,7 @@ def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None
             f"{reader} needs the stage {name}, which is not done in {workdir.path}; headsteer run "
             f"--workdir={workdir.path} --stages={name} makes it"
         )
-    if reason := explain_staleness(config, workdir, STAGES[name]):
+    if reason := explain_staleness(read_inputs(config, None), workdir, STAGES[name]):
         raise HeadSteerError(
             f"{workdir / name}: does not belong to this run's config.json ({reason}); headsteer run makes it again"
         )

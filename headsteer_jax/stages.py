@@ -4,7 +4,6 @@ Each stage reads what earlier stages saved, and is computed once. On several hos
 decides which stages run, and writes. To add a stage, write its function and add it to STAGES.
 """
 
-import functools
 import json
 import logging
 import time
@@ -19,23 +18,33 @@ from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset, write_sweep
 from headsteer_jax.books import (
     PACKAGES,
+    Inputs,
+    Plan,
     Stage,
-    finish_record,
+    begin_stage,
+    explain_staleness,
+    finish_stage,
     is_done,
     package_versions,
-    prepare_stage,
+    plan_stages,
+    read_inputs,
+    read_record,
+    stage_workdir,
+    write_config,
 )
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import Dataset, fingerprint_dataset
+from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
+from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
 from headsteer_jax.report.page import write_pages
 from headsteer_jax.runtime import hosts, preemption
 from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_json, write_text
 from headsteer_jax.runtime.lock import hold_lock
+from headsteer_jax.runtime.staging import replace_stage
 from headsteer_jax.sae.grid import grid_config, grid_ks, grid_members, measure_grid
 from headsteer_jax.sae.latents import profile_latents
 from headsteer_jax.sae.metrics import measure_autoencoders
@@ -51,7 +60,7 @@ from headsteer_jax.sae.store import RunData, import_autoencoder, read_autoencode
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.replacement import measure_replacement
 from headsteer_jax.steer.strategies import find_strategy
-from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation, gate_jacobian, run_sweep
+from headsteer_jax.steer.sweep import gate_jacobian, run_sweep
 from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, load_trained, train_model
 
 logger = logging.getLogger(__name__)
@@ -70,7 +79,7 @@ def load_run_data(config: Config, dataset: Dataset, workdir: Workdir) -> RunData
     Raises:
       HeadSteerError: a file is missing, damaged or of another config.
     """
-    trained = load_trained(config, dataset, workdir / "train")
+    trained = load_trained(config, len(dataset.class_names), workdir / "train")
     autoencoders, x_train, _ = read_autoencoders(workdir, trained)
     return RunData(trained, dataset, autoencoders, x_train)
 
@@ -82,7 +91,7 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     phases = {"dense": config.train.dense.steps > 0, "gated": True, "dense_control": config.train.dense_control}
     for phase in PHASES:
         if phases[phase]:
-            trained = load_trained(config, dataset, workdir / "train", phase)
+            trained = load_trained(config, len(dataset.class_names), workdir / "train", phase)
             observe = make_observer(trained.model, config, EVALUATION_GATING[phase], config.sae_layer)
             observed = observe(trained.params, dataset.test, f"{phase}: test")
             results[phase] = observed.accuracy(dataset.test.labels)
@@ -103,14 +112,14 @@ def _load_residuals(
 def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
     c, cache = config.sae, activation_cache(config, workdir)
-    trained = load_trained(config, dataset, workdir / "train")
+    trained = load_trained(config, len(dataset.class_names), workdir / "train")
     train, test = (_load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "test"))
     x_train = load_all(train if c.tokens == "cls" else _load_residuals(None, trained, dataset, "train", "cls"))
     labelled = LabelledResiduals(train, c.tokens, x_train, dataset.train.labels, len(dataset.class_names))
     if c.pretrained:
         result = import_autoencoder(config)
     else:
-        result = train_members(config, seed_members(c), train, workdir / "sae")
+        result = train_members(config, seed_members(c), train, workdir / "sae", data=hash_data(dataset))
     members = result.autoencoders(c.inference_k)  # the seeds, then the control
     run = RunData(trained, dataset, members.first(c.seeds), x_train)
     replacement = measure_replacement(trained, run.autoencoders, dataset.test)._asdict()
@@ -125,19 +134,19 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 def grid_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Train autoencoders of several k and learning rates; choose the rate of each k on validation."""
     c, cache = grid_config(config), activation_cache(config, workdir)
-    trained = load_trained(config, dataset, workdir / "train")
+    trained = load_trained(config, len(dataset.class_names), workdir / "train")
     sources = {
         name: _load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "validation", "test")
     }
     members = grid_members(c, grid_ks(config), config.grid.learning_rates, config.grid.seeds)
     as_trained = config.model_copy(update={"sae": c})
-    result = train_members(as_trained, members, sources["train"], workdir / "grid", "grid")
+    result = train_members(as_trained, members, sources["train"], workdir / "grid", "grid", hash_data(dataset))
     workdir.write_json("grid/grid.json", measure_grid(config, members, result, sources))
 
 
 def steer_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Sweep every strategy, class and alpha, and summarise the sweep."""
-    trained = load_trained(config, dataset, workdir / "train")
+    trained = load_trained(config, len(dataset.class_names), workdir / "train")
     autoencoders, x_train, curves = read_autoencoders(workdir, trained)
     strategies = {name: find_strategy(name) for name in config.steer.strategies}
     result = run_sweep(RunData(trained, dataset, autoencoders, x_train), strategies)
@@ -148,7 +157,7 @@ def steer_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 
 def layers_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Measure how steerable each gated layer is."""
-    trained = load_trained(config, dataset, workdir / "train")
+    trained = load_trained(config, len(dataset.class_names), workdir / "train")
     numbers = profile_layers(trained, dataset, workdir / "layers", activation_cache(config, workdir))
     workdir.write_json("layers/layers.json", numbers)
 
@@ -159,17 +168,20 @@ def report_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 
 
 def _write_report(config: Config, dataset: Dataset, workdir: Workdir) -> None:
-    write_json(workdir / "summary.json", collect_summary(config, workdir))
-    write_pages(config, dataset, workdir)
+    write_json(workdir / "summary.json", collect_summary(config, dataset, workdir))
+    write_pages(config, dataset, workdir, (workdir / "report.html").parent)
 
 
-def collect_summary(config: Config, workdir: Workdir) -> dict[str, Any]:
-    """Collect the numbers of every stage that is done: the content of summary.json.
+def collect_summary(config: Config, dataset: Dataset, workdir: Workdir) -> dict[str, Any]:
+    """Collect the numbers of every stage that is done and not stale: the content of summary.json.
 
     Raises:
       HeadSteerError: a stage's file is missing or damaged.
     """
-    done = [name for name, stage in STAGES.items() if name != "report" and is_done(workdir, stage)]
+    now = read_inputs(config, dataset)
+    finished = [stage for name, stage in STAGES.items() if name != "report" and is_done(workdir, stage)]
+    left_out = {stage.name: reason for stage in finished if (reason := explain_staleness(now, workdir, stage))}
+    done = [stage.name for stage in finished if stage.name not in left_out]
     records = {name: read_json(workdir / name / "done.json") for name in done}
     test = read_json(workdir / "train/test.json")
     return {
@@ -181,6 +193,7 @@ def collect_summary(config: Config, workdir: Workdir) -> dict[str, Any]:
         "by_layer": read_json(workdir / "layers/layers.json") if "layers" in done else None,
         "sae": read_json(workdir / "sae/health.json")
         | {"layer": config.sae_layer, "k": config.sae.inference_k, "latents": config.latents},
+        "left_out": left_out,
         "seconds": {name: record["seconds"] for name, record in records.items()},
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records.values()),
         "versions": package_versions(),
@@ -199,28 +212,34 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "train", "the vision transformer: dense, then with head gates, then a dense control of the same length",
-            train_stage, fields=TRAINED,
+            train_stage, fields=TRAINED, file="model.pretrained",
+            entries=("test.json", "metrics.jsonl", "speed.jsonl", "tensorboard", "profile", *PHASES),
         ),
         Stage(
             "sae", "the sparse autoencoders of one layer's residual",
-            sae_stage, fields=(*TRAINED, "sae"), reads=("train",),
+            sae_stage, fields=(*TRAINED, "sae"), reads=("train",), file="sae.pretrained",
+            entries=("autoencoders.npz", "health.json", "inside.npz", "checkpoints"),
         ),
         Stage(
             "grid", "autoencoders of several k and learning rates side by side (only if it is named)",
             grid_stage, fields=(*TRAINED, "sae", "grid"), reads=("train",), optional=True, by_default=False,
+            entries=("grid.json", "checkpoints"),
         ),
         Stage(
             "steer", "every strategy, class and alpha on validation and test; the controls",
             steer_stage, fields=(*TRAINED, "sae", "steer", "report.top_images"), reads=("train", "sae"),
+            entries=("steering.json",), products=("sweep.nc",),
         ),
         Stage(
             "layers", "class steering of every gated layer by itself, and of all at once",
             layers_stage, fields=(*TRAINED, "sae", *STEERED_LAYER, "layers"), reads=("train",), optional=True,
+            entries=("layers.json", "[0-9]*"),
         ),
         Stage(
             "report", "summary.json, figures/, report.html and latents.html",
             report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "report"),
             reads=("train", "sae", "grid", "steer", "layers"),
+            entries=(), products=("summary.json", "report.html", "latents.html", "figures"),
         ),
     )
 }  # fmt: skip
@@ -229,43 +248,99 @@ STAGES: dict[str, Stage] = {
 def run_stages(config: Config, workdir: Workdir, names: tuple[str, ...], overwrite: bool) -> None:
     """Run the named stages in order, each unless it is done.
 
+    Everything that can be found wrong is found before anything is written.
+
     Raises:
-      HeadSteerError: a stage before the first named one is not done; what is there was made from another config and
-        `overwrite` is off; another run is writing there; hosts differ; anything that a stage raises.
+      HeadSteerError: a stage before the first named one is not done; what is there was made from other inputs and
+        `overwrite` is off; the workdir is not ours; another run is writing there; hosts differ; anything that the
+        checks or a stage raise.
     """
     settings = {f"config.{path}": json.dumps(value) for path, value in flatten(config).items()}
     versions = package_versions()
     hosts.check_equal(settings | {f"the version of {name}": versions[name] for name in PACKAGES})
     check_source(config.data)
-    dataset: Dataset | None = None
     chosen = [stage for name, stage in STAGES.items() if name in names]
+    hosts.on_first_process(lambda: check_workdir(config, workdir, list(STAGES.values())))
+    dataset = _load_needed_dataset(config, workdir, chosen, overwrite)
+    now = read_inputs(config, dataset)
+    plans = _agree_on_plans(now, workdir, chosen, overwrite)
+    if dataset is not None:
+        check_plans(config, dataset, workdir, plans)
     with ExitStack() as held:
         hosts.on_first_process(lambda: bool(make_directory(workdir.path)))
         hosts.on_first_process(lambda: held.enter_context(hold_lock(workdir.path)))
         if hosts.process_count() > 1:
             _check_shared(workdir.path)
         held.enter_context(explain_errors(workdir.path))  # a full disk is one line wherever it shows
-        for stage in STAGES.values():
-            record = hosts.on_first_process(functools.partial(prepare_stage, config, workdir, stage, chosen, overwrite))
-            if record is None:
-                continue
-            began = time.monotonic()
-            if dataset is None:
-                dataset = _load_checked_dataset(config)
-            stage.run(config, dataset, workdir)
-            seconds = time.monotonic() - began
-            workdir.write_json(f"{stage.name}/done.json", finish_record(record, seconds))
-            logger.info(f"{stage.name}: done in {seconds:.0f} s")
-            preemption.raise_if_preempted()
+        hosts.on_first_process(lambda: _finish_replacements(workdir))
+        plans = _agree_on_plans(now, workdir, chosen, overwrite)  # another run may have ended in between
+        for plan in plans:
+            _run_stage(now, dataset, workdir, plan)
+        hosts.on_first_process(lambda: _update_config(now, workdir))
+
+
+def _run_stage(now: Inputs, dataset: Dataset | None, workdir: Workdir, plan: Plan) -> None:
+    """Run a stage as planned."""
+    name = plan.stage.name
+    if plan.action == "nothing":
+        record = hosts.on_first_process(lambda: read_record(workdir, name))
+        logger.info(f"{name}: done before, in {record['seconds'] if record else 0:.0f} s")
+        return
+    assert dataset is not None
+    began = time.monotonic()
+    record = hosts.on_first_process(lambda: begin_stage(now, workdir, plan))
+    plan.stage.run(now.config, dataset, stage_workdir(workdir, plan))
+    seconds = time.monotonic() - began
+    hosts.on_first_process(lambda: finish_stage(record, workdir, plan, now.config, seconds))
+    logger.info(f"{name}: done in {seconds:.0f} s")
+    preemption.raise_if_preempted()
+
+
+def _agree_on_plans(now: Inputs, workdir: Workdir, chosen: list[Stage], overwrite: bool) -> list[Plan]:
+    """Plan the stages on process 0, for all."""
+    plans: list[Plan] = []
+
+    def decide() -> list[Any]:
+        plans.extend(plan_stages(now, workdir, list(STAGES.values()), chosen, overwrite))
+        return [(plan.stage.name, *plan[1:]) for plan in plans]
+
+    return [
+        Plan(STAGES[name], action, reason, tuple(unread))
+        for name, action, reason, unread in hosts.on_first_process(decide)
+    ]
+
+
+def _load_needed_dataset(config: Config, workdir: Workdir, chosen: list[Stage], overwrite: bool) -> Dataset | None:
+    """Load and check the dataset; None if it is not there and every chosen stage is done."""
+    try:
+        return _load_checked_dataset(config)
+    except HeadSteerError as error:
+        plans = _agree_on_plans(read_inputs(config, None), workdir, chosen, overwrite)
+        if any(plan.action != "nothing" for plan in plans):
+            raise
+        logger.info(f"every stage is done, but it is not known whether the data are what they were ({error})")
+        return None
 
 
 def _load_checked_dataset(config: Config) -> Dataset:
     """Load the dataset on every host, and check that all hosts have the same one and that it suits the config."""
     dataset = hosts.on_every_process(lambda: load_dataset(config.data, config.seed, config.machine.image_memory))
-    hosts.check_equal({"the data": hosts.on_every_process(functools.partial(fingerprint_dataset, dataset))})
-    check_strategies_and_classes(config, dataset.class_names)
-    check_validation(dataset.validation, config, dataset.class_names)
+    hosts.check_equal({"the data": hosts.on_every_process(lambda: hash_data(dataset))})
+    check_dataset(config, dataset)
     return dataset
+
+
+def _finish_replacements(workdir: Workdir) -> None:
+    """Put new results of stages in place that an interrupted run had completed."""
+    for stage in STAGES.values():
+        replace_stage(workdir, stage.name, stage.entries, stage.products)
+
+
+def _update_config(now: Inputs, workdir: Workdir) -> None:
+    """Write config.json if all finished stages belong to this config: places, which may change, are then up to date."""
+    finished = [stage for stage in STAGES.values() if is_done(workdir, stage)]
+    if finished and not any(explain_staleness(now, workdir, stage) for stage in finished):
+        write_config(now.config, workdir)
 
 
 def _check_shared(workdir: Path) -> None:

@@ -18,7 +18,7 @@ from etils.epath import Path
 from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import Dataset, Split
+from headsteer_jax.data.dataset import Dataset, Split, hash_data
 from headsteer_jax.model.passes import per_image_program, run_over_split
 from headsteer_jax.model.vit import Intervention, TrainedModel, predict_class
 from headsteer_jax.sae.autoencoder import encode_split
@@ -119,7 +119,7 @@ def _steer_layer(
         | {"batch": min(config.sae.batch, len(labels))}
     )
     layer_config = config.model_copy(update={"sae": sae_config})
-    members = train_members(layer_config, seed_members(sae_config), source, directory)
+    members = train_members(layer_config, seed_members(sae_config), source, directory, data=hash_data(dataset))
     sae = members.autoencoders(config.sae.inference_k).member(0)
     z_NF = encode_split(sae, load_all(source))
     stats = latent_statistics(z_NF, labels, len(dataset.class_names), sae.decoder)

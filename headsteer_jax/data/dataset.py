@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +66,9 @@ class Split:
     keys: np.ndarray | None = None
     """[N] uint64: a hash of each image's name and size, or of its content. If a source gives none, the fingerprint
     hashes the pixels."""
+
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def gather_images(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.nd
     return images[indices] if isinstance(images, np.ndarray) else images.gather(indices)
 
 
-SAMPLED_IMAGES = 16  # of a split, which are decoded for its fingerprint
+SHOWN_CHANGES = 4  # of classes
 
 
 def sha256_of(*parts: Any) -> str:
@@ -152,10 +155,85 @@ def sha256_of(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_dataset(dataset: Dataset) -> str:
-    """Hash the labels and a few images of each split, to find out whether two hosts read the same data."""
-    parts: list[Any] = [list(dataset.class_names)]
-    for split in (dataset.train, dataset.validation, dataset.test):
-        sample = np.linspace(0, len(split.labels) - 1, SAMPLED_IMAGES).astype(int)
-        parts += [list(split.images.shape), split.labels.astype(np.int64), gather_images(split.images, sample)]
-    return sha256_of(*parts)[:16]
+def image_keys(split: Split) -> np.ndarray:
+    """Return a hash of each image [N] uint64: the source's, or one of the pixels."""
+    if split.keys is not None:
+        return split.keys
+    hashes = (
+        hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest()
+        for start in range(0, len(split.labels), 1000)
+        for image in gather_images(split.images, np.arange(start, min(start + 1000, len(split.labels))))
+    )
+    return np.frombuffer(b"".join(hashes), np.uint64)
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """Describe a dataset's content, in JSON's types, so that any change of it can be found and named.
+
+    Returns:
+      `classes`, the names in order; `image`, the shape of an image as it is stored; and for each split the number of
+      images of each class and a hash of them, in order.
+    """
+    description: dict[str, Any] = {"classes": list(dataset.class_names), "image": list(dataset.train.images.shape[1:])}
+    for name in SPLITS:
+        split: Split = getattr(dataset, name)
+        keys, of_class = image_keys(split), [np.flatnonzero(split.labels == c) for c in range(len(dataset.class_names))]
+        description[name] = {
+            "images": [len(members) for members in of_class],
+            "hashes": [sha256_of(keys[members])[:12] for members in of_class],
+        }
+    return description
+
+
+def hash_data(dataset: Dataset) -> str:
+    """Hash a dataset's content (`describe_data`): 16 hexadecimal digits."""
+    return sha256_of(describe_data(dataset))[:16]
+
+
+def describe_data_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say how the data of two descriptions (`describe_data`) differ; an empty text if they are equal.
+
+    The text names classes that were renamed, are new or are gone, and for each split how many images it has more or
+    fewer, or that it has as many images as before but others.
+    """
+    renamed = _match_renamed_classes(before, now)
+    gone = [name for name in before["classes"] if name not in now["classes"] and name not in renamed]
+    new = [name for name in now["classes"] if name not in before["classes"] and name not in renamed.values()]
+    changes = [f"class {old!r} is now {name!r}" for old, name in renamed.items()]
+    changes += [f"class {name!r} is gone" for name in gone] + [f"class {name!r} is new" for name in new]
+    if not changes and before["classes"] != now["classes"]:
+        changes = ["the classes are in another order"]
+    if len(changes) > SHOWN_CHANGES:
+        changes[SHOWN_CHANGES:] = [f"{len(changes) - SHOWN_CHANGES} more classes differ"]
+    if before["image"] != now["image"]:
+        changes.append(f"images were {'x'.join(map(str, before['image']))}, now {'x'.join(map(str, now['image']))}")
+    common = [(name, renamed.get(name, name)) for name in before["classes"] if name not in gone]
+    return "; ".join(changes + [change for split in SPLITS if (change := _describe_split(split, before, now, common))])
+
+
+def _match_renamed_classes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Match classes that are gone with new ones that have the same training images, or that are the only ones."""
+    gone, new = ([n for n in a["classes"] if n not in b["classes"]] for a, b in ((before, now), (now, before)))
+    if len(gone) == len(new) == 1:
+        return {gone[0]: new[0]}
+    hashes = {now["train"]["hashes"][now["classes"].index(name)]: name for name in new}
+    old_hashes = {name: before["train"]["hashes"][before["classes"].index(name)] for name in gone}
+    return {name: hashes[text] for name, text in old_hashes.items() if text in hashes}
+
+
+def _describe_split(
+    split: str, before: Mapping[str, Any], now: Mapping[str, Any], common: Sequence[tuple[str, str]]
+) -> str:
+    """Say how a split differs in the classes that both descriptions have, given by their names before and now."""
+    more, touched = 0, []
+    for old_name, name in common:
+        old, new = before["classes"].index(old_name), now["classes"].index(name)
+        more += now[split]["images"][new] - before[split]["images"][old]
+        if now[split]["hashes"][new] != before[split]["hashes"][old]:
+            touched.append(name)
+    if not touched:
+        return ""
+    classes = f"class {touched[0]!r}" if len(touched) == 1 else f"{len(touched)} of {len(common)} classes"
+    if not more:
+        return f"other images in {split} ({classes})"
+    return f"{abs(more)} image{'s' * (abs(more) > 1)} {'more' if more > 0 else 'fewer'} in {split} ({classes})"

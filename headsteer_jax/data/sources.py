@@ -406,3 +406,10 @@ SOURCES = {
     "folder": Source(functools.partial(cut_dataset, read_folder), required="path"),
     "npz": Source(functools.partial(cut_dataset, read_npz), required="path"),
 }
+
+
+def data_places(config: DataConfig) -> list[Path]:
+    """Return places."""
+    if config.source == "folder":
+        return [Path(config.path) / n for n in ("train", "test", "val")]
+    return [Path(config.path)] if config.path else []

@@ -9,10 +9,11 @@ from etils.epath import Path
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import timm_tensors
 from headsteer_jax.model.vit import TrainedModel
-from headsteer_jax.runtime.files import make_directory, write_bytes
+from headsteer_jax.runtime.files import check_replaceable, make_directory, write_bytes
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.interchange import export_overcomplete, export_saelens
 
+WRITER = "HeadSteer"  # in every exported file, so that an export replaces nothing but earlier exports
 TARGETS = ("timm:FILE.safetensors", "saelens:DIR", "overcomplete:DIR")
 
 
@@ -29,6 +30,20 @@ def parse_target(target: str) -> tuple[str, Path]:
     return library, Path(path)
 
 
+def check_target(library: str, path: Path) -> None:
+    """Check that an export replaces nothing but earlier exports.
+
+    Raises:
+      HeadSteerError: a file that would be written exists, and HeadSteer did not write it.
+    """
+    if library == "timm":
+        files = [path]
+    else:
+        files = [*path.glob("seed_*/cfg.json" if library == "saelens" else "seed_*.safetensors")]
+    for file in files:
+        check_replaceable(file, WRITER, "choose another path, or pass --overwrite")
+
+
 def export_timm(trained: TrainedModel, file: Path) -> None:
     """Write a gated model's weights under timm's names; the gates are left out.
 
@@ -36,7 +51,7 @@ def export_timm(trained: TrainedModel, file: Path) -> None:
       HeadSteerError: the file cannot be written.
     """
     make_directory(file.parent)
-    write_bytes(file, safetensors.numpy.save(timm_tensors(trained.params)))
+    write_bytes(file, safetensors.numpy.save(timm_tensors(trained.params), {"format": "pt", "writer": WRITER}))
 
 
 def export_autoencoders(
@@ -57,7 +72,7 @@ def export_autoencoders(
     config, directory = trained.config, make_directory(directory)
     for seed in range(autoencoders.members):
         metadata = {"model_name": run_name, "hook_name": f"layers.{config.sae_layer}", "seed": seed,
-                    "tokens": config.sae.tokens}  # fmt: skip
+                    "tokens": config.sae.tokens, "writer": WRITER}  # fmt: skip
         sae, activation, k = autoencoders.member(seed), config.sae.activation, config.sae.k
         if library == "saelens":
             export_saelens(sae, activation, k, directory / f"seed_{seed}", metadata)

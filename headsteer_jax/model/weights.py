@@ -202,3 +202,10 @@ def recognise_layout(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Lay
         f"{path}: no vision transformer under the names of timm, Hugging Face or "
         f"google-research/vision_transformer; its tensors begin with {examples or 'none'}; choose another file"
     )
+
+
+def fingerprint_weights(location: str) -> str:
+    """Hash."""
+    import hashlib
+
+    return hashlib.sha256(Path(location).read_bytes()).hexdigest() if Path(location).is_file() else ""

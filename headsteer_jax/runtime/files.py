@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,26 +40,19 @@ def make_directory(path: str | Path) -> Path:
     return path
 
 
-def remove_directory(path: Path) -> None:
-    """Delete a stage's directory in such an order that a half-deleted one is never taken for a complete one.
+def check_replaceable(path: AnyPath, mark: str, remedy: str = "choose another path") -> None:
+    """Check that a file can be written without the loss of one that HeadSteer did not write.
 
-    On a disk it is renamed first, which is atomic. A bucket has no renames: there done.json goes first, and
-    started.json, which says what config the remains belong to, goes last.
+    Args:
+      mark: a text that every file of this kind has if HeadSteer wrote it.
+
+    Raises:
+      HeadSteerError: the file exists, without the mark.
     """
-    doomed = path if is_in_bucket(path) else path.with_name(f".{path.name}.removed")
-    if doomed != path:
-        if doomed.exists():
-            doomed.rmtree()
-        if path.exists():
-            path.rename(doomed)
-    (doomed / "done.json").unlink(missing_ok=True)
-    for entry in doomed.iterdir() if doomed.exists() else ():
-        if entry.is_dir():
-            entry.rmtree()
-        elif entry.name != "started.json":
-            entry.unlink()
-    if doomed.exists():
-        doomed.rmtree()
+    path = Path(path)
+    with explain_errors(path, remedy):
+        if path.exists() and (path.is_dir() or mark.encode() not in path.read_bytes()):
+            raise HeadSteerError(f"{path}: exists, and HeadSteer did not write it; {remedy}")
 
 
 def write_atomically(file: AnyPath, write: Callable[[BinaryIO], object]) -> None:
@@ -150,10 +143,13 @@ class Workdir:
     """
 
     path: Path
+    redirected: Mapping[str, str] = field(default_factory=dict)
+    """The first parts of names that are written elsewhere in it, while a stage is made beside its old results."""
 
     def __truediv__(self, name: str) -> Path:
         """Return the path of a file or directory in it."""
-        return self.path / name
+        first, slash, remainder = name.partition("/")
+        return self.path / f"{self.redirected.get(first, first)}{slash}{remainder}"
 
     @property
     def name(self) -> str:
@@ -166,16 +162,16 @@ class Workdir:
         Raises:
           HeadSteerError: the disk is full or not writable; a file that was there is then intact.
         """
-        hosts.on_first_process(lambda: write_json(self.path / name, value))
+        hosts.on_first_process(lambda: write_json(self / name, value))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text; see `write_json` for the errors."""
-        hosts.on_first_process(lambda: write_text(self.path / name, text))
+        hosts.on_first_process(lambda: write_text(self / name, text))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write bytes; see `write_json` for the errors."""
-        hosts.on_first_process(lambda: write_bytes(self.path / name, content))
+        hosts.on_first_process(lambda: write_bytes(self / name, content))
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write arrays by name as a compressed .npz; see `write_json` for the errors."""
-        hosts.on_first_process(lambda: write_arrays(self.path / name, arrays))
+        hosts.on_first_process(lambda: write_arrays(self / name, arrays))

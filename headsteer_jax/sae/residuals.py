@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
-from headsteer_jax.config.schema import Config, DataConfig
+from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import SAMPLED_IMAGES, LazyImages, Split, gather_images, sha256_of
+from headsteer_jax.data.dataset import LazyImages, Split, gather_images, image_keys, sha256_of
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.passes import Program, per_image_program, run_over_split, stream_split
 from headsteer_jax.model.vit import TrainedModel, fingerprint_params
@@ -40,6 +39,7 @@ Tokens = Literal["cls", "patches", "all"]
 Directory = str | os.PathLike[str]  # local, or gs://bucket/path
 
 CACHE_FORMAT = 1  # in the fingerprint: raise it when the files or the forward pass change
+SAMPLED_IMAGES = 16  # of a split that is not in memory, which are decoded for the fingerprint
 SHARD_BYTES = 32 * 2**20
 BLOCKS_PER_SHARD = 32  # or a few more
 CALL_BYTES = 256 * 2**20  # bytes that one call of the model may return; two calls are in flight
@@ -221,31 +221,16 @@ READ_FAULT = {"fault": "truncated or damaged", "remedy": "delete it and run the 
 WRITE_FAULT = {"fault": "cannot be written", "remedy": "delete it or choose another directory"}
 
 
-def _source_files(config: DataConfig) -> list[tuple[str, int, float]]:
-    """List name, size and modification time of every file of a dataset that is decoded as it is read."""
-    paths: Iterable[Any] = ()
-    if config.source == "folder":
-        paths = epath.Path(config.path).glob("*/*/*")
-    elif config.source == "tfds":
-        from tensorflow_datasets.core.read_only_builder import builder_from_files
-
-        paths = builder_from_files(config.name, data_dir=config.path or None).data_path.iterdir()
-    stats = ((path, path.stat()) for path in sorted(paths))
-    return [("/".join(path.parts[-3:]), stat.length, stat.mtime) for path, stat in stats]
-
-
 def fingerprint_ingredients(trained: TrainedModel, split: Split) -> dict[str, Any]:
     """Collect everything that the residuals of a split depend on, as JSON values.
 
-    Images in memory are hashed completely. For images that are decoded as they are read, the hash covers their indices
-    in the source, name, size and modification time of each of the source's files, and SAMPLED_IMAGES of the images.
+    Images in memory are hashed completely. For images that are decoded as they are read, the hash covers their keys
+    (`Split.keys`) and SAMPLED_IMAGES of the images.
     """
     config, images, shape = trained.config, split.images, list(split.images.shape)
     if isinstance(images, LazyImages):
         sample = np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int)
-        pixels = sha256_of(
-            shape, _source_files(config.data), images._places.astype(np.int64), gather_images(images, sample)
-        )
+        pixels = sha256_of(shape, image_keys(split), gather_images(images, sample))
     else:
         pixels = sha256_of(shape, images)
     return {

@@ -93,3 +93,8 @@ def import_autoencoder(config: Config) -> TrainedMembers:
             )
     curves = {name: np.zeros((0, 1), np.float32) for name in CURVES}
     return TrainedMembers(jax.tree.map(lambda leaf: leaf[None], weights), imported.sae.scaling, curves)
+
+
+def fingerprint_autoencoder(pretrained: str) -> str:
+    """Hash."""
+    return ""

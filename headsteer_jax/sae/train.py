@@ -355,7 +355,7 @@ def _check_finite(finite: np.ndarray, label: str, epoch: int, directory: Path) -
 
 def _train_epochs(
     run_epochs: Callable[[SAEState, int], tuple[SAEState, Curves]], state: SAEState, curves: Curves, epochs: range,
-    checkpoints: Checkpoints, config: Config, label: str,
+    checkpoints: Checkpoints, metadata: Mapping[str, Any], label: str,
 ) -> SAEState:  # fmt: skip
     """Train through `epochs`, with progress and checkpoints; fill `curves` [epochs, S] in place.
 
@@ -365,7 +365,7 @@ def _train_epochs(
       curves: without the members that only pad.
       epochs: those that are left, to config.sae.epochs.
       checkpoints: about ten are saved in a training.
-      config: of the run.
+      metadata: of the checkpoints.
       label: see `train_members`.
     """
     member_count, total = curves["mse"].shape[1], epochs.stop
@@ -384,7 +384,6 @@ def _train_epochs(
                 finite &= np.all([np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in saved.sae], axis=0)
             _check_finite(finite, label, epoch, checkpoints.directory)
             if save:
-                metadata = {"layer": config.sae_layer, "k": config.sae.k}
                 checkpoints.save(done, (saved, jax.tree.map(np.copy, curves)), metadata)
             if stopping and done < total:
                 checkpoints.close()
@@ -397,7 +396,7 @@ def _train_epochs(
 
 
 def train_members(
-    config: Config, members: Members, source: Residuals, directory: Path, label: str = "sae"
+    config: Config, members: Members, source: Residuals, directory: Path, label: str = "sae", data: str = ""
 ) -> TrainedMembers:
     """Train autoencoders on the training split's residuals; a training that was interrupted is continued.
 
@@ -410,9 +409,10 @@ def train_members(
       source: the residuals.
       directory: for the checkpoints.
       label: names the work. Members of a `grid` may turn NaN as long as one stays finite; elsewhere none may.
+      data: a hash of the dataset (`hash_data`), which is kept in the checkpoints and must stay the same.
 
     Raises:
-      HeadSteerError: the batch is larger than the data, or cannot be divided; residuals are not finite or constant; the
+      HeadSteerError: the batch is larger than the data, or cannot be divided; the data have changed; residuals are not finite or constant; the
         loss turned NaN.
       Preempted: after SIGTERM, once a checkpoint is saved.
     """
@@ -430,7 +430,12 @@ def train_members(
     curves: Curves = {name: np.zeros((c.epochs, member_count), np.float32) for name in CURVES}
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     if checkpoints.latest() is not None:
-        (state, curves), _ = checkpoints.restore((state, curves))
+        (state, curves), about = checkpoints.restore((state, curves))
+        if about["data"] != data:
+            raise HeadSteerError(
+                f"{checkpoints.directory}: the data have changed since this checkpoint; use the data that it was made "
+                "with, or pass --overwrite"
+            )
         curves = {name: np.array(values) for name, values in curves.items()}
         checkpoints.forget_after(int(state.epoch))
     start = int(state.epoch)
@@ -443,5 +448,6 @@ def train_members(
     def run_epochs(state: SAEState, epoch: int) -> tuple[SAEState, Curves]:
         return _run_parts(run, state, feed, epoch) if u_GD is None else run(state, u_GD, epochs=at_once)
 
-    state = _train_epochs(run_epochs, state, curves, range(start, c.epochs, at_once), checkpoints, config, label)
+    metadata = {"layer": config.sae_layer, "k": c.k, "data": data}
+    state = _train_epochs(run_epochs, state, curves, range(start, c.epochs, at_once), checkpoints, metadata, label)
     return TrainedMembers(state_to_checkpoint(state, member_count).sae, feed.scaling, curves)

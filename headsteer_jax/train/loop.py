@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.batches import device_batches
-from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.flops import training_speed
 from headsteer_jax.model.passes import Observe, make_observer
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 Phase = Literal["dense", "gated", "dense_control"]
 PHASES: tuple[Phase, ...] = ("dense", "gated", "dense_control")
+RESTART = "use the data that it was made with, or pass --overwrite"
 EVALUATION_GATING: dict[Phase, Gating] = {"dense": "dense", "gated": "thresholded", "dense_control": "dense"}
 
 
@@ -53,8 +54,11 @@ def phase_plan(config: Config, phase: Phase) -> PhaseConfig:
     return config.train.dense if phase == "dense" else config.train.gated
 
 
-def init_params(model: ViT, config: Config, seed: int) -> Any:
+def init_params(model: ViT, config: Config, seed: int, backbone: bool = True) -> Any:
     """Initialise the model's variables, complete on every host: random, with the config's pretrained backbone if any.
+
+    Args:
+      backbone: load the config's pretrained backbone; otherwise only shapes and dtypes count.
 
     Raises:
       HeadSteerError: the backbone cannot be loaded, or hosts have different variables.
@@ -62,7 +66,7 @@ def init_params(model: ViT, config: Config, seed: int) -> Any:
     key = jax.random.fold_in(jax.random.key(seed), 0)
     side, channels = config.data.image_size, config.data.channels
     params = jax.jit(model.init)(key, jnp.zeros((1, side, side, channels)))
-    if config.model.pretrained:
+    if config.model.pretrained and backbone:
         params, report = hosts.on_every_process(lambda: load_backbone(params, config))
         logger.info(str(report))
     hosts.check_equal({"the initial model": fingerprint_params(params)})
@@ -94,7 +98,7 @@ def train_phase(
     count, batch = len(dataset.train.labels), config.train.batch
     if batch > count:
         raise HeadSteerError(f"config.train.batch = {batch}: must be at most the {count} training images")
-    devices = mesh.training_mesh(config.machine)
+    devices, data = mesh.training_mesh(config.machine), describe_data(dataset)
     mesh.check_batch(config, devices)
     last = Checkpoints(directory / phase / "last", config.machine.keep)
     best = Checkpoints(directory / phase / "best", 1)
@@ -105,6 +109,8 @@ def train_phase(
         like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
         state, metadata = last.restore(like)
         best_accuracy = metadata["best_accuracy"]
+        if change := describe_data_change(metadata["data"], data):
+            raise HeadSteerError(f"{last.directory}: the data have changed since this checkpoint: {change}; {RESTART}")
     else:
         state = mesh.place(init_state(params, phase, config), shardings)
     start = int(state.step)
@@ -117,7 +123,7 @@ def train_phase(
     if start:
         logger.info(f"{phase}: resuming from step {start}")
     log.forget_after(phase, start)
-    run = _PhaseRun(model, phase, dataset, config, directory, log, devices, last, best, state, best_accuracy)
+    run = _PhaseRun(model, phase, dataset, config, directory, log, devices, last, best, state, best_accuracy, data)
     return run.train(shardings)
 
 
@@ -136,6 +142,7 @@ class _PhaseRun:
     best: Checkpoints
     state: State
     best_accuracy: float
+    data: dict[str, Any]  # as `describe_data` describes the dataset
     pending: tuple[int, Any] | None = None  # the last call's end and metrics, which are not recorded yet
     recorded: float = field(default_factory=time.monotonic)  # when the call before was recorded
 
@@ -228,7 +235,7 @@ class _PhaseRun:
         settled = self.phase != "gated" or end >= self.config.gate.anneal * self.plan.steps
         if settled and accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
-            metadata = {"phase": self.phase, "step": end, "best_accuracy": accuracy}
+            metadata = {"phase": self.phase, "step": end, "best_accuracy": accuracy, "data": self.data}
             self.best.save(end, evaluation_params(self.state), metadata)
             self.best.wait()  # it must be on disk before a checkpoint that has its accuracy
         self.save(end)
@@ -239,7 +246,7 @@ class _PhaseRun:
         """Save the state after step `end`."""
         metadata = {
             "phase": self.phase, "step": end, "position": (self.offset + end) * self.config.train.batch,
-            "best_accuracy": self.best_accuracy, "config": json.loads(self.config.model_dump_json()),
+            "best_accuracy": self.best_accuracy, "config": json.loads(self.config.model_dump_json()), "data": self.data,
         }  # fmt: skip
         self.log.flush()
         self.last.save(end, self.state, metadata)
@@ -282,9 +289,15 @@ def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, ste
 
 
 def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
-    """Train all phases, each from where it stopped."""
+    """Train all phases, each from where it stopped.
+
+    Raises:
+      HeadSteerError: as `init_params` and `train_phase`.
+    """
     model = build_model(config, len(dataset.class_names))
-    params = init_params(model, config, config.seed)
+    first = PHASES[0] if config.train.dense.steps else PHASES[1]
+    begun = Checkpoints(directory / first / "last", config.machine.keep).latest() is not None
+    params = init_params(model, config, config.seed, backbone=not begun)  # a checkpoint has the backbone in it
     with open_log(directory) as log:
         if config.train.dense.steps:
             params = hosts.to_numpy(
@@ -295,30 +308,35 @@ def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
             train_phase(model, params, "dense_control", dataset, config, directory, log)
 
 
-def load_trained(config: Config, dataset: Dataset, directory: Path, phase: Phase = "gated") -> TrainedModel:
+def abstract_params(config: Config, classes: int) -> Any:
+    """Return the shapes and dtypes of the model's variables, without computing any."""
+    side, channels, model = config.data.image_size, config.data.channels, build_model(config, classes)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, side, side, channels))))
+
+
+def load_trained(config: Config, classes: int, directory: Path, phase: Phase = "gated") -> TrainedModel:
     """Load the model that a finished training left in `directory`.
+
+    Args:
+      classes: the number of classes of its data.
 
     Raises:
       HeadSteerError: the checkpoint is missing, damaged or of another config.
     """
-    model = build_model(config, len(dataset.class_names))
-    side, channels = config.data.image_size, config.data.channels
+    params = abstract_params(config, classes)
 
-    def empty_like(make: Callable[[], Any]) -> Any:
-        """Make NumPy arrays of the shapes that `make` returns, so that every host restores complete arrays."""
-        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), jax.eval_shape(make))
-
-    def init() -> Any:
-        return model.init(jax.random.key(0), jnp.zeros((1, side, side, channels)))
+    def empty_like(tree: Any) -> Any:
+        """Make NumPy arrays of the same shapes, so that every host restores complete arrays."""
+        return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
 
     steps = phase_plan(config, phase).steps
     if config.train.use == "best" and phase == "gated":
-        params = Checkpoints(directory / phase / "best", writes=False).restore(empty_like(init))[0]
+        params = Checkpoints(directory / phase / "best", writes=False).restore(empty_like(params))[0]
     else:
         last = Checkpoints(directory / phase / "last", writes=False)
         step = last.latest()
         if step is not None and step != steps:
             raise HeadSteerError(f"{last.directory}: it ends at step {step} of {steps}; {REMAKE}")
-        state = last.restore(empty_like(lambda: init_state(init(), phase, config)), step)[0]
-        params = evaluation_params(state)
-    return TrainedModel(config, model, jax.device_put(params, jax.local_devices()[0]))
+        state = jax.eval_shape(lambda params: init_state(params, phase, config), params)
+        params = evaluation_params(last.restore(empty_like(state), step)[0])
+    return TrainedModel(config, build_model(config, classes), jax.device_put(params, jax.local_devices()[0]))

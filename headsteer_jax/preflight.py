@@ -1,0 +1,138 @@
+"""What is checked before a run writes anything: its directory, data, backbone, autoencoder, devices and disk space."""
+
+import functools
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path as LocalPath
+from typing import Any
+
+import jax
+import numpy as np
+from etils.epath import Path
+
+from headsteer_jax.books import Plan, Stage, check_directory
+from headsteer_jax.config.schema import Config
+from headsteer_jax.data.checks import check_input_range, verify_images
+from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.data.sources import data_places
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.pretrained import load_backbone
+from headsteer_jax.runtime import hosts, mesh
+from headsteer_jax.runtime.files import Workdir, is_in_bucket
+from headsteer_jax.runtime.staging import is_stage_directory, locate_new
+from headsteer_jax.sae.store import import_autoencoder
+from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
+from headsteer_jax.train.loop import abstract_params
+
+REPOSITORIES = (".git", ".hg", ".svn")
+OTHER_NAMES = ("config.json", "activations")  # what a run writes beside the stages' directories and products
+
+
+def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> None:
+    """Check that a run may write into a directory: it is nobody else's, and far from the data.
+
+    Args:
+      stages: all that a run can have.
+
+    Raises:
+      HeadSteerError: it is a file, a home directory, a repository's root, or overlaps the data; or something that the
+        run would write is there already, and no run was started there.
+    """
+    path = workdir.path
+    if is_in_bucket(path):
+        return
+    if path.exists() and not path.is_dir():
+        raise HeadSteerError(f"{path}: is a file; choose a directory as --workdir")
+    resolved = LocalPath(os.path.realpath(path))
+    if resolved in (LocalPath(os.path.realpath(os.path.expanduser("~"))), LocalPath(resolved.anchor)):
+        raise HeadSteerError(f"{path}: is a home directory or the root of a disk; choose a directory of its own")
+    for name in REPOSITORIES:
+        if (resolved / name).exists():
+            raise HeadSteerError(f"{path}: is the root of a repository ({name}); choose a directory of its own")
+    for place in map(LocalPath, map(os.path.realpath, data_places(config.data))):
+        if resolved == place or resolved in place.parents or place in resolved.parents:
+            raise HeadSteerError(f"{path}: overlaps the data in {place}; choose a --workdir apart from the data")
+    for stage in stages:
+        check_directory(path / stage.name)
+    if any(is_stage_directory(path / stage.name) for stage in stages):
+        return
+    for name in (*OTHER_NAMES, *(product for stage in stages for product in stage.products)):
+        if (path / name).exists():
+            raise HeadSteerError(
+                f"{path / name}: exists, but no run was started in {path}; choose another --workdir, so that nothing "
+                "is overwritten"
+            )
+
+
+def check_dataset(config: Config, dataset: Dataset) -> None:
+    """Check that a dataset suits the config.
+
+    Raises:
+      HeadSteerError: a strategy or a class does not exist, or validation has too few images.
+    """
+    check_strategies_and_classes(config, dataset.class_names)
+    check_validation(dataset.validation, config, dataset.class_names)
+
+
+def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Sequence[Plan]) -> None:
+    """Check what the stages that will run need, before anything is written.
+
+    Raises:
+      HeadSteerError: an image or the backbone or the autoencoder cannot be read or does not suit the config; the model
+        sees values out of range; a batch cannot be divided among the devices; or the disk has too little space.
+    """
+    actions = {plan.stage.name: plan.action for plan in plans}
+    if actions.get("train", "nothing") != "nothing" and not _has_begun(workdir, "train", actions["train"]):
+        _check_training(config, dataset, workdir)
+    if actions.get("sae", "nothing") != "nothing" and config.sae.pretrained:
+        hosts.on_every_process(functools.partial(import_autoencoder, config))
+
+
+def _has_begun(workdir: Workdir, name: str, action: str) -> bool:
+    """Say whether a stage goes on where it was interrupted."""
+    directory = workdir / name if action == "make" else locate_new(workdir, name)
+    return is_stage_directory(directory)
+
+
+def _check_training(config: Config, dataset: Dataset, workdir: Workdir) -> None:
+    """Check what training needs: see `check_plans`."""
+    count, batch = len(dataset.train.labels), config.train.batch
+    if batch > count:
+        raise HeadSteerError(f"config.train.batch = {batch}: must be at most the {count} training images")
+    mesh.check_batch(config, mesh.training_mesh(config.machine))
+    params = abstract_params(config, len(dataset.class_names))
+    if config.model.pretrained:
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        hosts.on_every_process(functools.partial(load_backbone, zeros, config))
+    hosts.on_first_process(lambda: check_space(workdir.path, checkpoint_bytes(config, params)))
+    hosts.on_every_process(functools.partial(verify_images, dataset))
+    hosts.on_every_process(functools.partial(check_input_range, dataset, config.data))
+
+
+def checkpoint_bytes(config: Config, params: Any) -> int:
+    """Estimate the bytes of a training's checkpoints: for each phase, parameters with Adam's two moments and averages.
+
+    A phase keeps machine.keep of them while the next is written, and the best parameters.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    state = (3 + (config.train.ema > 0)) * size
+    phases = (config.train.dense.steps > 0) + 1 + config.train.dense_control
+    return int(phases * (config.machine.keep * state + 2 * size) + state)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Check that the disk of a directory, which need not exist yet, has so many bytes left.
+
+    Raises:
+      HeadSteerError: it has fewer.
+    """
+    if is_in_bucket(path):
+        return
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise HeadSteerError(
+            f"{path}: training needs about {needed / 2**20:.0f} MiB for its checkpoints, and the disk has "
+            f"{free / 2**20:.0f} MiB left; free some space, lower config.machine.keep, or choose another --workdir"
+        )

@@ -1,0 +1,149 @@
+"""A stage that is made again: beside the old one, which goes only when the new one is complete.
+
+The new results of the stage NAME are written to `.NAME.new` in the workdir. Once that holds done.json, it is complete,
+and `replace_stage` puts it in the old one's place. If the process dies between two of its steps, the next run takes
+them again: at every moment the old results or the new ones are complete on the disk. Entries of the old directory that
+HeadSteer did not make are never deleted: they move into the new directory.
+"""
+
+import fnmatch
+import os
+from collections.abc import Sequence
+
+from etils.epath import Path
+
+from headsteer_jax.errors import HeadSteerError, explain_errors
+from headsteer_jax.runtime.files import Workdir, is_in_bucket
+
+MARKERS = ("started.json", "done.json")  # the files that make a directory a stage's
+
+
+def locate_new(workdir: Workdir, name: str) -> Path:
+    """Return where a stage's new results are made, beside the old ones."""
+    return workdir.path / f".{name}.new"
+
+
+def locate_complete(workdir: Workdir, name: str) -> Path:
+    """Return the directory that holds a stage's newest results: the new one, if it is complete but not in place yet."""
+    new = locate_new(workdir, name)
+    return new if (new / "done.json").exists() else workdir.path / name
+
+
+def is_stage_directory(directory: Path) -> bool:
+    """Say whether HeadSteer made a directory, which one of the MARKERS tells."""
+    return any((directory / marker).exists() for marker in MARKERS)
+
+
+def redirect_stage(workdir: Workdir, name: str, products: Sequence[str]) -> Workdir:
+    """Return a workdir in which a stage's directory, and its products outside of it, are those that are made anew."""
+    new = locate_new(workdir, name).name
+    return Workdir(workdir.path, {name: new} | {product: f"{new}/{product}" for product in products})
+
+
+def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products: Sequence[str]) -> None:
+    """Put a stage's complete new results in the place of the old ones; do nothing if there are none.
+
+    Args:
+      entries: patterns of the names that the stage makes in its directory; others are the user's.
+      products: what the stage makes in the workdir itself, and in the new directory while it is made anew.
+
+    Raises:
+      HeadSteerError: the disk is full or not writable; the same command then continues.
+    """
+    new, old = locate_new(workdir, name), workdir.path / name
+    if not (new / "done.json").exists():
+        return
+    with explain_errors(old):
+        if is_in_bucket(old):
+            _replace_in_bucket(new, old, entries, products)
+            return
+        for product in products:
+            _move(new / product, workdir.path / product)
+        removed = old.with_name(f".{name}.removed")
+        if removed.exists():
+            remove_stage(removed, entries)
+        if old.exists():
+            for entry in _foreign_entries(old, entries):
+                _move(entry, new / entry.name)
+            old.rename(removed)
+        new.rename(old)
+        if removed.exists():
+            remove_stage(removed, entries)
+
+
+def _replace_in_bucket(new: Path, old: Path, entries: Sequence[str], products: Sequence[str]) -> None:
+    """Copy a stage's new results to the old ones' place, done.json last, then delete them: a bucket has no renames."""
+    remove_stage(old, entries)
+    for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "done.json"):
+        _copy_objects(entry, (old.parent if entry.name in products else old) / entry.name)
+    remove_stage(new, (*entries, *products))
+
+
+def _copy_objects(source: Path, target: Path) -> None:
+    """Copy an object of a bucket, or all objects under a prefix."""
+    if source.is_dir():
+        for entry in source.iterdir():
+            _copy_objects(entry, target / entry.name)
+    else:
+        target.write_bytes(source.read_bytes())
+
+
+def discard_new(workdir: Workdir, name: str, entries: Sequence[str]) -> None:
+    """Delete the unfinished new results of a stage, for instance because they belong to an earlier config."""
+    new = locate_new(workdir, name)
+    if is_stage_directory(new):
+        remove_stage(new, entries)
+
+
+def remove_stage(directory: Path, entries: Sequence[str]) -> None:
+    """Delete a stage's directory, except entries that HeadSteer did not make.
+
+    done.json goes first, and started.json, the marker, goes last: half-deleted results are never taken for complete
+    ones, and still belong to a stage.
+
+    Args:
+      directory: of a stage.
+      entries: patterns of the names that the stage makes.
+
+    Raises:
+      HeadSteerError: HeadSteer did not make the directory.
+    """
+    present = [*directory.iterdir()] if directory.exists() else []
+    if present and not is_stage_directory(directory):
+        raise HeadSteerError(f"{directory}: is in the way, and HeadSteer did not make it; move it elsewhere")
+    foreign = {entry.name for entry in _foreign_entries(directory, entries)} if present else set()
+    (directory / "done.json").unlink(missing_ok=True)
+    for entry in present:
+        if entry.name in {*MARKERS, *foreign}:
+            continue
+        if entry.is_dir() and not _is_link(entry):
+            entry.rmtree()
+        else:
+            entry.unlink(missing_ok=True)
+    (directory / "started.json").unlink(missing_ok=True)
+    if not foreign and directory.exists() and not is_in_bucket(directory):
+        directory.rmdir()
+
+
+def _foreign_entries(directory: Path, entries: Sequence[str]) -> list[Path]:
+    """List what is in a stage's directory and fits none of the patterns of what the stage makes."""
+    patterns = (*MARKERS, *entries, *(f".{entry}.part" for entry in (*MARKERS, *entries)))
+    return [
+        entry for entry in directory.iterdir()
+        if not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
+    ]  # fmt: skip
+
+
+def _is_link(path: Path) -> bool:
+    return not is_in_bucket(path) and os.path.islink(path)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file, or the files of a directory one by one, on one disk; a file at the target is replaced."""
+    if source.is_dir() and not _is_link(source):
+        target.mkdir(parents=True, exist_ok=True)
+        for entry in source.iterdir():
+            _move(entry, target / entry.name)
+        source.rmdir()
+    elif os.path.lexists(source):
+        os.replace(source, target)
