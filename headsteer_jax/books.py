@@ -212,11 +212,10 @@ def check_directory(directory: Path) -> None:
     Raises:
       HeadSteerError: it holds something, and no marker of a stage.
     """
-    if directory.exists() and not is_stage_directory(directory):
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise HeadSteerError(
-                f"{directory}: exists, and HeadSteer did not make it; nothing is written there: choose another --workdir"
-            )
+    if not directory.exists() or is_stage_directory(directory):
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise HeadSteerError(f"{directory}: exists, and HeadSteer did not make it; choose another --workdir")
 
 
 def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:

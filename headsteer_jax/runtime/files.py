@@ -49,9 +49,9 @@ def check_replaceable(path: AnyPath, mark: str, remedy: str = "choose another pa
     Raises:
       HeadSteerError: the file exists, without the mark.
     """
-    path = Path(path)
-    with explain_errors(path, remedy):
-        if path.exists() and (path.is_dir() or mark.encode() not in path.read_bytes()):
+    file = Path(path)
+    with explain_errors(file, remedy):
+        if file.exists() and (file.is_dir() or mark.encode() not in file.read_bytes()):
             raise HeadSteerError(f"{path}: exists, and HeadSteer did not write it; {remedy}")
 
 

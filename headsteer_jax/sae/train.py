@@ -8,7 +8,7 @@ n steps of an epoch.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -412,8 +412,8 @@ def train_members(
       data: a hash of the dataset (`hash_data`), which is kept in the checkpoints and must stay the same.
 
     Raises:
-      HeadSteerError: the batch is larger than the data, or cannot be divided; the data have changed; residuals are not finite or constant; the
-        loss turned NaN.
+      HeadSteerError: the batch is larger than the data, or cannot be divided; the data have changed since the last
+        checkpoint; residuals are not finite or constant; the loss turned NaN.
       Preempted: after SIGTERM, once a checkpoint is saved.
     """
     c, (count, D), member_count = config.sae, source.shape, len(members.k)
