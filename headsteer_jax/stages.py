@@ -311,15 +311,25 @@ def _agree_on_plans(now: Inputs, workdir: Workdir, chosen: list[Stage], overwrit
 
 
 def _load_needed_dataset(config: Config, workdir: Workdir, chosen: list[Stage], overwrite: bool) -> Dataset | None:
-    """Load and check the dataset; None if it is not there and every chosen stage is done."""
+    """Load and check the dataset; None if it is no longer in its place, and every chosen stage is done."""
     try:
         return _load_checked_dataset(config)
     except HeadSteerError as error:
         plans = _agree_on_plans(read_inputs(config, None), workdir, chosen, overwrite)
-        if any(plan.action != "nothing" for plan in plans):
+        if any(plan.action != "nothing" for plan in plans) or not _has_data_path(workdir, config.data.path):
             raise
         logger.info(f"every stage is done, but it is not known whether the data are what they were ({error})")
         return None
+
+
+def _has_data_path(workdir: Workdir, path: str) -> bool:
+    """Say whether the last command that ran in a workdir had the data in this place."""
+
+    def read_path() -> Any:
+        file = workdir / "config.json"
+        return read_json(file).get("data", {}).get("path") if file.exists() else None
+
+    return bool(hosts.on_first_process(read_path) == path)
 
 
 def _load_checked_dataset(config: Config) -> Dataset:
@@ -337,9 +347,11 @@ def _finish_replacements(workdir: Workdir) -> None:
 
 
 def _update_config(now: Inputs, workdir: Workdir) -> None:
-    """Write config.json if all finished stages belong to this config: places, which may change, are then up to date."""
+    """Write config.json if it differs and all finished stages belong to this config: the places may have changed."""
+    file, config = workdir / "config.json", json.loads(now.config.model_dump_json())
     finished = [stage for stage in STAGES.values() if is_done(workdir, stage)]
-    if finished and not any(explain_staleness(now, workdir, stage) for stage in finished):
+    is_current = finished and not any(explain_staleness(now, workdir, stage) for stage in finished)
+    if is_current and (not file.exists() or read_json(file) != config):
         write_config(now.config, workdir)
 
 

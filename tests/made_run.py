@@ -208,7 +208,7 @@ def made_run(
         "grid": {"best": best, "rows": points, "epochs": 9, "latents": latents} if by_layer else None,
         "seconds": {"train": 120.25, "sae": 31.5, "steer": 12.0}, "peak_memory_bytes": 3 * 2**30,
         "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
-        "by_layer": made_layers() if by_layer else None,
+        "by_layer": made_layers() if by_layer else None, "left_out": {},
     }  # fmt: skip
     return {
         "config": config, "name": "a <run>", "summary": summary, "arrays": name_arrays(result) | scored | curves,

@@ -115,7 +115,34 @@ def test_a_changed_field_is_named_and_overwrite_redoes_what_depends_on_it(finish
     succeeded(headsteer(*command, f"--stages={','.join(stages)}", "--overwrite"))
     for stage, record in before.items():
         assert ((workdir / stage / "done.json").read_text() == record) == (stage != "steer")
-    refused(headsteer(*command, "--stages=report"), "report needs layers, but ", "add layers to --stages and pass")
+    refused(headsteer(*command, "--stages=report"), "report: it is stale (", "--overwrite")
+    result = succeeded(headsteer(*command, "--stages=report", "--overwrite"))
+    assert "report: leaves out layers, which is stale (config.steer.latents was 3, now 2)" in result.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["by_layer"] is None
+    assert summary["left_out"] == {"layers": "config.steer.latents was 3, now 2"}
+    assert "config.steer.latents was 3, now 2" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        (("--config.data.source=npz", "--config.data.path=nowhere.npz"), ["nowhere.npz"]),
+        (("--config.model.pretrained=nowhere.safetensors",), ["nowhere.safetensors: no such file"]),
+        (("--config.sae.pretrained=saelens:nowhere", "--config.sae.seeds=1"), ["nowhere", "no such file"]),
+        (("--config.steer.strategies=clas",), ["'clas'"]),
+        (("--config.train.batch=4000",), ["config.train.batch = 4000: must be at most the"]),
+        (("--config.machine.data=64",), ["config.machine.data = 64"]),
+    ],
+)
+def test_a_refused_overwrite_leaves_everything_as_it_was(finished, tmp_path, fields, texts):
+    workdir = finished.copy(tmp_path, "activations", "figures")
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    command = ("run", f"--config={finished.config}", "--overwrite", *fields)
+    refused(headsteer(*command, f"--workdir={workdir}", cwd=tmp_path), *texts)
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    refused(headsteer(*command, f"--workdir={tmp_path / 'new' / 'run'}", cwd=tmp_path), *texts)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_stage_needs_those_that_it_reads(finished, tmp_path):

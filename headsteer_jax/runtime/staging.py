@@ -51,18 +51,20 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
       HeadSteerError: the disk is full or not writable; the same command then continues.
     """
     new, old = locate_new(workdir, name), workdir.path / name
-    if not (new / "done.json").exists():
-        return
+    removed = old.with_name(f".{name}.removed")
     with explain_errors(old):
+        if not (new / "done.json").exists():
+            if removed.exists():  # the last step of a replacement was interrupted
+                remove_stage(removed, entries)
+            return
         if is_in_bucket(old):
             _replace_in_bucket(new, old, entries, products)
             return
         for product in products:
             _move(new / product, workdir.path / product)
-        removed = old.with_name(f".{name}.removed")
-        if removed.exists():
-            remove_stage(removed, entries)
         if old.exists():
+            if removed.exists():
+                remove_stage(removed, entries)
             for entry in _foreign_entries(old, entries):
                 _move(entry, new / entry.name)
             old.rename(removed)

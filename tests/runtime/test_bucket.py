@@ -54,10 +54,11 @@ PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from etils.epath import Path
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.staging import redirect_stage, remove_stage, replace_stage
 from headsteer_jax.runtime import lock
 from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.runtime.files import (
-    make_directory, read_arrays, read_json, remove_directory, write_arrays, write_json
+    Workdir, make_directory, read_arrays, read_json, write_arrays, write_json
 )
 
 lock.HEARTBEAT_SECONDS = 0.3
@@ -95,9 +96,17 @@ with lock.hold_lock(root):
     pass
 assert not (root / ".lock").exists()
 
-write_json(root / "stage" / "started.json", {})
-write_json(root / "stage" / "last" / "x.json", {})
-remove_directory(root / "stage")
+workdir = Workdir(root)
+for target, content in ((workdir, "old"), (redirect_stage(workdir, "stage", ("sweep.nc",)), "new")):
+    for name in ("stage/started.json", "stage/last/x.json", "sweep.nc", "stage/done.json"):
+        write_json(target / name, content)
+write_json(root / "stage" / "notes.json", "the user's")
+replace_stage(workdir, "stage", ("last",), ("sweep.nc",))
+for name in ("stage/started.json", "stage/last/x.json", "sweep.nc", "stage/done.json"):
+    assert read_json(root / name) == "new"
+assert read_json(root / "stage" / "notes.json") == "the user's"
+assert not (root / ".stage.new").exists()
+remove_stage(root / "stage", ("last", "notes.json"))
 assert not (root / "stage").exists()
 print("all is well")
 """

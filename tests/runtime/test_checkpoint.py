@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from etils import epath
 
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.checkpoint import Checkpoints
@@ -22,7 +21,6 @@ from headsteer_jax.runtime.files import (
     make_directory,
     read_arrays,
     read_json,
-    remove_directory,
     write_arrays,
     write_atomically,
     write_json,
@@ -323,23 +321,3 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     one_line(error, str(tmp_path), "another run is writing here")
     with hold_lock(tmp_path):  # it was let go
         pass
-
-
-def test_a_removal_that_is_interrupted_leaves_nothing_to_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = tmp_path / "train"
-    (stage / "last" / "4").mkdir(parents=True)
-    write_json(stage / "started.json", {})
-
-    def killed(self: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(epath.Path(stage)), "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            remove_directory(epath.Path(stage))
-    assert not stage.exists()
-    stage.mkdir()
-    remove_directory(epath.Path(stage))
-    assert not list(tmp_path.iterdir())
