@@ -1,7 +1,7 @@
 """Tests that a run survives being killed, terminated, damaged checkpoints and a full disk, with the same numbers.
 
     python benchmarks/interruptions.py reference --workdir=DIR
-    python benchmarks/interruptions.py kill      --workdir=DIR [--times=50]
+    python benchmarks/interruptions.py kill      --workdir=DIR [--times=50] [--overwrite]
     python benchmarks/interruptions.py terminate --workdir=DIR [--times=20]
     python benchmarks/interruptions.py damage    --workdir=DIR [--times=100] [--direct]
     python benchmarks/interruptions.py full      --workdir=DIR [--times=3] [--stages=train,sae,...]
@@ -11,7 +11,8 @@ every parameter and optimizer state, the autoencoders, the sweep and the summary
 twice, first to compile and then to be timed, and checks that both agree. The other commands make it if there is none.
 
 `kill` and `terminate` interrupt a run again and again, at random moments or while a file is written, until it has
-finished. `damage` changes a bit of a checkpoint or cuts a file of it short, and then runs the command or (--direct)
+finished. With --overwrite the run replaces one of another seed; after each interruption every stage must be completely
+old or completely new. `damage` changes a bit of a checkpoint or cuts a file of it short, and then runs the command or (--direct)
 restores in this process. `full` (Linux, as root) runs a stage on a small disk, which it then enlarges.
 
 DIR/trials.jsonl has a line for each trial. A trial that has its line is not repeated, so a new version of the program
@@ -40,6 +41,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, here and in the r
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import Path as EPath
 
 from headsteer_jax.analysis.sweep_file import read_sweep
 from headsteer_jax.config.files import load_config
@@ -47,7 +49,9 @@ from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import build_model
 from headsteer_jax.runtime.checkpoint import Checkpoints
-from headsteer_jax.runtime.files import read_arrays
+from headsteer_jax.runtime.files import Workdir, read_arrays
+from headsteer_jax.runtime.staging import replace_stage
+from headsteer_jax.stages import STAGES as TABLE
 from headsteer_jax.train.log import read_log
 from headsteer_jax.train.loop import PHASES, init_params
 from headsteer_jax.train.step import State, make_optimizer
@@ -67,7 +71,9 @@ PATIENCE = 60.0  # seconds that a terminated run may take to end
 LONGEST = 900.0  # seconds that any run may take
 STARTING = 10.0  # seconds within which SIGTERM may end Python itself, before the program could hear it
 SHOWN = 12  # differences that are listed: one bit reaches every parameter within a step
-TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp|^\.[^.].*\.\w+$|\.__lock$")  # of orbax, of this package, of TensorStore
+TEMPORARY = re.compile(
+    r"\.orbax-checkpoint-tmp|^\.[^.].*\.(?!new$)\w+$|\.__lock$"
+)  # of orbax, of this package, of TensorStore
 CONFIG = '''"""A run of about a minute that saves often."""
 
 from headsteer_jax.config import (
@@ -188,8 +194,26 @@ def temporaries(workdir: Path) -> set[str]:
     return {str(path.relative_to(workdir)) for path in workdir.rglob("*") if TEMPORARY.search(path.name)}
 
 
+def mixed_stages(workdir: Path, old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Name the stages that are neither completely old nor completely new, as the next start will find them."""
+    copy = workdir.with_name("as-found")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(workdir, copy)
+    for stage in TABLE.values():
+        replace_stage(Workdir(EPath(copy)), stage.name, stage.entries, stage.products)
+    mixed = []
+    for name in STAGES:
+        ways = [difference(copy, reference, [name]) for reference in (old, new)]
+        if all(ways) or not (copy / name / "done.json").exists():
+            mixed.append(f"{name} is neither the old one ({ways[0][:1]}) nor the new one ({ways[1][:1]})")
+    shutil.rmtree(copy)
+    return mixed
+
+
 def stage_of(workdir: Path) -> str:
     """Name the stage that was started and is not done; else `between`."""
+    if beside := [stage for stage in STAGES if (workdir / f".{stage}.new" / "started.json").exists()]:
+        return f"{beside[-1]}, beside the old one"
     started = [stage for stage in STAGES if (workdir / stage / "started.json").exists()]
     if not started:
         return "before the first"
@@ -210,6 +234,7 @@ class Campaign:
         self.log = self.directory / "trials.jsonl"
         self.rows = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
         self.reference: dict[str, str] = {}
+        self.old: dict[str, str] = {}  # of the run that is overwritten
         self.seconds = 0.0
 
     def trials(self, kind: str) -> list[dict[str, Any]]:
@@ -246,6 +271,22 @@ class Campaign:
         read = json.loads(file.read_text())
         self.reference, self.seconds = read["digest"], read["seconds"]
 
+    def make_old_run(self) -> None:
+        """Make the run that is overwritten: it has another seed.
+
+        Raises:
+          SystemExit: the run failed.
+        """
+        file, workdir = self.directory / "old.json", self.directory / "old"
+        if not file.exists():
+            shutil.rmtree(workdir, ignore_errors=True)
+            with Run(self, workdir, flags=("--seed=1",)) as run:
+                code = run.wait(LONGEST)
+            if code != 0:
+                raise SystemExit(f"the run that is to be overwritten failed: exit code {code}; see {run.stderr_file}")
+            file.write_text(json.dumps(digest(workdir), indent=1))
+        self.old = json.loads(file.read_text())
+
     @contextlib.contextmanager
     def trial(self, kind: str, number: int) -> Iterator[tuple[Path, np.random.Generator, list[str]]]:
         """Give a trial a directory, random numbers and a list of failures; the directory stays only after a failure."""
@@ -264,11 +305,13 @@ class Campaign:
 class Run:
     """A run in a process group of its own, which ends with the `with` statement."""
 
-    def __init__(self, campaign: Campaign, workdir: Path, stages: Iterable[str] = STAGES) -> None:
+    def __init__(
+        self, campaign: Campaign, workdir: Path, stages: Iterable[str] = STAGES, flags: Iterable[str] = ()
+    ) -> None:
         number = len(list(workdir.parent.glob(f"{workdir.name}.*.stderr")))
         self.workdir, self.stderr_file = workdir, workdir.parent / f"{workdir.name}.{number}.stderr"
         self._command = [sys.executable, str(ROOT / "run.py"), f"--config={campaign.config}", f"--workdir={workdir}"]
-        self._command.append(f"--stages={','.join(stages)}")
+        self._command += [f"--stages={','.join(stages)}", *flags]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         compiled = {"JAX_COMPILATION_CACHE_DIR": str(campaign.directory / "compiled")}
         compiled["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -350,7 +393,9 @@ def watched(workdir: Path) -> list[Path]:
     """List the directories that files and checkpoints are written to; few, as they are read all the time."""
     checkpoints = [f"train/{phase}/{kind}" for phase in PHASES for kind in ("last", "best")]
     checkpoints += ["sae/checkpoints", "grid/checkpoints", "layers/1/checkpoints", "layers/2/checkpoints"]
-    return [workdir, *(workdir / name for name in (*STAGES, *checkpoints))]
+    parts = [name.partition("/") for name in (*STAGES, *checkpoints)]
+    beside = [workdir / f".{stage}.new{slash}{path}" for stage, slash, path in parts]
+    return [workdir, *(workdir / f"{stage}{slash}{path}" for stage, slash, path in parts), *beside]
 
 
 def _temporaries_now(directories: list[Path]) -> set[str]:
@@ -392,19 +437,26 @@ def terminate(run: Run, delay: float, failures: list[str]) -> str | None:
     return f"ended after {'more than 5' if time.monotonic() - begin > 5 else 'at most 5'} s"
 
 
-def chain(campaign: Campaign, kind: str, number: int, most: int) -> None:
-    """Interrupt one run up to `most` times and resume it each time; the last time it may finish."""
-    interrupt = {"kill": kill, "terminate": terminate}[kind]
+def chain(campaign: Campaign, kind: str, number: int, most: int, overwrite: bool) -> None:
+    """Interrupt one run up to `most` times and resume it each time; the last time it may finish.
+
+    Args:
+      overwrite: it replaces an old run.
+    """
+    flags = ("--overwrite",) if overwrite else ()
+    interrupt = {"kill": kill, "terminate": terminate}[kind.partition(" ")[0]]
     begin, interruptions = time.monotonic(), []
     with campaign.trial(kind, number) as (directory, rng, failures):
         workdir = directory / "run"
+        if overwrite:
+            shutil.copytree(campaign.directory / "old", workdir)
         for link in range(most):
             aim = bool(rng.random() < 0.5)
             # the first falls anywhere; those after it come sooner, so that many interruptions cost few whole runs
             delay = rng.uniform(0, campaign.seconds * (1.0 if link == 0 else 0.4))
             writes, into = int(rng.integers(1, 13)), rng.uniform(0, 0.06)
             left_over = temporaries(workdir)
-            with Run(campaign, workdir) as run:
+            with Run(campaign, workdir, flags=flags) as run:
                 started = time.monotonic()
                 if aim and run.wait_for_writes(writes, LONGEST):
                     time.sleep(into)
@@ -415,6 +467,8 @@ def chain(campaign: Campaign, kind: str, number: int, most: int) -> None:
                     failures += run.finish()
                     break
             failures += run.untidy()
+            if overwrite:
+                failures += mixed_stages(workdir, campaign.old, campaign.reference)
             interruptions.append(
                 {
                     "stage": stage_of(workdir),
@@ -427,11 +481,11 @@ def chain(campaign: Campaign, kind: str, number: int, most: int) -> None:
             if failures:
                 break
         else:
-            with Run(campaign, workdir) as run:
+            with Run(campaign, workdir, flags=flags) as run:
                 failures += run.finish()
         if not failures:
             failures += difference(workdir, campaign.reference)
-        litter = sorted(temporaries(workdir))
+        litter = sorted(temporaries(workdir) | {path.name for path in workdir.glob(".*.new")})
     campaign.add(
         what=kind, number=number, interruptions=interruptions, failures=failures, litter=litter,
         seconds=round(time.monotonic() - begin, 1),
@@ -440,6 +494,8 @@ def chain(campaign: Campaign, kind: str, number: int, most: int) -> None:
 
 def interrupted(campaign: Campaign, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run chains until there were as many interruptions as asked for."""
+    if args.overwrite:
+        campaign.make_old_run()
 
     def all_interruptions() -> list[dict[str, Any]]:
         interruptions = [interruption for row in campaign.trials(kind) for interruption in row["interruptions"]]
@@ -447,7 +503,7 @@ def interrupted(campaign: Campaign, kind: str, args: argparse.Namespace) -> dict
 
     while len(all_interruptions()) < args.times and (args.chains is None or len(campaign.trials(kind)) < args.chains):
         missing = args.times - len(all_interruptions())
-        chain(campaign, kind, len(campaign.trials(kind)), min(args.most, missing))
+        chain(campaign, kind, len(campaign.trials(kind)), min(args.most, missing), args.overwrite)
     interruptions, rows = all_interruptions(), campaign.trials(kind)
     return {
         "interruptions": len(interruptions),
@@ -728,6 +784,7 @@ def main() -> int:
         if name in ("kill", "terminate"):
             command.add_argument("--most", type=int, default=8, help="interruptions of one run (default: %(default)s)")
             command.add_argument("--chains", type=int, help="at most so many runs, however few the interruptions")
+            command.add_argument("--overwrite", action="store_true", help="the run replaces one of another seed")
         if name == "damage":
             command.add_argument("--direct", action="store_true", help="restore in this process instead of running")
         if name == "full":
@@ -741,6 +798,8 @@ def main() -> int:
         failed = []
     else:
         kind = "damage directly" if args.benchmark == "damage" and args.direct else args.benchmark
+        if args.benchmark in ("kill", "terminate") and args.overwrite:
+            kind += " with overwrite"
         figures = BENCHMARKS[args.benchmark][0](campaign, kind, args)
         rows = campaign.trials(kind)
         failed = [row for row in rows if row["failures"]]

@@ -46,7 +46,7 @@ from headsteer_jax.runtime.files import Workdir, make_directory, read_json, writ
 from headsteer_jax.runtime.lock import hold_lock
 from headsteer_jax.runtime.staging import replace_stage
 from headsteer_jax.sae.grid import grid_config, grid_ks, grid_members, measure_grid
-from headsteer_jax.sae.latents import profile_latents
+from headsteer_jax.sae.latents import INSPECTED_IMAGES, profile_latents
 from headsteer_jax.sae.metrics import measure_autoencoders
 from headsteer_jax.sae.residuals import (
     LabelledResiduals,
@@ -64,8 +64,6 @@ from headsteer_jax.steer.sweep import gate_jacobian, run_sweep
 from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, load_trained, train_model
 
 logger = logging.getLogger(__name__)
-
-INSPECTED_IMAGES = 16  # top images stored for each latent; the page shows config.report.top_images of them
 
 
 def activation_cache(config: Config, workdir: Workdir) -> str:
@@ -227,7 +225,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "steer", "every strategy, class and alpha on validation and test; the controls",
-            steer_stage, fields=(*TRAINED, "sae", "steer", "report.top_images"), reads=("train", "sae"),
+            steer_stage, fields=(*TRAINED, "sae", "steer"), reads=("train", "sae"),
             entries=("steering.json",), products=("sweep.nc",),
         ),
         Stage(

@@ -395,7 +395,7 @@ class ReportConfig(Section):
     top_latents: PositiveInt = 4
     """The number of latents that are shown for each of these classes."""
     top_images: PositiveInt = 8
-    """The number of images that are shown for each latent. The page latents.html shows at most 16."""
+    """The number of images that are shown for each latent, at most 16."""
     inside: PositiveInt = 500
     """The number of latents, the most class-selective ones, that latents.html shows with their images. The others are
     shown with numbers only."""

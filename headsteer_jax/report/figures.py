@@ -426,11 +426,12 @@ def draw_latents(m: ReportData) -> Figure:
 
 def _draw_top_images(m: ReportData, axes: Axes, latent: int, c: int) -> None:
     """Draw the training images that most activate a latent of the first seed, chosen for class `c`."""
-    indices = m.arrays["top_images"][latent]
+    count = m.config.report.top_images
+    indices = m.arrays["top_images"][latent, :count]
     strip = _image_strip(
         gather_images(m.dataset.train.images, indices),
         m.dataset.train.labels[indices] == c,
-        m.arrays["top_activations"][latent] > 0,
+        m.arrays["top_activations"][latent, :count] > 0,
     )
     axes.imshow(strip, interpolation="none", aspect="equal", clip_on=False)  # clips differ in their last digits
     axes.set_anchor("W")

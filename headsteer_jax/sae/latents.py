@@ -18,6 +18,7 @@ from headsteer_jax.sae.residuals import LabelledResiduals
 Arrays = dict[str, np.ndarray]
 
 ROWS_AT_ONCE = 4096  # residuals encoded at once
+INSPECTED_IMAGES = 16  # top images that are stored for each latent; pages show config.report.top_images of them
 
 
 class TopImages(NamedTuple):

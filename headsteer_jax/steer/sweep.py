@@ -25,6 +25,7 @@ from headsteer_jax.model.passes import Program
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
+from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
@@ -332,7 +333,7 @@ def _choose_latents(
         )
         if seed == 0:
             class_frequency = stats.class_frequency.astype(np.float32)
-            top_images, top_activations = _top_images(z_NF, config.report.top_images)
+            top_images, top_activations = _top_images(z_NF, INSPECTED_IMAGES)
         versions = [stats, *(_without_fold(stats, fold_N, fold) for fold in (0, 1))]
         steered.append([])
         crossed.append([])
