@@ -57,8 +57,8 @@ class Stage:
     run: Callable[[Config, Dataset, Workdir], None]
     fields: tuple[str, ...]
     """The sections and fields of the config that its results depend on."""
-    entries: tuple[str, ...]
-    """Patterns of the names that it makes in its directory, beside started.json and done.json."""
+    entries: tuple[str, ...] = ()
+    """Patterns of the names that it makes in its directory: when it is made again, others count as the user's."""
     products: tuple[str, ...] = ()
     """The files and directories that it makes in the workdir itself."""
     file: str = ""

@@ -44,7 +44,8 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
     """Put a stage's complete new results in the place of the old ones; do nothing if there are none.
 
     Args:
-      entries: patterns of the names that the stage makes in its directory; others are the user's.
+      entries: patterns of the names that the stage makes in its directory, in addition to those of the new results;
+        other names are the user's.
       products: what the stage makes in the workdir itself, and in the new directory while it is made anew.
 
     Raises:
@@ -53,7 +54,10 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
     new, old = locate_new(workdir, name), workdir.path / name
     removed = old.with_name(f".{name}.removed")
     with explain_errors(old):
-        if not (new / "done.json").exists():
+        complete = locate_complete(workdir, name)
+        if complete.exists():
+            entries = (*entries, *(entry.name for entry in complete.iterdir()))
+        if complete != new:
             if removed.exists():  # the last step of a replacement was interrupted
                 remove_stage(removed, entries)
             return
