@@ -12,8 +12,8 @@ twice, first to compile and then to be timed, and checks that both agree. The ot
 
 `kill` and `terminate` interrupt a run again and again, at random moments or while a file is written, until it has
 finished. With --overwrite the run replaces one of another seed; after each interruption every stage must be completely
-old or completely new. `damage` changes a bit of a checkpoint or cuts a file of it short, and then runs the command or (--direct)
-restores in this process. `full` (Linux, as root) runs a stage on a small disk, which it then enlarges.
+old or completely new. `damage` changes a bit of a checkpoint or cuts a file of it short, and then runs the command or
+(--direct) restores in this process. `full` (Linux, as root) runs a stage on a small disk, which it then enlarges.
 
 DIR/trials.jsonl has a line for each trial. A trial that has its line is not repeated, so a new version of the program
 needs a new DIR. A trial that fails keeps its directory in DIR/trials. The last line printed is one JSON object with the
@@ -71,9 +71,8 @@ PATIENCE = 60.0  # seconds that a terminated run may take to end
 LONGEST = 900.0  # seconds that any run may take
 STARTING = 10.0  # seconds within which SIGTERM may end Python itself, before the program could hear it
 SHOWN = 12  # differences that are listed: one bit reaches every parameter within a step
-TEMPORARY = re.compile(
-    r"\.orbax-checkpoint-tmp|^\.[^.].*\.(?!new$)\w+$|\.__lock$"
-)  # of orbax, of this package, of TensorStore
+# of orbax, of this package, of TensorStore
+TEMPORARY = re.compile(r"\.orbax-checkpoint-tmp|^\.[^.].*\.(?!new$)\w+$|\.__lock$")
 CONFIG = '''"""A run of about a minute that saves often."""
 
 from headsteer_jax.config import (
