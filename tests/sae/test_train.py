@@ -72,9 +72,11 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
         state, new_curves = run(state, u, epochs=2)
         for name in curves:
             curves[name][epoch : epoch + 2] = new_curves[name]
-    checkpoints.save(20, (train.state_to_checkpoint(state, 3), curves), {})
+    checkpoints.save(20, (train.state_to_checkpoint(state, 3), curves), {"data": "a hash"})
     checkpoints.close()
-    resumed = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "parts")
+    with pytest.raises(HeadSteerError, match="checkpoints: the data have changed since this checkpoint; use the data"):
+        train.train_members(config, members, ResidualsInMemory(x), tmp_path / "parts", data="another hash")
+    resumed = train.train_members(config, members, ResidualsInMemory(x), tmp_path / "parts", data="a hash")
     chex.assert_trees_all_equal(resumed.weights, whole.weights)
     chex.assert_trees_all_equal(resumed.curves, whole.curves)
 

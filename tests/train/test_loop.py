@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import chex
 import jax
@@ -202,7 +203,27 @@ def test_missing_checkpoint(dataset, finished_training, tmp_path):
     shutil.copytree(finished_training, directory)
     shutil.rmtree(directory / "gated" / "last")
     with pytest.raises(HeadSteerError, match="no checkpoint"):
-        loop.load_trained(with_train(), dataset, directory)
+        loop.load_trained(with_train(), len(dataset.class_names), directory)
+
+
+def test_a_checkpoint_knows_its_data(dataset, finished_training, tmp_path):
+    directory = shutil.copytree(finished_training, tmp_path / "copy")
+    names = ("zebra", *dataset.class_names[1:])
+    text = rf"dense/last: the data have changed since this checkpoint: class '{dataset.class_names[0]}' is now 'zebra'"
+    with pytest.raises(HeadSteerError, match=text):
+        loop.train_model(with_train(), replace(dataset, class_names=names), directory)
+    fewer = Split(dataset.train.images[1:], dataset.train.labels[1:])
+    with pytest.raises(HeadSteerError, match=r"since this checkpoint: 1 image fewer in train \(class "):
+        loop.train_model(with_train(), replace(dataset, train=fewer), directory)
+
+
+def test_training_that_has_begun_needs_no_backbone(dataset, finished_training, tmp_path):
+    directory = shutil.copytree(finished_training, tmp_path / "copy")
+    config = with_train()
+    gone = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "gone.safetensors"})})
+    loop.train_model(gone, dataset, directory)
+    with pytest.raises(HeadSteerError, match=r"gone\.safetensors: no such file"):
+        loop.train_model(gone, dataset, tmp_path / "new")
 
 
 def test_gates_have_a_learning_rate_of_their_own():
