@@ -60,7 +60,7 @@ class Stage:
     entries: tuple[str, ...] = ()
     """Patterns of the names that it makes in its directory: when it is made again, others count as the user's."""
     products: tuple[str, ...] = ()
-    """The files and directories that it makes in the workdir itself."""
+    """The files that it can make in the workdir itself."""
     file: str = ""
     """The field, one of FILES, that names a file which it reads."""
     reads: tuple[str, ...] = ()
@@ -235,7 +235,7 @@ def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
     if before is not None and not _explain_difference(before, record, stage):
         record = before
     else:
-        discard_new(workdir, stage.name, (*stage.entries, *stage.products))
+        discard_new(workdir, stage.name, stage.entries, stage.products)
         make_directory(started.parent)
         write_json(started, record)
     if plan.action == "make":
@@ -257,7 +257,9 @@ def finish_stage(record: dict[str, Any], workdir: Workdir, plan: Plan, config: C
     stage = plan.stage
     finished = datetime.datetime.now(datetime.UTC).isoformat()
     done = record | {"finished": finished, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
-    write_json(stage_workdir(workdir, plan) / f"{stage.name}/done.json", done)
+    target = stage_workdir(workdir, plan)
+    done["products"] = [product for product in stage.products if (target / product).exists()]
+    write_json(target / f"{stage.name}/done.json", done)
     if plan.action == "replace":
         replace_stage(workdir, stage.name, stage.entries, stage.products)
         write_config(config, workdir)

@@ -20,7 +20,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.files import Workdir, is_in_bucket
-from headsteer_jax.runtime.staging import is_stage_directory, locate_new
+from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locate_new
 from headsteer_jax.sae.store import import_autoencoder
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
 from headsteer_jax.train.loop import abstract_params
@@ -57,7 +57,7 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
         check_directory(path / stage.name)
     if any(is_stage_directory(path / stage.name) for stage in stages):
         return
-    for name in (*OTHER_NAMES, *(product for stage in stages for product in stage.products)):
+    for name in (*OTHER_NAMES, *first_parts([product for stage in stages for product in stage.products])):
         if (path / name).exists():
             raise HeadSteerError(
                 f"{path / name}: exists, but no run was started in {path}; choose another --workdir, so that nothing "

@@ -40,6 +40,7 @@ from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
+from headsteer_jax.report.figures import FIGURE_FILES
 from headsteer_jax.report.page import write_pages
 from headsteer_jax.runtime import hosts, preemption
 from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_json, write_text
@@ -237,7 +238,7 @@ STAGES: dict[str, Stage] = {
             "report", "summary.json, figures/, report.html and latents.html",
             report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "report"),
             reads=("train", "sae", "grid", "steer", "layers"),
-            entries=(), products=("summary.json", "report.html", "latents.html", "figures"),
+            entries=(), products=("summary.json", "report.html", "latents.html", *FIGURE_FILES),
         ),
     )
 }  # fmt: skip

@@ -132,7 +132,7 @@ def test_a_changed_field_is_named_and_overwrite_redoes_what_depends_on_it(finish
         (("--config.sae.pretrained=saelens:nowhere", "--config.sae.seeds=1"), ["nowhere", "no such file"]),
         (("--config.steer.strategies=clas",), ["'clas'"]),
         (("--config.train.batch=4000",), ["config.train.batch = 4000: must be at most the"]),
-        (("--config.machine.data=64",), ["config.machine.data = 64"]),
+        (("--config.machine.data=64", "--seed=1"), ["config.machine.data: the mesh has 64 x 1 devices"]),
     ],
 )
 def test_a_refused_overwrite_leaves_everything_as_it_was(finished, tmp_path, fields, texts):

@@ -625,6 +625,7 @@ FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
     "sae": draw_sae,
     "grid": draw_grid,
 }
+FIGURE_FILES = tuple(f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
 
 
 def render_figure(m: ReportData, name: str) -> dict[str, bytes] | None:

@@ -1,9 +1,10 @@
 """A stage that is made again: beside the old one, which goes only when the new one is complete.
 
-The new results of the stage NAME are written to `.NAME.new` in the workdir. Once that holds done.json, it is complete,
-and `replace_stage` puts it in the old one's place. If the process dies between two of its steps, the next run takes
-them again: at every moment the old results or the new ones are complete on the disk. Entries of the old directory that
-HeadSteer did not make are never deleted: they move into the new directory.
+The new results of the stage NAME are written to `.NAME.new` in the workdir. Once that holds done.json, which lists what
+the stage makes outside of its directory (`products`), it is complete, and `replace_stage` puts it in the old one's
+place. If the process dies between two of its steps, the next run takes them again: at every moment the old results or
+the new ones are complete on the disk. Entries of the old directory that HeadSteer did not make are never deleted: they
+move into the new directory.
 """
 
 import fnmatch
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from etils.epath import Path
 
 from headsteer_jax.errors import HeadSteerError, explain_errors
-from headsteer_jax.runtime.files import Workdir, is_in_bucket
+from headsteer_jax.runtime.files import Workdir, is_in_bucket, read_json
 
 MARKERS = ("started.json", "done.json")  # the files that make a directory a stage's
 
@@ -37,7 +38,12 @@ def is_stage_directory(directory: Path) -> bool:
 def redirect_stage(workdir: Workdir, name: str, products: Sequence[str]) -> Workdir:
     """Return a workdir in which a stage's directory, and its products outside of it, are those that are made anew."""
     new = locate_new(workdir, name).name
-    return Workdir(workdir.path, {name: new} | {product: f"{new}/{product}" for product in products})
+    return Workdir(workdir.path, {name: new} | {first: f"{new}/{first}" for first in first_parts(products)})
+
+
+def first_parts(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return the first parts of paths such as `figures/front.png`, each once."""
+    return tuple(dict.fromkeys(path.partition("/")[0] for path in paths))
 
 
 def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products: Sequence[str]) -> None:
@@ -46,7 +52,8 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
     Args:
       entries: patterns of the names that the stage makes in its directory, in addition to those of the new results;
         other names are the user's.
-      products: what the stage makes in the workdir itself, and in the new directory while it is made anew.
+      products: the files that the stage can make in the workdir itself, and in the new directory while it is made anew.
+        Old ones that it did not make again are deleted.
 
     Raises:
       HeadSteerError: the disk is full or not writable; the same command then continues.
@@ -64,13 +71,21 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
         if is_in_bucket(old):
             _replace_in_bucket(new, old, entries, products)
             return
+        made = read_json(new / "done.json")["products"]
         for product in products:
-            _move(new / product, workdir.path / product)
+            if product not in made:
+                (workdir.path / product).unlink(missing_ok=True)
+            elif (new / product).exists():  # otherwise an interrupted replacement has moved it
+                (workdir.path / product).parent.mkdir(exist_ok=True)
+                os.replace(new / product, workdir.path / product)
+        for directory in {(new / product).parent for product in products} - {new}:
+            if directory.exists():
+                directory.rmdir()
         if old.exists():
             if removed.exists():
                 remove_stage(removed, entries)
             for entry in _foreign_entries(old, entries):
-                _move(entry, new / entry.name)
+                entry.rename(new / entry.name)
             old.rename(removed)
         new.rename(old)
         if removed.exists():
@@ -80,9 +95,12 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
 def _replace_in_bucket(new: Path, old: Path, entries: Sequence[str], products: Sequence[str]) -> None:
     """Copy a stage's new results to the old ones' place, done.json last, then delete them: a bucket has no renames."""
     remove_stage(old, entries)
+    outside = first_parts(products)
+    for product in set(products) - set(read_json(new / "done.json")["products"]):
+        (old.parent / product).unlink(missing_ok=True)
     for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "done.json"):
-        _copy_objects(entry, (old.parent if entry.name in products else old) / entry.name)
-    remove_stage(new, (*entries, *products))
+        _copy_objects(entry, (old.parent if entry.name in outside else old) / entry.name)
+    remove_stage(new, (*entries, *outside))
 
 
 def _copy_objects(source: Path, target: Path) -> None:
@@ -94,11 +112,11 @@ def _copy_objects(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
 
 
-def discard_new(workdir: Workdir, name: str, entries: Sequence[str]) -> None:
+def discard_new(workdir: Workdir, name: str, entries: Sequence[str], products: Sequence[str]) -> None:
     """Delete the unfinished new results of a stage, for instance because they belong to an earlier config."""
     new = locate_new(workdir, name)
     if is_stage_directory(new):
-        remove_stage(new, entries)
+        remove_stage(new, (*entries, *first_parts(products)))
 
 
 def remove_stage(directory: Path, entries: Sequence[str]) -> None:
@@ -142,14 +160,3 @@ def _foreign_entries(directory: Path, entries: Sequence[str]) -> list[Path]:
 
 def _is_link(path: Path) -> bool:
     return not is_in_bucket(path) and os.path.islink(path)
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move a file, or the files of a directory one by one, on one disk; a file at the target is replaced."""
-    if source.is_dir() and not _is_link(source):
-        target.mkdir(parents=True, exist_ok=True)
-        for entry in source.iterdir():
-            _move(entry, target / entry.name)
-        source.rmdir()
-    elif os.path.lexists(source):
-        os.replace(source, target)

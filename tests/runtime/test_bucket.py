@@ -99,11 +99,11 @@ assert not (root / ".lock").exists()
 workdir = Workdir(root)
 for target, content in ((workdir, "old"), (redirect_stage(workdir, "stage", ("sweep.nc",)), "new")):
     for name in ("stage/started.json", "stage/last/x.json", "sweep.nc", "stage/done.json"):
-        write_json(target / name, content)
+        write_json(target / name, {"products": ["sweep.nc"], "content": content})
 write_json(root / "stage" / "notes.json", "the user's")
 replace_stage(workdir, "stage", ("last",), ("sweep.nc",))
 for name in ("stage/started.json", "stage/last/x.json", "sweep.nc", "stage/done.json"):
-    assert read_json(root / name) == "new"
+    assert read_json(root / name)["content"] == "new"
 assert read_json(root / "stage" / "notes.json") == "the user's"
 assert not (root / ".stage.new").exists()
 remove_stage(root / "stage", ("last", "notes.json"))

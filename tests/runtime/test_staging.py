@@ -21,15 +21,15 @@ from headsteer_jax.runtime.staging import (
     replace_stage,
 )
 
-ENTRIES, PRODUCTS = ("result", "checkpoints"), ("sweep.nc", "figures")
+ENTRIES, PRODUCTS = ("result", "checkpoints"), ("sweep.nc", "figures/front.png", "figures/old.png")
 
 
 class Killed(BaseException):
     """The process dies here."""
 
 
-def make(workdir: Workdir, content: str, done: bool = True) -> None:
-    """Make a stage with two entries and two products."""
+def make(workdir: Workdir, content: str) -> None:
+    """Make a stage with two entries, and with products."""
     (workdir / "steer/checkpoints/4").mkdir(parents=True)
     workdir.write_json("steer/started.json", content)
     (workdir / "steer/checkpoints/4/x").write_text(content)
@@ -37,8 +37,10 @@ def make(workdir: Workdir, content: str, done: bool = True) -> None:
     workdir.write_text("sweep.nc", content)
     (workdir / "figures").mkdir(exist_ok=True)
     workdir.write_text("figures/front.png", content)
-    if done:
-        workdir.write_json("steer/done.json", content)
+    if content == "old":
+        workdir.write_text("figures/old.png", content)  # the new results have none
+    made = [product for product in PRODUCTS if (workdir / product).exists()]
+    workdir.write_json("steer/done.json", {"products": made})
 
 
 @pytest.fixture
@@ -54,11 +56,12 @@ def workdir(tmp_path: Path) -> Workdir:
 
 def contents(workdir: Workdir) -> dict[str, str]:
     path = Path(workdir.path)
-    return {str(file.relative_to(path)): file.read_text().strip('"\n') for file in path.rglob("*") if file.is_file()}
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != "done.json")
+    return {str(file.relative_to(path)): file.read_text().strip('"\n') for file in files}
 
 
 REPLACED = {
-    "steer/started.json": "new", "steer/done.json": "new", "steer/result": "new", "steer/checkpoints/4/x": "new",
+    "steer/started.json": "new", "steer/result": "new", "steer/checkpoints/4/x": "new",
     "steer/notes.txt": "the user's", "sweep.nc": "new", "figures/front.png": "new", "figures/mine.png": "the user's",
 }  # fmt: skip
 
@@ -67,7 +70,7 @@ def test_new_results_take_the_place_of_the_old_ones(workdir: Workdir) -> None:
     before = contents(workdir)
     assert {name: before[name] for name in before if not name.startswith(".")} == {
         name: "old" if text == "new" else text for name, text in REPLACED.items()
-    }
+    } | {"figures/old.png": "old"}
     replace_stage(workdir, "steer", ENTRIES, PRODUCTS)
     assert contents(workdir) == REPLACED
     assert not [path for path in Path(workdir.path).iterdir() if path.name.startswith(".")]
@@ -81,7 +84,7 @@ def test_unfinished_results_replace_nothing(workdir: Workdir) -> None:
     replace_stage(workdir, "steer", ENTRIES, PRODUCTS)
     assert contents(workdir) == before
     assert locate_complete(workdir, "steer") == workdir / "steer"
-    discard_new(workdir, "steer", (*ENTRIES, *PRODUCTS))
+    discard_new(workdir, "steer", ENTRIES, PRODUCTS)
     assert contents(workdir) == {name: text for name, text in before.items() if not name.startswith(".")}
 
 
@@ -119,7 +122,7 @@ def test_at_every_moment_the_old_or_the_new_results_are_complete(
         except Killed:
             die_at[0], deaths = 10**9, deaths + 1
             complete = locate_complete(workdir, "steer")
-            texts = {(complete / name).read_text().strip('"\n') for name in ("started.json", "done.json", "result")}
+            texts = {(complete / name).read_text().strip('"\n') for name in ("started.json", "result")}
             assert texts == {"new"}
             replace_stage(workdir, "steer", ENTRIES, PRODUCTS)
         expected = {name: text for name, text in REPLACED.items() if text == "new"}
