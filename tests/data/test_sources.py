@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headsteer_jax.config import Config, DataConfig
-from headsteer_jax.data import sources
+from headsteer_jax.data import tfds as tfds_source
 from headsteer_jax.data.batches import batch_indices, prefetch
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split, gather_images, related_pairs, stratified_cut
 from headsteer_jax.data.sources import SOURCES, Source, check_source, load_dataset
@@ -555,7 +555,7 @@ def test_an_image_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
 
 
 def test_preparing_needs_tensorflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HeadSteerError) as error:
         load_dataset(config("tfds", tmp_path, name="cifar100"), seed=0)
     one_line(error, "cifar100", tmp_path, "pip install 'headsteer-jax[prepare]'")
@@ -583,7 +583,7 @@ def test_what_is_not_prepared_is_downloaded(online: bool, tmp_path: Path, monkey
         assert (name, data_dir, file_format) == ("cifar100", str(tmp_path), "array_record")
         return Builder()
 
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(tfds, "builder", builder)
     cfg = config("tfds", tmp_path, name="cifar100")
     if online:
