@@ -65,12 +65,10 @@ def read_folder(config: DataConfig) -> RawData:
             f"{_show(train)}: there is no directory in it; it needs one for each class with its images"
         )
     reasons = {name: _explain_missing_labels(path, classes) for name, path in directories.items()}
-    names = choose_splits(
-        _show(root),
-        [name for name, reason in reasons.items() if not reason],
-        {name: reason for name, reason in reasons.items() if reason},
-        config.splits,
-    )
+    labelled = [name for name, reason in reasons.items() if not reason]
+    unlabelled = {name: reason for name, reason in reasons.items() if reason}
+    unlabelled |= dict.fromkeys(_list_others(root, list(directories.values())), "its name is not a split's")
+    names = choose_splits(_show(root), labelled, unlabelled, config.splits)
     listed = [_list_split(directories[name], classes) if name else None for name in names]
     size = _find_common_size([split for split in listed if split])
     width, height = size or (config.image_size, config.image_size)
@@ -126,10 +124,7 @@ def _find_root(path: Path, splits: Sequence[str]) -> Path:
 
 
 def _list_candidates(root: Path, splits: Sequence[str]) -> dict[str, Path]:
-    """Return the directories of the splits that are there, by name: those named by the config, or the usual ones.
-
-    Directories with other names are logged.
-    """
+    """Return the directories of the splits that are there, by name: those named by the config, or the usual ones."""
     present = {directory.name: directory for directory in _list_directories(root)}
     if splits:
         by_case = {name.casefold(): path for name, path in present.items()}
@@ -138,6 +133,15 @@ def _list_candidates(root: Path, splits: Sequence[str]) -> dict[str, Path]:
     else:
         found = {name: path for name, path in present.items() if name.casefold() in USUAL_NAMES}
     return {name: _skip_repeated_level(path) for name, path in found.items()}
+
+
+def _list_others(root: Path, splits: Sequence[Path]) -> list[str]:
+    """List the names of the directories that are no split, and neither hold one nor lie in one."""
+    return [
+        other.name
+        for other in _list_directories(root)
+        if not any(other == split or other in split.parents or split in other.parents for split in splits)
+    ]
 
 
 def _skip_repeated_level(split: Path) -> Path:

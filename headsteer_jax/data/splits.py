@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headsteer_jax.data.dataset import Split
+from headsteer_jax.data.names import normalise_name
 from headsteer_jax.errors import HeadSteerError
 
 logger = logging.getLogger(__name__)
@@ -100,14 +101,16 @@ def _find_wanted(origin: str, name: str, labelled: Sequence[str], unlabelled: Ma
 
 
 def _list_splits(labelled: Sequence[str], unlabelled: Mapping[str, str]) -> str:
-    listed = [*labelled, *(f"{name} (no labels: {reason})" for name, reason in unlabelled.items())]
+    listed = [*map(normalise_name, labelled), *(f"{name} ({reason})" for name, reason in unlabelled.items())]
     return f"it has {', '.join(listed) or 'no split at all'}"
 
 
 def _log_choice(origin: str, names: SplitNames, labelled: Sequence[str], unlabelled: Mapping[str, str]) -> None:
     """Log which splits are read, and every one that is not."""
-    cut = f"cut from {names.train}"
-    chosen = f"train is {names.train}, validation {names.validation or cut}, test {names.test or cut}"
-    left = [f"{name} is passed over" for name in labelled if name not in names]
-    left += [f"{name} is passed over ({reason})" for name, reason in unlabelled.items()]
+    chosen = ", ".join(
+        f"{role} from {normalise_name(name)!r}" if name else f"{role} cut from train"
+        for role, name in names._asdict().items()
+    )
+    left = [f"{normalise_name(name)!r} is passed over" for name in labelled if name not in names]
+    left += [f"{normalise_name(name)!r} is passed over ({reason})" for name, reason in unlabelled.items()]
     logger.info(f"{origin}: {'; '.join([chosen, *left])}")
