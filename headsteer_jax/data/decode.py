@@ -5,6 +5,7 @@ Everything is read by Pillow. Whatever is wrong with an image is one line that n
 
 import functools
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Many published photographs have damaged metadata, beside which the pixels are whole: nothing needs to be said.
+warnings.filterwarnings("ignore", "(?i).*corrupt exif data", UserWarning)
 
 END_OF_JPEG = b"\xff\xd9"
 TAIL_BYTES = 1024  # of a JPEG, in which its end is looked for: some cameras and sites append a few bytes
@@ -122,10 +126,25 @@ def read_size(path: str | Path) -> tuple[int, int]:
       HeadSteerError: it is no image, or its pixels do not have 8 bits.
     """
     with open_image(path, str(path)) as image:
-        if image.width != image.height and image.format in ("PNG", "TIFF"):
-            image.load()  # the orientation may come after the pixels
+        if image.width == image.height:
+            return image.size
+        if image.format == "PNG" and not _has_metadata(path):
+            return image.size  # Pillow would decode it to look for metadata
+        if image.format in ("PNG", "TIFF"):
+            image.load()
         size = image.size
         return size[::-1] if read_orientation(image) >= 5 else size
+
+
+def _has_metadata(path: str | Path) -> bool:
+    """Say whether a PNG has EXIF metadata, which may come after its pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)  # the signature
+        while len(header := file.read(8)) == 8:  # each chunk: length, type, content, checksum
+            if header[4:] == b"eXIf":
+                return True
+            file.seek(int.from_bytes(header[:4]) + 4, io.SEEK_CUR)
+    return False
 
 
 def verify_image(file: str | Path | bytes, culprit: str) -> None:

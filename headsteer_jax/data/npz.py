@@ -42,7 +42,7 @@ def read_npz(config: DataConfig) -> RawData:
         unlabelled = {
             name: f"there is no array {keys[name][1]!r}" if found is None else "every label is -1"
             for name, found in labels.items()
-            if found is None or (len(found) and np.all(found == -1))
+            if found is None or (found.size and np.all(found == -1))
         }
         if not keys:
             held = ", ".join(map(normalise_name, file.files)) or "none"

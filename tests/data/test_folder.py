@@ -1,5 +1,6 @@
 """The source folder: the layouts that people have, what is passed over and said, and names of every kind."""
 
+import contextlib
 import os
 import shutil
 import unicodedata
@@ -124,7 +125,7 @@ def test_classes_without_splits_are_cut_if_the_config_says_so(wrapped: str, tmp_
     dataset = load(root / wrapped, splits=(".",), test_fraction=0.3, validation_fraction=0.3)
     parts = [values(split) for split in (dataset.train, dataset.validation, dataset.test)]
     assert [len(part) for part in parts] == [10, 4, 6]
-    assert sorted(sum(parts, [])) == list(range(20))
+    assert sorted(value for part in parts for value in part) == list(range(20))
     assert values(load(root / wrapped, splits=(".",), test_fraction=0.3).test) == parts[2]
     for cut, count in ((".", 2), (".", 1)):  # a class needs an image in each of three splits
         small = write(tmp_path / f"small{count}", ".", count=count)
@@ -187,9 +188,8 @@ def test_tiny_imagenet_as_it_is_published(tmp_path: Path, caplog: pytest.LogCapt
     save(root / "val" / "images" / "val_7.png", 90)
     save(root / "test" / "images" / "test_0.png", 99)
     labels = read_labels(load(tmp_path))
-    assert labels == {0: "n01443537", 1: "n01443537", 2: "n01443537", 3: "n01629819", 4: "n01629819", 5: "n01629819"} | {
-        20: "n01629819", 21: "n01443537", 22: "n01629819",
-    }  # fmt: skip
+    in_train = {number: "n01443537" if number < 3 else "n01629819" for number in range(6)}
+    assert labels == in_train | {20: "n01629819", 21: "n01443537", 22: "n01629819"}
     assert "2 .txt" in caplog.text
     assert "1 not in val_annotations.txt (images/val_7.png)" in caplog.text
     assert "'test' is passed over" in caplog.text
@@ -291,7 +291,9 @@ def test_nested_directories_belong_to_their_class(tmp_path: Path, caplog: pytest
         (tmp_path / split / "cat" / "2.png").rename(tmp_path / split / "cat" / "batch_2" / "b" / "2.png")
     deep = load(tmp_path)
     assert read_labels(deep) == read_labels(flat)
-    assert "1 images lie in 1 directories within those of the classes, to which they belong (cat/batch_2/b)" in caplog.text
+    assert (
+        "1 images lie in 1 directories within those of the classes, to which they belong (cat/batch_2/b)" in caplog.text
+    )
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,8 +322,8 @@ def test_names_are_the_same_in_every_unicode_form(tmp_path: Path) -> None:
 
 
 ODD_NAMES = [
-    "a,b", "a [b]", "(c)", "<script>", "a|b", "a=b", "a\nb", "a\tb", " ", "-", "%s", "{x}", "'", '"', "$(ls)", "~", "日本",
-    "é", "x" * 255, "CON", "👍", "\u202eabc", "a\u2028b",
+    "a,b", "a [b]", "(c)", "<script>", "a|b", "a=b", "a\nb", "a\tb", " ", "-", "%s", "{x}", "'", '"', "$(ls)", "~", "é",
+    "日本", "x" * 255, "CON", "👍", "\u202eabc", "a\u2028b",
 ]  # fmt: skip
 
 
@@ -341,7 +343,9 @@ def test_names_that_are_no_utf8_are_escaped(tmp_path: Path) -> None:
     for split, start in (("train", 0), ("test", 20)):
         write(tmp_path, split, start, classes=("cafe", "tea"))
         os.rename(os.fsencode(tmp_path / split / "cafe"), os.fsencode(tmp_path / split) + b"/caf\xe9")
-        os.rename(os.fsencode(tmp_path / split) + b"/caf\xe9/0.png", os.fsencode(tmp_path / split) + b"/caf\xe9/\xff.png")
+        os.rename(
+            os.fsencode(tmp_path / split) + b"/caf\xe9/0.png", os.fsencode(tmp_path / split) + b"/caf\xe9/\xff.png"
+        )
     dataset = load(tmp_path)
     assert dataset.class_names == ("caf\\xe9", "tea")
     "".join(dataset.class_names).encode()
@@ -358,7 +362,7 @@ NAME = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_tree_is_read_or_refused_in_one_line(tmp_path: Path, data: st.DataObject) -> None:
-    """Directories, links, and files of every content below two splits: no error but one line, and nothing is written."""
+    """Directories, links, and files of every content below splits: no error but one line, and nothing is written."""
     root = tmp_path / str(len(list(tmp_path.iterdir())))
     image = save_once(tmp_path.parent)
     names = data.draw(st.lists(NAME, min_size=1, max_size=4, unique_by=str.casefold))
@@ -370,14 +374,17 @@ def test_any_tree_is_read_or_refused_in_one_line(tmp_path: Path, data: st.DataOb
                 place.mkdir(exist_ok=True)
                 for number in range(data.draw(st.integers(0, 3))):
                     suffix = data.draw(st.sampled_from([".png", ".png", ".PNG", ".txt", ""]))
-                    (place / f"{number}{suffix}").write_bytes(data.draw(st.sampled_from([image, image, image, b"", b"x"])))
+                    (place / f"{number}{suffix}").write_bytes(
+                        data.draw(st.sampled_from([image, image, image, b"", b"x"]))
+                    )
             elif not place.exists():
                 data.draw(st.sampled_from([place.touch, lambda place=place: place.symlink_to("..")]))()
     before = sorted(path for path in root.rglob("*"))
-    try:
+    dataset = None
+    with contextlib.suppress(HeadSteerError):
         dataset = load(root)
-    except HeadSteerError as error:
-        assert is_one_line(str(error)), repr(str(error))
+    if dataset is None:
+        refused(root)
     else:
         assert len(dataset.class_names) >= 2
         for split in (dataset.train, dataset.validation, dataset.test):
