@@ -44,8 +44,8 @@ def verify_images(dataset: Dataset) -> None:
     if faults:
         for fault in faults[1:20]:
             logger.warning(fault)
-        others = f" ({len(faults)} of {sum(map(len, lazy))} images are damaged)" if len(faults) > 1 else ""
-        raise HeadSteerError(faults[0] + others)
+        count_note = f" ({len(faults)} of {sum(map(len, lazy))} images are damaged)" if len(faults) > 1 else ""
+        raise HeadSteerError(faults[0] + count_note)
 
 
 def check_input_range(dataset: Dataset, config: DataConfig) -> None:
@@ -57,11 +57,11 @@ def check_input_range(dataset: Dataset, config: DataConfig) -> None:
     count = len(dataset.train.labels)
     sample = np.unique(np.linspace(0, count - 1, min(count, SAMPLED_IMAGES)).astype(int))
     stored = gather_images(dataset.train.images, sample)
-    seen = np.asarray(preprocess(stored, config), np.float64)
-    mean, spread = seen.mean(), seen.std()
+    inputs = np.asarray(preprocess(stored, config), np.float64)
+    mean, spread = inputs.mean(), inputs.std()
     constant = np.ptp(stored.reshape(len(stored), -1), axis=1) == 0
     low, high = stored.min(), stored.max()
-    found = f"the model would see pixels with mean {mean:.4g} and spread {spread:.4g}"
+    measured = f"the model would see pixels with mean {mean:.4g} and spread {spread:.4g}"
     if constant.all():
         raise HeadSteerError(
             f"config.data: all pixels of an image are equal in each of {len(stored)} sampled training images ({low} to "
@@ -69,16 +69,16 @@ def check_input_range(dataset: Dataset, config: DataConfig) -> None:
         )
     if high <= 1:
         raise HeadSteerError(
-            f"config.data: the pixels of {len(stored)} sampled training images are only 0 and 1 of 255, and {found}; "
+            f"config.data: the pixels of {len(stored)} sampled training images are only 0 and 1 of 255 ({measured}); "
             "multiply images from 0 to 1 by 255 before they are converted to uint8"
         )
     if not LEAST_SPREAD <= spread <= MOST_SPREAD:
         raise HeadSteerError(
-            f"config.data.mean, config.data.std = {config.mean}, {config.std}: {found}, but a spread near 1 is usual; "
-            "give both for pixels from 0 to 1"
+            f"config.data.mean, config.data.std = {config.mean}, {config.std}: {measured}, but a spread near 1 "
+            "is usual; give both for pixels from 0 to 1"
         )
     if not USUAL_SPREAD[0] <= spread <= USUAL_SPREAD[1] or abs(mean) > 5 * max(1, spread):
-        logger.warning(f"{found}, but a mean near 0 and a spread near 1 are usual: check config.data.mean and std")
+        logger.warning(f"{measured}, but a mean near 0 and a spread near 1 are usual: check config.data.mean and std")
     if constant.mean() > 0.1:
         logger.warning(f"{constant.sum()} of {len(stored)} sampled training images have only one colour each")
 

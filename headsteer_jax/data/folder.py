@@ -129,10 +129,10 @@ def _list_candidates(root: Path, splits: Sequence[str]) -> dict[str, Path]:
     if splits:
         by_case = {name.casefold(): path for name, path in present.items()}
         named = {name: by_case.get(name.casefold(), root / name) for name in splits}
-        found = {name: path for name, path in named.items() if path.is_dir()}
+        by_name = {name: path for name, path in named.items() if path.is_dir()}
     else:
-        found = {name: path for name, path in present.items() if name.casefold() in USUAL_NAMES}
-    return {name: _skip_repeated_level(path) for name, path in found.items()}
+        by_name = {name: path for name, path in present.items() if name.casefold() in USUAL_NAMES}
+    return {name: _skip_repeated_level(path) for name, path in by_name.items()}
 
 
 def _list_others(root: Path, splits: Sequence[Path]) -> list[str]:
@@ -204,9 +204,9 @@ def _list_split(split: Path, classes: Mapping[str, Path]) -> SplitFiles:
     """
     inside = _list_classes(split)
     annotations = None if set(inside) & set(classes) else find_annotations(split)
-    found = SplitFiles(split, [], Counter(), {})
+    split_files = SplitFiles(split, [], Counter(), {})
     if annotations:
-        _list_annotated(found, annotations, classes)
+        _list_annotated(split_files, annotations, classes)
     else:
         unknown = set(inside) - set(classes)
         if unknown:
@@ -215,15 +215,15 @@ def _list_split(split: Path, classes: Mapping[str, Path]) -> SplitFiles:
             )
         for entry in sorted(os.scandir(split), key=lambda entry: entry.name):
             if not entry.is_dir() and not is_system_name(entry.name):
-                _pass_over(found, entry.name, "outside of the class directories")
+                _pass_over(split_files, entry.name, "outside of the class directories")
         for name, directory in inside.items():
-            for path, size in _walk(found, directory):
-                found.files.append(ImageFile(path, size, name))
-    _log_passed_over(found)
-    return found
+            for path, size in _walk(split_files, directory):
+                split_files.files.append(ImageFile(path, size, name))
+    _log_passed_over(split_files)
+    return split_files
 
 
-def _list_annotated(found: SplitFiles, annotations: Annotations, classes: Mapping[str, Path]) -> None:
+def _list_annotated(split_files: SplitFiles, annotations: Annotations, classes: Mapping[str, Path]) -> None:
     """List the image files of a split whose classes are in a file of its makers, class by class."""
     unknown = set(annotations.classes.values()) - set(classes)
     if unknown:
@@ -231,21 +231,21 @@ def _list_annotated(found: SplitFiles, annotations: Annotations, classes: Mappin
             f"{_show(annotations.file)}: the training split has no class {min(unknown)!r}; "
             "let the class directories of train have these names"
         )
-    logger.info(f"{_show(found.directory)}: the classes are those of {_show(annotations.file)}")
+    logger.info(f"{_show(split_files.directory)}: the classes are those of {_show(annotations.file)}")
     files = []
-    for path, size in _walk(found, found.directory):
+    for path, size in _walk(split_files, split_files.directory):
         class_name = annotations.classes.get(Path(path).stem)
         if class_name is None:
-            _pass_over(found, path, f"not in {annotations.file.name}")
+            _pass_over(split_files, path, f"not in {annotations.file.name}")
         else:
             files.append(ImageFile(path, size, class_name))
-    found.files.extend(sorted(files, key=lambda file: file.class_name))
+    split_files.files.extend(sorted(files, key=lambda file: file.class_name))
     missing = len(annotations.classes) - len(files)
     if missing > 0:
-        logger.warning(f"{_show(found.directory)}: {missing} images of {annotations.file.name} are not there")
+        logger.warning(f"{_show(split_files.directory)}: {missing} images of {annotations.file.name} are not there")
 
 
-def _walk(found: SplitFiles, directory: Path) -> Iterator[tuple[str, int]]:
+def _walk(split_files: SplitFiles, directory: Path) -> Iterator[tuple[str, int]]:
     """Yield the image files below a directory and their sizes in bytes, in the order of their normalised names.
 
     Paths are relative to the split's directory. Other files are counted as passed over, also what a link to a directory
@@ -260,21 +260,25 @@ def _walk(found: SplitFiles, directory: Path) -> Iterator[tuple[str, int]]:
 
     with explain_errors(_show(directory), "make all of it readable"):
         for place, directories, files in os.walk(directory, followlinks=True, onerror=refuse):
-            here = os.path.realpath(place)
-            is_above = here != real and os.path.commonpath([here, real]) == here
-            if here in visited or is_above:
+            real_place = os.path.realpath(place)
+            is_above = real_place != real and os.path.commonpath([real_place, real]) == real_place
+            if real_place in visited or is_above:
                 directories.clear()
-                _pass_over(found, os.path.relpath(place, found.directory), "links to a directory that is read anyway")
+                _pass_over(
+                    split_files,
+                    os.path.relpath(place, split_files.directory),
+                    "links to a directory that is read anyway",
+                )
                 continue
-            visited.add(here)
+            visited.add(real_place)
             directories[:] = sorted(name for name in directories if not is_system_name(name))
             for name in sorted(files):
-                path = os.path.relpath(os.path.join(place, name), found.directory)
+                path = os.path.relpath(os.path.join(place, name), split_files.directory)
                 if is_system_name(name):
                     continue
                 reason, size = _inspect_file(os.path.join(place, name))
                 if reason:
-                    _pass_over(found, path, reason)
+                    _pass_over(split_files, path, reason)
                 else:
                     images.append((normalise_name(path).split(os.sep), path, size))
     yield from ((path, size) for _, path, size in sorted(images))
@@ -292,31 +296,34 @@ def _inspect_file(path: str) -> tuple[str, int]:
     return ("" if stat.S_ISREG(status.st_mode) else "no regular files"), status.st_size
 
 
-def _pass_over(found: SplitFiles, path: str, reason: str) -> None:
-    found.passed_over[reason] += 1
-    found.examples.setdefault(reason, normalise_name(path))
+def _pass_over(split_files: SplitFiles, path: str, reason: str) -> None:
+    split_files.passed_over[reason] += 1
+    split_files.examples.setdefault(reason, normalise_name(path))
 
 
-def _log_passed_over(found: SplitFiles) -> None:
+def _log_passed_over(split_files: SplitFiles) -> None:
     """Log how many files of a split are passed over and why, which lie deeper, and which have more pictures."""
-    total, left = len(found.files) + found.passed_over.total(), found.passed_over.total()
-    if left:
-        counts = [f"{count} {reason} ({found.examples[reason]})" for reason, count in found.passed_over.most_common(5)]
-        others = ", ..." * (len(found.passed_over) > 5)
+    total, skipped = len(split_files.files) + split_files.passed_over.total(), split_files.passed_over.total()
+    if skipped:
+        counts = [
+            f"{count} {reason} ({split_files.examples[reason]})"
+            for reason, count in split_files.passed_over.most_common(5)
+        ]
+        ellipsis = ", ..." * (len(split_files.passed_over) > 5)
         logger.warning(
-            f"{_show(found.directory)}: {left} of {total} files are passed over: {', '.join(counts)}{others}"
+            f"{_show(split_files.directory)}: {skipped} of {total} files are passed over: {', '.join(counts)}{ellipsis}"
         )
     deeper = Counter(
-        os.path.dirname(file.path) for file in found.files if os.path.dirname(file.path).count(os.sep) > 0
+        os.path.dirname(file.path) for file in split_files.files if os.path.dirname(file.path).count(os.sep) > 0
     )  # fmt: skip
     if deeper:
         logger.info(
-            f"{_show(found.directory)}: {deeper.total()} images lie in {len(deeper)} directories within those of the "
-            f"classes, to which they belong ({normalise_name(min(deeper))})"
+            f"{_show(split_files.directory)}: {deeper.total()} images lie in {len(deeper)} directories within those of "
+            f"the classes, to which they belong ({normalise_name(min(deeper))})"
         )
-    animated = sum(file.path.lower().endswith((".gif", ".apng")) for file in found.files)
+    animated = sum(file.path.lower().endswith((".gif", ".apng")) for file in split_files.files)
     if animated:
-        logger.info(f"{_show(found.directory)}: of {animated} GIF or APNG files the first picture is read")
+        logger.info(f"{_show(split_files.directory)}: of {animated} GIF or APNG files the first picture is read")
 
 
 def _find_common_size(splits: Sequence[SplitFiles]) -> tuple[int, int] | None:
@@ -330,10 +337,10 @@ def _find_common_size(splits: Sequence[SplitFiles]) -> tuple[int, int] | None:
     return sizes.pop() if sizes else None
 
 
-def _make_split(found: SplitFiles, class_names: tuple[str, ...], shape: tuple[int, int, int], fit: bool) -> Split:
+def _make_split(split_files: SplitFiles, class_names: tuple[str, ...], shape: tuple[int, int, int], fit: bool) -> Split:
     """Make a lazy split of image files, their labels and keys; see `decode_image` for `shape` and `fit`."""
     labels = {name: label for label, name in enumerate(class_names)}
-    paths = [os.path.join(found.directory, file.path) for file in found.files]
+    paths = [os.path.join(split_files.directory, file.path) for file in split_files.files]
 
     def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
         return (decode_image(paths[i], paths[i], shape, fit) for i in indices)
@@ -349,8 +356,8 @@ def _make_split(found: SplitFiles, class_names: tuple[str, ...], shape: tuple[in
 
     return Split(
         LazyImages(decode, np.arange(len(paths)), shape, verify),
-        np.array([labels[file.class_name] for file in found.files], np.int32),
-        np.array([_make_key(file) for file in found.files], np.uint64),
+        np.array([labels[file.class_name] for file in split_files.files], np.int32),
+        np.array([_make_key(file) for file in split_files.files], np.uint64),
     )
 
 

@@ -40,9 +40,9 @@ def read_npz(config: DataConfig) -> RawData:
         keys = _find_splits(file.files)
         labels = {name: _read_labels(origin, file, *pair) for name, pair in keys.items()}
         unlabelled = {
-            name: f"there is no array {keys[name][1]!r}" if found is None else "every label is -1"
-            for name, found in labels.items()
-            if found is None or (found.size and np.all(found == -1))
+            name: f"there is no array {keys[name][1]!r}" if split_labels is None else "every label is -1"
+            for name, split_labels in labels.items()
+            if split_labels is None or (split_labels.size and np.all(split_labels == -1))
         }
         if not keys:
             held = ", ".join(map(normalise_name, file.files)) or "none"
@@ -76,8 +76,8 @@ def _find_splits(keys: list[str]) -> dict[str, tuple[str, str]]:
         for key in keys:
             if key.casefold().startswith(before) and key.casefold().endswith(after):
                 name = key[len(before) : len(key) - len(after)]
-                wanted = labels.format(name)
-                splits.setdefault(name, (key, by_case.get(wanted.casefold(), wanted)))
+                labels_key = labels.format(name)
+                splits.setdefault(name, (key, by_case.get(labels_key.casefold(), labels_key)))
     return splits
 
 
@@ -110,35 +110,35 @@ def clean_labels(culprit: str, labels: np.ndarray | None, count: int) -> np.ndar
 def _read_images(origin: str, key: str, images: np.ndarray, channels: int) -> np.ndarray:
     """Check an array of images and convert it to [N, height, width, channels] uint8."""
     shown = f"{origin}: {key} is {images.dtype} {list(images.shape)}"
-    wanted = "it should be uint8 [N, height, width] or [N, height, width, 1 or 3]"
+    expected = "it should be uint8 [N, height, width] or [N, height, width, 1 or 3]"
     if not images.size or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in CHANNELS):
         if images.ndim == 4 and images.shape[1] in CHANNELS:
             raise HeadSteerError(
-                f"{shown}: the channels come before the pixels; {wanted}: images.transpose(0, 2, 3, 1) makes it so"
+                f"{shown}: the channels come before the pixels; {expected}: images.transpose(0, 2, 3, 1) makes it so"
             )
-        raise HeadSteerError(f"{shown}; {wanted}")
+        raise HeadSteerError(f"{shown}; {expected}")
     if images.dtype != np.uint8:
-        images = _convert_to_bytes(images, shown, wanted)
+        images = _convert_to_bytes(images, shown, expected)
     images = images.reshape(*images.shape[:3], -1)
     if channels < images.shape[3]:
         return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
     return np.repeat(images, channels, axis=3) if channels > images.shape[3] else images
 
 
-def _convert_to_bytes(images: np.ndarray, shown: str, wanted: str) -> np.ndarray:
+def _convert_to_bytes(images: np.ndarray, shown: str, expected: str) -> np.ndarray:
     """Convert pixels of another type that are whole numbers from 0 to 255, and not all of them 0 and 1."""
     if images.dtype.kind not in "iufb":
-        raise HeadSteerError(f"{shown}; {wanted}")
+        raise HeadSteerError(f"{shown}; {expected}")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 255):
-        raise HeadSteerError(f"{shown}, with values from {low:g} to {high:g}; {wanted}, from 0 to 255")
+        raise HeadSteerError(f"{shown}, with values from {low:g} to {high:g}; {expected}, from 0 to 255")
     remedy = ""
     if high <= 1:
         remedy = "(255 * images).round().astype('uint8')"
     elif images.dtype.kind == "f" and not np.array_equal(images, np.round(images)):
         remedy = "images.round().astype('uint8')"
     if remedy:
-        raise HeadSteerError(f"{shown}, with values from {low:g} to {high:g}; {wanted}: {remedy} makes it so")
+        raise HeadSteerError(f"{shown}, with values from {low:g} to {high:g}; {expected}: {remedy} makes it so")
     return images.astype(np.uint8)
 
 

@@ -105,12 +105,12 @@ def cut_dataset(read: Callable[[DataConfig], RawData], config: DataConfig, seed:
             _check_labels(f"{origin}: {name}", split.labels, class_names, "add some or drop the class")
 
     def cut(split: Split, name: str, fraction: float, rng: np.random.Generator) -> tuple[Split, Split]:
-        kept, cut_off = (_select(split, indices) for indices in stratified_cut(split.labels, fraction, rng))
+        remaining, cut_off = (_select(split, indices) for indices in stratified_cut(split.labels, fraction, rng))
         remedy = "add one to train, which needs two: one is cut off"
         if raw.test is None:
             remedy = "add some to train, which needs three: one each is cut off for validation and test"
         _check_labels(f"{origin}: {name}", cut_off.labels, class_names, remedy)
-        return kept, cut_off
+        return remaining, cut_off
 
     rng = np.random.default_rng([seed, 0])
     train, validation, test = raw.train, raw.validation, raw.test
@@ -179,7 +179,7 @@ def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], 
 
 
 SOURCES = {
-    "double_digits": Source(lambda config, seed, memory: double_digits(config, seed), places=lambda config: []),
+    "double_digits": Source(lambda config, seed, memory: double_digits(config, seed)),
     "tfds": Source(functools.partial(cut_dataset, read_tfds), required="name", places=tfds_places),
     "folder": Source(functools.partial(cut_dataset, read_folder), required="path", places=folder_places),
     "npz": Source(functools.partial(cut_dataset, read_npz), required="path"),

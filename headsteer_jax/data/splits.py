@@ -38,7 +38,7 @@ class SplitNames(NamedTuple):
 
 
 def choose_splits(
-    origin: str, labelled: Sequence[str], unlabelled: Mapping[str, str], wanted: Sequence[str]
+    origin: str, labelled: Sequence[str], unlabelled: Mapping[str, str], configured: Sequence[str]
 ) -> SplitNames:
     """Choose the published splits that become train, validation and test; log the choice and what is passed over.
 
@@ -46,15 +46,15 @@ def choose_splits(
       origin: the dataset's name in errors and in the log.
       labelled: the names of the published splits with labels.
       unlabelled: the other published splits, each with the reason why it has no labels.
-      wanted: config.data.splits: the names of train and test; or of train, validation and test; or of one split from
-        which all three are cut. If it is empty, the usual names count.
+      configured: config.data.splits: the names of train and test; or of train, validation and test; or of one split
+        from which all three are cut. If it is empty, the usual names count.
 
     Raises:
       HeadSteerError: there is no such split, or it has no labels; or no usual name is there.
     """
-    if wanted:
-        found = [_find_wanted(origin, name, labelled, unlabelled) for name in wanted]
-        names = SplitNames(found[0], found[1] if len(found) == 3 else "", found[-1] if len(found) > 1 else "")
+    if configured:
+        chosen = [_find_named(origin, name, labelled, unlabelled) for name in configured]
+        names = SplitNames(chosen[0], chosen[1] if len(chosen) == 3 else "", chosen[-1] if len(chosen) > 1 else "")
     else:
         train, validation, test = (find_by_role(labelled, role) for role in (TRAIN_NAMES, VALIDATION_NAMES, TEST_NAMES))
         if not train:
@@ -83,25 +83,26 @@ def find_by_role(names: Sequence[str], role: Sequence[str]) -> str:
     return ""
 
 
-def _find_wanted(origin: str, name: str, labelled: Sequence[str], unlabelled: Mapping[str, str]) -> str:
+def _find_named(origin: str, name: str, labelled: Sequence[str], unlabelled: Mapping[str, str]) -> str:
     """Find a split by the name in config.data.splits, if need be in another case."""
-    for same in (lambda other: other == name, lambda other: other.casefold() == name.casefold()):
-        for other in labelled:
-            if same(other):
-                return other
-        for other, reason in unlabelled.items():
-            if same(other):
-                raise HeadSteerError(
-                    f"{origin}: the split {other!r} of config.data.splits has no labels ({reason}); "
-                    "name one with labels"
-                )
-    raise HeadSteerError(
-        f"{origin}: there is no split {name!r}, which config.data.splits names; {_list_splits(labelled, unlabelled)}"
-    )
+    published = (*unlabelled, *labelled)
+    found_name = name if name in published else {other.casefold(): other for other in published}.get(name.casefold())
+    if found_name is None:
+        held = _list_splits(labelled, unlabelled)
+        raise HeadSteerError(f"{origin}: there is no split {name!r}, which config.data.splits names; {held}")
+    if found_name in unlabelled:
+        raise HeadSteerError(
+            f"{origin}: the split {found_name!r} of config.data.splits has no labels ({unlabelled[found_name]}); "
+            "name one with labels"
+        )
+    return found_name
 
 
 def _list_splits(labelled: Sequence[str], unlabelled: Mapping[str, str]) -> str:
-    listed = [*map(normalise_name, labelled), *(f"{name} ({reason})" for name, reason in unlabelled.items())]
+    listed = [
+        *map(normalise_name, labelled),
+        *(f"{normalise_name(name)} ({reason})" for name, reason in unlabelled.items()),
+    ]
     return f"it has {', '.join(listed) or 'no split at all'}"
 
 
@@ -111,6 +112,6 @@ def _log_choice(origin: str, names: SplitNames, labelled: Sequence[str], unlabel
         f"{role} from {normalise_name(name)!r}" if name else f"{role} cut from train"
         for role, name in names._asdict().items()
     )
-    left = [f"{normalise_name(name)!r} is passed over" for name in labelled if name not in names]
-    left += [f"{normalise_name(name)!r} is passed over ({reason})" for name, reason in unlabelled.items()]
-    logger.info(f"{origin}: {'; '.join([chosen, *left])}")
+    passed_over = [f"{normalise_name(name)!r} is passed over" for name in labelled if name not in names]
+    passed_over += [f"{normalise_name(name)!r} is passed over ({reason})" for name, reason in unlabelled.items()]
+    logger.info(f"{origin}: {'; '.join([chosen, *passed_over])}")
