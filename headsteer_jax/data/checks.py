@@ -85,14 +85,15 @@ def check_input_range(dataset: Dataset, config: DataConfig) -> None:
 
 def warn_of_repeated_images(dataset: Dataset) -> None:
     """Warn in the log of pictures of validation and test that train has too; only splits in memory are compared."""
-    train = _hash_pictures(dataset.train)
+    train = set(_hash_pictures(dataset.train))
     for name, split in (("validation", dataset.validation), ("test", dataset.test)):
         repeated = sum(picture in train for picture in _hash_pictures(split)) if train else 0
         if repeated:
-            logger.warning(f"pictures of {name} that train has too: {repeated}; accuracies on {name} are too high")
+            logger.warning(f"{name}: {repeated} of {len(split.labels)} images are pictures that train has too")
 
 
-def _hash_pictures(split: Split) -> set[bytes]:
+def _hash_pictures(split: Split) -> list[bytes]:
+    """Hash the pixels of each image in memory; an empty list if the split is lazy."""
     if isinstance(split.images, LazyImages):
-        return set()
-    return {hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in split.images}
+        return []
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in split.images]

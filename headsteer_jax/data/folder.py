@@ -1,5 +1,6 @@
 """The source folder: a directory of images for each class, or one of the layouts of ImageNet and Tiny ImageNet."""
 
+import difflib
 import hashlib
 import logging
 import os
@@ -82,17 +83,17 @@ def read_folder(config: DataConfig) -> RawData:
 
 def folder_places(config: DataConfig) -> list[Path]:
     """Return the directories that hold the splits' images; the whole directory if none is there."""
-    path = Path(config.path).expanduser()
-    if not path.is_dir():
-        return [path]
+    path = Path(os.path.expanduser(config.path))
     with explain_errors(_show(path), "config.data.path should name a directory that you may read"):
+        if not path.is_dir():
+            return [path]
         root = _find_root(path, config.splits)
         return list(_list_candidates(root, config.splits).values()) or [root]
 
 
 def _check_directory(config: DataConfig) -> Path:
     """Check that config.data.path is a directory, and say what it is otherwise."""
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))
     with explain_errors(_show(path), "config.data.path should name a directory that you may read"):
         if path.is_dir():
             return path
@@ -163,8 +164,9 @@ def _advise(root: Path) -> str:
 
 def _list_directories(directory: Path) -> list[Path]:
     """List the directories in a directory, without hidden ones."""
-    with explain_errors(_show(directory), "config.data.path should name a directory that you may read"):
-        return sorted(path for path in directory.iterdir() if path.is_dir() and not is_system_name(path.name))
+    remedy = "config.data.path should name a directory that you may read"
+    with explain_errors(_show(directory), remedy), os.scandir(directory) as entries:  # no system call for each file
+        return sorted(Path(entry) for entry in entries if entry.is_dir() and not is_system_name(entry.name))
 
 
 def _list_classes(split: Path) -> dict[str, Path]:
@@ -210,8 +212,12 @@ def _list_split(split: Path, classes: Mapping[str, Path]) -> SplitFiles:
     else:
         unknown = set(inside) - set(classes)
         if unknown:
+            name = min(unknown)
+            spellings = {other.casefold(): other for other in classes}
+            close = difflib.get_close_matches(name.casefold(), spellings, n=1, cutoff=0.9)
+            advice = f" ({spellings[close[0]]!r} in another spelling?)" if close else ""
             raise HeadSteerError(
-                f"{_show(inside[min(unknown)])}: the training split has no such class; remove it or add training images"
+                f"{_show(inside[name])}: the training split has no such class{advice}; remove it or add training images"
             )
         for entry in sorted(os.scandir(split), key=lambda entry: entry.name):
             if not entry.is_dir() and not is_system_name(entry.name):
@@ -271,11 +277,12 @@ def _walk(split_files: SplitFiles, directory: Path) -> Iterator[tuple[str, int]]
                 )
                 continue
             visited.add(real_place)
+            place_in_split = os.path.relpath(place, split_files.directory)
             directories[:] = sorted(name for name in directories if not is_system_name(name))
             for name in sorted(files):
-                path = os.path.relpath(os.path.join(place, name), split_files.directory)
                 if is_system_name(name):
                     continue
+                path = name if place_in_split == "." else os.path.join(place_in_split, name)
                 reason, size = _inspect_file(os.path.join(place, name))
                 if reason:
                     _pass_over(split_files, path, reason)

@@ -1,5 +1,6 @@
 """The source npz: one file with the images and labels of every split, under the names of NumPy, MedMNIST or Keras."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def read_npz(config: DataConfig) -> RawData:
     Raises:
       HeadSteerError: an array is missing, damaged, or of another type or shape.
     """
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))
     origin = normalise_name(str(path))
     if path.is_dir():
         raise HeadSteerError(

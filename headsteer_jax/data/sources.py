@@ -6,6 +6,7 @@ train, stratified by class, before anything is fitted.
 
 import functools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +27,7 @@ from headsteer_jax.errors import HeadSteerError
 
 
 def _path_places(config: DataConfig) -> list[Path]:
-    return [Path(config.path).expanduser()] if config.path else []
+    return [Path(os.path.expanduser(config.path))] if config.path else []
 
 
 class Source(NamedTuple):

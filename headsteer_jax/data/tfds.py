@@ -62,7 +62,9 @@ def tfds_places(config: DataConfig) -> list[Path]:
     """Return the directory of the prepared dataset, unless it is in a bucket."""
     directory = config.path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"  # TFDS's own default
     return (
-        [] if "://" in directory else [Path(directory).expanduser() / config.name.partition("/")[0].partition(":")[0]]
+        []
+        if "://" in directory
+        else [Path(os.path.expanduser(directory)) / config.name.partition("/")[0].partition(":")[0]]
     )
 
 

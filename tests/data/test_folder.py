@@ -436,6 +436,18 @@ def test_what_may_not_be_read_is_named(place: str, tmp_path: Path) -> None:
     (tmp_path / place).chmod(0o755)
 
 
+def test_a_class_in_another_spelling_is_called_that(tmp_path: Path) -> None:
+    write(write(tmp_path, "train", classes=("Cat", "dog")), "test", classes=("cat", "dog"))
+    refused(tmp_path, "test/cat", "no such class ('Cat' in another spelling?)")
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_this_name/set", "x" * 5000, "a\0b", "a\nb"])
+def test_a_path_that_cannot_be_is_one_line(path: str) -> None:
+    refused(path, "config.data.path")
+    with contextlib.suppress(HeadSteerError):  # a refusal, but no other error
+        data_places(DataConfig(source="folder", path=path))
+
+
 # keys and places
 
 
