@@ -23,6 +23,8 @@ Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 MOST_HEADS = 12  # the most heads of a layer for which all 2^H head subsets are tried
+PIXEL_UNITS = "because pixels go from 0 to 1: divide numbers in units of 255 by 255"
+
 PATTERN_BITS = 30  # a head pattern is an int32 with one bit for each head
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
@@ -39,14 +41,19 @@ class DataConfig(Section):
 
     source: str = "double_digits"
     """The kind of dataset, a name in headsteer_jax.data.sources.SOURCES. double_digits: two handwritten digits on a
-    canvas, from scikit-learn. tfds: a dataset of TensorFlow Datasets. folder: images in PATH/train/CLASS/
-    and PATH/test/CLASS/. npz: one file with train_images, train_labels, test_images, test_labels and, optionally,
-    class_names."""
+    canvas, from scikit-learn. tfds: a dataset of TensorFlow Datasets. folder: images in PATH/SPLIT/CLASS/. npz: one
+    file with train_images, train_labels, test_images, test_labels and, optionally, class_names."""
     name: str = ""
     """The name of a TensorFlow dataset, such as cifar100. Only the source tfds needs it."""
     path: str = ""
     """The location of the data: the directory of the source folder, the file of the source npz, or the directory that
-    holds the prepared dataset of the source tfds. If it is empty, tfds looks in its own default directory."""
+    holds the prepared dataset of the source tfds. If it is empty, tfds looks in its own default directory. A
+    leading ~ means the home directory."""
+    splits: tuple[str, ...] = ()
+    """The names of the published splits: of train and test, if validation is cut from train; of train, validation and
+    test; or of one split from which all three are cut. For the source folder they are directories in PATH, and `.` is
+    PATH itself. If it is empty, the usual names count: train; val, validation, valid or dev; test. A validation split
+    stands in for a test split that is missing or has no labels, and a new one is then cut from train."""
     image_size: PositiveInt = 20
     """The side in pixels of the square image that the model sees. Images of other sizes are cropped and resized."""
     channels: Literal[1, 3] = 1
@@ -57,7 +64,10 @@ class DataConfig(Section):
     """The standard deviation of each channel, by which every pixel is divided. Pixels go from 0 to 1."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share of each class's training images that becomes the validation split, before anything is fitted. For
-    double_digits it is the share of the source digits."""
+    double_digits it is the share of the source digits. It has no effect if the dataset has a validation split."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The share of each class's images that becomes the test split, drawn with the seed, if splits names one split.
+    Otherwise it has no effect."""
     train_per_class: NonNegativeInt = 0
     """The largest number of training images of each class. They are drawn with the seed, and 0 takes all. For
     double_digits it is the number of canvases that are composed for each class, and 0 means 400."""
@@ -513,6 +523,10 @@ class Config(Section):
         yield Rule("model.heads", m.heads, m.heads <= PATTERN_BITS, f"at most {PATTERN_BITS}")
         yield Rule("data.mean", d.mean, len(d.mean) == d.channels, per_channel)
         yield Rule("data.std", d.std, len(d.std) == d.channels, per_channel)
+        yield Rule("data.mean", d.mean, all(0 <= mean <= 1 for mean in d.mean), f"from 0 to 1, {PIXEL_UNITS}")
+        yield Rule("data.std", d.std, all(std <= 1 for std in d.std), f"at most 1, {PIXEL_UNITS}")
+        published = len(d.splits) <= 3 and all(d.splits) and _distinct(d.splits)
+        yield Rule("data.splits", d.splits, published, "train,test or train,validation,test, or one name, all distinct")
         yield Rule("gate.first_layer", first, first < m.depth, f"below model.depth = {m.depth}")
 
     def _training_rules(self) -> Iterator[Rule]:

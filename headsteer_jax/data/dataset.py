@@ -21,14 +21,20 @@ class LazyImages:
       decode: returns the images at places in the source, in order.
       places: [N] the places of these images in the source.
       shape: (height, width, channels).
+      verify: returns what is wrong with the images at places in the source, in order; an empty text if an image is
+        whole. Without it they are decoded to find out.
     """
 
     _threads = ThreadPoolExecutor(os.cpu_count())  # shared by all splits: as many decoders as cores
 
     def __init__(
-        self, decode: Callable[[list[int]], Iterable[np.ndarray]], places: np.ndarray, shape: tuple[int, int, int]
+        self,
+        decode: Callable[[list[int]], Iterable[np.ndarray]],
+        places: np.ndarray,
+        shape: tuple[int, int, int],
+        verify: Callable[[list[int]], Iterable[str]] | None = None,
     ) -> None:
-        self._decode, self._places = decode, places
+        self._decode, self._places, self._verify = decode, places, verify
         self.shape = (len(places), *shape)
 
     def __len__(self) -> int:
@@ -36,7 +42,7 @@ class LazyImages:
 
     def __getitem__(self, indices: np.ndarray) -> "LazyImages":
         """Select the images at `indices` [M], without decoding them."""
-        return LazyImages(self._decode, self._places[indices], self.shape[1:])
+        return LazyImages(self._decode, self._places[indices], self.shape[1:], self._verify)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """Decode images: [M] indices -> [M, height, width, channels] uint8.
@@ -55,6 +61,23 @@ class LazyImages:
         for _ in self._threads.map(fill, np.array_split(np.arange(len(places)), pieces)):
             pass  # the loop raises the threads' errors
         return images
+
+    def find_faults(self, indices: np.ndarray) -> list[str]:
+        """Check, in threads, that the images at `indices` [M] are whole; return a line for each that is not."""
+
+        def check(places: np.ndarray) -> list[str]:
+            if self._verify is not None:
+                return [fault for fault in self._verify(places.tolist()) if fault]
+            faults = []
+            for place in places.tolist():
+                try:
+                    list(self._decode([place]))
+                except HeadSteerError as error:
+                    faults.append(str(error))
+            return faults
+
+        pieces = np.array_split(self._places[indices], os.cpu_count() or 1)
+        return [fault for faults in self._threads.map(check, pieces) for fault in faults]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The data: splits share no image, every source is read right, and every bad input gives one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,7 +37,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from headsteer_jax.config import Config, DataConfig
-from headsteer_jax.data import sources
+from headsteer_jax.data import tfds as tfds_source
 from headsteer_jax.data.batches import batch_indices, prefetch
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split, gather_images, related_pairs, stratified_cut
 from headsteer_jax.data.sources import SOURCES, Source, check_source, load_dataset
@@ -382,11 +383,11 @@ def _sixteen_bits(root: Path) -> None:
 
 
 def _no_train(root: Path) -> None:
-    (root / "train").rename(root / "training")
+    (root / "train").rename(root / "learning")
 
 
 def _no_test(root: Path) -> None:
-    (root / "test").rename(root / "testing")
+    (root / "test").rename(root / "trial")
 
 
 def _no_class(root: Path) -> None:
@@ -402,8 +403,8 @@ def _no_class(root: Path) -> None:
         (_one_image, ["validation", "'cat'", "two"]),
         (_no_header, ["train/ant/000.jpg", "replace"]),
         (_sixteen_bits, ["train/ant/000.png", "8 bits"]),
-        (_no_train, ["'train'", "config.data.path"]),
-        (_no_test, ["'test'", "config.data.path"]),
+        (_no_train, ["'train'", "learning", "config.data.splits"]),
+        (_no_test, ["'test'", "trial", "config.data.splits"]),
         (_no_class, ["train", "one for each class"]),
     ],
 )
@@ -421,17 +422,17 @@ def test_bad_folder(spoil: Callable[[Path], None], parts: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("arrays", "parts"),
     [
-        ({"test_labels": None}, ["'test_labels'", "train_images"]),
+        ({"test_labels": None}, ["no split 'test' or 'val' with labels", "no array 'test_labels'"]),
         ({"train_images": TRAIN / 255}, ["train_images", "float64", "uint8"]),
         ({"train_images": TRAIN[..., :2]}, ["train_images", "[30, 6, 7, 2]"]),
         ({"test_images": TEST[:, 0, 0]}, ["test_images", "[9, 3]"]),
         ({"test_images": TEST[:0], "test_labels": TEST_LABELS[:0]}, ["test_images", "[0, 6, 7, 3]"]),
         ({"train_labels": TRAIN_LABELS[:29]}, ["train_labels", "[29]", "[30]"]),
-        ({"train_labels": TRAIN_LABELS * 1.0}, ["train_labels", "float64", "integers"]),
+        ({"train_labels": TRAIN_LABELS + 0.5}, ["train_labels", "float64", "integers", "not whole"]),
         ({"train_labels": TRAIN_LABELS - 1}, ["train", "label -1", "3 classes"]),
         ({"test_labels": TEST_LABELS + 1}, ["test", "label 3", "3 classes"]),
         ({"train_labels": TRAIN_LABELS * 2**40, "class_names": None}, ["train", "label 1099511627776"]),
-        ({"train_labels": TRAIN_LABELS * 0 - 1, "class_names": None}, ["train", "label -1"]),
+        ({"train_labels": TRAIN_LABELS * 0 - 1, "class_names": None}, ["'train'", "every label is -1"]),
         ({"test_labels": TEST_LABELS * 0}, ["test", "no image of class 'bee'"]),
         ({"class_names": np.array(["ant", "bee", "ant"])}, ["two classes", "'ant'"]),
         ({"class_names": np.array(["ant", "bee", "cat", "dog"])}, ["train", "'dog'"]),
@@ -483,13 +484,51 @@ def test_tfds_reads_supervised_keys_and_validation_for_test(tmp_path: Path) -> N
     np.testing.assert_array_equal(dataset.test.labels, TEST_LABELS)
 
 
-def test_tfds_prefers_test_to_validation(tmp_path: Path) -> None:
+def _publish_split(directory: Path, name: str, source: str) -> None:
+    """Add a split to a dataset that `write_tfds` wrote: a copy of another one."""
+    info = json.loads((directory / "dataset_info.json").read_text())
+    [found] = [split for split in info["splits"] if split["name"] == source]
+    info["splits"].append(found | {"name": name})
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    for path in directory.glob(f"*-{source}.*"):
+        shutil.copy(path, directory / path.name.replace(f"-{source}.", f"-{name}."))
+
+
+def test_tfds_reads_the_makers_own_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "headsteer_jax")
+    write_tfds(tmp_path, train=(TEST, TEST_LABELS))
+    for name in ("validation", "extra"):
+        _publish_split(tmp_path / "insects" / "1.0.0", name, "test")
+    dataset = load_dataset(config("tfds", tmp_path, name="insects"), seed=0)
+    for split in (dataset.train, dataset.validation, dataset.test):
+        np.testing.assert_array_equal(split.images, TEST)
+    assert "validation from 'validation', test from 'test'; 'extra' is passed over" in caplog.text
+
+
+def test_tfds_passes_over_a_test_split_without_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "headsteer_jax")
     write_tfds(tmp_path)
-    path = tmp_path / "insects" / "1.0.0" / "dataset_info.json"
-    info = json.loads(path.read_text())
-    info["splits"].append(info["splits"][0] | {"name": "validation"})
-    path.write_text(json.dumps(info))
-    np.testing.assert_array_equal(load_dataset(config("tfds", tmp_path, name="insects"), seed=0).test.images, TEST)
+    directory, other = tmp_path / "insects" / "1.0.0", tmp_path / "unlabelled"
+    _publish_split(directory, "validation", "test")
+    write_tfds(other, tested=(TEST, TEST_LABELS * 0 - 1))
+    name = "insects-test.array_record-00000-of-00001"
+    shutil.copy(other / "insects" / "1.0.0" / name, directory / name)
+    dataset = load_dataset(config("tfds", tmp_path, name="insects"), seed=0)
+    np.testing.assert_array_equal(dataset.test.labels, TEST_LABELS)
+    assert len(dataset.validation.labels) == 6  # cut from train
+    assert "'test' is passed over (every label is -1)" in caplog.text
+    with pytest.raises(HeadSteerError) as error:
+        load_dataset(config("tfds", tmp_path, name="insects", splits=("train", "test")), seed=0)
+    one_line(error, "'test'", "has no labels", "every label is -1")
+
+
+def test_tfds_keys_follow_the_records(tmp_path: Path) -> None:
+    write_tfds(tmp_path)
+    everything = load_dataset(config("tfds", tmp_path, name="insects"), seed=0).train
+    few = load_dataset(config("tfds", tmp_path, name="insects", train_per_class=2), seed=0).train
+    keys = dict(zip(number_of(pixels(everything)), everything.keys, strict=True))
+    assert len(set(keys.values())) == 24
+    assert [keys[number] for number in number_of(pixels(few))] == few.keys.tolist()
 
 
 def test_coarse_labels_relate_classes_and_tensorflow_is_not_imported(tmp_path: Path) -> None:
@@ -530,7 +569,7 @@ def _no_json(directory: Path) -> None:
         ({"file_format": "tfrecord"}, _nothing, ["TFRECORD", "array_record"]),
         ({"features": {"label": LABEL}}, _nothing, ["'image'", "Image"]),
         ({"features": {"image": IMAGE, "label": IMAGE}}, _nothing, ["'label'", "ClassLabel"]),
-        ({"test": "extra"}, _nothing, ["'validation'", "extra"]),
+        ({"test": "extra"}, _nothing, ["'test' or 'val'", "train, extra", "config.data.splits=train"]),
         ({"train_images": [b"no image"] * 30}, _nothing, ["split 'train', image", "replace"]),
         ({"train_images": [png(TRAIN[0][:5])] * 30}, _nothing, ["split 'train', image", "7x5", "7x6"]),
         ({}, _cut_short, ["split 'train'", "prepare it"]),
@@ -555,7 +594,7 @@ def test_an_image_of_sixteen_bits_is_refused(tmp_path: Path) -> None:
 
 
 def test_preparing_needs_tensorflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HeadSteerError) as error:
         load_dataset(config("tfds", tmp_path, name="cifar100"), seed=0)
     one_line(error, "cifar100", tmp_path, "pip install 'headsteer-jax[prepare]'")
@@ -583,7 +622,7 @@ def test_what_is_not_prepared_is_downloaded(online: bool, tmp_path: Path, monkey
         assert (name, data_dir, file_format) == ("cifar100", str(tmp_path), "array_record")
         return Builder()
 
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds_source.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(tfds, "builder", builder)
     cfg = config("tfds", tmp_path, name="cifar100")
     if online:

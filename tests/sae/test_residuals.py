@@ -26,7 +26,7 @@ from PIL import Image
 from headsteer_jax.config import Config, DataConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import LazyImages, Split
-from headsteer_jax.data.sources import read_folder
+from headsteer_jax.data.folder import read_folder
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import TrainedModel, build_model, fingerprint_params
 from headsteer_jax.sae import residuals as cache
