@@ -47,7 +47,7 @@ def run_saelens(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_overcomplete(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The lines of headsteer_jax.sae.interchange.export_overcomplete's docstring."""
+    """The lines of headsteer_jax.sae.interchange.overcomplete.export_overcomplete's docstring."""
     import overcomplete.sae
     import safetensors
 

@@ -19,14 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling, fold_scaling
-from headsteer_jax.sae.interchange import (
-    CONSTANT_VALUE,
-    Imported,
-    export_overcomplete,
-    export_saelens,
-    import_overcomplete,
-    import_saelens,
-)
+from headsteer_jax.sae.interchange.files import Imported
+from headsteer_jax.sae.interchange.overcomplete import CONSTANT_VALUE, export_overcomplete, import_overcomplete
+from headsteer_jax.sae.interchange.saelens import export_saelens, import_saelens
 
 # the libraries themselves wrote GOLDENS: goldens/make_sae_goldens.py
 D, F, K = 8, 24, 3
@@ -247,7 +242,12 @@ def assert_refused(read: Callable[[Path], object], path: Path, parts: list[str])
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"architecture": "gated"}, ["architecture = 'gated'", "must be standard, topk, jumprelu, batchtopk, matryo"]),
+        ({"architecture": "matching_pursuit"},
+         ["'matching_pursuit'", "a matching pursuit", "must be standard, gated, topk, jumprelu, batchtopk, matryo"]),
+        ({"architecture": "transcoder"}, ["'transcoder': a transcoder, which predicts one place of a model from"]),
+        ({"architecture": "skip_transcoder"}, ["'skip_transcoder': a transcoder with a skip connection"]),
+        ({"d_out": D + 1}, ["d_out", "a transcoder"]),
+        ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, ["hook_name_out", "a transcoder"]),
         ({"architecture": "temporal"}, ["architecture = 'temporal'"]),
         ({"architecture": "jumprelu_transcoder"}, ["architecture = 'jumprelu_transcoder'"]),
         ({"architecture": ["topk"]}, ["architecture = ['topk']"]),
