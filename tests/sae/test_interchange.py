@@ -74,7 +74,12 @@ def run_saelens(directory: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     t = {name: value.astype(np.float64) for name, value in load_file(directory / "sae_weights.safetensors").items()}
     assert int(c["metadata"]["sae_lens_version"].split(".")[0]) >= 6
     assert c["normalize_activations"] == c["reshape_activations"] == "none"
-    pre = (x - t["b_dec"] * c["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
+    seen = x - t["b_dec"] * c["apply_b_dec_to_input"]
+    if c["architecture"] == "gated":
+        gate, magnitude = seen @ t["W_enc"] + t["b_gate"], seen @ (t["W_enc"] * np.exp(t["r_mag"])) + t["b_mag"]
+        z = np.maximum(magnitude, 0) * (gate > 0)
+        return z, z @ t["W_dec"] + t["b_dec"]
+    pre = seen @ t["W_enc"] + t["b_enc"]
     length = np.linalg.norm(t["W_dec"], axis=1) if c.get("rescale_acts_by_decoder_norm") else 1.0
     z = np.maximum(pre * length, 0)
     if c["architecture"] == "topk":
@@ -113,6 +118,7 @@ def assert_close(actual: tuple[np.ndarray, ...], desired: tuple[np.ndarray, ...]
     [
         ("standard", "relu", None),
         ("uncentred", "relu", None),
+        ("gated", "jumprelu", None),
         ("topk", "topk", K),
         ("topk_rescaled", "topk", K),
         ("jumprelu", "jumprelu", None),

@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def import_sparsify(directory: Path, width: int | None = None) -> Imported:
-    """Import a sparse coder of sparsify: TopK, whose input loses b_dec. Weights of any dtype become float32.
+    """Import a sparse coder of sparsify, as its encode and decode compute it. Weights of any dtype become float32.
 
     Args:
       directory: holds cfg.json and sae.safetensors. Its name is the module whose output the autoencoder reads, and
