@@ -108,14 +108,8 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     train, test = (_load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "test"))
     x_train = load_all(train if c.tokens == "cls" else _load_residuals(None, trained, dataset, "train", "cls"))
     labelled = LabelledResiduals(train, c.tokens, x_train, dataset.train.labels, len(dataset.class_names))
-    provenance: dict[str, Any] | None = None
-    if c.pretrained:
-        imported = import_autoencoder(config)
-        result, provenance = to_members(imported), describe_provenance(config, imported, workdir.path.name)
-        for doubt in provenance["doubts"]:
-            logger.warning(f"config.sae.pretrained = {c.pretrained}: {doubt}")
-    else:
-        result = train_members(config, seed_members(c), train, workdir / "sae")
+    imported = import_autoencoder(config) if c.pretrained else None
+    result = to_members(imported) if imported else train_members(config, seed_members(c), train, workdir / "sae")
     members = result.autoencoders(c.inference_k)  # the seeds, then the control
     run = RunData(trained, dataset, members.first(c.seeds), x_train)
     replacement = measure_replacement(trained, run.autoencoders, dataset.test)._asdict()
@@ -124,6 +118,11 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     profile = profile_latents(run.autoencoders.member(0), labelled, gate_DH, INSPECTED_IMAGES)
     workdir.write_arrays("sae/inside.npz", profile)
     write_autoencoders(workdir, run, result.curves)
+    provenance: dict[str, Any] | None = None
+    if imported:
+        provenance = describe_provenance(config, imported, workdir.path.name, health["explained_variance"])
+        for doubt in provenance["doubts"]:
+            logger.warning(f"sae: check {c.pretrained}: {doubt}")
     workdir.write_json("sae/health.json", health | {"provenance": provenance})
 
 

@@ -45,9 +45,7 @@ def import_autoencoder(config: Config) -> Imported:
     expected = {"activation": c.activation, "k": c.k, "latents": config.latents}
     other = {name: value for name, value in actual.items() if value not in (None, expected[name])}
     if other:
-        differences = ", ".join(
-            f"{name} = {value} (config.sae.{name} = {expected[name]})" for name, value in other.items()
-        )
+        differences = ", ".join(f"{name} = {value}, not {expected[name]}" for name, value in other.items())
         flags = " ".join(shlex.quote(f"--config.sae.{name}={value}") for name, value in other.items())
         raise HeadSteerError(
             f"config.sae.pretrained = {c.pretrained}: it has {differences}; pass {flags}, or import another autoencoder"
@@ -61,11 +59,14 @@ def to_members(imported: Imported) -> TrainedMembers:
     return TrainedMembers(jax.tree.map(lambda leaf: leaf[None], imported.sae.weights), imported.sae.scaling, curves)
 
 
-def describe_provenance(config: Config, imported: Imported, run_name: str) -> dict[str, Any]:
+def describe_provenance(
+    config: Config, imported: Imported, run_name: str, explained_variance: float | None = None
+) -> dict[str, Any]:
     """Describe where an imported autoencoder comes from.
 
     Args:
       run_name: the name of the run's directory.
+      explained_variance: of the run's test residuals; None: not known yet.
 
     Returns:
       JSON values: `library`, `path`, `sha256` of its files; `model`, `hook`, `layer`, `dataset`, `tokens` and `version`
@@ -75,6 +76,12 @@ def describe_provenance(config: Config, imported: Imported, run_name: str) -> di
     c, origin = config.sae, imported.provenance
     library, _, location = c.pretrained.partition(":")
     latents, width = imported.sae.weights.W_d.shape
+    doubts = list_doubts(origin, config.sae_layer, c.tokens, run_name, config.model.pretrained)
+    if explained_variance is not None and explained_variance < 0:
+        doubts.append(
+            "it describes this run's residuals worse than their mean does (explained variance "
+            f"{explained_variance:.3g}): it was probably made for another model, place or scale"
+        )
     fields = ("model", "hook", "layer", "dataset", "tokens", "version")
     return {
         "library": library,
@@ -85,7 +92,7 @@ def describe_provenance(config: Config, imported: Imported, run_name: str) -> di
         "k": imported.k,
         "width": width,
         "latents": latents,
-        "doubts": list_doubts(origin, config.sae_layer, c.tokens, run_name, config.model.pretrained),
+        "doubts": doubts,
     }
 
 

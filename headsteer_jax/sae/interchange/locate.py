@@ -45,8 +45,10 @@ def locate_autoencoder(library: str, location: str) -> Path:
         if other != library:
             raise HeadSteerError(f"{culprit}: it is an autoencoder of {other}; pass {other}:{path}")
     elif path.is_dir() and (inside := _find_autoencoders(path)):
-        names = ", ".join(child.name for _, child in inside[:SHOWN]) + (", ..." if len(inside) > SHOWN else "")
         form = f"{inside[0][0]}:{inside[0][1]}"
+        if len(inside) == 1:
+            raise HeadSteerError(f"{culprit}: the autoencoder is inside; pass {form}")
+        names = ", ".join(child.name for _, child in inside[:SHOWN]) + (", ..." if len(inside) > SHOWN else "")
         raise HeadSteerError(f"{culprit}: it holds {len(inside)} autoencoders ({names}); choose one, such as {form}")
     elif what := _describe_foreign(path):
         raise HeadSteerError(f"{culprit}: {what}")
