@@ -174,7 +174,7 @@ def test_the_origin_of_an_imported_autoencoder_is_told(written: Written) -> None
         assert told["made for the model"] == "<b>gpt2</b>"
         assert told["reads"].startswith("blocks.1.hook_resid_post (the input of layer 2); here it reads the input of")
         assert told["dataset"] == "unknown"
-        assert told["does not fit"] == provenance["doubts"][0]
+        assert told["check"] == provenance["doubts"][0]
 
 
 def test_numbers_are_the_summarys(written: Written) -> None:

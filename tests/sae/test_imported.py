@@ -139,7 +139,8 @@ def test_a_directory_of_several_autoencoders(tmp_path: Path, library: str) -> No
     [
         ({}, "none", ["none: no such file or directory"]),
         ({}, "", ["cfg.json: no such file; choose a directory of SAELens"]),
-        ({"a.txt": b""}, "a.txt", ["cfg.json: no such file"]),
+        ({"a.txt": b""}, "a.txt", ["it is a file; name the directory that holds cfg.json and sae_weights.safetensors"]),
+        ({"params.npz": b""}, "", ["an autoencoder of Gemma Scope", "pass saelens:DIR"]),
         ({"cfg.json": b"{}", "sae_weights.pt": b""}, "", ["a file of PyTorch (sae_weights.pt)", "as .safetensors"]),
         ({"cfg.json": b'{"d_in": 8, "d_sae": 24}'}, "", ["sae_weights.safetensors: no such .safetensors file"]),
         ({"sae.pt": b""}, "sae.pt", ["a .pt file of PyTorch"]),
@@ -175,11 +176,22 @@ def test_a_path_that_the_system_refuses(location: str) -> None:
     assert fingerprint_autoencoder(f"saelens:{location}") == ""
 
 
-def test_a_backbone_is_not_taken_for_an_autoencoder() -> None:
-    path = GOLDENS / "timm_vit.safetensors"
-    assert_refused(
-        importing(f"overcomplete:{path}"), "holds a transformer (tensor 'blocks.0", "config.model.pretrained"
-    )
+@pytest.mark.parametrize("file", ["timm_vit.safetensors", "hf_vit.safetensors", "hf_dinov2.safetensors"])
+@pytest.mark.parametrize("library", EVERY)
+def test_a_backbone_is_not_taken_for_an_autoencoder(tmp_path: Path, library: str, file: str) -> None:
+    parts = ("it holds a transformer (tensor", "not an autoencoder; config.model.pretrained")
+    assert_refused(importing(f"{library}:{GOLDENS / file}"), *parts)
+    if library == "sparsify":  # under the right name
+        path = place(tmp_path, EVERY[library][0])
+        shutil.copy(GOLDENS / file, path / "sae.safetensors")
+        assert_refused(importing(f"{library}:{path}"), *parts)
+
+
+@pytest.mark.parametrize("library", ["saelens", "sparsify"])
+def test_a_file_of_another_librarys_directory(library: str) -> None:
+    path = GOLDENS / EVERY[library][0]
+    (weights,) = path.glob("*.safetensors")
+    assert_refused(importing(f"overcomplete:{weights}"), f"it is an autoencoder of {library}; pass {library}:{path}")
 
 
 def test_another_width_and_nan_are_found_without_a_model(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_the_directory_names_the_module(
 ) -> None:
     path = copy(tmp_path, name)
     assert import_sparsify(path).provenance == Provenance(None, hook, layer, is_residual)
+    (path.parent / "config.json").write_text("[]")  # something else's
+    assert import_sparsify(path).provenance.model is None
     (path.parent / "config.json").write_text(json.dumps({"model": "facebook/dinov2-small", "dataset": "imagenet-1k"}))
     assert import_sparsify(path).provenance == Provenance(
         "facebook/dinov2-small", hook, layer, is_residual, dataset="imagenet-1k"

@@ -6,7 +6,7 @@ autoencoder reads residuals as they are in the model: its scaling is mean 0 and 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,13 +75,20 @@ def read_tensors(path: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> d
     if not path.is_file() or path.suffix not in suffixes:
         raise HeadSteerError(f"{path}: no such {' or '.join(suffixes)} file; choose an SAE's file that is there")
     tensors = weights.read_tensors(path)
-    found = next((name for name in tensors if TRANSFORMER.search(name)), None)
-    if found and not any(name.startswith("dictionary.") for name in tensors):  # overcomplete's, whose encoders attend
+    if name := find_transformer_tensor(tensors):
         raise HeadSteerError(
-            f"{path}: it holds a transformer (tensor {found!r}), not an autoencoder; config.model.pretrained names a "
+            f"{path}: it holds a transformer (tensor {name!r}), not an autoencoder; config.model.pretrained names a "
             "backbone's file, config.sae.pretrained an autoencoder's"
         )
     return tensors
+
+
+def find_transformer_tensor(names: Iterable[str]) -> str | None:
+    """Return the first name of a tensor that only a transformer has; None if there is none."""
+    names = list(names)
+    if any(name.startswith("dictionary.") for name in names):  # overcomplete's, whose encoders may attend
+        return None
+    return next(filter(TRANSFORMER.search, names), None)
 
 
 def take_tensor(path: Path, tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.sae.interchange.files import find_transformer_tensor
 
 # the files of each library's directories, of which one of each group must be there; overcomplete has single files
 FILES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -21,8 +22,8 @@ def find_files(library: str, location: str) -> list[Path]:
     path = _find_path(library, location)
     if library not in FILES:
         return [path] if path.is_file() else []
-    found = [next((path / name for name in names if (path / name).is_file()), None) for names in FILES[library]]
-    return [file for file in found if file] if all(found) else []
+    files = [next((path / name for name in names if (path / name).is_file()), None) for names in FILES[library]]
+    return [file for file in files if file] if all(files) else []
 
 
 def locate_autoencoder(library: str, location: str) -> Path:
@@ -39,27 +40,31 @@ def locate_autoencoder(library: str, location: str) -> Path:
     path = _find_path(library, location)
     if not path.exists():
         raise HeadSteerError(f"{culprit}: {path}: no such file or directory; choose an autoencoder that is there")
-    if find_files(library, location) and (path.is_dir() or path.suffix == ".safetensors"):
+    if library in FILES and find_files(library, location):
         return path
-    if other := recognise_library(path):
+    if recognised := recognise_library(path):
+        other, place = recognised
         if other != library:
-            raise HeadSteerError(f"{culprit}: it is an autoencoder of {other}; pass {other}:{path}")
+            raise HeadSteerError(f"{culprit}: it is an autoencoder of {other}; pass {other}:{place}")
     elif path.is_dir() and (inside := _find_autoencoders(path)):
         form = f"{inside[0][0]}:{inside[0][1]}"
         if len(inside) == 1:
             raise HeadSteerError(f"{culprit}: the autoencoder is inside; pass {form}")
         names = ", ".join(child.name for _, child in inside[:SHOWN]) + (", ..." if len(inside) > SHOWN else "")
         raise HeadSteerError(f"{culprit}: it holds {len(inside)} autoencoders ({names}); choose one, such as {form}")
-    elif what := _describe_foreign(path):
-        raise HeadSteerError(f"{culprit}: {what}")
+    elif description := _describe_foreign(path):
+        raise HeadSteerError(f"{culprit}: {description}")
+    elif path.is_file() and library in FILES:
+        files = " and ".join(" or ".join(names) for names in FILES[library])
+        raise HeadSteerError(f"{culprit}: it is a file; name the directory that holds {files}")
     return path  # the importer says what is missing
 
 
-def recognise_library(path: Path) -> str | None:
-    """Return the library whose autoencoder a path holds; None if there is none."""
-    if path.is_file():
-        return "overcomplete" if _has_overcomplete_metadata(path) else None
-    return next((library for library in FILES if find_files(library, str(path))), None)
+def recognise_library(path: Path) -> tuple[str, Path] | None:
+    """Return the library whose autoencoder a path holds, and the path to pass; None if there is none."""
+    if path.is_file() and _has_overcomplete_metadata(path):
+        return "overcomplete", path
+    return next(((name, _find_path(name, str(path))) for name in FILES if find_files(name, str(path))), None)
 
 
 def _find_path(library: str, location: str) -> Path:
@@ -70,8 +75,7 @@ def _find_path(library: str, location: str) -> Path:
 
 def _find_autoencoders(directory: Path) -> list[tuple[str, Path]]:
     """Return the autoencoders directly within a directory, each with its library."""
-    children = ((recognise_library(child), child) for child in sorted(directory.iterdir()))
-    return [(library, child) for library, child in children if library]
+    return [recognised for child in sorted(directory.iterdir()) if (recognised := recognise_library(child))]
 
 
 def _describe_foreign(path: Path) -> str:
@@ -83,12 +87,18 @@ def _describe_foreign(path: Path) -> str:
             f"it is a {path.suffix} file of PyTorch; save the autoencoder's state_dict as a .safetensors file with "
             "metadata that name its class, as the how-to page on autoencoders says"
         )
+    if path.is_file() and (tensor := find_transformer_tensor(_read_names(path))):
+        return (
+            f"it holds a transformer (tensor {tensor!r}), not an autoencoder; config.model.pretrained names a backbone"
+        )
     if path.is_dir():
         names = sorted(child.name for child in path.iterdir())
         if {"model.safetensors", "pytorch_model.bin"} & set(names):
             return "it holds a model, not an autoencoder; config.model.pretrained names a backbone"
-        if found := [name for name in names if name.endswith(TORCH_SUFFIXES) and name != "ae.pt"]:
-            return f"its weights are a file of PyTorch ({found[0]}); save them as .safetensors"
+        if "params.npz" in names:
+            return "it is an autoencoder of Gemma Scope; load it with SAELens, save it there, and pass saelens:DIR"
+        if pickles := [name for name in names if name.endswith(TORCH_SUFFIXES) and name != "ae.pt"]:
+            return f"its weights are a file of PyTorch ({pickles[0]}); save them as .safetensors"
     return ""
 
 
@@ -100,3 +110,12 @@ def _has_overcomplete_metadata(path: Path) -> bool:
             return "overcomplete" in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
+
+
+def _read_names(path: Path) -> list[str]:
+    """Return the names of a .safetensors file's tensors; an empty list for any other file."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []

@@ -28,10 +28,10 @@ from headsteer_jax.sae.interchange.files import (
     to_autoencoder,
     to_bytes,
 )
-from headsteer_jax.sae.interchange.provenance import read_about
+from headsteer_jax.sae.interchange.provenance import read_metadata
 
 # what other classes are, for the error that refuses them
-OTHERS = {
+UNSUPPORTED = {
     "RATopKSAE": "an archetypal SAE, whose dictionary is made of data points",
     "RAJumpSAE": "an archetypal SAE, whose dictionary is made of data points",
     "MpSAE": "an SAE whose encoder is a matching pursuit",
@@ -141,7 +141,7 @@ def import_overcomplete(path: Path, width: int | None = None) -> Imported:
     if k is None and "k" in m:
         k = take_integer(path, m, "k")
     # overcomplete itself writes no notes
-    provenance = read_about(take_object(m, "about"), is_ours="constant_concept" in m)
+    provenance = read_metadata(take_object(m, "about"), is_ours="constant_concept" in m)
     return to_autoencoder(path, parameters, m["activation"], k, provenance, width)
 
 
@@ -158,9 +158,10 @@ def _read_overcomplete_metadata(path: Path) -> dict[str, Any]:
         raise HeadSteerError(
             f"{path}: its metadata are not {{'class': ..., 'arguments': ...}}; save it again"
         ) from None
-    if name in list(OTHERS):
+    if name in list(UNSUPPORTED):
         raise HeadSteerError(
-            f"{path}: its metadata say class = {name!r}: {OTHERS[name]}; it must be one of {', '.join(activations)}"
+            f"{path}: its metadata say class = {name!r}: {UNSUPPORTED[name]}; it must be one of "
+            f"{', '.join(activations)}"
         )
     if name not in list(activations):
         raise HeadSteerError(

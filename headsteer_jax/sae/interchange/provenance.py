@@ -17,7 +17,7 @@ OTHER_PLACES = re.compile(r"attn|attention|mlp|hook_|ffn|\bq\b|\bk\b|\bv\b|ln_?\
 
 
 class Provenance(NamedTuple):
-    """What an autoencoder's file says about its origin; None: it does not say."""
+    """Hold what an autoencoder's file says about its origin; None: it does not say."""
 
     model: str | None = None
     hook: str | None = None  # the place in that model, in the library's words
@@ -39,12 +39,12 @@ def locate_hook(hook: str) -> tuple[int | None, bool | None]:
       The layer, counted from 0, or None; and whether the place is the residual stream between two layers (None: the
       name does not tell).
     """
-    if found := TRANSFORMER_LENS.fullmatch(hook):
-        return int(found[1]) + (found[2] == "post"), True
-    if found := DICTIONARY_LEARNING.fullmatch(hook):
-        return int(found[2]) + (found[1] == "post"), True
-    if found := BLOCK.fullmatch(hook):
-        return int(found[1] or found[2]) + 1, True
+    if match := TRANSFORMER_LENS.fullmatch(hook):
+        return int(match[1]) + (match[2] == "post"), True
+    if match := DICTIONARY_LEARNING.fullmatch(hook):
+        return int(match[2]) + (match[1] == "post"), True
+    if match := BLOCK.fullmatch(hook):
+        return int(match[1] or match[2]) + 1, True
     return None, False if OTHER_PLACES.search(hook.lower()) else None
 
 
@@ -60,23 +60,23 @@ def of_hook(hook: str | None, layer: object = None) -> Provenance:
     return Provenance(hook=f"layer {layer}") if type(layer) is int else Provenance()
 
 
-def read_about(about: Mapping[str, Any], is_ours: bool) -> Provenance:
+def read_metadata(metadata: Mapping[str, Any], is_ours: bool) -> Provenance:
     """Read a provenance from the metadata of SAELens, of any age, or of HeadSteer's exports.
 
     Args:
       is_ours: HeadSteer wrote them, whose hook layers.L is the input of layer L.
     """
-    hook = read_text(about, "hook_name", "hook_point")
-    provenance = of_hook(hook, about.get("hook_layer", about.get("hook_point_layer")))
+    hook = read_text(metadata, "hook_name", "hook_point")
+    provenance = of_hook(hook, metadata.get("hook_layer", metadata.get("hook_point_layer")))
     if is_ours and provenance.layer is not None:
         provenance = provenance._replace(layer=provenance.layer - 1, is_ours=True)
-    if about.get("hook_head_index") is not None:
-        provenance = provenance._replace(hook=f"{hook}, head {about['hook_head_index']}", layer=None, is_residual=False)
+    if (head := metadata.get("hook_head_index", metadata.get("hook_point_head_index"))) is not None:
+        provenance = provenance._replace(hook=f"{hook}, head {head}", layer=None, is_residual=False)
     return provenance._replace(
-        model=read_text(about, "model_name"),
-        dataset=read_text(about, "dataset_path", "dataset"),
-        tokens=read_text(about, "tokens") if is_ours else None,
-        version=read_text(about, "sae_lens_version"),
+        model=read_text(metadata, "model_name"),
+        dataset=read_text(metadata, "dataset_path", "dataset"),
+        tokens=read_text(metadata, "tokens") if is_ours else None,
+        version=read_text(metadata, "sae_lens_version"),
     )
 
 
@@ -106,8 +106,8 @@ def _doubt_model(p: Provenance, run_name: str, backbone: str) -> str:
         return "it does not say which model it was made for"
     if p.is_ours:
         return "" if p.model == run_name else f"it was exported from the run {p.model!r}, and this run is {run_name!r}"
-    name, own = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (p.model.rpartition("/")[2], backbone))
-    if name and name in own:
+    name, backbone = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (p.model.rpartition("/")[2], backbone))
+    if name and name in backbone:
         return f"it was made for the backbone {p.model!r}, which this run has trained further"
     return f"it was made for the model {p.model!r}, and not for this run's"
 

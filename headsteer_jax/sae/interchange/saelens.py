@@ -30,7 +30,7 @@ from headsteer_jax.sae.interchange.files import (
     to_bytes,
     unit_rows,
 )
-from headsteer_jax.sae.interchange.provenance import read_about
+from headsteer_jax.sae.interchange.provenance import read_metadata
 
 SAELENS_LAYOUT = "6.54.12"  # of sae_lens; a config without a version is read as one from before 6.0
 # our activation: SAELens' architecture in files, its architecture in training, and its name for k in training
@@ -41,7 +41,7 @@ SAELENS = {
     "jumprelu": ("jumprelu", "jumprelu", "target_l0"),
 }
 # what other architectures are, for the error that refuses them
-OTHERS = {
+UNSUPPORTED = {
     "transcoder": "a transcoder, which predicts one place of a model from another",
     "skip_transcoder": "a transcoder with a skip connection, which predicts one place of a model from another",
     "jumprelu_transcoder": "a transcoder, which predicts one place of a model from another",
@@ -109,8 +109,10 @@ def import_saelens(directory: Path, width: int | None = None) -> Imported:
     c = _read_saelens_config(directory / "cfg.json")
     parameters = _read_saelens_parameters(path, c)
     activation, k = _read_saelens_activation(directory / "cfg.json", c, parameters)
-    about = c | take_object(c, "metadata")
-    provenance = read_about(about, is_ours={"seed", "tokens"} <= about.keys())  # as deploy/export.py writes them
+    metadata = c | take_object(c, "metadata")
+    provenance = read_metadata(
+        metadata, is_ours={"seed", "tokens"} <= metadata.keys()
+    )  # as deploy/export.py writes them
     return to_autoencoder(path, parameters, activation, k, provenance, width)
 
 
@@ -135,14 +137,14 @@ def _read_saelens_config(path: Path) -> dict[str, Any]:
     }  # fmt: skip
     for name, (value, allowed) in settings.items():
         if value not in allowed:
-            what = f"{OTHERS[value]}; " if name == "architecture" and value in list(OTHERS) else ""
+            description = f"{UNSUPPORTED[value]}; " if name == "architecture" and value in list(UNSUPPORTED) else ""
             raise HeadSteerError(
-                f"{path}: {name} = {value!r}: {what}it must be {', '.join(map(str, allowed))}: choose such an SAE"
-                + (", or fold the normalisation in SAELens and save it again" if name.startswith("norm") else "")
+                f"{path}: {name} = {value!r}; {description}it must be {', '.join(map(str, allowed))}: choose such an "
+                "SAE" + (", or fold the normalisation in SAELens and save it again" if name.startswith("norm") else "")
             )
     if c.get("d_out", c.get("d_in")) != c.get("d_in") or take_object(c, "metadata").get("hook_name_out"):
         raise HeadSteerError(
-            f"{path}: it has an output of its own (d_out, hook_name_out): {OTHERS['transcoder']}; choose an SAE"
+            f"{path}: it has an output of its own (d_out, hook_name_out): {UNSUPPORTED['transcoder']}; choose an SAE"
         )
     sizes = {name: take_integer(path, c, name) for name in ("d_in", "d_sae")}
     return c | {name: value for name, (value, _) in settings.items()} | sizes

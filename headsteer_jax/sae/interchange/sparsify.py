@@ -4,6 +4,7 @@ Source: eai-sparsify 1.3.3 (sparse_coder.py, fused_encoder.py, trainer.py), whic
 Axes: D width, F latents.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _read_provenance(directory: Path) -> Provenance:
     name = directory.resolve().name
     provenance = of_hook(name if BLOCK.search(name) or OTHER_PLACES.search(name) else None)
     for parent in directory.resolve().parents[:2]:  # in a directory best/ it is one further up
-        if (parent / "config.json").is_file():
+        with contextlib.suppress(HeadSteerError):  # any other config.json, perhaps of something else
             c = read_object(parent / "config.json", "")
             return provenance._replace(model=read_text(c, "model"), dataset=read_text(c, "dataset"))
     return provenance
