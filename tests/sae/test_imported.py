@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from builders import sae_config, tiny_config
 from helpers import GOLDENS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from headsteer_jax.config.schema import Config
@@ -350,3 +352,53 @@ def test_the_runs_own_backbone_is_known_by_name() -> None:
     assert list_doubts(origin, 2, "cls", "r", own) == [
         "it was made for the backbone 'timm/vit_small_patch16_224', which this run has trained further"
     ]
+
+
+NOTES = {"saelens": "cfg.json", "dictionary_learning": "config.json", "sparsify": "cfg.json"}
+VALUES = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        10**30,
+        1.5,
+        float("nan"),
+        "",
+        "x\n",
+        "topk",
+        "\ud800",
+        [],
+        [[1]],
+        {},
+        {"k": 3},
+        "blocks.1.hook_z",
+    ]
+)
+KEYS = st.sampled_from(
+    ["architecture", "d_in", "d_sae", "k", "hook_name", "hook_head_index", "hook_layer", "normalize_activations",
+     "metadata", "activation_fn", "activation_fn_kwargs", "d_out", "seed", "tokens", "trainer", "buffer", "num_latents",
+     "signed", "dict_class", "layer", "submodule_name", "lm_name", "expansion_factor", "activation"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("library", NOTES)
+@settings(max_examples=40, deadline=None)
+@given(changes=st.dictionaries(KEYS, VALUES, min_size=1, max_size=3), inside=st.booleans())
+def test_notes_of_any_content_are_read_or_refused_in_a_line(
+    tmp_path_factory: pytest.TempPathFactory, library: str, changes: dict[str, Any], inside: bool
+) -> None:
+    name, activation = EVERY[library]
+    path = place(tmp_path_factory.mktemp("sae"), name)
+    notes = json.loads((path / NOTES[library]).read_text())
+    section = next((key for key in ("metadata", "trainer") if inside and key in notes), None)
+    changed = notes | {section: notes[section] | changes} if section else notes | changes
+    (path / NOTES[library]).write_text(json.dumps(changed))
+    config = importing(f"{library}:{path}", activation=activation)
+    refusal = ""
+    try:
+        json.dumps(describe_provenance(config, import_autoencoder(config), "my_run"), allow_nan=False)
+    except HeadSteerError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
