@@ -35,7 +35,7 @@ from headsteer_jax.runtime.staging import (
     redirect_stage,
     replace_stage,
 )
-from headsteer_jax.sae.store import fingerprint_autoencoder
+from headsteer_jax.sae.imported import fingerprint_autoencoder
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.files import Workdir, is_in_bucket
 from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locate_new
-from headsteer_jax.sae.store import import_autoencoder
+from headsteer_jax.sae.imported import import_autoencoder
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
 from headsteer_jax.train.loop import abstract_params
 

@@ -47,6 +47,7 @@ from headsteer_jax.runtime.files import Workdir, make_directory, read_json, writ
 from headsteer_jax.runtime.lock import hold_lock
 from headsteer_jax.runtime.staging import replace_stage
 from headsteer_jax.sae.grid import grid_config, grid_ks, grid_members, measure_grid
+from headsteer_jax.sae.imported import describe_provenance, import_autoencoder, to_members
 from headsteer_jax.sae.latents import INSPECTED_IMAGES, profile_latents
 from headsteer_jax.sae.metrics import measure_autoencoders
 from headsteer_jax.sae.residuals import (
@@ -57,7 +58,7 @@ from headsteer_jax.sae.residuals import (
     load_all,
     load_or_compute_residuals,
 )
-from headsteer_jax.sae.store import RunData, import_autoencoder, read_autoencoders, write_autoencoders
+from headsteer_jax.sae.store import RunData, read_autoencoders, write_autoencoders
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.replacement import measure_replacement
 from headsteer_jax.steer.strategies import find_strategy
@@ -115,8 +116,9 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     train, test = (_load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "test"))
     x_train = load_all(train if c.tokens == "cls" else _load_residuals(None, trained, dataset, "train", "cls"))
     labelled = LabelledResiduals(train, c.tokens, x_train, dataset.train.labels, len(dataset.class_names))
-    if c.pretrained:
-        result = import_autoencoder(config)
+    imported = import_autoencoder(config) if c.pretrained else None
+    if imported:
+        result = to_members(imported)
     else:
         result = train_members(config, seed_members(c), train, workdir / "sae", data=hash_data(dataset))
     members = result.autoencoders(c.inference_k)  # the seeds, then the control
@@ -127,7 +129,12 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     profile = profile_latents(run.autoencoders.member(0), labelled, gate_DH, INSPECTED_IMAGES)
     workdir.write_arrays("sae/inside.npz", profile)
     write_autoencoders(workdir, run, result.curves)
-    workdir.write_json("sae/health.json", health)
+    provenance: dict[str, Any] | None = None
+    if imported:
+        provenance = describe_provenance(config, imported, workdir.path.name, health["explained_variance"])
+        for doubt in provenance["doubts"]:
+            logger.warning(f"sae: check {c.pretrained}: {doubt}")
+    workdir.write_json("sae/health.json", health | {"provenance": provenance})
 
 
 def grid_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:

@@ -198,13 +198,19 @@ def made_run(
     health |= {"gate_agreement": 0.97, "accuracy": 0.91, "mse_residual": 0.0312, "dense_fraction": 0.02, "twins": 0.01}
     health |= {"max_cosine": 0.43, "class_selectivity": 0.61, "accuracy_residual": 0.87, "kl": 0.123}
     stability = {"seeds": 0.71 if seeds > 1 else None, "same_start": 0.93, "random": 0.38}
+    # a single autoencoder may have been imported
+    provenance = {
+        "library": "saelens", "path": "/data/<sae>", "sha256": 64 * "a", "version": "6.54.12", "model": "<b>gpt2</b>",
+        "hook": "blocks.1.hook_resid_post", "layer": 2, "dataset": None, "tokens": None, "activation": "topk", "k": 4,
+        "width": config.model.width, "latents": latents, "doubts": ["it was made for the model '<b>gpt2</b>'"],
+    } if seeds == 1 else None  # fmt: skip
     points = [{"k": k, "learning_rate": rate, "explained_variance": 0.9 - rate, "dead_fraction": rate}
               for k in (2, 4) for rate in (1e-3, 4e-3)]  # fmt: skip
     best = {str(k): {"learning_rate": 1e-3, "explained_variance": 0.9, "dead_fraction": 0.01} for k in (2, 4)}
     summary = {
         "dense_accuracy": 0.923, "dense_control_accuracy": 0.931, "layer_usage": [0.8, 0.7, 0.75], **numbers,
         "sae": health | {"latents": latents, "k": 4, "layer": config.sae_layer, "seeds": [health] * seeds}
-        | {"stability": stability},
+        | {"stability": stability, "provenance": provenance},
         "grid": {"best": best, "rows": points, "epochs": 9, "latents": latents} if by_layer else None,
         "seconds": {"train": 120.25, "sae": 31.5, "steer": 12.0}, "peak_memory_bytes": 3 * 2**30,
         "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),

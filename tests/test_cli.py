@@ -488,7 +488,7 @@ def test_exported_autoencoders_come_back(finished, tmp_path, library, file):
     command = ("run", f"--config={finished.config}", f"--workdir={workdir}", "--stages=sae", "--overwrite",
                f"--config.sae.pretrained={library}:{tmp_path / library / file}")  # fmt: skip
     refused(headsteer(*command), "config.sae.seeds = 2", "1, because sae.pretrained names one autoencoder")
-    refused(headsteer(*command, "--config.sae.seeds=1", "--config.sae.k=5"), "config.sae.k = 5", "has 4")
+    refused(headsteer(*command, "--config.sae.seeds=1", "--config.sae.k=5"), "it has k = 4, not 5", "--config.sae.k=4")
     succeeded(headsteer(*command, "--config.sae.seeds=1"))
     before = json.loads((finished.workdir / "sae" / "health.json").read_text())["seeds"][1]
     after = json.loads((workdir / "sae" / "health.json").read_text())["seeds"][0]

@@ -24,7 +24,13 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 MOST_HEADS = 12  # the most heads of a layer for which all 2^H head subsets are tried
 PIXEL_UNITS = "because pixels go from 0 to 1: divide numbers in units of 255 by 255"
-
+# the libraries whose autoencoders can be imported, with the forms of sae.pretrained
+IMPORTED = {
+    "saelens": "saelens:DIR",
+    "overcomplete": "overcomplete:FILE.safetensors",
+    "dictionary_learning": "dictionary_learning:DIR",
+    "sparsify": "sparsify:DIR",
+}
 PATTERN_BITS = 30  # a head pattern is an int32 with one bit for each head
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
@@ -253,7 +259,10 @@ class SAEConfig(Section):
     """The tokens whose residuals the autoencoder is trained on: the CLS token, which the gate reads, every patch, or
     both. Steering changes the CLS residual in every case."""
     expansion: PositiveInt = 8
-    """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072."""
+    """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072. It has no effect if latents is
+    not 0."""
+    latents: NonNegativeInt = 0
+    """The number of latents, F, if it is not to be a multiple of the width. With 0 it is expansion times D."""
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = "topk"
     """The choice of active latents, which are never negative. topk: the k largest of each residual (arXiv:2406.04093).
     batch_topk: the B k largest of a batch in training, and a threshold afterwards (arXiv:2412.06410). jumprelu: those
@@ -299,9 +308,9 @@ class SAEConfig(Section):
     bandwidth: PositiveFloat = 0.5
     """The width of the kernel that estimates the gradient of jumprelu's thresholds, in units of the scaled input."""
     pretrained: str = ""
-    """An autoencoder that is imported instead of trained: saelens:DIR or overcomplete:FILE.safetensors. Its activation,
-    its k and its number of latents must agree with this config, and seeds must be 1. If it is empty, autoencoders are
-    trained."""
+    """An autoencoder that is imported instead of trained: saelens:DIR, overcomplete:FILE.safetensors,
+    dictionary_learning:DIR or sparsify:DIR. Its activation, its k and its number of latents must agree with this
+    config, and seeds must be 1. If it is empty, autoencoders are trained."""
     control: bool = True
     """Train one more autoencoder, from the first seed's initialisation on another order of the data. The report
     compares the similarity of different seeds with the similarity of these two."""
@@ -491,7 +500,7 @@ class Config(Section):
     @property
     def latents(self) -> int:
         """Return F, the number of the autoencoder's latents."""
-        return self.sae.expansion * self.model.width
+        return self.sae.latents or self.sae.expansion * self.model.width
 
     @property
     def gated_layers(self) -> range:
@@ -539,15 +548,16 @@ class Config(Section):
     def _sae_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section sae."""
         s, most = self.sae, f"at most the {self.latents} latents"
-        libraries = ("saelens", "overcomplete")
-        imported = not s.pretrained or s.pretrained.partition(":")[0] in libraries
+        library, _, location = s.pretrained.partition(":")
+        imported = not s.pretrained or (library in IMPORTED and location != "")
+        source = "sae.latents" if s.latents else "sae.expansion * model.width"
         yield Rule("sae.layer", s.layer, self._is_gated(s.layer), f"a gated layer: {self._describe_gated_layers()}")
-        yield Rule("sae.k", s.k, s.k <= self.latents, f"{most} (sae.expansion * model.width)")
+        yield Rule("sae.k", s.k, s.k <= self.latents, f"{most} ({source})")
         yield Rule("sae.k_start", s.k_start, s.k_start <= self.latents, most)
         yield Rule("sae.aux_k", s.aux_k, s.aux_k <= self.latents, most)
         one_seed = "1, because sae.pretrained names one autoencoder"
         yield Rule("sae.seeds", s.seeds, not s.pretrained or s.seeds == 1, one_seed)
-        yield Rule("sae.pretrained", s.pretrained, imported, "saelens:DIR or overcomplete:FILE.safetensors")
+        yield Rule("sae.pretrained", s.pretrained, imported, " or ".join(IMPORTED.values()))
         yield Rule(
             "sae.prefixes", s.prefixes, list(s.prefixes) == sorted(set(s.prefixes)), "rising shares, without repeats"
         )

@@ -11,7 +11,8 @@ from headsteer_jax.model.pretrained import timm_tensors
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.runtime.files import check_replaceable, make_directory, write_bytes
 from headsteer_jax.sae.autoencoder import Autoencoder
-from headsteer_jax.sae.interchange import export_overcomplete, export_saelens
+from headsteer_jax.sae.interchange.overcomplete import export_overcomplete
+from headsteer_jax.sae.interchange.saelens import export_saelens
 
 WRITER = "HeadSteer"  # in every exported file, so that an export replaces nothing but earlier exports
 TARGETS = ("timm:FILE.safetensors", "saelens:DIR", "overcomplete:DIR")

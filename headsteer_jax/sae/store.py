@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path as LocalPath
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import TrainedModel, fingerprint_params
 from headsteer_jax.runtime.files import REMAKE, Workdir, read_arrays
 from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling
-from headsteer_jax.sae.interchange import import_overcomplete, import_saelens
-from headsteer_jax.sae.train import CURVES, TrainedMembers
+from headsteer_jax.sae.train import CURVES
 
 FILE = "sae/autoencoders.npz"
 
@@ -68,33 +64,3 @@ def read_autoencoders(workdir: Workdir, trained: TrainedModel) -> tuple[Autoenco
     scaling = Scaling(stored["mean"], stored["scale"])
     curves = {f"sae_{name}": stored[f"curve_{name}"] for name in CURVES}
     return Autoencoder(weights, scaling, config.sae.inference_k), stored["x_train"], curves
-
-
-def import_autoencoder(config: Config) -> TrainedMembers:
-    """Import the autoencoder that config.sae.pretrained names, as if it had been trained here, without curves.
-
-    Raises:
-      HeadSteerError: it cannot be read, or has another activation, k or number of latents than the config.
-    """
-    c = config.sae
-    library, _, path = c.pretrained.partition(":")
-    read = import_saelens if library == "saelens" else import_overcomplete
-    imported = read(LocalPath(path), width=config.model.width)
-    weights = imported.sae.weights
-    for field, value, expected in (
-        ("activation", imported.activation, c.activation),
-        ("k", imported.k, c.k),
-        ("expansion", len(weights.b_e) / config.model.width, c.expansion),
-    ):
-        if value is not None and value != expected:
-            raise HeadSteerError(
-                f"config.sae.{field} = {expected!r}: {path} has {value!r}; set it to this value, or import "
-                "another autoencoder"
-            )
-    curves = {name: np.zeros((0, 1), np.float32) for name in CURVES}
-    return TrainedMembers(jax.tree.map(lambda leaf: leaf[None], weights), imported.sae.scaling, curves)
-
-
-def fingerprint_autoencoder(pretrained: str) -> str:
-    """Hash."""
-    return ""

@@ -13,7 +13,8 @@ from headsteer_jax.deploy.export import export_autoencoders, export_timm, parse_
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.runs import Run, load_run
-from headsteer_jax.sae.interchange import import_overcomplete, import_saelens
+from headsteer_jax.sae.interchange.overcomplete import import_overcomplete
+from headsteer_jax.sae.interchange.saelens import import_saelens
 
 
 @pytest.fixture(scope="module")

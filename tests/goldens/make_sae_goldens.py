@@ -1,10 +1,14 @@
-"""Write tests/goldens/saelens* and overcomplete*: small autoencoders of those libraries, with their outputs.
+"""Write tests/goldens/saelens* and so on: small autoencoders of other libraries, with their outputs.
 
 Run it in an environment with the library, only when a case is added:
     python3 -m venv /tmp/saelens && /tmp/saelens/bin/pip install sae-lens
     /tmp/saelens/bin/python tests/goldens/make_sae_goldens.py saelens
     python3 -m venv /tmp/overcomplete && /tmp/overcomplete/bin/pip install overcomplete 'matplotlib<3.9' safetensors
     /tmp/overcomplete/bin/python tests/goldens/make_sae_goldens.py overcomplete
+    python3 -m venv /tmp/others && /tmp/others/bin/pip install torch einops natsort simple-parsing safetensors \\
+        tqdm huggingface-hub && /tmp/others/bin/pip install --no-deps dictionary-learning eai-sparsify
+    /tmp/others/bin/python tests/goldens/make_sae_goldens.py dictionary_learning
+    /tmp/others/bin/python tests/goldens/make_sae_goldens.py sparsify
 
 With two more arguments it runs a file that HeadSteer exported: `saelens DIRECTORY ARRAYS.npz` adds z and x_hat to x.
 """
@@ -14,6 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -47,7 +52,7 @@ def run_saelens(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_overcomplete(path: Path, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The lines of headsteer_jax.sae.interchange.export_overcomplete's docstring."""
+    """The lines of headsteer_jax.sae.interchange.overcomplete.export_overcomplete's docstring."""
     import overcomplete.sae
     import safetensors
 
@@ -71,6 +76,7 @@ def make_saelens(outputs: dict[str, np.ndarray]) -> str:
 
     for name, sae in {
         "standard": s.StandardSAE(s.StandardSAEConfig(**common)),
+        "gated": s.GatedSAE(s.GatedSAEConfig(**common)),
         "uncentred": s.StandardSAE(s.StandardSAEConfig(**common, apply_b_dec_to_input=False)),
         "topk": s.TopKSAE(s.TopKSAEConfig(**common, k=K)),
         "topk_rescaled": s.TopKSAE(s.TopKSAEConfig(**common, k=K, rescale_acts_by_decoder_norm=True)),
@@ -151,6 +157,74 @@ def make_overcomplete(outputs: dict[str, np.ndarray]) -> str:
     return f"overcomplete {importlib.metadata.version('overcomplete')}"
 
 
+def stub_modules(*names: str) -> None:
+    """Let a library import what only its training of language models needs."""
+    for name in names:
+        sys.modules.setdefault(name, MagicMock())
+
+
+def make_dictionary_learning(outputs: dict[str, np.ndarray]) -> str:
+    stub_modules("nnsight", "datasets", "zstandard")
+    from dictionary_learning.dictionary import AutoEncoderNew
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+    from dictionary_learning.trainers.standard import StandardTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.utils import load_dictionary
+
+    common: dict[str, Any] = {
+        "steps": 10, "activation_dim": D, "dict_size": F, "layer": 4, "lm_name": "EleutherAI/pythia-70m-deduped",
+        "submodule_name": "resid_post_layer_4", "device": "cpu",
+    }  # fmt: skip
+    cases = {
+        "standard": StandardTrainer(**common, lr=1e-3, l1_penalty=0.1, warmup_steps=1, sparsity_warmup_steps=1),
+        "gated": GatedSAETrainer(**common, lr=1e-3, l1_penalty=0.1, warmup_steps=1, sparsity_warmup_steps=1),
+        "topk": TopKTrainer(**common, k=K, warmup_steps=1),
+        "batchtopk": BatchTopKTrainer(**common, k=K, warmup_steps=1),
+        "matryoshka": MatryoshkaBatchTopKTrainer(**common, k=K, group_fractions=[0.25, 0.75], warmup_steps=1),
+        "jumprelu": JumpReluTrainer(**common, warmup_steps=1, sparsity_warmup_steps=1),
+    }
+    trained = {name: (trainer.ae, trainer.config) for name, trainer in cases.items()}
+    april = {**trained["standard"][1], "dict_class": "AutoEncoderNew"}  # no trainer of today makes it
+    trained["new"] = (AutoEncoderNew(D, F), april)
+    for name, (ae, config) in trained.items():
+        jitter(ae, threshold=1.0)
+        if "topk" in name or name == "matryoshka":
+            ae.threshold.fill_(1.25)
+        path = HERE / f"dictionary_learning_{name}"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({"trainer": config, "buffer": {"d_submodule": D, "io": "out"}}))
+        torch.save(ae.state_dict(), path / "ae.pt")
+        loaded, _ = load_dictionary(str(path), "cpu")
+        outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = compute_outputs(loaded, X, lambda z: z)
+        save_file({key: value.contiguous() for key, value in ae.state_dict().items()}, path / "ae.safetensors")
+        if name != "topk":  # PyTorch's file is kept for one of them
+            (path / "ae.pt").unlink()
+    return "dictionary_learning 0.1.0"
+
+
+def make_sparsify(outputs: dict[str, np.ndarray]) -> str:
+    stub_modules("datasets", "accelerate", "accelerate.utils", "transformers", "schedulefree")
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    for name, config in {
+        "layers.5": SparseCoderConfig(k=K, expansion_factor=F // D),
+        "free": SparseCoderConfig(k=K, num_latents=19, normalize_decoder=False, multi_topk=True),
+    }.items():
+        coder = jitter(SparseCoder(D, config))
+        path = HERE / f"sparsify_{name}"
+        coder.save_to_disk(path)
+        loaded = SparseCoder.load_from_disk(path)
+        with torch.no_grad():
+            top = loaded.encode(X)
+            z = torch.zeros(len(X), loaded.num_latents).scatter(1, top.top_indices, top.top_acts)
+            x_hat = loaded.decode(top.top_acts, top.top_indices)
+            outputs[f"{name}_z"], outputs[f"{name}_x_hat"] = z.numpy(), x_hat.numpy()
+    return "eai-sparsify 1.3.3"
+
+
 peer = sys.argv[1]
 if len(sys.argv) == 4:
     file = Path(sys.argv[3])
@@ -161,6 +235,8 @@ else:
     for stale in HERE.glob(f"{peer}_*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     arrays = {"x": X.numpy()}
-    version = {"saelens": make_saelens, "overcomplete": make_overcomplete}[peer](arrays)
+    make = {"saelens": make_saelens, "overcomplete": make_overcomplete,
+            "dictionary_learning": make_dictionary_learning, "sparsify": make_sparsify}  # fmt: skip
+    version = make[peer](arrays)
     np.savez_compressed(HERE / f"{peer}_outputs.npz", **arrays)
     print(f"{version}, torch {torch.__version__}")

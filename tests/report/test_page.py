@@ -164,6 +164,19 @@ def test_names_are_escaped(written: Written) -> None:
         assert shown == [row["name"] for row in written.run["summary"]["classes"]]
 
 
+def test_the_origin_of_an_imported_autoencoder_is_told(written: Written) -> None:
+    provenance = written.run["summary"]["sae"]["provenance"]
+    assert ("provenance" in written.page.tables) == (provenance is not None)
+    if provenance:
+        told = dict(written.page.tables["provenance"])
+        assert told["library"] == "saelens 6.54.12"
+        assert told["file"] == f"/data/<sae> (SHA-256 {16 * 'a'})"
+        assert told["made for the model"] == "<b>gpt2</b>"
+        assert told["reads"].startswith("blocks.1.hook_resid_post (the input of layer 2); here it reads the input of")
+        assert told["dataset"] == "unknown"
+        assert told["check"] == provenance["doubts"][0]
+
+
 def test_numbers_are_the_summarys(written: Written) -> None:
     summary, strategies = written.run["summary"], written.run["config"].steer.strategies
     steering, layer, page = summary["steering"], summary["last_layer"], written.page

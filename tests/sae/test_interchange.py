@@ -19,14 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling, fold_scaling
-from headsteer_jax.sae.interchange import (
-    CONSTANT_VALUE,
-    Imported,
-    export_overcomplete,
-    export_saelens,
-    import_overcomplete,
-    import_saelens,
-)
+from headsteer_jax.sae.interchange.files import Imported
+from headsteer_jax.sae.interchange.overcomplete import CONSTANT_VALUE, export_overcomplete, import_overcomplete
+from headsteer_jax.sae.interchange.saelens import export_saelens, import_saelens
 
 # the libraries themselves wrote GOLDENS: goldens/make_sae_goldens.py
 D, F, K = 8, 24, 3
@@ -79,7 +74,12 @@ def run_saelens(directory: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     t = {name: value.astype(np.float64) for name, value in load_file(directory / "sae_weights.safetensors").items()}
     assert int(c["metadata"]["sae_lens_version"].split(".")[0]) >= 6
     assert c["normalize_activations"] == c["reshape_activations"] == "none"
-    pre = (x - t["b_dec"] * c["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
+    seen = x - t["b_dec"] * c["apply_b_dec_to_input"]
+    if c["architecture"] == "gated":
+        gate, magnitude = seen @ t["W_enc"] + t["b_gate"], seen @ (t["W_enc"] * np.exp(t["r_mag"])) + t["b_mag"]
+        z = np.maximum(magnitude, 0) * (gate > 0)
+        return z, z @ t["W_dec"] + t["b_dec"]
+    pre = seen @ t["W_enc"] + t["b_enc"]
     length = np.linalg.norm(t["W_dec"], axis=1) if c.get("rescale_acts_by_decoder_norm") else 1.0
     z = np.maximum(pre * length, 0)
     if c["architecture"] == "topk":
@@ -118,6 +118,7 @@ def assert_close(actual: tuple[np.ndarray, ...], desired: tuple[np.ndarray, ...]
     [
         ("standard", "relu", None),
         ("uncentred", "relu", None),
+        ("gated", "jumprelu", None),
         ("topk", "topk", K),
         ("topk_rescaled", "topk", K),
         ("jumprelu", "jumprelu", None),
@@ -247,7 +248,12 @@ def assert_refused(read: Callable[[Path], object], path: Path, parts: list[str])
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"architecture": "gated"}, ["architecture = 'gated'", "must be standard, topk, jumprelu, batchtopk, matryo"]),
+        ({"architecture": "matching_pursuit"},
+         ["'matching_pursuit'", "a matching pursuit", "must be standard, gated, topk, jumprelu, batchtopk, matryo"]),
+        ({"architecture": "transcoder"}, ["'transcoder'; a transcoder, which predicts one place of a model from"]),
+        ({"architecture": "skip_transcoder"}, ["'skip_transcoder'; a transcoder with a skip connection"]),
+        ({"d_out": D + 1}, ["d_out", "a transcoder"]),
+        ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, ["hook_name_out", "a transcoder"]),
         ({"architecture": "temporal"}, ["architecture = 'temporal'"]),
         ({"architecture": "jumprelu_transcoder"}, ["architecture = 'jumprelu_transcoder'"]),
         ({"architecture": ["topk"]}, ["architecture = ['topk']"]),
@@ -349,7 +355,8 @@ def replace_tensor(path: Path, name: str, value: Any, metadata: dict[str, str] |
     [
         ("", None, {"class": None}, ["class = None", "SAE, TopKSAE, BatchTopKSAE, JumpSAE", "metadata={'overcompl"]),
         ("", None, {"class": ["SAE"]}, ["class = ['SAE']"]),
-        ("", None, {"class": "MpSAE"}, ["class = 'MpSAE'"]),
+        ("", None, {"class": "MpSAE"}, ["class = 'MpSAE'", "a matching pursuit"]),
+        ("", None, {"class": "RATopKSAE"}, ["class = 'RATopKSAE'", "an archetypal SAE"]),
         ("", None, {"arguments": 1}, ["metadata are not {'class': ..., 'arguments': ...}"]),
         ("", None, {"arguments": {}}, ["top_k = None", "1 to 24"]),
         ("", None, {"arguments": {"top_k": "x"}}, ["top_k = 'x'"]),
@@ -363,7 +370,8 @@ def replace_tensor(path: Path, name: str, value: Any, metadata: dict[str, str] |
         ("", None, {"constant_concept": 23}, ["concept 23 is not constant"]),
         ("encoder.final_block.1.weight", np.ones(F, np.float32), {},
          ["'encoder.final_block.1.weight'", "encoder_module='linear'"]),
-        ("dictionary.Relax", np.ones((F, D), np.float32), {}, ["'dictionary.Relax'", "DictionaryLayer"]),
+        ("dictionary.Relax", np.ones((F, D), np.float32), {},
+         ["'dictionary.Relax'", "an archetypal SAE", "DictionaryLayer"]),
         ("encoder.final_block.0.weight", None, {}, ["no tensor 'encoder.final_block.0.weight'"]),
         ("encoder.final_block.0.bias", None, {}, ["no tensor 'encoder.final_block.0.bias'"]),
         ("encoder.final_block.0.weight", np.ones((F, D + 1), np.float32), {}, ["[24, 9], not [24, 8]"]),

@@ -40,6 +40,18 @@ def test_every_variant_learns(tmp_path: Path, activation: str) -> None:
         assert (np.asarray(saes.threshold) > 0).any(axis=1).all()
 
 
+@pytest.mark.parametrize("latents", [5, 41])
+def test_the_number_of_latents_is_free(tmp_path: Path, latents: int) -> None:
+    """Fewer latents than the width and than AuxK's D / 2, and a number that nothing divides."""
+    x = concepts(640, 24, np.random.default_rng(0))
+    config = sae_config(epochs=60, learning_rate=3e-3, latents=latents)
+    trained = train.train_members(config, train.seed_members(config.sae), ResidualsInMemory(x), tmp_path)
+    assert trained.weights.W_d.shape == (3, latents, 24)
+    health = measure_health(trained.autoencoders(4).member(0), [x])
+    assert health.frequency.shape == (latents,)
+    assert health.explained_variance > (0.2 if latents == 5 else 0.8)
+
+
 def test_matryoshka_prefixes_reconstruct_by_themselves(tmp_path: Path) -> None:
     x = concepts(640, 24, np.random.default_rng(0))
     scores = {}

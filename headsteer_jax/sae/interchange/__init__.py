@@ -1,0 +1,1 @@
+"""Autoencoders in the files of other libraries: SAELens, overcomplete, dictionary_learning and sparsify."""
