@@ -282,13 +282,12 @@ def _simplify(name: str) -> str:
 
 def _warn(file: FileConfig, config: Config) -> Iterator[str]:
     """Yield the differences that may be meant: in the normalisation of the images."""
-    for fact in ("mean", "std"):
-        theirs, ours = file.value(fact), getattr(config.data, fact)
+    for fact, ours in (("mean", config.data.mean), ("std", config.data.std)):
+        theirs = file.value(fact)
         if not isinstance(theirs, (list, tuple)) or not theirs:
             continue
         if len(theirs) != len(ours) or any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
-            stated = ", ".join(f"{value:g}" for value in theirs)
-            chosen = ", ".join(f"{value:g}" for value in ours)
+            stated, chosen = (", ".join(f"{value:g}" for value in values) for values in (theirs, ours))
             yield (
                 f"{config.model.pretrained} was trained on images with {fact} ({stated}), but config.data.{fact} = "
                 f"({chosen})"

@@ -101,21 +101,12 @@ def load_backbone(
       HeadSteerError: the file cannot be downloaded or read, its layout is unknown, its own description disagrees with
         the config, or a tensor is missing, surplus or misshapen; the message names the tensor as the file does.
     """
-    m, reader = config.model, _BackboneReader(config)
-    reader.check_depth()
-    reader.check_norms()
-    comparison = compare(reader.described, config, class_names)
-    new: dict[str, Any] = {
-        **params["params"],
-        "norm": reader.read_norm("norm"),
-        "patches": reader.read_patches(),
-        **reader.read_tokens(),
-    }
-    for layer in range(m.depth):
-        new[f"layers_{layer}"] = {**new[f"layers_{layer}"], **reader.read_block(layer)}
-    if m.pretrained_head:
-        new["head"] = reader.read_head(params["params"]["head"]["bias"].shape[0])
-    reader.check_surplus()
+    head = params["params"]["head"]["bias"].shape[0]
+    read, reader, comparison = _read_backbone(config, class_names, head)
+    new: dict[str, Any] = {**params["params"], **read}
+    for layer in range(config.model.depth):
+        name = f"layers_{layer}"
+        new[name] = {**params["params"][name], **read[name]}
     random = [
         jax.tree_util.keystr(place, simple=True, separator=".")
         for place, leaf in jax.tree_util.tree_leaves_with_path(new)
@@ -125,6 +116,35 @@ def load_backbone(
     for warning in report.comparison.warnings:
         logger.warning(warning)
     return {"params": jax.tree.map(jnp.asarray, new)}, report
+
+
+def check_backbone(config: Config, class_names: Sequence[str]) -> None:
+    """Check that config.model.pretrained can be loaded, as `load_backbone` does, without a model.
+
+    Raises:
+      HeadSteerError: it cannot.
+    """
+    _read_backbone(config, class_names, len(class_names))
+
+
+def _read_backbone(
+    config: Config, class_names: Sequence[str], classes: int
+) -> tuple[dict[str, Any], "_BackboneReader", Comparison]:
+    """Read all of our parameters that the file holds, compare it with the config, and check that nothing is left."""
+    m, reader = config.model, _BackboneReader(config)
+    reader.check_depth()
+    reader.check_norms()
+    comparison = compare(reader.described, config, class_names)
+    read: dict[str, Any] = {
+        "norm": reader.read_norm("norm"),
+        "patches": reader.read_patches(),
+        **reader.read_tokens(),
+        **{f"layers_{layer}": reader.read_block(layer) for layer in range(m.depth)},
+    }
+    if m.pretrained_head:
+        read["head"] = reader.read_head(classes)
+    reader.check_surplus()
+    return read, reader, comparison
 
 
 class _BackboneReader:
@@ -349,7 +369,8 @@ class _BackboneReader:
                     f"a grid of {rows} x {columns} patches; this model's grid is square, so choose another file"
                 )
             return fitting[0]
-        squares = sorted({leading for leading in possible if math.isqrt(count - leading) ** 2 == count - leading})
+        numbers = {leading: count - leading for leading in possible if leading < count}
+        squares = [leading for leading, number in sorted(numbers.items()) if math.isqrt(number) ** 2 == number]
         if not squares:
             raise HeadSteerError(
                 f"{self.path}: tensor {name!r}: {count} positions do not form a square of patches, with or "

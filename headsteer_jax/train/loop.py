@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -53,8 +53,11 @@ def phase_plan(config: Config, phase: Phase) -> PhaseConfig:
     return config.train.dense if phase == "dense" else config.train.gated
 
 
-def init_params(model: ViT, config: Config, seed: int) -> Any:
+def init_params(model: ViT, config: Config, seed: int, class_names: Sequence[str] = ()) -> Any:
     """Initialise the model's variables, complete on every host: random, with the config's pretrained backbone if any.
+
+    Args:
+      class_names: of the dataset, with which those of a pretrained head are compared.
 
     Raises:
       HeadSteerError: the backbone cannot be loaded, or hosts have different variables.
@@ -63,7 +66,7 @@ def init_params(model: ViT, config: Config, seed: int) -> Any:
     side, channels = config.data.image_size, config.data.channels
     params = jax.jit(model.init)(key, jnp.zeros((1, side, side, channels)))
     if config.model.pretrained:
-        params, report = hosts.on_every_process(lambda: load_backbone(params, config))
+        params, report = hosts.on_every_process(lambda: load_backbone(params, config, class_names))
         logger.info(str(report))
     hosts.check_equal({"the initial model": fingerprint_params(params)})
     return params
@@ -284,7 +287,7 @@ def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, ste
 def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
     """Train all phases, each from where it stopped."""
     model = build_model(config, len(dataset.class_names))
-    params = init_params(model, config, config.seed)
+    params = init_params(model, config, config.seed, dataset.class_names)
     with open_log(directory) as log:
         if config.train.dense.steps:
             params = hosts.to_numpy(
