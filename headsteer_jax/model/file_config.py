@@ -47,12 +47,12 @@ DEFAULTS = {
 }
 # timm states only what differs from the named architecture; these are the plain ones, and their numbers of heads.
 TIMM_PLAIN = re.compile(
-    r"(?:vit|deit|deit3|flexivit|test_vit)_?(tiny|small|medium|base|large|huge|giant|gigantic|so400m)?"
-    r"(?:_distilled)?(?:_patch\d+)?(_plus)?(?:_reg\d)?(_dinov2|_tipsv2)?(?:_\d+)?(?:_miil)?"
+    r"(?:vit|deit|deit3)_(tiny|small|medium|base|large|huge|giant|gigantic|so400m)(?:_distilled)?_patch\d+"
+    r"(_plus)?(?:_reg\d)?(_dinov2|_tipsv2)?(?:_\d+)?(?:_miil)?|flexivit_(small|base|large)"
 )
 TIMM_HEADS = {
     "tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16, "gigantic": 16, "so400m": 16,
-    "giant_dinov2": 24, "giant_tipsv2": 24, "base_plus": 14, "test_vit": 2,
+    "giant_dinov2": 24, "giant_tipsv2": 24, "base_plus": 14,
 }  # fmt: skip
 GELUS = {
     **dict.fromkeys(("gelu", "gelu_python"), "exact"),
@@ -95,7 +95,7 @@ class FileConfig(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What a comparison with a checkpoint's description found, apart from disagreements, which are errors."""
+    """Report a comparison with a checkpoint's description; disagreements are not in it, because they are errors."""
 
     checked: list[str]
     unchecked: list[str]
@@ -145,12 +145,15 @@ def _collect_facts(described: Mapping[str, Any], source: str) -> dict[str, Fact]
     nested = [described.get(name) for name in ("pretrained_cfg", "model_kwargs", "model_args")]
     pretrained, *specific = (part if isinstance(part, Mapping) else {} for part in nested)
     model_type, architecture = described.get("model_type"), described.get("architecture") or described.get("model")
-    facts = _pick(DEFAULTS.get(str(model_type), {}), f"{source}'s model_type {model_type} means")
+    facts = _pick(DEFAULTS.get(str(model_type), {}), f"{source}: model_type {model_type} means")
     if isinstance(architecture, str):
         named = _describe_architecture(architecture.partition(".")[0])
-        facts |= _pick(named, f"{source}'s architecture {architecture} means")
+        facts |= _pick(named, f"{source}: architecture {architecture} means")
     for part in (pretrained, described, *specific):
-        facts |= _pick(part, f"{source} says")
+        stated = _pick(part, f"{source} says")
+        if "norm" in stated:  # another norm than the architecture's, with an epsilon of its own
+            facts.pop("epsilon", None)
+        facts |= stated
     return facts
 
 
@@ -171,8 +174,8 @@ def _describe_architecture(architecture: str) -> dict[str, Any]:
     plain = TIMM_PLAIN.fullmatch(architecture)
     if not plain:
         return {}
-    size = "".join(part or "" for part in plain.groups()) or architecture
-    heads = TIMM_HEADS.get(size, TIMM_HEADS.get(plain[1] or ""))
+    size = "".join(part or "" for part in plain.groups())
+    heads = TIMM_HEADS.get(size, TIMM_HEADS[size.partition("_")[0]])
     return {
         "num_heads": heads, "act_layer": "gelu", "norm_eps": 1e-6, "block_fn": "Block", "global_pool": "token",
     }  # fmt: skip
@@ -242,7 +245,8 @@ def _refuse_activation(file: FileConfig, config: Config, class_names: Sequence[s
 def _refuse_pooling(file: FileConfig, config: Config, class_names: Sequence[str]) -> str:
     """Say why the kept head reads something other than the class token; "" if it does not."""
     del class_names
-    if config.model.pretrained_head and file.value("pooling") not in (None, "token"):
+    of_class_token = (None, "token", "tok", "cls", False)  # False in the arguments of MAE's scripts
+    if config.model.pretrained_head and file.value("pooling") not in of_class_token:
         return (
             f"{file.cite('pooling')}, but this model's head reads the class token; set model.pretrained_head=false, or "
             "choose another file"

@@ -189,18 +189,18 @@ def find_backbone(path: Path, tensors: Mapping[str, np.ndarray]) -> Backbone:
     Raises:
       HeadSteerError: there is none, there are several without a reason to prefer one, or the model is of another kind.
     """
-    found = [  # (layout's patch kernel, prefix)
+    anchors = [  # (layout's patch kernel, prefix)
         (anchor, name.removesuffix(anchor))
         for anchor in (layout.name("patches", "kernel") for layout in (TIMM, HF_VIT, AUGREG, TORCHVISION))
         for name in tensors
         if name == anchor or name.endswith(("." + anchor, "/" + anchor))
     ]
-    if not found:
+    if not anchors:
         raise HeadSteerError(f"{path}: {_describe_unknown(tensors)}; choose another file")
-    prefixes = [prefix for _, prefix in found]
+    prefixes = [prefix for _, prefix in anchors]
     prefix, choice = _choose_prefix(path, prefixes)
     named = _unchunk(_unroll(_split_torchvision(tensors), prefix), prefix)
-    layout = _recognise_layout(found[prefixes.index(prefix)][0], prefix, named)
+    layout = _recognise_layout(anchors[prefixes.index(prefix)][0], prefix, named)
     inside = [name.removeprefix(prefix) for name in named if name.startswith(prefix)]
     inside = [name for name in inside if not name.startswith(layout.ignored)]
     if reason := _find_foreign(inside):

@@ -268,7 +268,7 @@ class _BackboneReader:
 
     def _take_bias(self, module: str, layer: int | None, *shape: int) -> np.ndarray:
         """Return a linear layer's bias, which is zero if no layer of the file has one."""
-        names = [self.name(module, "bias", one) for one in range(self.config.model.depth)]
+        names = [self.name(module, "bias", number) for number in range(self.config.model.depth)]
         if layer is None or any(name in self.tensors for name in names):
             return self.take(self.name(module, "bias", layer), *shape)
         if names[layer] not in self.absent:

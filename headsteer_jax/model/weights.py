@@ -124,13 +124,13 @@ def read_weights(path: Path) -> Weights:
     """
     files = _find_files(path)
     parts = [_read_file(file) for file in files]
-    whole = parts[0]._replace(path=path if len(files) > 1 else files[0])
+    weights = parts[0]._replace(path=path if len(files) > 1 else files[0])
     for part in parts[1:]:
-        whole.tensors.update(part.tensors)
-    for name, tensor in whole.tensors.items():
+        weights.tensors.update(part.tensors)
+    for name, tensor in weights.tensors.items():
         if not np.isfinite(tensor).all():
-            raise HeadSteerError(f"{whole.path}: tensor {name!r} holds NaN or infinity; download it again")
-    return whole
+            raise HeadSteerError(f"{weights.path}: tensor {name!r} holds NaN or infinity; download it again")
+    return weights
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -245,10 +245,11 @@ def _read_torch(path: Path) -> Weights:
         ):  # training scripts save their arguments, plain data
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
+        example = f" ({pickled[1]})" if pickled else ""
         raise HeadSteerError(
-            f"{path}: holds more than tensors and plain data{f' ({found[1]})' if found else ''}, and nothing else is "
-            "loaded; save only its state_dict, or use a .safetensors file"
+            f"{path}: holds more than tensors and plain data{example}, and nothing else is loaded; save only its "
+            "state_dict, or use a .safetensors file"
         ) from None
 
     def is_set(value: Any) -> bool:
