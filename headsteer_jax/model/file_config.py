@@ -59,8 +59,8 @@ GELUS = {
     **dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"), "tanh"),
 }
 PLAIN = {  # the values of timm's options that our model computes
-    "block": ("block", "plain"), "norm": ("layernorm", "layernormfp32", "none"), "mlp": ("mlp",),
-    "attention": ("attn", "attention", "none", ""),
+    "block": ("block", "plain"), "norm": ("layernorm", "layernormfp32"), "mlp": ("mlp",),
+    "attention": ("attn", "attention", ""),
 }  # fmt: skip
 OPTIONS = {"block": "block order", "norm": "norm", "mlp": "MLP", "attention": "attention"}
 
@@ -88,10 +88,7 @@ class FileConfig(NamedTuple):
 
     def image(self) -> tuple[int, int] | None:
         """Return the height and width of the images that the positions are for, if they are stated."""
-        size = self.value("image")
-        if isinstance(size, (list, tuple)) and len(size) >= 2 and all(isinstance(side, int) for side in size):
-            return size[-2], size[-1]  # timm's input_size begins with the channels
-        return (size, size) if isinstance(size, int) else None
+        return _read_size(self.value("image"))
 
 
 class Comparison(NamedTuple):
@@ -161,10 +158,35 @@ def _pick(part: Mapping[str, Any], statement: str) -> dict[str, Fact]:
     """Pick the facts that a mapping states; None states nothing."""
     picked = {}
     for fact, keys in KEYS.items():
-        key = next((key for key in keys if part.get(key) is not None), None)
+        key = next((key for key in keys if _is_valid(fact, part.get(key))), None)
         if key is not None:
             picked[fact] = Fact(f"{statement} {key}", part[key])
     return picked
+
+
+def _is_valid(fact: str, value: Any) -> bool:
+    """Say whether a value can be that of a fact; a training script may use the same word for something else."""
+    if fact in ("depth", "width", "heads", "epsilon", "channels"):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if fact in ("mean", "std"):
+        numbers = value if isinstance(value, (list, tuple)) else ["none"]
+        return len(numbers) > 0 and all(isinstance(number, (int, float)) for number in numbers)
+    if fact == "image":
+        return _read_size(value) is not None
+    if fact == "classes":
+        return isinstance(value, (list, Mapping)) and len(value) > 0
+    return isinstance(value, (str, bool))
+
+
+def _read_size(size: Any) -> tuple[int, int] | None:
+    """Read height and width from a number, a list that may begin with the channels, or a mapping."""
+    if isinstance(size, Mapping):
+        size = [size.get("height"), size.get("width")]
+    if isinstance(size, int):
+        size = [size, size]
+    if isinstance(size, (list, tuple)) and len(size) >= 2 and all(isinstance(side, int) for side in size):
+        return size[-2], size[-1]
+    return None
 
 
 def _describe_architecture(architecture: str) -> dict[str, Any]:
@@ -192,7 +214,7 @@ def compare(file: FileConfig, config: Config, class_names: Sequence[str] = ()) -
     """
     for fact, field, ours in _list_numbers(config):
         theirs = file.value(fact)
-        if isinstance(theirs, (int, float)) and not math.isclose(theirs, ours, rel_tol=1e-6):
+        if theirs is not None and not math.isclose(theirs, ours, rel_tol=1e-6):
             raise HeadSteerError(
                 f"config.model.pretrained = {config.model.pretrained}: {file.cite(fact)}, but {field} = {ours!r}; set "
                 f"{field}={theirs!r}, or choose another file"
@@ -288,7 +310,7 @@ def _warn(file: FileConfig, config: Config) -> Iterator[str]:
     """Yield the differences that may be meant: in the normalisation of the images."""
     for fact, ours in (("mean", config.data.mean), ("std", config.data.std)):
         theirs = file.value(fact)
-        if not isinstance(theirs, (list, tuple)) or not theirs:
+        if theirs is None:
             continue
         if len(theirs) != len(ours) or any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
             stated, chosen = (", ".join(f"{value:g}" for value in values) for values in (theirs, ours))

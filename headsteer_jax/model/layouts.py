@@ -173,6 +173,8 @@ OPTIONS = (
 # Of two backbones in one file the one with such a word in its prefix is taken.
 PREFERRED = ("ema", "teacher", "target_encoder", "base_encoder", "encoder_q")
 
+OPTIMIZER = re.compile(r"(^|[./])(mu|nu|exp_avg|exp_avg_sq|momentum_buffer)[./]")  # its state is no second backbone
+
 
 class Backbone(NamedTuple):
     """The vision transformer in a file."""
@@ -193,13 +195,13 @@ def find_backbone(path: Path, tensors: Mapping[str, np.ndarray]) -> Backbone:
         (anchor, name.removesuffix(anchor))
         for anchor in (layout.name("patches", "kernel") for layout in (TIMM, HF_VIT, AUGREG, TORCHVISION))
         for name in tensors
-        if name == anchor or name.endswith(("." + anchor, "/" + anchor))
+        if (name == anchor or name.endswith(("." + anchor, "/" + anchor))) and not OPTIMIZER.search(name)
     ]
     if not anchors:
         raise HeadSteerError(f"{path}: {_describe_unknown(tensors)}; choose another file")
     prefixes = [prefix for _, prefix in anchors]
     prefix, choice = _choose_prefix(path, prefixes)
-    named = _unchunk(_unroll(_split_torchvision(tensors), prefix), prefix)
+    named = _unchunk(path, _unroll(_split_torchvision(tensors), prefix), prefix)
     layout = _recognise_layout(anchors[prefixes.index(prefix)][0], prefix, named)
     inside = [name.removeprefix(prefix) for name in named if name.startswith(prefix)]
     inside = [name for name in inside if not name.startswith(layout.ignored)]
@@ -250,10 +252,21 @@ def _choose_prefix(path: Path, prefixes: list[str]) -> tuple[str, str]:
     raise HeadSteerError(f"{path}: holds {len(prefixes)} backbones, under {names}; save the one that you want alone")
 
 
-def _unchunk(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Rename blocks.CHUNK.LAYER, as DINOv2's training writes them for its sharding, to blocks.LAYER."""
+def _unchunk(path: Path, tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Rename blocks.CHUNK.LAYER, as DINOv2's training writes them for its sharding, to blocks.LAYER.
+
+    Raises:
+      HeadSteerError: the layers' numbers begin anew in each chunk, as in hierarchical models.
+    """
     chunked = re.compile(rf"({re.escape(prefix)}blocks\.)\d+\.(?=\d+\.)")
-    return {chunked.sub(r"\1", name): tensor for name, tensor in tensors.items()}
+    named = {chunked.sub(r"\1", name): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        example = next(name for name in tensors if chunked.match(name))
+        raise HeadSteerError(
+            f"{path}: its blocks are numbered anew in each stage ({example!r}), as in hierarchical models; choose a "
+            "plain ViT's file"
+        )
+    return named
 
 
 def _unroll(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -261,7 +274,7 @@ def _unroll(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndar
     scanned = prefix + _BLOCK.removesuffix("_{}") + "/"
     named = {}
     for name, tensor in tensors.items():
-        if name.startswith(scanned):
+        if name.startswith(scanned) and tensor.ndim:
             for layer, part in enumerate(tensor):
                 named[f"{prefix}{_BLOCK.format(layer)}/{name.removeprefix(scanned)}"] = part
         else:

@@ -19,7 +19,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.file_config import Comparison, compare, read_file_config
 from headsteer_jax.model.layouts import DINOV2, TIMM, find_backbone
-from headsteer_jax.model.weights import locate_weights, read_weights
+from headsteer_jax.model.weights import check_finite, locate_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,7 @@ class _BackboneReader:
                 f"{self.path}: tensor {name!r} has the shape {list(tensor.shape)}, not [{expected}]; set config.model "
                 "and config.data.channels to the file's model, or choose another file"
             )
+        check_finite(self.path, name, tensor)
         if name in self.unused:  # query, key and value may be parts of one tensor
             del self.unused[name]
             self.loaded.append(name)
@@ -232,11 +233,12 @@ class _BackboneReader:
                 f"{self.path}: there is no tensor {self.name('norm', 'bias')!r}: its norms have no bias, as RMSNorm's, "
                 "and this model's are LayerNorms; choose a plain ViT's file"
             )
-        first, second = (self.tensors.get(self.name(part, "kernel", 0)) for part in ("mlp_in", "mlp_out"))
+        names = [self.name(part, "kernel", 0) for part in ("mlp_in", "mlp_out")]
+        first, second = (self.tensors[name].shape if name in self.tensors else () for name in names)
         inner, outer = (1, 0) if self.layout.flax else (0, 1)  # the axes of the hidden width
-        if first is not None and second is not None and first.shape[inner] == 2 * second.shape[outer]:
+        if len(first) == len(second) == 2 and first[inner] == 2 * second[outer]:
             raise HeadSteerError(
-                f"{self.path}: tensor {self.name('mlp_in', 'kernel', 0)!r} has the shape {list(first.shape)}: its MLP "
+                f"{self.path}: tensor {names[0]!r} has the shape {list(first)}: its MLP "
                 "is gated (GluMlp, SwiGLU), and this model's is not; choose a plain ViT's file"
             )
 

@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -55,7 +55,7 @@ def locate_weights(location: str) -> Path:
       HeadSteerError: huggingface_hub is not installed, or the file cannot be downloaded.
     """
     if not location.startswith("hf://"):
-        return Path(location).expanduser()
+        return _expand(location)
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -65,12 +65,12 @@ def locate_weights(location: str) -> Path:
     owner, _, model_and_file = location.removeprefix("hf://").partition("/")
     model, _, file = model_and_file.partition("/")
 
-    def download(name: str) -> Path | None:
+    def download(name: str, *, needed: bool = True) -> Path | None:
         """Download a file of the model, or return None if the model has none of this name."""
         try:
             return Path(hf_hub_download(f"{owner}/{model}", name))
         except Exception as error:
-            if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+            if not needed or type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
                 return None
             reason = str(error).strip().partition("\n")[0]
             raise HeadSteerError(
@@ -79,18 +79,26 @@ def locate_weights(location: str) -> Path:
             ) from None
 
     names = (file,) if file else HUB_FILES
-    path = next((path for path in map(download, names) if path is not None), None)
+    name, path = next(((name, path) for name in names if (path := download(name)) is not None), ("", None))
     if path is None:
         raise HeadSteerError(
             f"config.model.pretrained = {location}: the model has no file {' or '.join(names)}; name its weight file: "
             f"hf://{owner}/{model}/FILE"
         )
-    if path.name.endswith(INDEX):
-        for shard in _shard_names(path):
-            download(str(Path(names[names.index(path.name)]).with_name(shard) if path.name in names else shard))
+    folder = PurePosixPath(name).parent
+    for shard in _shard_names(path) if name.endswith(INDEX) else ():
+        download(str(folder / shard))
     for description in DESCRIPTIONS:
-        download(description)
+        download(str(folder / description), needed=False)
     return path
+
+
+def _expand(location: str) -> Path:
+    """Return a path with ~ replaced; an unknown user's home directory stays as it is."""
+    try:
+        return Path(location).expanduser()
+    except RuntimeError:
+        return Path(location)
 
 
 def fingerprint_weights(location: str) -> str:
@@ -103,7 +111,7 @@ def fingerprint_weights(location: str) -> str:
         return ""
     digest = hashlib.sha256()
     try:
-        for path in _find_files(Path(location).expanduser()):
+        for path in _find_files(_expand(location)):
             with path.open("rb") as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
@@ -119,23 +127,41 @@ def read_weights(path: Path) -> Weights:
       path: a file, the index of a sharded one, or a directory that holds one of these.
 
     Raises:
-      HeadSteerError: there is no such file, several are there, one is truncated or not of the type that its suffix
-        says, or a tensor holds NaN.
+      HeadSteerError: there is no such file, several are there, or one is truncated or not of the type that its suffix
+        says.
     """
-    files = _find_files(path)
+    try:
+        files = _find_files(path)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise HeadSteerError(f"config.model.pretrained = {path}: cannot be read ({reason}); check the path") from None
     parts = [_read_file(file) for file in files]
     weights = parts[0]._replace(path=path if len(files) > 1 else files[0])
     for part in parts[1:]:
         weights.tensors.update(part.tensors)
-    for name, tensor in weights.tensors.items():
-        if not np.isfinite(tensor).all():
-            raise HeadSteerError(f"{weights.path}: tensor {name!r} holds NaN or infinity; download it again")
     return weights
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read the tensors of a weight file, of which nothing else is wanted; see `read_weights`."""
-    return read_weights(path).tensors
+    """Read the tensors of a weight file that holds nothing else; see `read_weights`.
+
+    Raises:
+      HeadSteerError: as `read_weights`, or a tensor holds NaN.
+    """
+    tensors = read_weights(path).tensors
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors
+
+
+def check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
+    """Check that a tensor of a file holds neither NaN nor infinity.
+
+    Raises:
+      HeadSteerError: it does.
+    """
+    if not np.isfinite(tensor).all():
+        raise HeadSteerError(f"{path}: tensor {name!r} holds NaN or infinity; download it again")
 
 
 def _find_files(path: Path) -> list[Path]:

@@ -122,6 +122,24 @@ def test_two_backbones_alike_are_refused(tmp_path: Path) -> None:
     assert "holds 2 backbones, under 'left.', 'right.'" in refusal(save(tmp_path / "a.safetensors", flat))
 
 
+def test_an_optimizers_state_is_no_second_backbone(tmp_path: Path) -> None:
+    tensors = dict(np.load(GOLDENS / "augreg.npz"))
+    moments = {f"opt/0/{moment}/{name}": tensor + 1 for moment in ("mu", "nu") for name, tensor in tensors.items()}
+    np.savez(tmp_path / "a.npz", **moments, **{f"params/{name}": tensor for name, tensor in tensors.items()})
+    assert_same(load(tmp_path / "a.npz")[0], load(GOLDENS / "augreg.npz")[0])
+
+
+def test_infinity_outside_of_the_backbone_does_not_matter(tmp_path: Path) -> None:
+    tensors = {f"visual.{name}": tensor for name, tensor in golden("timm_vit").items()}
+    tensors["text.attn_mask"] = np.full((2, 2), -np.inf, np.float32)
+    assert_same(load(save(tmp_path / "a.safetensors", tensors))[0], load(GOLDENS / "timm_vit.safetensors")[0])
+
+
+def test_blocks_that_are_numbered_anew_are_refused(tmp_path: Path) -> None:
+    tensors = renamed(golden("timm_vit"), ("blocks.0.", "blocks.0.0."), ("blocks.1.", "blocks.1.0."))
+    assert "numbered anew in each stage ('blocks.0.0." in refusal(save(tmp_path / "a.safetensors", tensors))
+
+
 def test_dinov2s_chunks_are_blocks(tmp_path: Path) -> None:
     chunked = renamed(golden("timm_dinov2"), ("blocks.0.", "blocks.0.0."), ("blocks.1.", "blocks.1.1."))
     assert "blocks.1.1.norm1.weight" in chunked
@@ -404,6 +422,28 @@ def test_a_disagreement_is_one_line(
         check_backbone(our_config(path, **fields), ("a",) * 7)
 
 
+@pytest.mark.parametrize("path", ["~nobody-has-this-name/a.pth", "x" * 300 + ".pth", "a\0b.pth", ".", "/dev/null"])
+def test_paths_that_are_none(path: str) -> None:
+    assert refusal(path).startswith("config.model.pretrained = ")
+    assert fingerprint_weights(path) == ""
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"num_attention_heads": "three", "layer_norm_eps": None, "hidden_act": 3, "image_size": "big", "mean": ["a"]},
+        {"depth": True, "image_size": [], "id2label": 7, "model_args": 3, "pretrained_cfg": [], "architecture": {}},
+        [1, 2],
+        {"image_size": {"height": 8, "width": 8}, "model_type": ["vit"]},
+    ],
+)
+def test_a_description_of_something_else_says_nothing(tmp_path: Path, described: Any) -> None:
+    path = save(tmp_path / "model.safetensors", golden("timm_vit"))
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    _, report = load(path, pretrained_head=True)
+    assert set(report.comparison.checked) <= {"grid"}
+
+
 @pytest.mark.parametrize("content", ["{", "\x00", "[1"])
 def test_a_broken_config_is_named(tmp_path: Path, content: str) -> None:
     path = save(tmp_path / "model.safetensors", golden("timm_vit"))
@@ -473,7 +513,7 @@ def torch_file(path: Path, make: Callable[[dict[str, Any]], Any]) -> Path:
 @pytest.mark.parametrize(
     ("make", "taken"),
     [
-        (lambda t: {"state_dict": _off(t), "state_dict_ema": t, "x": 3}, "state_dict_ema of state_dict_ema, state_dict"),
+        (lambda t: {"state_dict": _off(t), "state_dict_ema": t}, "state_dict_ema of state_dict_ema, state_dict"),
         (lambda t: {"model": _off(t), "model_ema": t}, "model_ema of model_ema, model"),
         (lambda t: {"student": _off(t), "teacher": t}, "teacher of teacher, student"),
         (lambda t: {"model": {"state_dict": t}, "optimizer": {"state": {}}}, ""),
