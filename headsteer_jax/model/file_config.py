@@ -144,7 +144,8 @@ def _collect_facts(described: Mapping[str, Any], source: str) -> dict[str, Fact]
     model_type, architecture = described.get("model_type"), described.get("architecture") or described.get("model")
     facts = _pick(DEFAULTS.get(str(model_type), {}), f"{source}: model_type {model_type} means")
     if isinstance(architecture, str):
-        named = _describe_architecture(architecture.partition(".")[0])
+        architecture = architecture.partition(".")[0]  # what follows names the training
+        named = _describe_architecture(architecture)
         facts |= _pick(named, f"{source}: architecture {architecture} means")
     for part in (pretrained, described, *specific):
         stated = _pick(part, f"{source} says")

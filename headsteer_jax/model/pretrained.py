@@ -18,7 +18,7 @@ import numpy as np
 from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.file_config import Comparison, compare, read_file_config
-from headsteer_jax.model.layouts import DINOV2, TIMM, find_backbone
+from headsteer_jax.model.layouts import BIG_VISION, MAE, TIMM, find_backbone
 from headsteer_jax.model.weights import check_finite, locate_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -354,12 +354,12 @@ class _BackboneReader:
           HeadSteerError: the patches' positions form no square, or may form several.
         """
         name, image = self.token_name("positions"), self.described.image()
-        possible = [0, 1, 1 + registers]  # timm's no_embed_class; DINOv2; timm's default
-        patches_only = self.described.value("patches_only")
-        if isinstance(patches_only, bool) and self.layout.family == TIMM.family:
-            possible = [0] if patches_only else [1 + registers]
-        elif self.layout == DINOV2:
-            possible = [1]
+        distilled = self.token_name("distillation") in self.tensors
+        possible = [1 + distilled]  # registers have no positions
+        if self.layout.family in (TIMM.family, MAE.family):  # they have, unless no_embed_class is set
+            possible = {True: [0], False: [1 + registers]}.get(self.described.value("patches_only"), [0, 1 + registers])
+        elif self.layout == BIG_VISION:
+            possible = [0]
         if image:
             kernel = self.tensors[self.name("patches", "kernel")]
             height, width = kernel.shape[:2] if self.layout.flax else kernel.shape[2:]

@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 from builders import tiny_config
 from helpers import GOLDENS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from headsteer_jax.config import Config, ModelConfig
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.file_config import Fact, FileConfig, _describe_architecture, compare
+from headsteer_jax.model.file_config import KEYS, Fact, FileConfig, _describe_architecture, compare, read_file_config
+from headsteer_jax.model.layouts import TIMM, find_backbone
 from headsteer_jax.model.pretrained import Loaded, check_backbone, load_backbone
 from headsteer_jax.model.vit import build_model
 from headsteer_jax.model.weights import fingerprint_weights
@@ -181,6 +184,13 @@ def test_a_register_takes_its_position_along(tmp_path: Path) -> None:
     ours = load(save(tmp_path / "b.safetensors", distilled), registers=1)[0]["params"]
     np.testing.assert_allclose(ours["registers"], wanted["registers"][:, :1], atol=1e-6)
     assert "averages two heads" in refusal(tmp_path / "b.safetensors", registers=1, pretrained_head=True)
+
+
+def test_positions_that_are_no_square_are_not_taken_for_one_without_a_class_token(tmp_path: Path) -> None:
+    """Hugging Face's class token always has a position: 16 of them are no grid of 4 x 4."""
+    positions = np.zeros((1, 16, D), np.float32)
+    path = save(tmp_path / "a.safetensors", golden("hf_vit") | {"embeddings.position_embeddings": positions})
+    assert "16 positions do not form a square" in refusal(path)
 
 
 def big_vision(scanned: bool) -> Tensors:
@@ -499,6 +509,38 @@ def test_heads_of_timms_architectures(architecture: str, heads: int) -> None:
 @pytest.mark.parametrize("architecture", ["swin_tiny_patch4_window7_224", "vit_base_patch16_clip_224", "my_vit", "vit"])
 def test_other_architectures_say_nothing(architecture: str) -> None:
     assert not _describe_architecture(architecture)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 10**6) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+WORDS = [key for keys in KEYS.values() for key in keys]
+WORDS += ["architecture", "model_type", "model", "model_args", "pretrained_cfg", "model_kwargs"]
+
+
+@given(described=st.dictionaries(st.sampled_from(WORDS), JSON, max_size=6), in_args=st.booleans())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_description_is_compared_or_refused_in_one_line(
+    tmp_path: Path, described: dict[str, Any], in_args: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({} if in_args else described), encoding="utf-8")
+    try:
+        file = read_file_config(tmp_path / "a.safetensors", described if in_args else {}, TIMM)
+        compare(file, our_config("a.safetensors", pretrained_head=True), tuple("abcdefg"))
+        file.image()
+    except HeadSteerError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017  # most descriptions are compared
+
+
+@given(prefix=st.lists(st.from_regex(r"[a-z_]{1,9}|[0-9]", fullmatch=True), max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_any_prefix_is_found(prefix: list[str]) -> None:
+    whole = "".join(f"{part}." for part in prefix)
+    tensors = {whole + name: tensor for name, tensor in golden("timm_vit").items()}
+    backbone = find_backbone(Path("a.safetensors"), tensors)
+    assert (backbone.prefix, backbone.layout, backbone.tensors.keys()) == (whole, TIMM, tensors.keys())
 
 
 # Torch's files
