@@ -104,7 +104,7 @@ def _check_training(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     params = abstract_params(config, len(dataset.class_names))
     if config.model.pretrained:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
-        hosts.on_every_process(functools.partial(load_backbone, zeros, config))
+        hosts.on_every_process(functools.partial(load_backbone, zeros, config, dataset.class_names))
     hosts.on_first_process(lambda: check_space(workdir.path, checkpoint_bytes(config, params)))
     hosts.on_every_process(functools.partial(verify_images, dataset))
     hosts.on_every_process(functools.partial(check_input_range, dataset, config.data))

@@ -121,15 +121,17 @@ class ModelConfig(Section):
     """The type in which matrix products are computed. Parameters, LayerNorm, softmax, gates and logits stay float32."""
     registers: NonNegativeInt = 0
     """The number of register tokens between CLS and the patches, which have no positions (arXiv:2309.16588). DINOv2's
-    `reg4` files have 4."""
+    `reg4` files have 4. The distillation token of DeiT's distilled files is one."""
     pretrained: str = ""
-    """The file of a pretrained backbone. It is a .safetensors or .pth file with the names of timm or of Hugging Face's
-    ViTModel and Dinov2Model, or a .npz file of google-research/vision_transformer. hf://owner/model downloads
-    model.safetensors from the Hugging Face hub, and hf://owner/model/FILE another file of it. A .pth file needs the
-    extra `torch`, and a download needs the extra `hub`. If it is empty, the model is trained from scratch."""
+    """The file of a pretrained backbone, or the directory that holds it. It is a .safetensors, .pth, .pt, .bin, .ckpt
+    or .npz file, whole or in shards, with the names of timm, DINOv2, MAE, Hugging Face's ViTModel, DeiTModel and
+    Dinov2Model, torchvision or google-research, whatever wraps the backbone. hf://owner/model downloads it from the
+    Hugging Face hub, and hf://owner/model/FILE another file of it. A config.json beside the file is compared with this
+    section. A PyTorch file needs the extra `torch`, and a download needs the extra `hub`. If it is empty, the model is
+    trained from scratch."""
     pretrained_head: bool = False
-    """Keep the pretrained file's classifier, which must have the dataset's classes. Otherwise the classifier starts
-    anew."""
+    """Keep the pretrained file's classifier, which must have the dataset's classes in the same order. Otherwise the
+    classifier starts anew."""
 
     @classmethod
     def of_size(cls, size: Literal["Ti", "S", "B"], **fields: Any) -> Self:

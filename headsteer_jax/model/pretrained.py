@@ -1,12 +1,14 @@
 """Pretrained backbones: a published file's tensors become our parameters, and ours are exported under timm's names.
 
 Positions are resampled to the model's grid, and patch kernels to its patch size. LayerScale is folded into the matrix
-before it, which does not change the function. The gates stay as they are.
+before it, and the position of a register or of a distillation token into that token; this does not change the
+function. The gates stay as they are.
 """
 
+import logging
 import math
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +17,16 @@ import numpy as np
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.weights import TIMM, locate_weights, read_tensors, recognise_layout
+from headsteer_jax.model.file_config import Comparison, compare, read_file_config
+from headsteer_jax.model.layouts import BIG_VISION, MAE, TIMM, find_backbone
+from headsteer_jax.model.weights import check_finite, locate_weights, read_weights
 
-HEADS = ("head.", "head/", "classifier.", "head_dist.")  # beginnings of names of classifiers
+logger = logging.getLogger(__name__)
+
+HEADS = (  # beginnings of names of classifiers, and of the heads of self-supervised training
+    "head.", "head/", "heads.", "classifier.", "head_dist.", "cls_classifier.", "distillation_classifier.", "fc.",
+    "projector.", "predictor.", "projection_head.", "prototypes.", "dino_head.", "ibot_head.",
+)  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -25,19 +34,30 @@ class Loaded(NamedTuple):
 
     path: str
     family: str  # the publisher whose names the file has
+    choices: list[str]  # which of several sets of weights was taken, which prefix, what was assumed
     loaded: list[str]  # the tensors that became parameters
     resampled: list[str]  # those of them that were resampled to another grid or patch size
     folded: list[str]  # the LayerScale tensors
+    absent: list[str]  # the biases that the file's model does not have; they are zero
     ignored: list[str]  # the tensors that the model does not need
     random: list[str]  # the parameters of the model that are not in the file
+    source: str  # the description with which the config was compared, "" if there is none
+    comparison: Comparison
 
     def __str__(self) -> str:
         def summarise(names: list[str]) -> str:
             return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "none"
 
+        chosen = "".join(f"{choice}; " for choice in self.choices)
+        absent = f"without {summarise(self.absent)}, which are zero; " if self.absent else ""
+        checked, unchecked, _ = self.comparison
+        lacking = f"since {self.source} does not say them" if self.source else "since there is no config.json beside it"
+        checks = f"; compared: {', '.join(checked)}" if checked else ""
+        checks += f"; not checked, {lacking}: {', '.join(unchecked)}" if unchecked else ""
         return (
-            f"{self.path} ({self.family}): loaded {len(self.loaded)} tensors; resampled {summarise(self.resampled)}; "
-            f"folded {summarise(self.folded)}; ignored {summarise(self.ignored)}; left random {summarise(self.random)}"
+            f"{self.path} ({self.family}): {chosen}loaded {len(self.loaded)} tensors; {absent}"
+            f"resampled {summarise(self.resampled)}; folded {summarise(self.folded)}; "
+            f"ignored {summarise(self.ignored)}; left random {summarise(self.random)}{checks}"
         )
 
 
@@ -64,64 +84,98 @@ def resample_patches(kernel_hwcD: np.ndarray, side: int) -> np.ndarray:
     return (solve_no @ flat).reshape(side, side, *kernel_hwcD.shape[2:]).astype(np.float32)
 
 
-def load_backbone(params: Mapping[str, Any], config: Config) -> tuple[dict[str, Any], Loaded]:
+def load_backbone(
+    params: Mapping[str, Any], config: Config, class_names: Sequence[str] = ()
+) -> tuple[dict[str, Any], Loaded]:
     """Replace a model's backbone by the one of the file config.model.pretrained.
 
     Args:
       params: variables {"params": ...} as `init` makes them. The gates are kept, and so is the head unless
         config.model.pretrained_head is set.
+      class_names: of the dataset; a kept head must have them in the same order, if its file names them.
 
     Returns:
       The new variables, and a report.
 
     Raises:
-      HeadSteerError: the file cannot be downloaded or read, its layout is unknown, or a tensor is missing, surplus or
-        misshapen; the message names the tensor as the file does.
+      HeadSteerError: the file cannot be downloaded or read, its layout is unknown, its own description disagrees with
+        the config, or a tensor is missing, surplus or misshapen; the message names the tensor as the file does.
     """
-    m, reader = config.model, _BackboneReader(locate_weights(config.model.pretrained), config)
-    reader.check_depth()
-    new: dict[str, Any] = {
-        **params["params"],
-        "norm": reader.read_norm("norm"),
-        "cls": reader.take(reader.token_name("cls"), 1, 1, m.width),
-        "patches": reader.read_patches(),
-        "positions": reader.read_positions(),
-        **reader.read_registers(),
-    }
-    for layer in range(m.depth):
-        new[f"layers_{layer}"] = {**new[f"layers_{layer}"], **reader.read_block(layer)}
-    if m.pretrained_head:
-        new["head"] = reader.read_head(params["params"]["head"]["bias"].shape[0])
-    reader.check_surplus()
+    head = params["params"]["head"]["bias"].shape[0]
+    read, reader, comparison = _read_backbone(config, class_names, head)
+    new: dict[str, Any] = {**params["params"], **read}
+    for layer in range(config.model.depth):
+        name = f"layers_{layer}"
+        new[name] = {**params["params"][name], **read[name]}
     random = [
         jax.tree_util.keystr(place, simple=True, separator=".")
         for place, leaf in jax.tree_util.tree_leaves_with_path(new)
         if isinstance(leaf, jax.Array)  # the file's tensors are NumPy arrays
     ]
-    return {"params": jax.tree.map(jnp.asarray, new)}, reader.report(random)
+    report = reader.report(random, comparison)
+    for warning in report.comparison.warnings:
+        logger.warning(warning)
+    return {"params": jax.tree.map(jnp.asarray, new)}, report
+
+
+def check_backbone(config: Config, class_names: Sequence[str]) -> None:
+    """Check that config.model.pretrained can be loaded, as `load_backbone` does, without a model.
+
+    Raises:
+      HeadSteerError: it cannot.
+    """
+    _read_backbone(config, class_names, len(class_names))
+
+
+def _read_backbone(
+    config: Config, class_names: Sequence[str], classes: int
+) -> tuple[dict[str, Any], "_BackboneReader", Comparison]:
+    """Read all of our parameters that the file holds, compare it with the config, and check that nothing is left."""
+    m, reader = config.model, _BackboneReader(config)
+    reader.check_depth()
+    reader.check_norms()
+    comparison = compare(reader.described, config, class_names)
+    read: dict[str, Any] = {
+        "norm": reader.read_norm("norm"),
+        "patches": reader.read_patches(),
+        **reader.read_tokens(),
+        **{f"layers_{layer}": reader.read_block(layer) for layer in range(m.depth)},
+    }
+    if m.pretrained_head:
+        read["head"] = reader.read_head(classes)
+    reader.check_surplus()
+    return read, reader, comparison
 
 
 class _BackboneReader:
     """A reader of a published file's tensors as our parameters, which records how each tensor was used."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
-        self.tensors = read_tensors(path)
-        self.layout, self.prefix = recognise_layout(path, self.tensors)
+    def __init__(self, config: Config) -> None:
+        weights = read_weights(locate_weights(config.model.pretrained))
+        self.path, self.config = weights.path, config
+        self.layout, self.prefix, self.tensors, choice = find_backbone(weights.path, weights.tensors)
+        self.described = read_file_config(weights.path, weights.arguments, self.layout)
+        self.choices = [f"takes {choice}" for choice in (weights.choice, choice) if choice]
+        self.choices += [f"under the prefix {self.prefix!r}"] if self.prefix else []
+        self.square = ""  # the grid that is assumed
         self.unused = dict.fromkeys(self.tensors)  # in the file's order
         self.loaded: list[str] = []
         self.resampled: list[str] = []
         self.folded: list[str] = []
+        self.absent: list[str] = []
 
     def name(self, module: str, leaf: str, layer: int | None = None) -> str:
-        """Return the file's name of one of our tensors."""
+        """Return the file's name of one of our tensors; a classifier may be outside of the backbone."""
         name = self.layout.name(module, leaf, layer)
-        beside = module == "head" and self.layout.name("head", "bias") in self.tensors  # outside of the backbone
-        return name if beside else self.prefix + name
+        prefixes = [self.prefix]
+        if module == "head":
+            parts = re.findall(r"[^./]+[./]", self.prefix)
+            prefixes = ["".join(parts[:count]) for count in range(len(parts), -1, -1)]
+        return next((prefix + name for prefix in prefixes if prefix + name in self.tensors), self.prefix + name)
 
     def token_name(self, token: str) -> str:
-        """Return the file's name of cls, positions or registers."""
-        return self.prefix + self.layout.tokens[token]
+        """Return the file's name of cls, positions, registers or distillation."""
+        return self.prefix + self.layout.tokens.get(token, token)
 
     def take(self, name: str, *shape: int | None) -> np.ndarray:
         """Return the file's tensor of this name, and count it as loaded.
@@ -144,6 +198,7 @@ class _BackboneReader:
                 f"{self.path}: tensor {name!r} has the shape {list(tensor.shape)}, not [{expected}]; set config.model "
                 "and config.data.channels to the file's model, or choose another file"
             )
+        check_finite(self.path, name, tensor)
         if name in self.unused:  # query, key and value may be parts of one tensor
             del self.unused[name]
             self.loaded.append(name)
@@ -155,16 +210,37 @@ class _BackboneReader:
         Raises:
           HeadSteerError: it has more or fewer.
         """
-        before, after = (self.prefix + self.layout.modules["norm1"]).split("{}")
-        after += self.layout.leaves["bias"]
-        blocks = {
-            int(name[len(before) :].removesuffix(after))
-            for name in self.tensors
-            if name.startswith(before) and name.endswith(after)
-        }
+        block = self.prefix + self.layout.modules["norm1"].partition("{}")[0]
+        numbers = (re.match(r"\d+", name.removeprefix(block)) for name in self.tensors if name.startswith(block))
+        blocks = {int(number[0]) for number in numbers if number}
         depth = self.config.model.depth
         if blocks and blocks != set(range(depth)):
             raise HeadSteerError(f"{self.path}: it has {max(blocks) + 1} blocks, but config.model.depth = {depth}")
+
+    def check_norms(self) -> None:
+        """Check that the norms and the MLP are of our kind, as far as the names and shapes say.
+
+        Raises:
+          HeadSteerError: there is no final norm, the norms have no bias, or the MLP is gated.
+        """
+        if self.name("norm", "scale") not in self.tensors:
+            raise HeadSteerError(
+                f"{self.path}: there is no tensor {self.name('norm', 'scale')!r}: it has no norm after the blocks "
+                "(final_norm), which this model has; choose a plain ViT's file"
+            )
+        if self.name("norm", "bias") not in self.tensors and self.name("norm1", "bias", 0) not in self.tensors:
+            raise HeadSteerError(
+                f"{self.path}: there is no tensor {self.name('norm', 'bias')!r}: its norms have no bias, as RMSNorm's, "
+                "and this model's are LayerNorms; choose a plain ViT's file"
+            )
+        names = [self.name(part, "kernel", 0) for part in ("mlp_in", "mlp_out")]
+        first, second = (self.tensors[name].shape if name in self.tensors else () for name in names)
+        inner, outer = (1, 0) if self.layout.flax else (0, 1)  # the axes of the hidden width
+        if len(first) == len(second) == 2 and first[inner] == 2 * second[outer]:
+            raise HeadSteerError(
+                f"{self.path}: tensor {names[0]!r} has the shape {list(first)}: its MLP "
+                "is gated (GluMlp, SwiGLU), and this model's is not; choose a plain ViT's file"
+            )
 
     def read_norm(self, module: str, layer: int | None = None) -> dict[str, np.ndarray]:
         """Read a LayerNorm."""
@@ -172,24 +248,34 @@ class _BackboneReader:
 
     def read_dense(self, module: str, outputs: int, inputs: int, layer: int | None = None) -> dict[str, np.ndarray]:
         """Read a linear layer, its kernel as [inputs, outputs], with its LayerScale, if it has one, folded in."""
-        kernel_name, bias_name = (self.name(module, leaf, layer) for leaf in ("kernel", "bias"))
+        kernel_name = self.name(module, "kernel", layer)
         m, projection = self.config.model, module in ("query", "key", "value")
         head_width = m.width // m.heads
         if self.layout.fused and projection:
             start = m.width * ("query", "key", "value").index(module)
             rows = slice(start, start + m.width)
             kernel = self.take(kernel_name, 3 * m.width, inputs)[rows].T
-            return {"kernel": kernel, "bias": self.take(bias_name, 3 * m.width)[rows]}
+            return {"kernel": kernel, "bias": self._take_bias(module, layer, 3 * m.width)[rows]}
         if self.layout.flax and projection:
             kernel = self.take(kernel_name, inputs, m.heads, head_width).reshape(inputs, outputs)
-            return {"kernel": kernel, "bias": self.take(bias_name, m.heads, head_width).reshape(outputs)}
+            bias = self._take_bias(module, layer, m.heads, head_width)
+            return {"kernel": kernel, "bias": bias.reshape(outputs)}
         if self.layout.flax:
             shape = (m.heads, head_width, outputs) if module == "out" else (inputs, outputs)
             kernel = self.take(kernel_name, *shape).reshape(inputs, outputs)
         else:
             kernel = self.take(kernel_name, outputs, inputs).T
-        bias = self.take(bias_name, outputs)
+        bias = self._take_bias(module, layer, outputs)
         return self._fold_scale(module, layer, {"kernel": kernel, "bias": bias})
+
+    def _take_bias(self, module: str, layer: int | None, *shape: int) -> np.ndarray:
+        """Return a linear layer's bias, which is zero if no layer of the file has one."""
+        names = [self.name(module, "bias", number) for number in range(self.config.model.depth)]
+        if layer is None or any(name in self.tensors for name in names):
+            return self.take(self.name(module, "bias", layer), *shape)
+        if names[layer] not in self.absent:
+            self.absent.append(names[layer])
+        return np.zeros(shape, np.float32)
 
     def _fold_scale(self, module: str, layer: int | None, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Multiply a linear layer by its LayerScale, if the file has one."""
@@ -214,39 +300,95 @@ class _BackboneReader:
             kernel = resample_patches(kernel, m.patch)
         return {"kernel": kernel, "bias": self.take(self.name("patches", "bias"), m.width)}
 
-    def read_positions(self) -> np.ndarray:
-        """Read the positions of CLS and the patches, resampled to the model's grid: [1, 1 + grid^2, D]."""
+    def read_tokens(self) -> dict[str, np.ndarray]:
+        """Read the class token, the registers (a distillation token is one) and all positions, on the model's grid.
+
+        Raises:
+          HeadSteerError: there is no class token, the file has another number of registers than the model, or its
+            positions form no square.
+        """
+        m, cls_name = self.config.model, self.token_name("cls")
+        if cls_name not in self.tensors:
+            raise HeadSteerError(
+                f"{self.path}: there is no tensor {cls_name!r}: its model has no class token, which this model's gates "
+                "and classifier read; choose another file"
+            )
+        tokens = {"cls": self.take(cls_name, 1, 1, m.width)}
+        names = [self.token_name(token) for token in ("distillation", "registers")]
+        extra = [self.take(name, 1, None, m.width) for name in names if name in self.tensors]
+        registers = np.concatenate([np.zeros((1, 0, m.width), np.float32), *extra], axis=1)
+        count = registers.shape[1]
+        if count != m.registers:
+            kind = "distillation" if names[0] in self.tensors else "register"
+            raise HeadSteerError(
+                f"{self.path}: it has {count} {kind} tokens, but config.model.registers = {m.registers}; set "
+                f"config.model.registers={count}"
+            )
+        leading_1ND, patches_1ND = self._read_positions(count)
+        if leading_1ND.shape[1] == 1 + count and count:
+            registers = registers + leading_1ND[:, 1:]
+        positions = np.concatenate([leading_1ND[:, :1], patches_1ND], axis=1)
+        return tokens | {"positions": positions} | ({"registers": registers} if count else {})
+
+    def _read_positions(self, registers: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read the positions of the leading tokens, [1, 1 or 1 + registers, D], and of the patches, [1, grid^2, D].
+
+        Where the leading tokens have none, these are zero.
+        """
         m, name = self.config.model, self.token_name("positions")
         grid = self.config.data.image_size // m.patch
+        if name not in self.tensors and self.described.value("positions") in ("", "none"):
+            return np.zeros((1, 1, m.width), np.float32), np.zeros((1, grid**2, m.width), np.float32)
         positions = self.take(name, 1, None, m.width)
-        count = positions.shape[1]
-        if math.isqrt(count - 1) ** 2 == count - 1:
-            cls_11D, patches_1ND = positions[:, :1], positions[:, 1:]
-        elif math.isqrt(count) ** 2 == count:  # in timm's models with registers CLS has no position
-            cls_11D, patches_1ND = np.zeros((1, 1, m.width), np.float32), positions
-        else:
+        leading = self._count_leading(positions.shape[1], registers)
+        patches_1ND = positions[:, leading:]
+        if patches_1ND.shape[1] != grid**2:
+            self.resampled.append(name)
+            patches_1ND = resample_positions(patches_1ND, grid)
+        return positions[:, :leading] if leading else np.zeros((1, 1, m.width), np.float32), patches_1ND
+
+    def _count_leading(self, count: int, registers: int) -> int:
+        """Return how many of `count` positions are those of the class token and of registers.
+
+        Raises:
+          HeadSteerError: the patches' positions form no square, or may form several.
+        """
+        name, image = self.token_name("positions"), self.described.image()
+        distilled = self.token_name("distillation") in self.tensors
+        possible = [1 + distilled]  # registers have no positions
+        if self.layout.family in (TIMM.family, MAE.family):  # they have, unless no_embed_class is set
+            possible = {True: [0], False: [1 + registers]}.get(self.described.value("patches_only"), [0, 1 + registers])
+        elif self.layout == BIG_VISION:
+            possible = [0]
+        if image:
+            kernel = self.tensors[self.name("patches", "kernel")]
+            height, width = kernel.shape[:2] if self.layout.flax else kernel.shape[2:]
+            rows, columns = image[0] // height, image[1] // width
+            fitting = [leading for leading in possible if count - leading == rows * columns]
+            if not fitting or rows != columns:
+                raise HeadSteerError(
+                    f"{self.path}: tensor {name!r} has {count} positions, and {self.described.cite('image')}, which is "
+                    f"a grid of {rows} x {columns} patches; this model's grid is square, so choose another file"
+                )
+            return fitting[0]
+        numbers = {leading: count - leading for leading in possible if leading < count}
+        squares = [leading for leading, number in sorted(numbers.items()) if math.isqrt(number) ** 2 == number]
+        if not squares:
             raise HeadSteerError(
                 f"{self.path}: tensor {name!r}: {count} positions do not form a square of patches, with or "
                 "without a CLS token"
             )
-        if patches_1ND.shape[1] != grid**2:
-            self.resampled.append(name)
-            patches_1ND = resample_positions(patches_1ND, grid)
-        return np.concatenate([cls_11D, patches_1ND], axis=1)
-
-    def read_registers(self) -> dict[str, np.ndarray]:
-        """Read the register tokens, as an entry of the parameters if the model has any.
-
-        Raises:
-          HeadSteerError: the file has another number of them than the model.
-        """
-        m, name = self.config.model, self.prefix + self.layout.tokens.get("registers", "")
-        count = self.tensors[name].shape[1] if name in self.tensors else 0
-        if count != m.registers:
+        if len(squares) > 1:  # a single patch is no grid
+            squares = [leading for leading in squares if count - leading > 1]
+        if len(squares) > 1:
+            sides = " or ".join(str(math.isqrt(count - leading)) for leading in squares)
             raise HeadSteerError(
-                f"{self.path}: it has {count} register tokens, but config.model.registers = {m.registers}"
+                f"{self.path}: tensor {name!r}: {count} positions may be a square of side {sides}; put the model's "
+                "config.json beside the file"
             )
-        return {"registers": self.take(name, 1, m.registers, m.width)} if m.registers else {}
+        side = math.isqrt(count - squares[0])
+        self.square = f" (taken as a square, {side} x {side})"
+        return squares[0]
 
     def read_block(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
         """Read a block except its gate."""
@@ -263,36 +405,52 @@ class _BackboneReader:
         """Read the classifier.
 
         Raises:
-          HeadSteerError: it has another number of classes, or one layer more than ours.
+          HeadSteerError: there is none, it has another number of classes, or it is of another kind than ours.
         """
-        head = self.read_dense("head", classes, self.config.model.width)
-        if "pre_logits/kernel" in self.unused:
-            raise HeadSteerError(
-                f"{self.path}: its head has a layer 'pre_logits', which our model does not have; "
-                "set model.pretrained_head=false"
-            )
-        return head
+        kernel = self.name("head", "kernel")
+        reason = ""
+        if self.token_name("distillation") in self.tensors:
+            reason = "its classifier averages two heads, of the class token and of the distillation token"
+        elif self.prefix + "pre_logits/kernel" in self.tensors:
+            reason = "its head has a layer 'pre_logits', which our model does not have"
+        elif kernel not in self.tensors:
+            reason = f"there is no tensor {kernel!r}, so it has no classifier"
+        elif self.tensors[kernel].shape == (classes, 2 * self.config.model.width):
+            reason = "its classifier reads the class token and the patches' average"
+        if reason:
+            raise HeadSteerError(f"{self.path}: {reason}; set model.pretrained_head=false")
+        return self.read_dense("head", classes, self.config.model.width)
 
     def check_surplus(self) -> None:
-        """Check that every tensor was loaded, except those that the model does not need.
+        """Check that every tensor of the backbone was loaded, except those that the model does not need.
 
         Raises:
           HeadSteerError: the file has a tensor for which the model has no place.
         """
         ignored = tuple(self.prefix + name for name in self.layout.ignored)
         if not self.config.model.pretrained_head:
-            ignored += HEADS + tuple(self.prefix + name for name in HEADS)
-        surplus = [name for name in self.unused if not name.startswith(ignored)]
+            ignored += tuple(self.prefix + name for name in HEADS)
+        surplus = [name for name in self.unused if name.startswith(self.prefix) and not name.startswith(ignored)]
         if surplus:
             raise HeadSteerError(
                 f"{self.path}: this model has no place for the tensor {surplus[0]!r}; choose a plain ViT's file"
             )
 
-    def report(self, random: list[str]) -> Loaded:
+    def report(self, random: list[str], comparison: Comparison) -> Loaded:
         """Report how the tensors were used; `random` are the parameters that are not in the file."""
+        checked, unchecked, warnings = comparison
+        if self.layout.flax:  # its attention's shapes have an axis of heads
+            checked, unchecked = ["heads", *checked], [name for name in unchecked if name != "heads"]
+            if self.config.model.gelu == "exact":
+                warnings = [
+                    *warnings,
+                    f"{self.path}: {self.layout.family} computes GELU by tanh, but model.gelu = exact",
+                ]
+        unchecked = [name + self.square if name == "grid" else name for name in unchecked]
         return Loaded(
-            str(self.path), self.layout.family, self.loaded, self.resampled, self.folded, list(self.unused), random
-        )
+            str(self.path), self.layout.family, self.choices, self.loaded, self.resampled, self.folded, self.absent,
+            list(self.unused), random, self.described.source, Comparison(checked, unchecked, warnings),
+        )  # fmt: skip
 
 
 def timm_tensors(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

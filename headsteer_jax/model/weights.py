@@ -1,107 +1,61 @@
-"""Weight files of vision transformers: how they are read as NumPy arrays, and each publisher's names of the tensors.
+"""Weight files: where they are, which of several is meant, and their tensors as NumPy arrays.
 
-No pickle is ever executed: .safetensors and .npz hold none, and .pth goes through torch's weights-only loading.
+Nothing in a file is executed: .safetensors and .npz hold no pickle, and torch's files go through its weights-only
+loading. Of a file's further content only a training script's arguments are kept; see model/file_config.py.
 """
 
+import argparse
+import hashlib
+import json
+import pickle
+import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file
 
 from headsteer_jax.errors import HeadSteerError
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".npz")
-
-
-class Layout(NamedTuple):
-    """A publisher's names of the tensors, by the names of our modules; {} stands for the layer's number."""
-
-    family: str
-    modules: dict[str, str]  # patches, norm, head; of a layer norm1, query, key, value, out, norm2, mlp_in, mlp_out
-    tokens: dict[str, str]  # cls, positions, registers
-    scales: dict[str, str]  # LayerScale of out and mlp_out
-    leaves: dict[str, str]  # suffixes of kernel, bias and a norm's scale, with the separator
-    fused: bool  # query, key and value are one matrix, in this order
-    flax: bool  # kernels are [inputs, outputs], attention's with axes H and K, patches' [h, w, channels, D]
-    ignored: tuple[str, ...]  # beginnings of names that the model has no use for, except the head's
-
-    def name(self, module: str, leaf: str, layer: int | None = None) -> str:
-        """Return the file's name of one of our tensors: of a module's `kernel`, `bias` or `scale`."""
-        return self.modules[module].format(layer) + self.leaves[leaf]
-
-
-TORCH = {"kernel": ".weight", "bias": ".bias", "scale": ".weight"}
-TIMM = Layout(
-    family="timm",
-    modules={
-        "patches": "patch_embed.proj", "norm": "norm", "head": "head", "norm1": "blocks.{}.norm1",
-        "query": "blocks.{}.attn.qkv", "key": "blocks.{}.attn.qkv", "value": "blocks.{}.attn.qkv",
-        "out": "blocks.{}.attn.proj", "norm2": "blocks.{}.norm2",
-        "mlp_in": "blocks.{}.mlp.fc1", "mlp_out": "blocks.{}.mlp.fc2",
-    },
-    tokens={"cls": "cls_token", "positions": "pos_embed", "registers": "reg_token"},
-    scales={"out": "blocks.{}.ls1.gamma", "mlp_out": "blocks.{}.ls2.gamma"},
-    leaves=TORCH, fused=True, flax=False, ignored=("mask_token",),
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
+INDEX = ".index.json"  # the end of the name of a file that lists shards
+HUB_FILES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", INDEX))
+DESCRIPTIONS = ("config.json", "preprocessor_config.json")  # what publishers put beside the weights
+TRAINERS_FILES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")  # hold no weights
+SHARD = re.compile(r"-\d+-of-(\d+)\.")
+# Of several sets of weights in one file the first of these is taken, the averaged ones first, as timm does.
+SETS = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder", "state_dict", "model",
+    "model_state_dict", "module", "encoder", "backbone", "net", "weights", "student",
 )  # fmt: skip
-# the authors' files of models with registers; without registers they have timm's names
-DINOV2 = TIMM._replace(family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"})
-HF_VIT = Layout(
-    family="Hugging Face ViTModel",
-    modules={
-        "patches": "embeddings.patch_embeddings.projection", "norm": "layernorm", "head": "classifier",
-        "norm1": "encoder.layer.{}.layernorm_before", "query": "encoder.layer.{}.attention.attention.query",
-        "key": "encoder.layer.{}.attention.attention.key", "value": "encoder.layer.{}.attention.attention.value",
-        "out": "encoder.layer.{}.attention.output.dense", "norm2": "encoder.layer.{}.layernorm_after",
-        "mlp_in": "encoder.layer.{}.intermediate.dense", "mlp_out": "encoder.layer.{}.output.dense",
-    },
-    tokens={
-        "cls": "embeddings.cls_token", "positions": "embeddings.position_embeddings",
-        "registers": "embeddings.register_tokens",
-    },
-    scales={},
-    leaves=TORCH, fused=False, flax=False, ignored=("embeddings.mask_token", "pooler."),
-)  # fmt: skip
-HF_DINOV2 = HF_VIT._replace(
-    family="Hugging Face Dinov2Model",
-    modules=HF_VIT.modules
-    | {
-        "norm1": "encoder.layer.{}.norm1", "norm2": "encoder.layer.{}.norm2",
-        "mlp_in": "encoder.layer.{}.mlp.fc1", "mlp_out": "encoder.layer.{}.mlp.fc2",
-    },
-    scales={"out": "encoder.layer.{}.layer_scale1.lambda1", "mlp_out": "encoder.layer.{}.layer_scale2.lambda1"},
-)  # fmt: skip
-_BLOCK = "Transformer/encoderblock_{}"
-AUGREG = Layout(
-    family="google-research/vision_transformer",
-    modules={
-        "patches": "embedding", "norm": "Transformer/encoder_norm", "head": "head",
-        "norm1": f"{_BLOCK}/LayerNorm_0",
-        **{part: f"{_BLOCK}/MultiHeadDotProductAttention_1/{part}" for part in ("query", "key", "value", "out")},
-        "norm2": f"{_BLOCK}/LayerNorm_2",
-        "mlp_in": f"{_BLOCK}/MlpBlock_3/Dense_0", "mlp_out": f"{_BLOCK}/MlpBlock_3/Dense_1",
-    },
-    tokens={"cls": "cls", "positions": "Transformer/posembed_input/pos_embedding"},
-    scales={},
-    leaves={"kernel": "/kernel", "bias": "/bias", "scale": "/scale"}, fused=False, flax=True, ignored=("pre_logits/",),
-)  # fmt: skip
-# what may precede all names, if the backbone is a part of a larger model
-PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "module.", "backbone.")
+ARGUMENTS = ("args", "hyper_parameters", "config", "model_args", "cfg", "hparams")  # of the training scripts
+
+
+class Weights(NamedTuple):
+    """The content of a weight file."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]  # float32, by their names in the file
+    choice: str = ""  # which of several sets of weights these are
+    arguments: Mapping[str, Any] = {}  # the arguments of the script that trained them, if the file has them
 
 
 def locate_weights(location: str) -> Path:
-    """Return the path of a weight file; a file of the Hugging Face hub is downloaded once into its cache.
+    """Return the path of a weight file or directory; files of the Hugging Face hub are downloaded once into its cache.
 
     Args:
-      location: a path, hf://owner/model (its model.safetensors), or hf://owner/model/FILE.
+      location: a path, hf://owner/model (its model.safetensors or pytorch_model.bin, whole or in shards), or
+        hf://owner/model/FILE. The model's description, config.json, is downloaded too.
 
     Raises:
       HeadSteerError: huggingface_hub is not installed, or the file cannot be downloaded.
     """
     if not location.startswith("hf://"):
-        return Path(location)
+        return _expand(location)
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -110,102 +64,265 @@ def locate_weights(location: str) -> Path:
         ) from None
     owner, _, model_and_file = location.removeprefix("hf://").partition("/")
     model, _, file = model_and_file.partition("/")
-    try:
-        return Path(hf_hub_download(f"{owner}/{model}", file or "model.safetensors"))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+
+    def download(name: str, *, needed: bool = True) -> Path | None:
+        """Download a file of the model, or return None if the model has none of this name."""
+        try:
+            return Path(hf_hub_download(f"{owner}/{model}", name))
+        except Exception as error:
+            if not needed or type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+                return None
+            reason = str(error).strip().partition("\n")[0]
+            raise HeadSteerError(
+                f"config.model.pretrained = {location}: cannot be downloaded ({type(error).__name__}: {reason}); "
+                "check the name and the network, or name a local file"
+            ) from None
+
+    names = (file,) if file else HUB_FILES
+    name, path = next(((name, path) for name in names if (path := download(name)) is not None), ("", None))
+    if path is None:
         raise HeadSteerError(
-            f"config.model.pretrained = {location}: cannot be downloaded ({type(error).__name__}: {reason}); "
-            "check the name and the network, or name a local file"
-        ) from None
+            f"config.model.pretrained = {location}: the model has no file {' or '.join(names)}; name its weight file: "
+            f"hf://{owner}/{model}/FILE"
+        )
+    folder = PurePosixPath(name).parent
+    for shard in _shard_names(path) if name.endswith(INDEX) else ():
+        download(str(folder / shard))
+    for description in DESCRIPTIONS:
+        download(str(folder / description), needed=False)
+    return path
+
+
+def _expand(location: str) -> Path:
+    """Return a path with ~ replaced; an unknown user's home directory stays as it is."""
+    try:
+        return Path(location).expanduser()
+    except RuntimeError:
+        return Path(location)
+
+
+def fingerprint_weights(location: str) -> str:
+    """Return the SHA-256 of a local weight file's content, of all shards in their order; nothing is downloaded.
+
+    Returns:
+      The digest in hexadecimal digits, or "" if the location is not a local file, or a directory that holds one.
+    """
+    if not location or location.startswith("hf://"):
+        return ""
+    digest = hashlib.sha256()
+    try:
+        for path in _find_files(_expand(location)):
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    except (HeadSteerError, OSError):
+        return ""
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a weight file's tensors as float32, by their names in the file.
+
+    Args:
+      path: a file, the index of a sharded one, or a directory that holds one of these.
+
+    Raises:
+      HeadSteerError: there is no such file, several are there, or one is truncated or not of the type that its suffix
+        says.
+    """
+    try:
+        files = _find_files(path)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise HeadSteerError(f"config.model.pretrained = {path}: cannot be read ({reason}); check the path") from None
+    parts = [_read_file(file) for file in files]
+    weights = parts[0]._replace(path=path if len(files) > 1 else files[0])
+    for part in parts[1:]:
+        weights.tensors.update(part.tensors)
+    return weights
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read a weight file's tensors as float32, by their names in the file.
+    """Read the tensors of a weight file that holds nothing else; see `read_weights`.
 
     Raises:
-      HeadSteerError: there is no such file, it is truncated or not of the type that its suffix says, or a tensor holds
-        NaN.
+      HeadSteerError: as `read_weights`, or a tensor holds NaN.
     """
+    tensors = read_weights(path).tensors
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors
+
+
+def check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
+    """Check that a tensor of a file holds neither NaN nor infinity.
+
+    Raises:
+      HeadSteerError: it does.
+    """
+    if not np.isfinite(tensor).all():
+        raise HeadSteerError(f"{path}: tensor {name!r} holds NaN or infinity; download it again")
+
+
+def _find_files(path: Path) -> list[Path]:
+    """Find the files that hold the weights: one, or the shards in their order.
+
+    Raises:
+      HeadSteerError: there is none, it is of another kind, or a directory holds several.
+    """
+    if path.is_dir():
+        path = _find_in_directory(path)
     if not path.is_file():
         raise HeadSteerError(f"config.model.pretrained = {path}: no such file")
-    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {
-        ".safetensors": load_file,
-        ".npz": _read_npz,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
-    }
-    if path.suffix not in readers:
+    if path.name.endswith(INDEX):
+        shards = [path.with_name(name) for name in _shard_names(path)]
+        for shard in shards:
+            if not shard.is_file():
+                raise HeadSteerError(f"{path}: its shard {shard.name} is missing; download it too")
+        return shards
+    if path.suffix not in SUFFIXES:
         raise HeadSteerError(f"config.model.pretrained = {path}: must be a file that ends in {', '.join(SUFFIXES)}")
+    if part := SHARD.search(path.name):
+        raise HeadSteerError(
+            f"config.model.pretrained = {path}: is one of {int(part[1])} shards; name their directory or their "
+            f"{INDEX} file"
+        )
+    return [path]
+
+
+def _find_in_directory(directory: Path) -> Path:
+    """Find a directory's weight file: by its usual name, or because it is the only one."""
+    usual = next((directory / name for name in HUB_FILES if (directory / name).is_file()), None)
+    if usual:
+        return usual
+    files = sorted(
+        path
+        for path in directory.iterdir()
+        if (path.suffix in SUFFIXES or path.name.endswith(INDEX))
+        and not path.name.startswith((".", *TRAINERS_FILES))
+        and not SHARD.search(path.name)
+    )
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files[:5]) + (", ..." if len(files) > 5 else "")
+        has = f"holds {len(files)} weight files ({names}); name one of them" if files else "holds no weight file"
+        raise HeadSteerError(f"config.model.pretrained = {directory}: the directory {has}")
+    return files[0]
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Return the names of the shards that an index lists, in their order."""
     try:
-        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in readers[path.suffix](path).items()}
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names = []
+    if not names or any(Path(name).name != name for name in names):
+        raise HeadSteerError(f"{index}: lists no shards under 'weight_map'; download it again")
+    return names
+
+
+def _read_file(path: Path) -> Weights:
+    """Read one file; it is known to have one of the suffixes."""
+    readers: dict[str, Callable[[Path], Weights]] = {
+        ".safetensors": _read_safetensors,
+        ".npz": _read_npz,
+    }
+    try:
+        content = readers.get(path.suffix, _read_torch)(path)
+        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in content.tensors.items()}
     except HeadSteerError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, EOFError, RuntimeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise HeadSteerError(f"{path}: truncated or not a {path.suffix} file ({reason}); download it again") from None
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise HeadSteerError(f"{path}: tensor {name!r} holds NaN or infinity; download it again")
-    return tensors
+    return content._replace(tensors=tensors)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path) -> Weights:
+    return Weights(path, {name: np.asarray(tensor, np.float32) for name, tensor in load_file(path).items()})
+
+
+def _read_npz(path: Path) -> Weights:
     with path.open("rb") as file:
         if file.read(2) != b"PK":  # np.load would read other formats too
             raise ValueError("not a zip archive")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zipfile and zlib have exceptions of their own
         raise ValueError(str(error)) from None
+    for name, array in arrays.items():
+        if array.dtype.kind == "V":  # np.savez writes the types of ml_dtypes as bytes of no type
+            if array.dtype.itemsize != 2:
+                raise HeadSteerError(
+                    f"{path}: tensor {name!r} has the unknown type {array.dtype.str}; save it as float32 or bfloat16"
+                )
+            arrays[name] = array.view(ml_dtypes.bfloat16)
+    return Weights(path, arrays)
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
+def _read_torch(path: Path) -> Weights:
     try:
         import torch
     except ImportError:
         raise HeadSteerError(f"{path}: a {path.suffix} file needs the extra torch: pip install torch") from None
-    import pickle
-
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # training scripts save their arguments, plain data
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
+        example = f" ({pickled[1]})" if pickled else ""
         raise HeadSteerError(
-            f"{path}: not a torch file that holds only tensors, and no other kind is loaded; "
-            "save only its state_dict, or use a .safetensors file"
+            f"{path}: holds more than tensors and plain data{example}, and nothing else is loaded; save only its "
+            "state_dict, or use a .safetensors file"
         ) from None
-    for key in ("model", "state_dict", "teacher"):  # the training scripts of DeiT, timm and DINO wrap the weights
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+
+    def is_set(value: Any) -> bool:
+        """Say whether a value is a state_dict."""
+        return isinstance(value, dict) and any(
+            isinstance(name, str) and isinstance(entry, torch.Tensor) for name, entry in value.items()
+        )
+
+    arguments = _read_arguments(content)
+    state_dict, choice = _choose_set(content, is_set)
+    if state_dict is None:
         raise HeadSteerError(f"{path}: it holds no state_dict, a dict of tensors; save one with torch.save")
-    return {name: tensor.float().numpy() for name, tensor in content.items()}
+    tensors = {
+        str(name): tensor.detach().float().numpy()
+        for name, tensor in state_dict.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return Weights(path, tensors, choice, arguments)
 
 
-def recognise_layout(path: Path, tensors: Mapping[str, np.ndarray]) -> tuple[Layout, str]:
-    """Find the layout whose names these tensors have, and the prefix of the backbone's names.
+def _choose_set(content: Any, is_set: Callable[[Any], bool]) -> tuple[dict[Any, Any] | None, str]:
+    """Choose one of the sets of weights in a torch file's content.
 
-    Raises:
-      HeadSteerError: there is none.
+    Returns:
+      The state_dict, or None if there is none, and the choice in words, "" if there was nothing to choose.
     """
-    for prefix in PREFIXES:
-        if prefix + "patch_embed.proj.weight" in tensors:
-            return DINOV2 if prefix + "register_tokens" in tensors else TIMM, prefix
-        if prefix + "embeddings.patch_embeddings.projection.weight" in tensors:
-            of_vit = prefix + "encoder.layer.0.layernorm_before.weight" in tensors
-            return HF_VIT if of_vit else HF_DINOV2, prefix
-        if prefix + "embedding/kernel" in tensors:
-            return AUGREG, prefix
-    examples = ", ".join(map(repr, sorted(tensors)[:3]))
-    raise HeadSteerError(
-        f"{path}: no vision transformer under the names of timm, Hugging Face or "
-        f"google-research/vision_transformer; its tensors begin with {examples or 'none'}; choose another file"
-    )
+    if not isinstance(content, dict) or is_set(content):
+        return content if is_set(content) else None, ""
+    names = [name for name in SETS if name in content] + [name for name in content if name not in SETS]
+    sets = {}
+    for name in names:
+        state_dict, choice = _choose_set(content[name], is_set) if name in SETS else (content[name], "")
+        if is_set(state_dict):
+            sets[name] = state_dict, choice
+    if not sets:
+        return None, ""
+    first = next(iter(sets))
+    state_dict, choice = sets[first]
+    return state_dict, f"{first} of {', '.join(map(str, sets))}" if len(sets) > 1 else choice
 
 
-def fingerprint_weights(location: str) -> str:
-    """Hash."""
-    import hashlib
-
-    return hashlib.sha256(Path(location).read_bytes()).hexdigest() if Path(location).is_file() else ""
+def _read_arguments(content: Any) -> dict[str, Any]:
+    """Collect the arguments of the training script from a torch file's content."""
+    arguments: dict[str, Any] = {}
+    if isinstance(content, dict):
+        for name in ARGUMENTS:
+            value = content.get(name)
+            value = vars(value) if isinstance(value, argparse.Namespace) else value
+            arguments |= value if isinstance(value, dict) else {}
+    return arguments

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,10 +54,11 @@ def phase_plan(config: Config, phase: Phase) -> PhaseConfig:
     return config.train.dense if phase == "dense" else config.train.gated
 
 
-def init_params(model: ViT, config: Config, seed: int, backbone: bool = True) -> Any:
+def init_params(model: ViT, config: Config, seed: int, class_names: Sequence[str] = (), backbone: bool = True) -> Any:
     """Initialise the model's variables, complete on every host: random, with the config's pretrained backbone if any.
 
     Args:
+      class_names: of the dataset, with which those of a pretrained head are compared.
       backbone: load the config's pretrained backbone; otherwise only shapes and dtypes count.
 
     Raises:
@@ -67,7 +68,7 @@ def init_params(model: ViT, config: Config, seed: int, backbone: bool = True) ->
     side, channels = config.data.image_size, config.data.channels
     params = jax.jit(model.init)(key, jnp.zeros((1, side, side, channels)))
     if config.model.pretrained and backbone:
-        params, report = hosts.on_every_process(lambda: load_backbone(params, config))
+        params, report = hosts.on_every_process(lambda: load_backbone(params, config, class_names))
         logger.info(str(report))
     hosts.check_equal({"the initial model": fingerprint_params(params)})
     return params
@@ -297,7 +298,7 @@ def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
     model = build_model(config, len(dataset.class_names))
     first = PHASES[0] if config.train.dense.steps else PHASES[1]
     begun = Checkpoints(directory / first / "last", config.machine.keep).latest() is not None
-    params = init_params(model, config, config.seed, backbone=not begun)  # a checkpoint has the backbone in it
+    params = init_params(model, config, config.seed, dataset.class_names, not begun)  # a checkpoint has the backbone
     with open_log(directory) as log:
         if config.train.dense.steps:
             params = hosts.to_numpy(

@@ -170,7 +170,7 @@ def _with(name: str, value: np.ndarray) -> Callable[[dict[str, np.ndarray]], Non
         (_without("blocks.1.attn.proj.bias"), ["no tensor 'blocks.1.attn.proj.bias'"]),
         (_without("cls_token"), ["no tensor 'cls_token'"]),
         (_with("reg_token", np.zeros((1, 4, D), np.float32)), ["4 register tokens", "config.model.registers = 0"]),
-        (_with("dist_token", np.zeros((1, 1, D), np.float32)), ["no place for the tensor 'dist_token'"]),
+        (_with("dist_token", np.zeros((1, 1, D), np.float32)), ["1 distillation tokens", "config.model.registers = 0"]),
         (
             _without("patch_embed.proj.weight"),
             ["no vision transformer under the names of", "'blocks.0.attn.proj.bias'"],
@@ -236,7 +236,7 @@ def test_hub_downloads_once_and_says_when_it_cannot(
     monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
     config = config_for("hf://owner/model")
     load_backbone(fresh, config)
-    assert asked == [("owner/model", "model.safetensors")]
+    assert [file for _, file in asked] == ["model.safetensors", "config.json", "preprocessor_config.json"]
     config = config_for("hf://owner/offline")
     with pytest.raises(HeadSteerError, match=r"hf://owner/offline: cannot be downloaded .*no route\)") as error:
         load_backbone(fresh, config)
@@ -324,7 +324,7 @@ def test_a_prefix_is_seen_through(tmp_path: Path) -> None:
         ("a.npz", (GOLDENS / "augreg.npz").read_bytes()[:9000], "truncated or not a .npz file"),
         ("a.npz", (GOLDENS / "timm_vit.safetensors").read_bytes(), "truncated or not a .npz file"),
         ("a.safetensors", (GOLDENS / "augreg.npz").read_bytes(), "truncated or not a .safetensors file"),
-        ("a.bin", b"", "must be a file that ends in .safetensors, .pth, .pt, .npz"),
+        ("a.onnx", b"", "must be a file that ends in .safetensors, .npz, .pth, .pt, .bin, .ckpt"),
     ],
 )
 def test_a_file_that_is_not_what_it_says(tmp_path: Path, name: str, content: bytes, says: str, fresh: Any) -> None:
@@ -367,7 +367,7 @@ def test_pth_executes_nothing(tmp_path: Path, fresh: Any) -> None:
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"model": Trap()}, tmp_path / "a.pth")
-    with pytest.raises(HeadSteerError, match="nothing but tensors"):
+    with pytest.raises(HeadSteerError, match="holds more than tensors and plain data"):
         load_backbone(fresh, config_for(tmp_path / "a.pth"))
     assert not (tmp_path / "executed").exists()
     (tmp_path / "b.pth").write_bytes(b"no torch file")
