@@ -333,9 +333,12 @@ def _workdir(path: str) -> Any:
 
 
 def _start() -> None:
-    """Keep compiled programs from run to run, and show the log."""
+    """Open the devices, with this package's settings of JAX; keep compiled programs from run to run; show the log."""
     from headsteer_jax.runtime.compiled import keep_compiled_programs
     from headsteer_jax.runtime.progress import show_log
+    from headsteer_jax.runtime.settings import apply_own_settings, open_devices
 
-    keep_compiled_programs()
     show_log()
+    apply_own_settings()
+    open_devices()
+    keep_compiled_programs()

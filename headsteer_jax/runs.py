@@ -24,6 +24,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.files import Workdir
+from headsteer_jax.runtime.settings import open_devices, use_own_settings
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
@@ -52,6 +53,7 @@ class Run(RunData):
             raise HeadSteerError(f"there is no autoencoder {seed}; choose from 0 to {self.autoencoders.members - 1}")
         return self.autoencoders.member(seed)
 
+    @use_own_settings()
     def sweep(self, strategies: "Strategies", **steer: Any) -> xarray.Dataset:
         """Steer validation and test with some strategies.
 
@@ -71,6 +73,7 @@ class Run(RunData):
         _, scored = summarise(result, config)
         return to_dataset(result, scored)
 
+    @use_own_settings()
     def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> StepFunction:
         """Compute accuracy and usage as exact functions of alpha on a split, over all seeds, steered by the label.
 
@@ -126,12 +129,14 @@ def _to_tuples(value: Any) -> Any:
     return tuple(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray)) else value
 
 
+@use_own_settings()
 def load_run(directory: str | os.PathLike[str]) -> Run:
     """Load a run whose stages train and sae are done, with the config of the last command that ran there.
 
     Raises:
       HeadSteerError: a stage is missing or damaged, or the data are no longer there.
     """
+    open_devices()
     workdir = Workdir(Path(os.fspath(directory)))
     config = read_config(workdir)
     for name in ("train", "sae"):
