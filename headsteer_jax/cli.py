@@ -7,6 +7,7 @@ command then continues), 130 if Ctrl-C did, and 1 after an unexpected error, wit
 import argparse
 import functools
 import importlib.resources
+import io
 import json
 import logging
 import os
@@ -15,11 +16,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from headsteer_jax.config import Config, load_config
 from headsteer_jax.config.files import describe_field, flatten, render_reference
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import preemption
 
@@ -52,6 +55,11 @@ def run_command_line(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; an error outside the program is one line on standard error."""
     preemption.install_handler()
     _silence_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a path or class name that the terminal cannot show is shown escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # matplotlib reads these when it is imported, and a faulty file or backend ends the program there
+    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}
     try:
         name, *command_arguments = arguments or ["--help"]
         if name in ("-h", "--help"):
@@ -87,7 +95,7 @@ def _silence_libraries() -> None:
 
     Orbax logs every save, and a failed save once for each array; its threads print what they raise.
     """
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     default = sys.excepthook
@@ -160,8 +168,8 @@ def command_run(arguments: Sequence[str]) -> None:
     if flags.profile:
         overrides["machine.profile"] = "true"
     config = load_config(find_config(flags.config), overrides)
-    workdir = flags.workdir or str(Path("runs") / Path(flags.config).stem)
-    sys.path.append(os.getcwd())  # a strategy `module:function` may lie beside the command
+    expand_path(config.machine.activation_cache, "config.machine.activation_cache")  # it is needed only later
+    _import_from_here()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
     from headsteer_jax.stages import STAGES, run_stages
@@ -173,14 +181,15 @@ def command_run(arguments: Sequence[str]) -> None:
             raise HeadSteerError(
                 f"--stages={flags.stages}: there is no stage {name!r}; choose from {', '.join(STAGES)}"
             )
+    workdir = _workdir(flags.workdir or str(Path("runs") / Path(flags.config).stem))
     hosts.start(flags.distributed, flags.distributed_timeout)
     _start()
     per_process = ("distributed", "distributed_timeout")
     hosts.check_equal(
         {f"--{name}": json.dumps(value) for name, value in vars(flags).items() if name not in per_process}
     )
-    run_stages(config, _workdir(workdir), tuple(names), flags.overwrite)
-    report = _workdir(workdir) / "report.html"
+    run_stages(config, workdir, tuple(names), flags.overwrite)
+    report = workdir / "report.html"
     if hosts.is_first_process() and report.exists():
         print(report)
 
@@ -205,7 +214,7 @@ def command_export(arguments: Sequence[str]) -> None:
     from headsteer_jax.train.loop import load_trained
 
     targets = [parse_target(target) for target in flags.targets]
-    workdir = _workdir(flags.run)
+    workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
     for library, _ in targets:
         check_done(config, workdir, "train" if library == "timm" else "sae", "headsteer export")
@@ -238,16 +247,17 @@ def command_page(arguments: Sequence[str]) -> None:
     from headsteer_jax.report.results import write_results
     from headsteer_jax.runs import check_done, read_config
 
-    workdir = _workdir(flags.run)
+    workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
     check_done(config, workdir, "report", "headsteer page")
     if flags.results:
-        write_results(workdir, epath.Path(flags.results), flags.config, load_config(find_config(flags.config)))
-        print(flags.results)
+        page = epath.Path(expand_path(flags.results, "--results"))
+        write_results(workdir, page, flags.config, load_config(find_config(flags.config)))
+        print(page)
         return
     _start()
     dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
-    output = epath.Path(flags.output) if flags.output else workdir.path
+    output = epath.Path(expand_path(flags.output, "--output")) if flags.output else workdir.path
     write_pages(config, dataset, workdir, output)
     print(output / "report.html")
 
@@ -270,9 +280,10 @@ def command_config(arguments: Sequence[str]) -> None:
     if flags.reference:
         from headsteer_jax.runtime.files import make_directory, write_text
 
-        make_directory(Path(flags.reference).parent)
-        write_text(flags.reference, render_reference() + "\n")
-        print(flags.reference)
+        page = Path(expand_path(flags.reference, "--reference", buckets=False))
+        make_directory(page.parent)
+        write_text(page, render_reference() + "\n")
+        print(page)
         return
     config = load_config(find_config(flags.config), overrides)
     _check_names(config)
@@ -292,8 +303,9 @@ def find_config(name: str) -> Path:
     Raises:
       HeadSteerError: there is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(expand_path(name, "--config", buckets=False))
+    if path.is_file():
+        return path
     shipped = _shipped_configs()
     stem = Path(name).name.removesuffix(".py")
     if stem in shipped and name in (stem, f"{stem}.py", f"configs/{stem}.py"):
@@ -318,18 +330,32 @@ def _check_names(config: Config) -> None:
     from headsteer_jax.data.sources import check_source
     from headsteer_jax.steer.strategies import find_strategy
 
-    sys.path.append(os.getcwd())
+    _import_from_here()
     check_source(config.data)
     for name in config.steer.strategies:
         find_strategy(name)
 
 
-def _workdir(path: str) -> Any:
+def _import_from_here() -> None:
+    """Let Python import from the current directory, last: a strategy `module:function` may lie beside the command."""
+    with suppress(FileNotFoundError):  # the directory was deleted
+        sys.path.append(os.getcwd())
+
+
+def _workdir(path: str, name: str = "--workdir") -> Any:
+    """Make the record of a run's directory, which may be in a bucket.
+
+    Raises:
+      HeadSteerError: the path is of a kind that is not supported, or the bucket cannot be reached.
+    """
     from etils import epath
 
+    from headsteer_jax.runtime.buckets import check_reachable
     from headsteer_jax.runtime.files import Workdir
 
-    return Workdir(epath.Path(path))
+    workdir = Workdir(epath.Path(expand_path(path, name)))
+    check_reachable(workdir.path)
+    return workdir
 
 
 def _start() -> None:

@@ -20,9 +20,11 @@ from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset
 from headsteer_jax.books import explain_staleness, is_done
 from headsteer_jax.config.files import first_fault
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.buckets import check_reachable
 from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.runtime.settings import open_devices, use_own_settings
 from headsteer_jax.sae.autoencoder import Autoencoder
@@ -137,7 +139,8 @@ def load_run(directory: str | os.PathLike[str]) -> Run:
       HeadSteerError: a stage is missing or damaged, or the data are no longer there.
     """
     open_devices()
-    workdir = Workdir(Path(os.fspath(directory)))
+    workdir = Workdir(Path(expand_path(os.fspath(directory), "load_run")))
+    check_reachable(workdir.path)
     config = read_config(workdir)
     for name in ("train", "sae"):
         check_done(config, workdir, name, "load_run")

@@ -26,6 +26,7 @@ from headsteer_jax.books import (
     prepare_stage,
 )
 from headsteer_jax.config.files import flatten
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, fingerprint_dataset
 from headsteer_jax.data.sources import check_source, load_dataset
@@ -61,7 +62,8 @@ INSPECTED_IMAGES = 16  # top images stored for each latent; the page shows confi
 
 def activation_cache(config: Config, workdir: Workdir) -> str:
     """Return where residuals are kept: machine.activation_cache, or `activations` in the workdir."""
-    return config.machine.activation_cache or str(workdir / "activations")
+    cache = config.machine.activation_cache
+    return expand_path(cache, "config.machine.activation_cache") if cache else str(workdir / "activations")
 
 
 def load_run_data(config: Config, dataset: Dataset, workdir: Workdir) -> RunData:

@@ -44,7 +44,7 @@ def open_devices() -> None:
         jax.devices()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        chosen = jax.config.jax_platforms  # from JAX_PLATFORMS
+        chosen = jax.config.values["jax_platforms"]  # from JAX_PLATFORMS
         remedy = "unset it, or install the JAX for this device" if chosen else "set JAX_PLATFORMS=cpu to do without"
         culprit = f"JAX_PLATFORMS={chosen}" if chosen else "JAX"
         raise HeadSteerError(f"{culprit}: no device could be opened ({reason}); {remedy}") from None
