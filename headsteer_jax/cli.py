@@ -6,6 +6,7 @@ command then continues), 130 if Ctrl-C did, and 1 after an unexpected error, wit
 
 import argparse
 import functools
+import importlib
 import importlib.resources
 import io
 import json
@@ -23,7 +24,7 @@ from typing import Any
 from headsteer_jax.config import Config, load_config
 from headsteer_jax.config.files import describe_field, flatten, render_reference
 from headsteer_jax.config.paths import expand_path
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.runtime import preemption
 
 DEFAULT_CONFIG = "double_digits"
@@ -69,7 +70,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
 
             print(__version__)
         elif name in COMMANDS:
-            COMMANDS[name](command_arguments)
+            with explain_errors(f"headsteer {name}"):
+                COMMANDS[name](command_arguments)
         else:
             raise HeadSteerError(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
     except HeadSteerError as error:
@@ -170,6 +172,7 @@ def command_run(arguments: Sequence[str]) -> None:
     config = load_config(find_config(flags.config), overrides)
     expand_path(config.machine.activation_cache, "config.machine.activation_cache")  # it is needed only later
     _import_from_here()
+    _import_jax()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
     from headsteer_jax.stages import STAGES, run_stages
@@ -206,6 +209,7 @@ def command_export(arguments: Sequence[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's directory")
     parser.add_argument("targets", metavar="TARGET", nargs="+", help="LIBRARY:PATH, see below")
     flags = parser.parse_args(list(arguments))
+    _import_jax()
 
     from headsteer_jax.data.sources import load_dataset
     from headsteer_jax.deploy.export import export_autoencoders, export_timm, parse_target
@@ -239,6 +243,7 @@ def command_page(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
     flags = parser.parse_args(list(arguments))
+    _import_jax()
 
     from etils import epath
 
@@ -327,6 +332,7 @@ def _check_names(config: Config) -> None:
     Raises:
       HeadSteerError: there is no such data source or strategy.
     """
+    _import_jax()
     from headsteer_jax.data.sources import check_source
     from headsteer_jax.steer.strategies import find_strategy
 
@@ -334,6 +340,19 @@ def _check_names(config: Config) -> None:
     check_source(config.data)
     for name in config.steer.strategies:
         find_strategy(name)
+
+
+def _import_jax() -> None:
+    """Import JAX, which reads its settings from the environment.
+
+    Raises:
+      HeadSteerError: a variable of the environment has a value that JAX does not know.
+    """
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith("JAX_")))
+        raise HeadSteerError(f"JAX does not start ({error}); correct or unset one of {variables}") from None
 
 
 def _import_from_here() -> None:

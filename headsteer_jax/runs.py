@@ -161,7 +161,7 @@ def read_config(workdir: Workdir) -> Config:
             f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} starts one"
         )
     try:
-        return Config.model_validate_json(path.read_text())
+        return Config.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise HeadSteerError(f"{path}: damaged, or of another version: {first_fault(error)}") from None
 

@@ -276,7 +276,7 @@ def _check_shared(workdir: Path) -> None:
     hosts.on_first_process(lambda: write_text(path, token))
 
     def check_token() -> None:
-        if not path.exists() or path.read_text() != token:
+        if not path.exists() or path.read_text(encoding="utf-8") != token:
             raise HeadSteerError(
                 f"{workdir}: not the same on every host; --workdir must be on a file system that all hosts share, or gs://"
             )

@@ -216,7 +216,9 @@ def render_reference() -> str:
         "",
         "This page lists all fields of a config with their defaults. A config file sets the fields that its experiment",
         "needs, and the command line overrides both: `--config.FIELD=VALUE`, with commas between the elements of a",
-        'list, or with a JSON list of texts: `--config.steer.classes=\'["a, b", "[c]"]\'`. This page is the output of `headsteer config --reference=docs/reference/configuration.md`.',
+        "list. Texts that hold commas, or begin with a bracket, are given as a JSON list:",
+        """`--config.steer.classes='["a, b", "[c]"]'`. This page is the output of""",
+        "`headsteer config --reference=docs/reference/configuration.md`.",
         "",
         "Sources: [LH26] is the paper, arXiv:2603.26743; [AdaViT] is arXiv:2111.15668; [ViT] is arXiv:2010.11929.",
     ]

@@ -75,9 +75,10 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     related: tuple[str, ...] = ()
-    """Groups of classes that are known to be alike, each in the form group=class|class|... The report compares the
-    pairs of classes within a group with all other pairs. If it is empty, the dataset's own groups are used:
-    double_digits relates classes with a common digit, and tfds classes with the same coarse_label."""
+    """Groups of classes that are known to be alike, each in the form group=class|class|..., with a backslash before a
+    | or = that belongs to a name. The report compares the pairs of classes within a group with all other pairs. If it
+    is empty, the dataset's own groups are used: double_digits relates classes with a common digit, and tfds classes
+    with the same coarse_label."""
     rand_augment_ops: NonNegativeInt = 0
     """The number of RandAugment operations (arXiv:1909.13719) on each training image. 0 switches them off; 2 is usual
     for images of 224 pixels."""

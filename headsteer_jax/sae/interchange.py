@@ -123,7 +123,7 @@ def import_saelens(directory: Path, width: int | None = None) -> Imported:
 def _read_saelens_config(path: Path) -> dict[str, Any]:
     """Read cfg.json, refuse settings that are not supported, and fill in defaults as SAELens does."""
     try:
-        c = json.loads(path.read_text())
+        c = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise HeadSteerError(
             f"{path}: no such file; choose a directory with cfg.json and sae_weights.safetensors"
