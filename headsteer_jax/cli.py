@@ -97,7 +97,7 @@ def _silence_libraries() -> None:
 
     Orbax logs every save, and a failed save once for each array; its threads print what they raise.
     """
-    for name in ("absl", "asyncio", "matplotlib"):
+    for name in ("absl", "asyncio", "matplotlib", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     default = sys.excepthook

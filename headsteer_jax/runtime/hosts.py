@@ -51,9 +51,12 @@ def start(cluster: str, timeout: int) -> None:
       HeadSteerError: the text has none of these forms, or there is no cluster.
     """
     if not cluster:
-        if not _is_in_cluster():
+        variable = _find_cluster()
+        if not variable:
             return
-        cluster = "auto"
+        cluster, culprit, remedy = "auto", f"{variable} counts several processes", "; unset it to run alone"
+    else:
+        culprit, remedy = f"--distributed={cluster}", ""
     arguments = {} if cluster == "auto" else _parse_cluster(cluster)
     coordinator = arguments.get("coordinator_address", "the coordinator that the cluster names")
 
@@ -69,13 +72,13 @@ def start(cluster: str, timeout: int) -> None:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise HeadSteerError(f"--distributed={cluster}: no cluster could be joined ({reason})") from None
+        raise HeadSteerError(f"{culprit}: no cluster could be joined ({reason}){remedy}") from None
     finally:
         timer.cancel()
 
 
-def _is_in_cluster() -> bool:
-    """Say whether a variable of CLUSTERS counts several processes.
+def _find_cluster() -> str:
+    """Find a variable of CLUSTERS that counts several processes -> NAME=VALUE; an empty text if there is none.
 
     An empty variable does not count. Nor does one that is not a number, which is said: if there are several processes
     after all, the lock of the workdir lets only one of them run.
@@ -85,12 +88,12 @@ def _is_in_cluster() -> bool:
         text = os.environ.get(name, "").strip()
         try:
             if text and count(text) > 1:
-                return True
+                return f"{name}={text}"
         except ValueError:
             unread.append(f"{name}={text}")
     for variable in unread:  # a warning is shown even before the log is
         logger.warning(f"{variable}: not a number, so this process runs alone; --distributed joins a cluster")
-    return False
+    return ""
 
 
 def _parse_cluster(cluster: str) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def open_devices() -> None:
     """
     try:
         jax.devices()
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # plugins fail in many ways; JAX itself asserts that it knows one for cuda
+        reason = " ".join(str(error).split()) or "there is no plugin of JAX for it"
         chosen = jax.config.values["jax_platforms"]  # from JAX_PLATFORMS
         remedy = "unset it, or install the JAX for this device" if chosen else "set JAX_PLATFORMS=cpu to do without"
         culprit = f"JAX_PLATFORMS={chosen}" if chosen else "JAX"
