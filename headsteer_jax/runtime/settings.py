@@ -28,10 +28,10 @@ OWN_SETTINGS: dict[str, Any] = {
     "jax_disable_jit": False,
     "jax_check_tracer_leaks": False,
     "jax_default_device": None,
-    "jax_transfer_guard_host_to_device": None,
-    "jax_transfer_guard_device_to_device": None,
-    "jax_transfer_guard_device_to_host": None,
-}  # those of a fresh JAX 0.10; a version that has no such setting needs none
+    "jax_transfer_guard_host_to_device": "allow",
+    "jax_transfer_guard_device_to_device": "allow",
+    "jax_transfer_guard_device_to_host": "allow",
+}  # what a fresh JAX 0.10 does; a version that has no such setting needs none
 
 
 def open_devices() -> None:
@@ -44,10 +44,15 @@ def open_devices() -> None:
         jax.devices()
     except Exception as error:  # plugins fail in many ways; JAX itself asserts that it knows one for cuda
         reason = " ".join(str(error).split()) or "there is no plugin of JAX for it"
-        chosen = jax.config.values["jax_platforms"]  # from JAX_PLATFORMS
+        chosen = read_platforms()
         remedy = "unset it, or install the JAX for this device" if chosen else "set JAX_PLATFORMS=cpu to do without"
         culprit = f"JAX_PLATFORMS={chosen}" if chosen else "JAX"
         raise HeadSteerError(f"{culprit}: no device could be opened ({reason}); {remedy}") from None
+
+
+def read_platforms() -> str | None:
+    """Return the kinds of devices that the user allows: JAX_PLATFORMS, or jax_platforms as set in Python."""
+    return jax.config.values["jax_platforms"]
 
 
 def apply_own_settings() -> None:
@@ -77,7 +82,8 @@ def use_own_settings_in_thread() -> Iterator[None]:
     """Do the same in this thread alone, which is quicker and suits a function that is traced."""
     with ExitStack() as restored:
         for name in _find_differences():
-            if context := getattr(jax, name.removeprefix("jax_"), None):
+            context = getattr(jax, name.removeprefix("jax_"), None)
+            if context is not None:  # a few settings have no value of a thread
                 restored.enter_context(context(OWN_SETTINGS[name]))
         yield
 
@@ -85,4 +91,8 @@ def use_own_settings_in_thread() -> Iterator[None]:
 def _find_differences() -> dict[str, Any]:
     """Return the settings that this thread sees and that are not HeadSteer's, by name."""
     seen = {name: getattr(jax.config, name) for name in OWN_SETTINGS if hasattr(jax.config, name)}
-    return {name: value for name, value in seen.items() if value != OWN_SETTINGS[name]}
+    return {
+        name: value
+        for name, value in seen.items()
+        if value != OWN_SETTINGS[name] and not (value is None and name.startswith("jax_transfer_guard"))
+    }  # no guard is the same as one that allows everything

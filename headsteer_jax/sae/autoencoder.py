@@ -66,10 +66,12 @@ class Autoencoder:
         """Encode and decode [B, D] residuals: [B, D], their reconstruction."""
         return self.decode(self.encode(x_BD))
 
+    @use_own_settings_in_thread()
     def member(self, seed: int) -> "Autoencoder":
         """Pick one of several autoencoders that were trained side by side."""
         return replace(self, weights=select_member(self.weights, seed))
 
+    @use_own_settings_in_thread()
     def first(self, count: int) -> "Autoencoder":
         """Keep the first `count` of several autoencoders that were trained side by side."""
         return replace(self, weights=jax.tree.map(lambda leaf: leaf[:count], self.weights))
