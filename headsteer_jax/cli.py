@@ -6,7 +6,9 @@ command then continues), 130 if Ctrl-C did, and 1 after an unexpected error, wit
 
 import argparse
 import functools
+import importlib
 import importlib.resources
+import io
 import json
 import logging
 import os
@@ -15,12 +17,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from headsteer_jax.config import Config, load_config
 from headsteer_jax.config.files import describe_field, flatten, render_reference
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.config.paths import expand_path
+from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.runtime import preemption
 
 DEFAULT_CONFIG = "double_digits"
@@ -52,6 +56,11 @@ def run_command_line(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; an error outside the program is one line on standard error."""
     preemption.install_handler()
     _silence_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a path or class name that the terminal cannot show is shown escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # matplotlib reads these when it is imported, and a faulty file or backend ends the program there
+    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}
     try:
         name, *command_arguments = arguments or ["--help"]
         if name in ("-h", "--help"):
@@ -61,7 +70,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
 
             print(__version__)
         elif name in COMMANDS:
-            COMMANDS[name](command_arguments)
+            with explain_errors(f"headsteer {name}"):
+                COMMANDS[name](command_arguments)
         else:
             raise HeadSteerError(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
     except HeadSteerError as error:
@@ -87,7 +97,7 @@ def _silence_libraries() -> None:
 
     Orbax logs every save, and a failed save once for each array; its threads print what they raise.
     """
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "matplotlib", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     default = sys.excepthook
@@ -160,8 +170,9 @@ def command_run(arguments: Sequence[str]) -> None:
     if flags.profile:
         overrides["machine.profile"] = "true"
     config = load_config(find_config(flags.config), overrides)
-    workdir = flags.workdir or str(Path("runs") / Path(flags.config).stem)
-    sys.path.append(os.getcwd())  # a strategy `module:function` may lie beside the command
+    expand_path(config.machine.activation_cache, "config.machine.activation_cache")  # it is needed only later
+    _import_from_here()
+    _import_jax()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
     from headsteer_jax.stages import STAGES, run_stages
@@ -173,14 +184,15 @@ def command_run(arguments: Sequence[str]) -> None:
             raise HeadSteerError(
                 f"--stages={flags.stages}: there is no stage {name!r}; choose from {', '.join(STAGES)}"
             )
+    workdir = _workdir(flags.workdir or str(Path("runs") / Path(flags.config).stem))
     hosts.start(flags.distributed, flags.distributed_timeout)
     _start()
     per_process = ("distributed", "distributed_timeout")
     hosts.check_equal(
         {f"--{name}": json.dumps(value) for name, value in vars(flags).items() if name not in per_process}
     )
-    run_stages(config, _workdir(workdir), tuple(names), flags.overwrite)
-    report = _workdir(workdir) / "report.html"
+    run_stages(config, workdir, tuple(names), flags.overwrite)
+    report = workdir / "report.html"
     if hosts.is_first_process() and report.exists():
         print(report)
 
@@ -198,6 +210,7 @@ def command_export(arguments: Sequence[str]) -> None:
     parser.add_argument("targets", metavar="TARGET", nargs="+", help="LIBRARY:PATH, see below")
     parser.add_argument("--overwrite", action="store_true", help="replace files that HeadSteer did not write")
     flags = parser.parse_args(list(arguments))
+    _import_jax()
 
     from headsteer_jax.deploy.export import check_target, export_autoencoders, export_timm, parse_target
     from headsteer_jax.runs import check_done, count_classes, read_config
@@ -205,7 +218,7 @@ def command_export(arguments: Sequence[str]) -> None:
     from headsteer_jax.train.loop import load_trained
 
     targets = [parse_target(target) for target in flags.targets]
-    workdir = _workdir(flags.run)
+    workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
     for library, _ in targets:
         check_done(config, workdir, "train" if library == "timm" else "sae", "headsteer export")
@@ -233,6 +246,7 @@ def command_page(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
     flags = parser.parse_args(list(arguments))
+    _import_jax()
 
     from etils import epath
 
@@ -241,17 +255,18 @@ def command_page(arguments: Sequence[str]) -> None:
     from headsteer_jax.runs import check_done, load_run_dataset, read_config
     from headsteer_jax.runtime.files import check_replaceable
 
-    workdir = _workdir(flags.run)
+    workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
     check_done(config, workdir, "report", "headsteer page")
     if flags.results:
-        check_replaceable(flags.results, "headsteer page")
-        write_results(workdir, epath.Path(flags.results), flags.config, load_config(find_config(flags.config)))
-        print(flags.results)
+        page = epath.Path(expand_path(flags.results, "--results"))
+        check_replaceable(page, "headsteer page")
+        write_results(workdir, page, flags.config, load_config(find_config(flags.config)))
+        print(page)
         return
     _start()
     config, dataset = load_run_dataset(config, workdir, flags.data, "--data=PLACE")
-    output = epath.Path(flags.output) if flags.output else workdir.path
+    output = epath.Path(expand_path(flags.output, "--output")) if flags.output else workdir.path
     for name in ("report.html", "latents.html") if flags.output else ():
         check_replaceable(output / name, 'content="HeadSteer"', "choose another --output")
     write_pages(config, dataset, workdir, output)
@@ -276,10 +291,11 @@ def command_config(arguments: Sequence[str]) -> None:
     if flags.reference:
         from headsteer_jax.runtime.files import check_replaceable, make_directory, write_text
 
-        check_replaceable(flags.reference, "headsteer config --reference")
-        make_directory(Path(flags.reference).parent)
-        write_text(flags.reference, render_reference() + "\n")
-        print(flags.reference)
+        page = Path(expand_path(flags.reference, "--reference", buckets=False))
+        check_replaceable(page, "headsteer config --reference")
+        make_directory(page.parent)
+        write_text(page, render_reference() + "\n")
+        print(page)
         return
     config = load_config(find_config(flags.config), overrides)
     _check_names(config)
@@ -299,8 +315,9 @@ def find_config(name: str) -> Path:
     Raises:
       HeadSteerError: there is neither.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(expand_path(name, "--config", buckets=False))
+    if path.is_file():
+        return path
     shipped = _shipped_configs()
     stem = Path(name).name.removesuffix(".py")
     if stem in shipped and name in (stem, f"{stem}.py", f"configs/{stem}.py"):
@@ -322,27 +339,58 @@ def _check_names(config: Config) -> None:
     Raises:
       HeadSteerError: there is no such data source or strategy.
     """
+    _import_jax()
     from headsteer_jax.data.sources import check_source
     from headsteer_jax.steer.strategies import find_strategy
 
-    sys.path.append(os.getcwd())
+    _import_from_here()
     check_source(config.data)
     for name in config.steer.strategies:
         find_strategy(name)
 
 
-def _workdir(path: str) -> Any:
+def _import_jax() -> None:
+    """Import JAX, which reads its settings from the environment.
+
+    Raises:
+      HeadSteerError: a variable of the environment has a value that JAX does not know.
+    """
+    try:
+        importlib.import_module("jax")
+    except ValueError as error:
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith("JAX_")))
+        raise HeadSteerError(f"JAX does not start ({error}); correct or unset one of {variables}") from None
+
+
+def _import_from_here() -> None:
+    """Let Python import from the current directory, last: a strategy `module:function` may lie beside the command."""
+    with suppress(FileNotFoundError):  # the directory was deleted
+        sys.path.append(os.getcwd())
+
+
+def _workdir(path: str, name: str = "--workdir") -> Any:
+    """Make the record of a run's directory, which may be in a bucket.
+
+    Raises:
+      HeadSteerError: the path is of a kind that is not supported, or the bucket cannot be reached.
+    """
     from etils import epath
 
+    from headsteer_jax.runtime.buckets import check_reachable
     from headsteer_jax.runtime.files import Workdir
 
-    return Workdir(epath.Path(path))
+    workdir = Workdir(epath.Path(expand_path(path, name)))
+    check_reachable(workdir.path)
+    return workdir
 
 
 def _start() -> None:
-    """Keep compiled programs from run to run, and show the log."""
+    """Open the devices, with this package's settings of JAX; keep compiled programs from run to run; show the log."""
     from headsteer_jax.runtime.compiled import keep_compiled_programs
     from headsteer_jax.runtime.progress import show_log
+    from headsteer_jax.runtime.settings import apply_own_settings, open_devices
 
-    keep_compiled_programs()
     show_log()
+    apply_own_settings()
+    open_devices()
+    keep_compiled_programs()

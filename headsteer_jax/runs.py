@@ -20,11 +20,14 @@ from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset
 from headsteer_jax.books import explain_staleness, is_done, read_inputs, read_record
 from headsteer_jax.config.files import first_fault
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.buckets import check_reachable
 from headsteer_jax.runtime.files import Workdir, read_json
+from headsteer_jax.runtime.settings import open_devices, use_own_settings
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
@@ -53,6 +56,7 @@ class Run(RunData):
             raise HeadSteerError(f"there is no autoencoder {seed}; choose from 0 to {self.autoencoders.members - 1}")
         return self.autoencoders.member(seed)
 
+    @use_own_settings()
     def sweep(self, strategies: "Strategies", **steer: Any) -> xarray.Dataset:
         """Steer validation and test with some strategies.
 
@@ -72,6 +76,7 @@ class Run(RunData):
         _, scored = summarise(result, config)
         return to_dataset(result, scored)
 
+    @use_own_settings()
     def exact(self, choose: "str | ClassStrategy", split: str = "test", **steer: Any) -> StepFunction:
         """Compute accuracy and usage as exact functions of alpha on a split, over all seeds, steered by the label.
 
@@ -127,6 +132,7 @@ def _to_tuples(value: Any) -> Any:
     return tuple(np.asarray(value).tolist()) if isinstance(value, (list, np.ndarray)) else value
 
 
+@use_own_settings()
 def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | Dataset | None" = None) -> Run:
     """Load a run whose stages train and sae are done, with the config of the last command that ran there.
 
@@ -136,7 +142,9 @@ def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | 
     Raises:
       HeadSteerError: a stage is missing or damaged, or the data are no longer there, or not what they were.
     """
-    workdir = Workdir(Path(os.fspath(directory)))
+    open_devices()
+    workdir = Workdir(Path(expand_path(os.fspath(directory), "load_run")))
+    check_reachable(workdir.path)
     config = read_config(workdir)
     for name in ("train", "sae"):
         check_done(config, workdir, name, "load_run")
@@ -196,7 +204,7 @@ def read_config(workdir: Workdir) -> Config:
             f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} starts one"
         )
     try:
-        return Config.model_validate_json(path.read_text())
+        return Config.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise HeadSteerError(f"{path}: damaged, or of another version: {first_fault(error)}") from None
 

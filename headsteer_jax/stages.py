@@ -33,6 +33,7 @@ from headsteer_jax.books import (
     write_config,
 )
 from headsteer_jax.config.files import flatten
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.sources import check_source, load_dataset
@@ -70,7 +71,8 @@ logger = logging.getLogger(__name__)
 
 def activation_cache(config: Config, workdir: Workdir) -> str:
     """Return where residuals are kept: machine.activation_cache, or `activations` in the workdir."""
-    return config.machine.activation_cache or str(workdir / "activations")
+    cache = config.machine.activation_cache
+    return expand_path(cache, "config.machine.activation_cache") if cache else str(workdir / "activations")
 
 
 def load_run_data(config: Config, dataset: Dataset, workdir: Workdir) -> RunData:
@@ -367,7 +369,7 @@ def _check_shared(workdir: Path) -> None:
     hosts.on_first_process(lambda: write_text(path, token))
 
     def check_token() -> None:
-        if not path.exists() or path.read_text() != token:
+        if not path.exists() or path.read_text(encoding="utf-8") != token:
             raise HeadSteerError(
                 f"{workdir}: not the same on every host; --workdir must be on a file system that all hosts share, or gs://"
             )

@@ -1,6 +1,7 @@
 """Errors of libraries and the operating system become one line, which blames the right thing."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,35 @@ def test_an_error_that_is_not_understood_passes(error: Exception, arguments: dic
     with pytest.raises(type(error)) as caught, explain_errors("/w", **arguments):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("number", "filename", "arguments", "line"),
+    [
+        # the file that the operating system names is to blame, not the directory that the work is for
+        (errno.EACCES, "/data/train", {}, "/data/train: not writable; check its rights"),
+        (errno.EACCES, "/w/train/a", {}, "/w/train/a: not writable; choose another --workdir"),
+        (errno.EROFS, b"/w/train/a", DAMAGED, "/w/train/a: not writable; choose another --workdir"),
+        (errno.EDQUOT, "/w/a", DAMAGED, "/w/a: your quota of disk space is used up; what was saved before is intact"),
+        (errno.EMFILE, "/w/a", {"remedy": "replace it"}, "/w/a: too many files are open; raise the limit"),
+        (errno.ENFILE, None, {}, "/w: too many files are open on this machine"),
+        (errno.EIO, "/w/a", DAMAGED, "/w/a: the device failed to read or write"),
+        (errno.ESTALE, "/w/a", {}, "/w/a: the file server"),
+        (errno.ENAMETOOLONG, "/w/aaa", {}, "/w/aaa: the name is too long"),
+        (errno.ELOOP, "/w/a", {}, "/w/a: its symbolic links lead in a circle"),
+        (errno.ENOENT, "/w/a", {}, "/w/a: it is missing, or was removed meanwhile"),
+        (errno.ENOENT, "/w/a", DAMAGED, "/w: truncated or damaged ([Errno 2]"),
+    ],
+)
+def test_an_error_of_the_system(number: int, filename: object, arguments: dict[str, str], line: str) -> None:
+    with pytest.raises(HeadSteerError) as caught, explain_errors("/w", **arguments):
+        raise OSError(number, "text", filename)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rights are pretended, because root may read everything."""
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(HeadSteerError, match=f"{tmp_path}: not readable; give yourself"), explain_errors("/w"):
+        raise PermissionError(errno.EACCES, "no", str(tmp_path))

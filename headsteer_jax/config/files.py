@@ -14,6 +14,7 @@ from pydantic import (
     ValidationError,
 )
 
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config, SAEAblationConfig, Section
 from headsteer_jax.errors import HeadSteerError
 
@@ -83,9 +84,12 @@ def _parse(annotation: Any, text: str) -> Any:
 
     Raises:
       ValidationError: the text is not of this type.
+      ValueError: the text is a list that is not well formed.
     """
     if get_origin(annotation) is tuple:
         element = get_args(annotation)[0]
+        if element is str:
+            return _parse_names(text)
         return tuple(_parse(element, part.strip()) for part in text.strip("()[] ").split(",") if part.strip())
     if get_origin(annotation) is Literal:
         value = {str(choice): choice for choice in get_args(annotation)}.get(text, text)
@@ -93,8 +97,39 @@ def _parse(annotation: Any, text: str) -> Any:
     return TypeAdapter(annotation).validate_strings(text)
 
 
+def _parse_names(text: str) -> tuple[str, ...]:
+    """Read a list of texts: separated by commas, or a JSON list, whose texts may hold anything.
+
+    Raises:
+      ValueError: the text begins like a JSON list and is none; what brackets mean otherwise would be a guess.
+    """
+    if not text.lstrip().startswith("["):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        example = """'["a, b", "[c]"]'"""
+        raise ValueError(f"a text that begins with [ must be a JSON list of quoted texts, such as {example}")
+    return tuple(names)
+
+
+def format_override(value: Any) -> str:
+    """Format a field's value, in JSON's types, as the text that the command line reads as this value."""
+    if not isinstance(value, list):
+        return str(value)
+    plain = ",".join(map(str, value))
+    is_names = any(isinstance(element, str) for element in value)
+    if is_names and (plain.lstrip().startswith("[") or _parse_names(plain) != tuple(value)):
+        return json.dumps(value, ensure_ascii=False)
+    return plain
+
+
 def override(config: Config, path: str, text: str) -> Config:
-    """Set the field at a dotted path from a text of the command line; a tuple's elements are separated by commas.
+    """Set the field at a dotted path from a text of the command line.
+
+    The elements of a list are separated by commas; a list of texts may also be a JSON list.
 
     The rules across fields are not checked: `load_config` does that once, after the last override.
 
@@ -110,6 +145,8 @@ def override(config: Config, path: str, text: str) -> Config:
         fault = error.errors(include_url=False)[0]
         message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
         raise HeadSteerError(f"config.{path} = {text!r}: {message}") from None
+    except ValueError as error:
+        raise HeadSteerError(f"config.{path} = {text!r}: {error}") from None
 
     def replace_field(section: Section, names: list[str]) -> Section:
         new = replace_field(getattr(section, names[0]), names[1:]) if len(names) > 1 else value
@@ -130,7 +167,7 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
     Raises:
       HeadSteerError: there is no such file, it fails, or a field is unknown, of a wrong type or impossible.
     """
-    path = Path(path)
+    path = Path(expand_path(str(path), "--config", buckets=False))
     if not path.is_file():
         raise HeadSteerError(f"--config={path}: there is no such file; the directory {path.parent} should hold it")
     try:
@@ -179,7 +216,9 @@ def render_reference() -> str:
         "",
         "This page lists all fields of a config with their defaults. A config file sets the fields that its experiment",
         "needs, and the command line overrides both: `--config.FIELD=VALUE`, with commas between the elements of a",
-        "list. This page is the output of `headsteer config --reference=docs/reference/configuration.md`.",
+        "list. Texts that hold commas, or begin with a bracket, are given as a JSON list:",
+        """`--config.steer.classes='["a, b", "[c]"]'`. This page is the output of""",
+        "`headsteer config --reference=docs/reference/configuration.md`.",
         "",
         "Sources: [LH26] is the paper, arXiv:2603.26743; [AdaViT] is arXiv:2111.15668; [ViT] is arXiv:2010.11929.",
     ]

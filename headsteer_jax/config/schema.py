@@ -18,9 +18,12 @@ from pydantic import (
     model_validator,
 )
 
+from headsteer_jax.config.paths import has_known_scheme
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # JAX's keys take 32 bits: 2^32 + 1 would draw what 1 draws
 
 MOST_HEADS = 12  # the most heads of a layer for which all 2^H head subsets are tried
 PIXEL_UNITS = "because pixels go from 0 to 1: divide numbers in units of 255 by 255"
@@ -88,9 +91,10 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror training images left and right with probability 1/2."""
     related: tuple[str, ...] = ()
-    """Groups of classes that are known to be alike, each in the form group=class|class|... The report compares the
-    pairs of classes within a group with all other pairs. If it is empty, the dataset's own groups are used:
-    double_digits relates classes with a common digit, and tfds classes with the same coarse_label."""
+    """Groups of classes that are known to be alike, each in the form group=class|class|..., with a backslash before a
+    | or = that belongs to a name. The report compares the pairs of classes within a group with all other pairs. If it
+    is empty, the dataset's own groups are used: double_digits relates classes with a common digit, and tfds classes
+    with the same coarse_label."""
     rand_augment_ops: NonNegativeInt = 0
     """The number of RandAugment operations (arXiv:1909.13719) on each training image. 0 switches them off; 2 is usual
     for images of 224 pixels."""
@@ -481,8 +485,8 @@ def _distinct(values: Sequence[Any]) -> bool:
 class Config(Section):
     """A complete experiment."""
 
-    seed: NonNegativeInt = 0
-    """The seed of everything random. The same seed on the same machine gives the same bits."""
+    seed: Seed = 0
+    """The seed of everything random, at most 2^32 - 1. The same seed on the same machine gives the same bits."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     gate: GateConfig = GateConfig()
@@ -517,7 +521,7 @@ class Config(Section):
           ValueError: the first rule that does not hold.
         """
         for rules in (self._image_rules, self._training_rules, self._sae_rules, self._grid_rules, self._steer_rules,
-                      self._layers_rules):  # fmt: skip
+                      self._layers_rules, self._machine_rules):  # fmt: skip
             for rule in rules():
                 if not rule.holds:
                     raise ValueError(f"{rule.field} = {rule.value!r}: must be {rule.allowed}")
@@ -526,6 +530,9 @@ class Config(Section):
     def _image_rules(self) -> Iterator[Rule]:
         """Yield the rules of the sections data, model and gate."""
         d, m, first = self.data, self.model, self.gate.first_layer
+        buckets = d.source == "tfds"
+        kind = "a path of this machine" + " or gs://bucket/path" * buckets
+        yield Rule("data.path", d.path, has_known_scheme(d.path, buckets), kind)
         per_channel = f"one number for each of data.channels = {d.channels}"
         yield Rule(
             "model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"
@@ -587,6 +594,11 @@ class Config(Section):
             "steer.alphas", t.alphas, len(t.alphas) > 0 and _distinct(t.alphas), "at least one number, without repeats"
         )
         yield Rule("steer.classes", t.classes, _distinct(t.classes), "distinct names")
+
+    def _machine_rules(self) -> Iterator[Rule]:
+        """Yield the rules of the section machine."""
+        cache = self.machine.activation_cache
+        yield Rule("machine.activation_cache", cache, has_known_scheme(cache), "a directory or gs://bucket/path")
 
     def _layers_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section layers."""

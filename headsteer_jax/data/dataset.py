@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,16 +121,18 @@ def stratified_cut(labels: np.ndarray, fraction: float, rng: np.random.Generator
 
 
 def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.ndarray:
-    """Find the pairs of different classes that are in a common group `name=class|class|...` -> [C, C] bool, symmetric.
+    r"""Find the pairs of different classes that are in a common group `name=class|class|...` -> [C, C] bool, symmetric.
+
+    In names, a backslash before `|`, `=` or another backslash stands for that character itself.
 
     Raises:
       HeadSteerError: a group is not of this form, or it names a class twice or one that the dataset does not have.
     """
     pairs = np.zeros((len(class_names), len(class_names)), bool)
     for group in groups:
-        name, equals, members = group.partition("=")
-        names = [member.strip() for member in members.split("|")]
-        if not equals or len(names) < 2:
+        name, *members = _split_group(group)
+        names = [member if member in class_names else member.strip() for member in members]
+        if len(names) < 2:
             raise HeadSteerError(
                 f"config.data.related: {group!r}: a group must have the form `name=class|class|...`, "
                 "with two or more classes"
@@ -138,6 +141,17 @@ def related_pairs(groups: Sequence[str], class_names: tuple[str, ...]) -> np.nda
         places = [class_names.index(member) for member in names]
         pairs[np.ix_(places, places)] = True
     return pairs & ~np.eye(len(class_names), dtype=bool)
+
+
+def _split_group(group: str) -> list[str]:
+    """Split a group at its first `=` and, after that, at every `|`, except at those behind a backslash."""
+    parts = [""]
+    for token in re.findall(r"\\[\\|=]|.", group, re.DOTALL):
+        if token == ("=" if len(parts) == 1 else "|"):
+            parts.append("")
+        else:
+            parts[-1] += token[-1]
+    return parts
 
 
 def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ The backbone is written under timm's names; autoencoders as SAELens' directories
 import safetensors.numpy
 from etils.epath import Path
 
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import timm_tensors
 from headsteer_jax.model.vit import TrainedModel
@@ -28,7 +29,7 @@ def parse_target(target: str) -> tuple[str, Path]:
     libraries = {form.partition(":")[0] for form in TARGETS}
     if library not in libraries or not path or (library == "timm" and not path.endswith(".safetensors")):
         raise HeadSteerError(f"{target}: must be {', '.join(TARGETS[:-1])} or {TARGETS[-1]}")
-    return library, Path(path)
+    return library, Path(expand_path(path, library))
 
 
 def check_target(library: str, path: Path) -> None:

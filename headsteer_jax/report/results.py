@@ -1,11 +1,12 @@
 """A run's results as a Markdown page for docs/: its numbers come from summary.json, and its figures are beside it."""
 
 import json
+import shlex
 from typing import Any
 
 from etils.epath import Path
 
-from headsteer_jax.config.files import flatten
+from headsteer_jax.config.files import flatten, format_override
 from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.report.render import render_template
@@ -15,12 +16,13 @@ from headsteer_jax.runtime.files import Workdir, make_directory, read_json, writ
 def format_run_command(config: Config, name: str, based_on: Config, config_name: str) -> str:
     """Format the command that made a run: the config that it began with, and every field that it changed."""
     base, final = flatten(based_on), flatten(config)
-
-    def text(value: Any) -> str:
-        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-    changed = [f"    --config.{field}={text(value)}" for field, value in final.items() if value != base[field]]
-    return " \\\n".join([f"headsteer run --config={config_name} --workdir=runs/{name}", *changed])
+    start = shlex.join(["headsteer", "run", f"--config={config_name}", f"--workdir=runs/{name}"])
+    changed = [
+        "    " + shlex.quote(f"--config.{field}={format_override(value)}")
+        for field, value in final.items()
+        if value != base[field]
+    ]
+    return " \\\n".join([start, *changed])
 
 
 def render_results(summary: dict[str, Any], folder: str, command: str, run_command: str) -> str:
@@ -65,7 +67,7 @@ def write_results(workdir: Workdir, file: Path, config_name: str, based_on: Conf
     if "classes" not in summary:
         raise HeadSteerError(f"{workdir.path}: this run has no class steering, which the page is about")
     config = Config.model_validate_json(json.dumps(summary["config"]))
-    command = f"headsteer page {workdir.path} --results={file} --config={config_name}"
+    command = shlex.join(["headsteer", "page", str(workdir.path), f"--results={file}", f"--config={config_name}"])
     run_command = format_run_command(config, file.stem, based_on, config_name)
     folder = make_directory(file.parent / file.stem)
     for figure in sorted((workdir / "figures").glob("*.png")):

@@ -162,7 +162,12 @@ def remove_frame(axes: Axes) -> None:
 
 @contextmanager
 def apply_style() -> Iterator[None]:
-    """Apply this package's style to figures that are drawn inside; matplotlib's own settings come back afterwards."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    """Apply this package's style, on matplotlib's defaults, to figures that are drawn inside.
+
+    A user's matplotlibrc and styles do not count; their settings come back afterwards.
+    """
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
         yield

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,15 +26,19 @@ def keep_compiled_programs() -> None:
     instructions that another CPU may lack.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, OSError):  # there is no home directory, or it is not writable
             name = f"xla-{hashlib.sha256(processor_flags().encode()).hexdigest()[:8]}"
-            jax.config.update("jax_compilation_cache_dir", str(cache_dir() / name))
+            directory = cache_dir() / name
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+            jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def processor_flags() -> str:
     """Return Linux's list of the processor's features, which decides what -march=native compiles to."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

@@ -116,7 +116,7 @@ def read_json(path: AnyPath) -> Any:
       HeadSteerError: it is missing or damaged.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise HeadSteerError(f"{path}: missing or damaged ({error}); {REMAKE}") from None
 

@@ -6,6 +6,7 @@ so that none waits for another that has left.
 """
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -20,16 +21,18 @@ from orbax.checkpoint import multihost
 
 from headsteer_jax.errors import HeadSteerError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 BARRIER_SECONDS = 7 * 24 * 3600  # how long a process waits for another that is alive: stages take hours
 
-# variables that a cluster's launcher sets in every process, and what they hold if there are several processes
-CLUSTERS: dict[str, Callable[[str], bool]] = {
-    "SLURM_STEP_NUM_TASKS": lambda text: int(text) > 1,
-    "OMPI_COMM_WORLD_SIZE": lambda text: int(text) > 1,
-    "TPU_WORKER_HOSTNAMES": lambda text: "," in text,
-    "MEGASCALE_NUM_SLICES": lambda text: int(text) > 1,
+# variables that a cluster's launcher sets in every process, and how to read the number of processes from them
+CLUSTERS: dict[str, Callable[[str], int]] = {
+    "SLURM_STEP_NUM_TASKS": int,
+    "OMPI_COMM_WORLD_SIZE": int,
+    "TPU_WORKER_HOSTNAMES": lambda text: sum(bool(name.strip()) for name in text.split(",")),
+    "MEGASCALE_NUM_SLICES": int,
 }
 
 
@@ -48,9 +51,12 @@ def start(cluster: str, timeout: int) -> None:
       HeadSteerError: the text has none of these forms, or there is no cluster.
     """
     if not cluster:
-        if not any(name in os.environ and several(os.environ[name]) for name, several in CLUSTERS.items()):
+        variable = _find_cluster()
+        if not variable:
             return
-        cluster = "auto"
+        cluster, culprit, remedy = "auto", f"{variable} counts several processes", "; unset it to run alone"
+    else:
+        culprit, remedy = f"--distributed={cluster}", ""
     arguments = {} if cluster == "auto" else _parse_cluster(cluster)
     coordinator = arguments.get("coordinator_address", "the coordinator that the cluster names")
 
@@ -64,11 +70,30 @@ def start(cluster: str, timeout: int) -> None:
     timer.start()
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise HeadSteerError(f"--distributed={cluster}: no cluster could be joined ({reason})") from None
+        raise HeadSteerError(f"{culprit}: no cluster could be joined ({reason}){remedy}") from None
     finally:
         timer.cancel()
+
+
+def _find_cluster() -> str:
+    """Find a variable of CLUSTERS that counts several processes -> NAME=VALUE; an empty text if there is none.
+
+    An empty variable does not count. Nor does one that is not a number, which is said: if there are several processes
+    after all, the lock of the workdir lets only one of them run.
+    """
+    unread = []
+    for name, count in CLUSTERS.items():
+        text = os.environ.get(name, "").strip()
+        try:
+            if text and count(text) > 1:
+                return f"{name}={text}"
+        except ValueError:
+            unread.append(f"{name}={text}")
+    for variable in unread:  # a warning is shown even before the log is
+        logger.warning(f"{variable}: not a number, so this process runs alone; --distributed joins a cluster")
+    return ""
 
 
 def _parse_cluster(cluster: str) -> dict[str, Any]:

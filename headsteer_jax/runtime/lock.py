@@ -1,5 +1,6 @@
 """The lock that allows only one run at a time in a directory."""
 
+import errno
 import logging
 import threading
 import time
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0  # between two signs of life of a run in a bucket
 MISSED_HEARTBEATS = 3  # after so many without a sign of life a run counts as dead
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of Lustre, NFS and FUSE
 
 
 @contextmanager
@@ -37,16 +39,26 @@ def _busy_error(workdir: Path) -> HeadSteerError:
 
 @contextmanager
 def _hold_local_lock(workdir: Path) -> Iterator[None]:
-    """Hold the operating system's lock of a file, which ends with the process, however that ends."""
-    import fcntl
+    """Hold the operating system's lock of a file, which ends with the process, however that ends.
 
+    A file system or an operating system without such locks is said in the log, and does not stop the run.
+    """
     with explain_errors(workdir / ".lock"):
-        file = open(workdir / ".lock", "a")  # noqa: SIM115  # explain_errors must not cover the body of the context
+        file = open(workdir / ".lock", "ab")  # noqa: SIM115  # explain_errors must not cover the body of the context
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            with explain_errors(workdir / ".lock"):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _busy_error(workdir) from None
+        except (ImportError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            logger.info(
+                f"{workdir}: no lock can be held here ({error}); make sure that no other run writes into this directory"
+            )
         yield
 
 
@@ -55,7 +67,7 @@ def _hold_bucket_lock(workdir: Path) -> Iterator[None]:
     """Hold a lock that is an object in the bucket, rewritten every HEARTBEAT_SECONDS as a sign of life."""
     path, owner = workdir / ".lock", uuid.uuid4().hex
     _wait_for_dead_run(workdir)
-    path.write_text(owner)
+    path.write_text(owner, encoding="utf-8")
     time.sleep(HEARTBEAT_SECONDS / 10)  # of two runs that start at once, the first sees the second's object
     if not _read_lock(path).startswith(owner):
         raise _busy_error(workdir)
@@ -72,7 +84,7 @@ def _hold_bucket_lock(workdir: Path) -> Iterator[None]:
 
 def _read_lock(path: Path) -> str:
     """Read the lock's content; an empty text if there is no lock."""
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _wait_for_dead_run(workdir: Path) -> None:
@@ -101,4 +113,4 @@ def _beat(path: Path, owner: str, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_SECONDS):
         number += 1
         with suppress(Exception):  # the network may come back
-            path.write_text(f"{owner} {number}")
+            path.write_text(f"{owner} {number}", encoding="utf-8")

@@ -18,6 +18,7 @@ import numpy as np
 
 from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.settings import use_own_settings_in_thread
 
 
 class SAEWeights(NamedTuple):
@@ -50,22 +51,27 @@ class Autoencoder:
     scaling: Scaling
     k: int | None = field(metadata={"static": True})  # TopK's; None: latents above their thresholds are active
 
+    @use_own_settings_in_thread()
     def encode(self, x_BD: jax.Array | np.ndarray) -> jax.Array:
         """Encode [B, D] residuals: [B, F] latents >= 0, in the units of the scaled input."""
         return encode_scaled(self.weights, scale_input(self.scaling, x_BD), self.k)
 
+    @use_own_settings_in_thread()
     def decode(self, z_BF: jax.Array) -> jax.Array:
         """Decode [B, F] latents: [B, D] residuals."""
         return unscale_output(self.scaling, decode_scaled(self.weights, z_BF))
 
+    @use_own_settings_in_thread()
     def reconstruct(self, x_BD: jax.Array | np.ndarray) -> jax.Array:
         """Encode and decode [B, D] residuals: [B, D], their reconstruction."""
         return self.decode(self.encode(x_BD))
 
+    @use_own_settings_in_thread()
     def member(self, seed: int) -> "Autoencoder":
         """Pick one of several autoencoders that were trained side by side."""
         return replace(self, weights=select_member(self.weights, seed))
 
+    @use_own_settings_in_thread()
     def first(self, count: int) -> "Autoencoder":
         """Keep the first `count` of several autoencoders that were trained side by side."""
         return replace(self, weights=jax.tree.map(lambda leaf: leaf[:count], self.weights))

@@ -47,7 +47,7 @@ class TrainingLog:
         if self._bucket:
             self._rows[name].append(row)
         else:
-            with explain_errors(self._paths[name]), self._paths[name].open("a") as file:
+            with explain_errors(self._paths[name]), self._paths[name].open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self._board is None:
             return
@@ -72,7 +72,7 @@ class TrainingLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the rows of metrics.jsonl or speed.jsonl, without a last line that an interruption cut short."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from headsteer_jax.config import Config, DataConfig, ModelConfig
-from headsteer_jax.config.files import describe_field, flatten, list_fields, load_config, override, render_reference
+from headsteer_jax.config.files import (
+    describe_field,
+    flatten,
+    format_override,
+    list_fields,
+    load_config,
+    override,
+    render_reference,
+)
 from headsteer_jax.config.schema import Section
 from headsteer_jax.errors import HeadSteerError
 
@@ -91,6 +99,10 @@ def test_configs_are_frozen_and_hashable() -> None:
         ("steer.alphas", "(1.0, 2.0)", (1.0, 2.0)),
         ("steer.classes", "07,42", ("07", "42")),
         ("steer.classes", "", ()),
+        ("steer.classes", "(a), b c ,d]", ("(a)", "b c", "d]")),
+        ("steer.classes", '["a,b", "[c]", " d ", "", "e\\"f", "\\u00e9"]', ("a,b", "[c]", " d ", "", 'e"f', "\u00e9")),
+        ("steer.classes", " []", ()),
+        ("data.related", '["g,h=a\\\\|b|c"]', ("g,h=a\\|b|c",)),
         ("data.path", "a=b,c", "a=b,c"),
         ("train.gated.learning_rate", "1e-4", 1e-4),
         ("sae.layer", "-2", -2),
@@ -116,6 +128,10 @@ def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -
         ("train.label_smoothing", "1", ["config.train.label_smoothing", "less than 1"]),
         ("steer.mode", "boost", ["config.steer.mode", "'add'", "'ablate'"]),
         ("steer.alphas", "1,x", ["config.steer.alphas"]),
+        ("steer.classes", "[x]", ["config.steer.classes = '[x]'", "a JSON list of quoted texts"]),
+        ("steer.classes", "[1, 2]", ["config.steer.classes = '[1, 2]'", "a JSON list of quoted texts"]),
+        ("steer.classes", '["x"', ["config.steer.classes", "a JSON list of quoted texts"]),
+        ("steer.classes", '["x"], y', ["config.steer.classes", "a JSON list of quoted texts"]),
         ("steer.alphas", "1,nan", ["config.steer.alphas", "finite"]),
         ("model.heads", "5", ["config.model.heads = 5", "a divisor of model.width = 96"]),
         ("model.heads", "48", ["config.model.heads = 48", "at most 30"]),
@@ -198,3 +214,39 @@ def test_sections_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValidationError, match="extra"):
         DataConfig(sorce="npz")  # type: ignore[call-arg]
     assert issubclass(Config, Section)
+
+
+TEXTS = st.text(st.characters() | st.sampled_from(" ,[]()|=\"'\\$`\n"), max_size=8)  # also lone surrogates
+
+
+@given(st.lists(TEXTS, max_size=5))
+def test_any_names_survive_the_command_line(names: list[str]) -> None:
+    config = override(Config(), "data.related", format_override(names))
+    assert config.data.related == tuple(names)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=5))
+def test_any_numbers_survive_the_command_line(numbers: list[float]) -> None:
+    assert override(Config(), "steer.alphas", format_override(numbers)).steer.alphas == tuple(numbers)
+
+
+def test_every_field_of_the_shipped_configs_survives_the_command_line(plain: Path) -> None:
+    for path in CONFIGS:
+        fields = flatten(load_config(path))
+        changed = {name: value for name, value in fields.items() if value != flatten(Config())[name]}
+        assert flatten(load_config(plain, {name: format_override(value) for name, value in changed.items()})) == fields
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from([name for name, *_ in list_fields()]),
+    TEXTS | st.from_regex(r"[\[\]\d.,e\"-]{0,12}", fullmatch=True),
+)
+def test_any_override_is_valid_or_one_line(path: str, text: str) -> None:
+    try:
+        result = override(Config(), path, text)
+        Config.model_validate(result.model_dump())
+    except HeadSteerError as error:
+        assert f"config.{path} = " in str(error)
+    except ValidationError:  # a rule across fields
+        pass

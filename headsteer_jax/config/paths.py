@@ -1,0 +1,39 @@
+"""Paths as people write them: `~` stands for a home directory, and a scheme such as gs:// for a kind of storage."""
+
+import re
+from pathlib import Path
+
+from headsteer_jax.errors import HeadSteerError
+
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib would make a directory `s3:` of s3://bucket
+
+
+def has_known_scheme(text: str, buckets: bool = True) -> bool:
+    """Say whether a path has no scheme, or gs:// if buckets are accepted."""
+    return not SCHEME.match(text) or (buckets and re.match("gs://[^/]", text) is not None)
+
+
+def expand_path(text: str, name: str, buckets: bool = True) -> str:
+    """Replace a leading `~` or `~user`, which shells leave alone after an equals sign, and check the path's scheme.
+
+    Args:
+      text: the path.
+      name: what the path was given as, such as --workdir, for the error.
+      buckets: accept gs:// paths.
+
+    Raises:
+      HeadSteerError: there is no such user, or the scheme is not supported.
+    """
+    if not has_known_scheme(text, buckets):
+        allowed = "a path of this machine" + " or gs://bucket/path" * buckets
+        raise HeadSteerError(f"{name}={text}: such paths are not supported; give {allowed}")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        user = text[1:].partition("/")[0]
+        reason = f"there is no user {user!r}" if user else "there is no home directory"
+        raise HeadSteerError(
+            f"{name}={text}: {reason}; write the directory in full (./{text} if it is meant)"
+        ) from None

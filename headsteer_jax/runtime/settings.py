@@ -1,0 +1,98 @@
+"""JAX's process-wide settings that change results: HeadSteer computes with its own, and the user's come back.
+
+A user may have switched JAX to 64 bits, to strict promotion or to another random generator, by a variable of the
+environment or in a notebook. JAX_DEFAULT_MATMUL_PRECISION, the devices and switches for debugging stay as they are.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+
+from headsteer_jax.errors import HeadSteerError
+
+OWN_SETTINGS: dict[str, Any] = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_enable_custom_prng": False,
+    "jax_legacy_prng_key": "allow",
+    "jax_debug_key_reuse": False,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_softmax_custom_jvp": False,
+    "jax_disable_jit": False,
+    "jax_check_tracer_leaks": False,
+    "jax_default_device": None,
+    "jax_transfer_guard_host_to_device": "allow",
+    "jax_transfer_guard_device_to_device": "allow",
+    "jax_transfer_guard_device_to_host": "allow",
+}  # what a fresh JAX 0.10 does; a version that has no such setting needs none
+
+
+def open_devices() -> None:
+    """Let JAX find the devices, before anything is written.
+
+    Raises:
+      HeadSteerError: it finds none, for instance because JAX_PLATFORMS names a kind that this machine lacks.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # plugins fail in many ways; JAX itself asserts that it knows one for cuda
+        reason = " ".join(str(error).split()) or "there is no plugin of JAX for it"
+        chosen = read_platforms()
+        remedy = "unset it, or install the JAX for this device" if chosen else "set JAX_PLATFORMS=cpu to do without"
+        culprit = f"JAX_PLATFORMS={chosen}" if chosen else "JAX"
+        raise HeadSteerError(f"{culprit}: no device could be opened ({reason}); {remedy}") from None
+
+
+def read_platforms() -> str | None:
+    """Return the kinds of devices that the user allows: JAX_PLATFORMS, or jax_platforms as set in Python."""
+    return jax.config.values["jax_platforms"]
+
+
+def apply_own_settings() -> None:
+    """Give this process HeadSteer's settings for good, as the command line does."""
+    for name in _find_differences():
+        jax.config.update(name, OWN_SETTINGS[name])
+
+
+@contextmanager
+def use_own_settings() -> Iterator[None]:
+    """Compute with HeadSteer's settings in the body of this context, in every thread; the user's come back afterwards.
+
+    It can also decorate a function.
+    """
+    with ExitStack() as restored:
+        with ThreadPoolExecutor(1) as thread:  # a fresh thread sees the process's settings without this thread's own
+            process_wide = thread.submit(_find_differences).result()
+        for name, value in process_wide.items():
+            restored.callback(jax.config.update, name, value)
+            jax.config.update(name, OWN_SETTINGS[name])
+        with use_own_settings_in_thread():
+            yield
+
+
+@contextmanager
+def use_own_settings_in_thread() -> Iterator[None]:
+    """Do the same in this thread alone, which is quicker and suits a function that is traced."""
+    with ExitStack() as restored:
+        for name in _find_differences():
+            context = getattr(jax, name.removeprefix("jax_"), None)
+            if context is not None:  # a few settings have no value of a thread
+                restored.enter_context(context(OWN_SETTINGS[name]))
+        yield
+
+
+def _find_differences() -> dict[str, Any]:
+    """Return the settings that this thread sees and that are not HeadSteer's, by name."""
+    seen = {name: getattr(jax.config, name) for name in OWN_SETTINGS if hasattr(jax.config, name)}
+    return {
+        name: value
+        for name, value in seen.items()
+        if value != OWN_SETTINGS[name] and not (value is None and name.startswith("jax_transfer_guard"))
+    }  # no guard is the same as one that allows everything
