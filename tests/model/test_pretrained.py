@@ -367,7 +367,7 @@ def test_pth_executes_nothing(tmp_path: Path, fresh: Any) -> None:
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"model": Trap()}, tmp_path / "a.pth")
-    with pytest.raises(HeadSteerError, match="nothing but tensors"):
+    with pytest.raises(HeadSteerError, match="holds only tensors"):
         load_backbone(fresh, config_for(tmp_path / "a.pth"))
     assert not (tmp_path / "executed").exists()
     (tmp_path / "b.pth").write_bytes(b"no torch file")
