@@ -11,11 +11,12 @@ There are four parts. Each runs without the others, and its error, if any, is in
 3. Four autoencoders with 384 -> 3,072 latents are trained on 45,000 generated residuals.
 4. A ViT-S is swept on generated images, next to one plain forward pass and `run_suffix`: times, and what differs.
 
-On an H200, part 1 took 165 s, and XLA's autotuning alone took 120 s for the six programs of part 2. All four parts
-therefore do not fit six minutes: parts 1 and 3 fit one visit, 2 and 4 another. A part that is late leaves out what
-matters less, and no part begins after LATE seconds. No network is needed. Products of float32 are computed as JAX does
-by default (TF32 on a GPU) and with `highest`. Times are medians and exclude compilation. DIR gets results.json and
-results.md. The last line printed is one JSON object. With --small everything takes a minute or two on a CPU.
+On an H200, part 1 took 165 s without the sweep with `highest`, part 3 took 33 s and part 4 113 s, and XLA's autotuning
+alone took 120 s for the six programs of part 2. All four parts therefore do not fit six minutes. A part that is late
+leaves out what matters less, and no part begins after LATE seconds. No network is needed. Products of float32 are
+computed as JAX does by default (TF32 on a GPU) and with `highest`; --products chooses for part 1. Times are medians and
+exclude compilation. DIR gets results.json and results.md. The last line printed is one JSON object. With --small
+everything takes a minute or two on a CPU.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import sweep as sweep_benchmark  # this module and train lie beside this file
 from jax.sharding import AxisType, Mesh
 from train import CLASSES, our_config
 
-from headsteer_jax.analysis.sweep_file import read_sweep, to_arrays
+from headsteer_jax.analysis.sweep_file import name_arrays, read_sweep, to_arrays
 from headsteer_jax.config import Config, ModelConfig, SAEConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
@@ -51,14 +52,16 @@ from headsteer_jax.sae.objective import init_weights
 from headsteer_jax.sae.residuals import ResidualsInMemory
 from headsteer_jax.steer.steering import Steering, apply_steering, run_suffix
 from headsteer_jax.steer.strategies import Choice, find_strategy
-from headsteer_jax.steer.sweep import Arrays, run_sweep, sweep_by_flips
+from headsteer_jax.steer.sweep import run_sweep, sweep_by_flips
 from headsteer_jax.steer.table import compile_table_program, fill_table, pattern_to_gates
 from headsteer_jax.steer.tally import unpack_bits
 from headsteer_jax.train.loop import init_state
 from headsteer_jax.train.step import make_training_steps
 
+Arrays = dict[str, np.ndarray]
 BEGAN = time.perf_counter()
-SECONDS = {1: 180, 2: 270, 3: 40, 4: 90}  # what each part may take before it leaves out what matters less
+SECONDS = {1: 180, 2: 270, 3: 120, 4: 160}  # what each part may take before it leaves out what matters less
+PRECISIONS = ("default", "highest")  # of float32 products
 LATE = 300  # seconds after the start, when no part and nothing optional begins
 SHAPES = ((32, 8, (1024, 4096)), (32, 4, (512, 1024)), (224, 16, (256, 512)))  # image side, patch, batches
 
@@ -110,23 +113,24 @@ def correctness(part: Part, args: argparse.Namespace) -> None:
     run, stored = load_run(args.run), to_arrays(read_sweep(Path(args.run) / "sweep.nc"))
     names = run.config.steer.strategies[: 1 if part.small else None]
     part.note("run", {"dtype": run.config.model.dtype, "strategies": " ".join(names)})
-    part.note("sweep, default", compare_sweeps(run, stored, names))
+    for precision in args.products:
+        set_precision(precision)
+        part.note(f"sweep, {precision}", compare_sweeps(run, stored, names))
     device, host, steps = jax.devices()[0], jax.devices("cpu")[0], {"sae_step": sae_step, "vit_step": vit_step}
     references, active_NF = {name: step(run, host) for name, step in steps.items()}, active_latents(run, host)
-    for precision in ("default",) if part.small else ("default", "highest"):
+    for precision in args.products:
         set_precision(precision)
         differ_N = (active_latents(run, device) != active_NF).any(axis=-1)
         part.note(f"rows of other latents, {precision}", [differ_N.size, int(differ_N.sum())])
         for name, step in steps.items():
             part.note(f"{name}, {precision}", compare_steps(step(run, device), references[name]))
-    if part.early(0.75) and not part.small:
-        part.note("sweep, highest", compare_sweeps(run, stored, names))
 
 
 def compare_sweeps(run: Run, stored: Arrays, names: tuple[str, ...]) -> dict[str, Any]:
     """Sweep here and compare with the stored sweep: name -> [how many are compared, how many differ]."""
     strategies = {name: find_strategy(name) for name in names}
-    seconds, (arrays, _) = time_call(lambda: run_sweep(run, strategies))
+    seconds, result = time_call(lambda: run_sweep(run, strategies))
+    arrays = name_arrays(result)
     assert np.array_equal(arrays["alphas"], stored["alphas"]), "the config is not the one that the sweep was made with"
     counts: dict[str, Any] = {"seconds": round(seconds, 2)}
 
@@ -217,7 +221,7 @@ def sae_step(run: Run, device: jax.Device) -> Step:
     u_BD, count = np.asarray(scale_input(run.autoencoders.scaling, run.x_train[: c.batch])), len(members.k)
     state = sae_train.init_state(c, members, jnp.asarray(u_BD), F, run.config.seed)
     before = sae_train.state_to_checkpoint(state, count)
-    epoch = sae_train.make_epoch_program(c, members, F, D, 1, run.config.seed, mesh)
+    epoch = sae_train.make_epoch_program(c, members, D, 1, run.config.seed, mesh)
     state = sae_train.state_from_checkpoint(before, count, mesh)
     after, curves = epoch(state, place(u_BD, replicated_sharding(mesh)))
     return before.sae, jax.device_get(after.sae), {"mse": float(np.mean(jax.device_get(curves["mse"])))}
@@ -456,6 +460,7 @@ def main() -> None:
     parser.add_argument("--run", default="runs/double_digits", help="a finished run that a CPU made, for part 1")
     parser.add_argument("--out", type=Path, required=True, help="a directory for the results")
     parser.add_argument("--parts", type=lambda text: [int(n) for n in text.split(",")], default=list(PARTS))
+    parser.add_argument("--products", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of float32, in part 1")
     parser.add_argument("--small", action="store_true", help="everything in a minute or two on a CPU")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

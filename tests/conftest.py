@@ -5,6 +5,11 @@ import os
 import shutil
 import tempfile
 
+# The tests' bounds are those of float32. A GPU rounds the operands of products to TF32 unless it is told otherwise, and
+# the first process takes most of its memory. Both must be set before JAX is imported.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 # Tests and the processes that they start share compiled programs. This must be set before JAX is imported.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the worker processes share their parent's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="headsteer-compiled-")

@@ -1,0 +1,32 @@
+"""The benchmarks still fit the package; their figures are not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, FinishedRun, environment
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def test_they_find_what_they_import() -> None:
+    names = {file.stem for file in BENCHMARKS.glob("*.py")} - {"peers"}  # which runs in an environment with PyTorch
+    assert len(names) >= 6
+    program = "import sys; sys.path[:0] = sys.argv[1:2]; [__import__(name) for name in sys.argv[2:]]"
+    command = [sys.executable, "-c", program, BENCHMARKS, *sorted(names)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", ["1", "2", "3,4"])
+def test_every_part_of_the_visit_to_an_accelerator_runs(parts: str, finished: FinishedRun, tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "accelerator.py", "--small", f"--parts={parts}", f"--out={tmp_path}"]
+    command.append(f"--run={finished.workdir}")
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert sorted(found["parts"]) == parts.split(",")
+    assert "error" not in json.dumps(found), found
