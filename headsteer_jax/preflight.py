@@ -13,7 +13,7 @@ from etils.epath import Path
 
 from headsteer_jax.books import Plan, Stage, check_directory
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.checks import check_input_range, verify_images
+from headsteer_jax.data.checks import check_input_range, verify_images, warn_of_repeated_images
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.data.sources import data_places
 from headsteer_jax.errors import HeadSteerError
@@ -108,6 +108,8 @@ def _check_training(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     hosts.on_first_process(lambda: check_space(workdir.path, checkpoint_bytes(config, params)))
     hosts.on_every_process(functools.partial(verify_images, dataset))
     hosts.on_every_process(functools.partial(check_input_range, dataset, config.data))
+    if hosts.is_first_process():
+        warn_of_repeated_images(dataset)
 
 
 def checkpoint_bytes(config: Config, params: Any) -> int:

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from headsteer_jax.errors import HeadSteerError, explain_errors
 logger = logging.getLogger(__name__)
 
 IMAGENET = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # where Kaggle's and the makers' archives hold the splits
+CONTENT_BYTES = 2**30  # the largest split, in bytes, whose files are known by their content
 LEVELS = 3  # single directories around the splits that are looked through
 
 
@@ -366,14 +368,28 @@ def _make_split(split_files: SplitFiles, class_names: tuple[str, ...], shape: tu
     return Split(
         LazyImages(decode, np.arange(len(paths)), shape, verify),
         np.array([labels[file.class_name] for file in split_files.files], np.int32),
-        np.array([_make_key(file) for file in split_files.files], np.uint64),
+        _make_keys(split_files),
     )
 
 
-def _make_key(file: ImageFile) -> int:
-    """Hash an image's path within its split, the same on every system, and its size in bytes."""
-    name = normalise_name(file.path).replace(os.sep, "/")
-    return int.from_bytes(hashlib.blake2b(f"{name}\0{file.bytes}".encode(), digest_size=8).digest())
+def _make_keys(split_files: SplitFiles) -> np.ndarray:
+    """Hash each image file [N] uint64: its path within its class, the same on every system, its size, and its content.
+
+    The content is left out of a split whose files have more than CONTENT_BYTES: reading them would take minutes.
+    """
+    reads_content = sum(file.bytes for file in split_files.files) <= CONTENT_BYTES
+
+    def make_key(file: ImageFile) -> int:
+        name = normalise_name(file.path).replace(os.sep, "/").removeprefix(f"{file.class_name}/")
+        digest = hashlib.blake2b(f"{name}\0{file.bytes}".encode(), digest_size=8)
+        if reads_content:
+            path = os.path.join(split_files.directory, file.path)
+            with explain_errors(normalise_name(path), "replace or remove it"), open(path, "rb") as opened:
+                digest.update(opened.read())
+        return int.from_bytes(digest.digest())
+
+    with ThreadPoolExecutor() as threads:
+        return np.array(list(threads.map(make_key, split_files.files)), np.uint64)
 
 
 def _show(path: Path) -> str:

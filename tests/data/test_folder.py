@@ -16,6 +16,7 @@ from PIL import Image, features
 from scipy.io import savemat
 
 from headsteer_jax.config import DataConfig
+from headsteer_jax.data import folder
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
 from headsteer_jax.data.names import normalise_name
 from headsteer_jax.data.sources import data_places, load_dataset
@@ -468,6 +469,25 @@ def test_keys_are_of_names_and_sizes_and_do_not_depend_on_the_place(tmp_path: Pa
     changed = here / "test" / "tea" / "0.png"
     changed.write_bytes(changed.read_bytes() + b"x")
     assert (load(here).test.keys != everything.test.keys).tolist() == [True] + [False] * 5
+
+
+def test_keys_are_of_contents_but_not_in_large_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(write(tmp_path, "train", count=5), "test", count=5)
+    before, changed = load(tmp_path).test.keys, tmp_path / "test" / "cat" / "0.png"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")  # of the same size
+    assert (load(tmp_path).test.keys != before).tolist() == [True] + [False] * (len(before) - 1)
+    monkeypatch.setattr(folder, "CONTENT_BYTES", 100)
+    before = load(tmp_path).test.keys
+    changed.write_bytes(changed.read_bytes()[:-1] + b"y")
+    np.testing.assert_array_equal(load(tmp_path).test.keys, before)
+
+
+def test_keys_stay_if_a_class_is_renamed(tmp_path: Path) -> None:
+    write(write(tmp_path, "train", count=5), "test", count=5)
+    before = load(tmp_path).test
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").rename(tmp_path / split / "a cat")
+    np.testing.assert_array_equal(load(tmp_path).test.keys, before.keys)
 
 
 def values_in_order(split: Split) -> list[int]:
