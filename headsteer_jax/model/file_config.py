@@ -308,7 +308,12 @@ def _simplify(name: str) -> str:
 
 
 def _warn(file: FileConfig, config: Config) -> Iterator[str]:
-    """Yield the differences that may be meant: in the normalisation of the images."""
+    """Yield the differences that may be meant: in the images' normalisation, and in the pooling of a head left out."""
+    if not config.model.pretrained_head and file.value("pooling") in ("avg", "avgmax", "max", "prr", True):
+        yield (
+            f"{file.cite('pooling')}: the class token of {config.model.pretrained} was not trained to classify, and "
+            "this model reads it alone"
+        )
     for fact, ours in (("mean", config.data.mean), ("std", config.data.std)):
         theirs = file.value(fact)
         if theirs is None:

@@ -160,7 +160,7 @@ OPTIONS = (
     (r"attn\.norm\.", "its attention's output is normalised (scale_attn_norm)"),
     (r"mlp\.norm\.", "its MLP's hidden layer is normalised (scale_mlp_norm)"),
     (r"norm_pre\.", "it has a norm before the blocks (pre_norm), as CLIP's models do"),
-    (r"fc_norm\.", "it pools the patches' tokens by their average (fc_norm)"),
+    (r"fc_norm\.", "its final norm follows the pooling (fc_norm), as in models that average the patches"),
     (r"attn_pool\.|MAPHead", "it pools by attention (global_pool='map')"),
     (r"patch_embed\.norm\.", "it has a norm in its patch embedding (embed_norm_layer)"),
     (r"mlp\.(fc1_[gx]|w12|w[123]|gate_proj|up_proj|weights_in)\.", "its MLP is gated (SwiGLU)"),

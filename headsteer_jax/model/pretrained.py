@@ -319,9 +319,9 @@ class _BackboneReader:
         registers = np.concatenate([np.zeros((1, 0, m.width), np.float32), *extra], axis=1)
         count = registers.shape[1]
         if count != m.registers:
-            kind = "distillation" if names[0] in self.tensors else "register"
+            kind = ("distillation" if names[0] in self.tensors else "register") + " token" + "s" * (count != 1)
             raise HeadSteerError(
-                f"{self.path}: it has {count} {kind} tokens, but config.model.registers = {m.registers}; set "
+                f"{self.path}: it has {count} {kind}, but config.model.registers = {m.registers}; set "
                 f"config.model.registers={count}"
             )
         leading_1ND, patches_1ND = self._read_positions(count)

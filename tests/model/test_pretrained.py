@@ -170,7 +170,10 @@ def _with(name: str, value: np.ndarray) -> Callable[[dict[str, np.ndarray]], Non
         (_without("blocks.1.attn.proj.bias"), ["no tensor 'blocks.1.attn.proj.bias'"]),
         (_without("cls_token"), ["no tensor 'cls_token'"]),
         (_with("reg_token", np.zeros((1, 4, D), np.float32)), ["4 register tokens", "config.model.registers = 0"]),
-        (_with("dist_token", np.zeros((1, 1, D), np.float32)), ["1 distillation tokens", "config.model.registers = 0"]),
+        (
+            _with("dist_token", np.zeros((1, 1, D), np.float32)),
+            ["1 distillation token, ", "config.model.registers = 0"],
+        ),
         (
             _without("patch_embed.proj.weight"),
             ["no vision transformer under the names of", "'blocks.0.attn.proj.bias'"],

@@ -160,9 +160,7 @@ def test_maes_decoder_is_left_out_and_its_classifier_pools(tmp_path: Path) -> No
     fine_tuned = {
         name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t for name, t in tensors.items()
     }
-    assert "pools the patches' tokens by their average (fc_norm)" in refusal(
-        save(tmp_path / "b.safetensors", fine_tuned)
-    )
+    assert "its final norm follows the pooling (fc_norm)" in refusal(save(tmp_path / "b.safetensors", fine_tuned))
 
 
 def test_a_register_takes_its_position_along(tmp_path: Path) -> None:
@@ -474,6 +472,16 @@ def test_what_nothing_states_is_named_as_unchecked(tmp_path: Path) -> None:
         "compared: heads, GELU, grid; not checked, since config.json does not say them: epsilon, block order, mean "
         "and std"
     )
+
+
+@pytest.mark.parametrize(("pooling", "warned"), [("avg", True), ("token", False), ("", False)])
+def test_pooling_of_a_head_that_is_left_out_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pooling: str, warned: bool
+) -> None:
+    path = save(tmp_path / "model.safetensors", golden("timm_vit"))
+    (tmp_path / "config.json").write_text(json.dumps({"global_pool": pooling}))
+    load(path)
+    assert any("was not trained to classify" in message for message in caplog.messages) == warned
 
 
 def test_another_normalisation_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
