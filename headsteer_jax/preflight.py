@@ -1,6 +1,5 @@
 """What is checked before a run writes anything: its directory, data, backbone, autoencoder, devices and disk space."""
 
-import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from pathlib import Path as LocalPath
 from typing import Any
 
 import jax
-import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.books import Plan, Stage, check_directory
@@ -17,7 +15,7 @@ from headsteer_jax.data.checks import check_input_range, verify_images, warn_of_
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.data.sources import data_places
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.pretrained import load_backbone
+from headsteer_jax.model.pretrained import check_backbone
 from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.files import Workdir, is_in_bucket
 from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locate_new
@@ -86,7 +84,7 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
     if actions.get("train", "nothing") != "nothing" and not _has_begun(workdir, "train", actions["train"]):
         _check_training(config, dataset, workdir)
     if actions.get("sae", "nothing") != "nothing" and config.sae.pretrained:
-        hosts.on_every_process(functools.partial(import_autoencoder, config))
+        hosts.on_every_process(lambda: import_autoencoder(config))
 
 
 def _has_begun(workdir: Workdir, name: str, action: str) -> bool:
@@ -101,13 +99,12 @@ def _check_training(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     if batch > count:
         raise HeadSteerError(f"config.train.batch = {batch}: must be at most the {count} training images")
     mesh.check_batch(config, mesh.training_mesh(config.machine))
-    params = abstract_params(config, len(dataset.class_names))
     if config.model.pretrained:
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
-        hosts.on_every_process(functools.partial(load_backbone, zeros, config, dataset.class_names))
-    hosts.on_first_process(lambda: check_space(workdir.path, checkpoint_bytes(config, params)))
-    hosts.on_every_process(functools.partial(verify_images, dataset))
-    hosts.on_every_process(functools.partial(check_input_range, dataset, config.data))
+        hosts.on_every_process(lambda: check_backbone(config, dataset.class_names))
+    needed = checkpoint_bytes(config, abstract_params(config, len(dataset.class_names)))
+    hosts.on_first_process(lambda: check_space(workdir.path, needed))
+    hosts.on_every_process(lambda: verify_images(dataset))
+    hosts.on_every_process(lambda: check_input_range(dataset, config.data))
     if hosts.is_first_process():
         warn_of_repeated_images(dataset)
 
