@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,6 @@ def run_command_line(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a path or class name that the terminal cannot show is shown escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # matplotlib reads these when it is imported, and a faulty file or backend ends the program there
-    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}
     try:
         name, *command_arguments = arguments or ["--help"]
         if name in ("-h", "--help"):
@@ -173,6 +171,7 @@ def command_run(arguments: Sequence[str]) -> None:
     expand_path(config.machine.activation_cache, "config.machine.activation_cache")  # it is needed only later
     _import_from_here()
     _import_jax()
+    _import_matplotlib()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
     from headsteer_jax.stages import STAGES, run_stages
@@ -211,6 +210,7 @@ def command_export(arguments: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that HeadSteer did not write")
     flags = parser.parse_args(list(arguments))
     _import_jax()
+    _import_matplotlib()
 
     from headsteer_jax.deploy.export import check_target, export_autoencoders, export_timm, parse_target
     from headsteer_jax.runs import check_done, count_classes, read_config
@@ -247,6 +247,7 @@ def command_page(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
     flags = parser.parse_args(list(arguments))
     _import_jax()
+    _import_matplotlib()
 
     from etils import epath
 
@@ -347,6 +348,16 @@ def _check_names(config: Config) -> None:
     check_source(config.data)
     for name in config.steer.strategies:
         find_strategy(name)
+
+
+def _import_matplotlib() -> None:
+    """Import matplotlib without the user's settings, among them a file `matplotlibrc` in the current directory.
+
+    A faulty one would end the program here.
+    """
+    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}
+    with suppress(FileNotFoundError), chdir("/"):  # the current directory may have been deleted
+        importlib.import_module("matplotlib")
 
 
 def _import_jax() -> None:

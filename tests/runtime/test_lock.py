@@ -15,9 +15,9 @@ from headsteer_jax.runtime.lock import hold_lock
 
 
 def test_two_runs_in_one_directory(tmp_path: Path) -> None:
-    with hold_lock(epath.Path(tmp_path)), pytest.raises(HeadSteerError, match="another run is writing here"):
-        with hold_lock(epath.Path(tmp_path)):
-            pass
+    other = hold_lock(epath.Path(tmp_path))
+    with hold_lock(epath.Path(tmp_path)), pytest.raises(HeadSteerError, match="another run is writing here"), other:
+        pass
     with hold_lock(epath.Path(tmp_path)):
         pass
 

@@ -94,7 +94,7 @@ def test_a_loaded_run_computes_the_same_in_a_process_of_other_settings(finished:
                 jax.config.update(name, before[name])
     (sweep, exact, codes, again), (hostile_sweep, hostile_exact, hostile_codes, hostile_again) = results
     assert sweep.identical(hostile_sweep)
-    for field, other in zip(jax.tree.leaves(vars(exact)), jax.tree.leaves(vars(hostile_exact)), strict=True):
+    for field, other in zip(exact, hostile_exact, strict=True):
         np.testing.assert_array_equal(field, other)
     np.testing.assert_array_equal(codes, hostile_codes)
     np.testing.assert_array_equal(again, hostile_again)
