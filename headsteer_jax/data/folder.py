@@ -100,9 +100,7 @@ def _check_directory(config: DataConfig) -> Path:
         if path.is_dir():
             return path
         if not path.exists():
-            raise HeadSteerError(
-                f"{_show(path)}: there is no such directory; config.data.path should name that of the images"
-            )
+            raise HeadSteerError(f"{_show(path)}: there is no such directory; correct config.data.path")
         if path.suffix == ".npz":
             raise HeadSteerError(f"{_show(path)}: an npz file, not a directory; --config.data.source=npz reads it")
         if path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
