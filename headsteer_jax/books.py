@@ -143,7 +143,7 @@ def is_done(workdir: Workdir, stage: Stage) -> bool:
 
 
 class Plan(NamedTuple):
-    """What a command will do with a stage."""
+    """The decision of a command on a stage: what it does with it, and why."""
 
     stage: Stage
     action: Action

@@ -71,9 +71,9 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
         if is_in_bucket(old):
             _replace_in_bucket(new, old, entries, products)
             return
-        made = read_json(new / "done.json")["products"]
+        new_products = read_json(new / "done.json")["products"]
         for product in products:
-            if product not in made:
+            if product not in new_products:
                 (workdir.path / product).unlink(missing_ok=True)
             elif (new / product).exists():  # otherwise an interrupted replacement has moved it
                 (workdir.path / product).parent.mkdir(exist_ok=True)

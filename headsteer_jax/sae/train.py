@@ -430,8 +430,8 @@ def train_members(
     curves: Curves = {name: np.zeros((c.epochs, member_count), np.float32) for name in CURVES}
     checkpoints = Checkpoints(directory / "checkpoints", keep=2)
     if checkpoints.latest() is not None:
-        (state, curves), about = checkpoints.restore((state, curves))
-        if about["data"] != data:
+        (state, curves), metadata = checkpoints.restore((state, curves))
+        if metadata["data"] != data:
             raise HeadSteerError(
                 f"{checkpoints.directory}: the data have changed since this checkpoint; use the data that it was made "
                 "with, or pass --overwrite"
