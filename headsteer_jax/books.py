@@ -15,6 +15,7 @@ import logging
 import platform
 import resource
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -148,7 +149,9 @@ class Plan(NamedTuple):
     stage: Stage
     action: Action
     reason: str = ""  # why it is replaced
-    unread: tuple[str, ...] = ()  # optional stages that it could read, and that are stale
+    left_out: Mapping[str, str] = types.MappingProxyType(
+        {}
+    )  # optional stages that it could read, and why they are stale
 
 
 def plan_stages(
@@ -173,7 +176,7 @@ def plan_stages(
             if reason := _check_skipped(now, workdir, stage, chosen, remade):
                 left_out[stage.name] = reason
             continue
-        unread = tuple(name for name in stage.reads if name in left_out)
+        unread = {name: reason for name, reason in left_out.items() if name in stage.reads}
         plan = _plan_stage(now, workdir, stage, remade, unread)
         if plan.action == "replace" and not overwrite:
             raise HeadSteerError(
@@ -181,29 +184,27 @@ def plan_stages(
             )
         if plan.action != "nothing":
             remade.add(stage.name)
-            for name in unread:
-                logger.info(f"{stage.name}: leaves out {name}, which is stale ({left_out[name]})")
         plans.append(plan)
     return plans
 
 
-def _plan_stage(now: Inputs, workdir: Workdir, stage: Stage, remade: set[str], unread: tuple[str, ...]) -> Plan:
+def _plan_stage(now: Inputs, workdir: Workdir, stage: Stage, remade: set[str], left_out: Mapping[str, str]) -> Plan:
     """Decide what to do with a chosen stage.
 
     Args:
       remade: the stages that are made in the same command.
-      unread: the optional stages that are left out.
+      left_out: the optional stages that it does not read, and why.
     """
     directory = workdir / stage.name
     check_directory(directory)
     record = read_record(workdir, stage.name)
-    reason = explain_staleness(now, workdir, stage, unread)
+    reason = explain_staleness(now, workdir, stage, tuple(left_out))
     again = [name for name in stage.reads if name in remade]
     if record is not None and again:
         reason = reason or f"{again[0]}, which it reads, is computed again"
     if record is not None and reason:
-        return Plan(stage, "replace", reason, unread)
-    return Plan(stage, "nothing" if is_done(workdir, stage) else "make", "", unread)
+        return Plan(stage, "replace", reason, left_out)
+    return Plan(stage, "nothing" if is_done(workdir, stage) else "make", "", left_out)
 
 
 def check_directory(directory: Path) -> None:
@@ -227,9 +228,11 @@ def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
       HeadSteerError: the disk is full or not writable.
     """
     stage, target = plan.stage, stage_workdir(workdir, plan)
-    record, started = describe_inputs(now, workdir, stage, plan.unread), target / f"{stage.name}/started.json"
+    record, started = describe_inputs(now, workdir, stage, tuple(plan.left_out)), target / f"{stage.name}/started.json"
     if plan.action == "replace":
         logger.info(f"{stage.name}: computing it again ({plan.reason}); the old results stay until it is done")
+    for name, reason in plan.left_out.items():
+        logger.info(f"{stage.name}: leaves out {name}, which is stale ({reason})")
     make_directory(target.path)
     before = read_json(started) if started.exists() else None
     if before is not None and not _explain_difference(before, record, stage):

@@ -310,11 +310,11 @@ def _agree_on_plans(now: Inputs, workdir: Workdir, chosen: list[Stage], overwrit
 
     def decide() -> list[Any]:
         plans.extend(plan_stages(now, workdir, list(STAGES.values()), chosen, overwrite))
-        return [(plan.stage.name, *plan[1:]) for plan in plans]
+        return [(plan.stage.name, plan.action, plan.reason, dict(plan.left_out)) for plan in plans]
 
     return [
-        Plan(STAGES[name], action, reason, tuple(unread))
-        for name, action, reason, unread in hosts.on_first_process(decide)
+        Plan(STAGES[name], action, reason, left_out)
+        for name, action, reason, left_out in hosts.on_first_process(decide)
     ]
 
 

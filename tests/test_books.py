@@ -247,7 +247,7 @@ def test_an_optional_stage_that_is_stale_is_left_out(workdir: Workdir) -> None:
     run(Config(), workdir, MIX, BAKE, ICING)
     change_record(workdir, "icing/done.json", {"config": {"seed": 7}})
     (taste,) = plan(Config(), workdir, TASTE)
-    assert (taste.action, taste.unread) == ("make", ("icing",))
+    assert (taste.action, taste.left_out) == ("make", {"icing": "config.seed was 7, now 0"})
     run(Config(), workdir, TASTE)
     assert set(json.loads((workdir / "taste" / "done.json").read_text())["inputs"]) == {"mix", "bake"}
     assert run(Config(), workdir, TASTE) == ["nothing"]
