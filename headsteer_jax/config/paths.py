@@ -13,6 +13,11 @@ def has_known_scheme(text: str, buckets: bool = True) -> bool:
     return not SCHEME.match(text) or (buckets and re.match("gs://[^/]", text) is not None)
 
 
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be written in UTF-8; bytes of a file's name that are no text become surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def expand_path(text: str, name: str, buckets: bool = True) -> str:
     """Replace a leading `~` or `~user`, which shells leave alone after an equals sign, and check the path's scheme.
 
@@ -22,8 +27,10 @@ def expand_path(text: str, name: str, buckets: bool = True) -> str:
       buckets: accept gs:// paths.
 
     Raises:
-      HeadSteerError: there is no such user, or the scheme is not supported.
+      HeadSteerError: there is no such user, the scheme is not supported, or the path is not UTF-8.
     """
+    if not is_unicode(text):
+        raise HeadSteerError(f"{name}={text!r}: must be text in UTF-8; rename the directory, or make a link to it")
     if not has_known_scheme(text, buckets):
         allowed = "a path of this machine" + " or gs://bucket/path" * buckets
         raise HeadSteerError(f"{name}={text}: such paths are not supported; give {allowed}")

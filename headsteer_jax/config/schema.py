@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from headsteer_jax.config.paths import has_known_scheme
+from headsteer_jax.config.paths import has_known_scheme, is_unicode
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
@@ -520,12 +520,20 @@ class Config(Section):
         Raises:
           ValueError: the first rule that does not hold.
         """
-        for rules in (self._image_rules, self._training_rules, self._sae_rules, self._grid_rules, self._steer_rules,
+        for rules in (self._text_rules, self._image_rules, self._training_rules, self._sae_rules, self._grid_rules, self._steer_rules,
                       self._layers_rules, self._machine_rules):  # fmt: skip
             for rule in rules():
                 if not rule.holds:
                     raise ValueError(f"{rule.field} = {rule.value!r}: must be {rule.allowed}")
         return self
+
+    def _text_rules(self) -> Iterator[Rule]:
+        """Yield the rule of every text: names of files whose bytes are no text cannot be written to a record."""
+        for section_name, section in self:
+            for name, value in section if isinstance(section, Section) else ():
+                for text in value if isinstance(value, tuple) else (value,):
+                    if isinstance(text, str):
+                        yield Rule(f"{section_name}.{name}", text, is_unicode(text), "text in UTF-8")
 
     def _image_rules(self) -> Iterator[Rule]:
         """Yield the rules of the sections data, model and gate."""

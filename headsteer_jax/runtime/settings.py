@@ -13,7 +13,7 @@ import jax
 
 from headsteer_jax.errors import HeadSteerError
 
-FRESH_SETTINGS: dict[str, Any] = {
+JAX_DEFAULTS: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
@@ -31,7 +31,7 @@ FRESH_SETTINGS: dict[str, Any] = {
     "jax_transfer_guard_host_to_device": "allow",
     "jax_transfer_guard_device_to_device": "allow",
     "jax_transfer_guard_device_to_host": "allow",
-}  # those of a fresh JAX 0.10; a version that has no such setting needs none
+}  # what a fresh JAX 0.10 does; a version that has no such setting needs none
 
 
 def open_devices() -> None:
@@ -58,7 +58,7 @@ def read_platforms() -> str | None:
 def apply_own_settings() -> None:
     """Give this process HeadSteer's settings for good, as the command line does."""
     for name in _find_differences():
-        jax.config.update(name, FRESH_SETTINGS[name])
+        jax.config.update(name, JAX_DEFAULTS[name])
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def use_own_settings() -> Iterator[None]:
             process_wide = thread.submit(_find_differences).result()
         for name, value in process_wide.items():
             restored.callback(jax.config.update, name, value)
-            jax.config.update(name, FRESH_SETTINGS[name])
+            jax.config.update(name, JAX_DEFAULTS[name])
         with use_own_settings_in_thread():
             yield
 
@@ -84,15 +84,15 @@ def use_own_settings_in_thread() -> Iterator[None]:
         for name in _find_differences():
             context = getattr(jax, name.removeprefix("jax_"), None)
             if context is not None:  # a few settings have no value of a thread
-                restored.enter_context(context(FRESH_SETTINGS[name]))
+                restored.enter_context(context(JAX_DEFAULTS[name]))
         yield
 
 
 def _find_differences() -> dict[str, Any]:
     """Return the settings that this thread sees and that are not HeadSteer's, by name."""
-    current = {name: getattr(jax.config, name) for name in FRESH_SETTINGS if hasattr(jax.config, name)}
+    current = {name: getattr(jax.config, name) for name in JAX_DEFAULTS if hasattr(jax.config, name)}
     return {
         name: value
         for name, value in current.items()
-        if value != FRESH_SETTINGS[name] and not (value is None and name.startswith("jax_transfer_guard"))
+        if value != JAX_DEFAULTS[name] and not (value is None and name.startswith("jax_transfer_guard"))
     }  # no guard is the same as one that allows everything

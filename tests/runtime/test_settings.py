@@ -11,7 +11,7 @@ from helpers import FinishedRun
 
 from headsteer_jax import HeadSteerError, load_run
 from headsteer_jax.runtime.settings import (
-    FRESH_SETTINGS,
+    JAX_DEFAULTS,
     open_devices,
     use_own_settings,
     use_own_settings_in_thread,
@@ -32,7 +32,7 @@ HOSTILE = {
 
 def seen() -> dict[str, Any]:
     """Return the settings that this thread sees; no guard of transfers is one that allows them."""
-    settings = {name: getattr(jax.config, name) for name in FRESH_SETTINGS}
+    settings = {name: getattr(jax.config, name) for name in JAX_DEFAULTS}
     return {name: value or ("allow" if "guard" in name else value) for name, value in settings.items()}
 
 
@@ -43,21 +43,21 @@ def hostile() -> Iterator[dict[str, Any]]:
     for name, value in HOSTILE.items():
         jax.config.update(name, value)
     try:
-        yield FRESH_SETTINGS | HOSTILE
+        yield JAX_DEFAULTS | HOSTILE
     finally:
         for name in HOSTILE:
             jax.config.update(name, before[name])
 
 
 def test_own_settings_are_those_of_a_fresh_jax() -> None:
-    assert seen() == FRESH_SETTINGS
+    assert seen() == JAX_DEFAULTS
 
 
 def test_own_settings_count_in_every_thread_and_the_users_come_back(hostile: dict[str, Any]) -> None:
     with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"), ThreadPoolExecutor(1) as worker:
         with use_own_settings():
-            assert seen() == FRESH_SETTINGS
-            assert worker.submit(seen).result() == FRESH_SETTINGS
+            assert seen() == JAX_DEFAULTS
+            assert worker.submit(seen).result() == JAX_DEFAULTS
         assert seen() == hostile | {"jax_enable_x64": False}
         assert worker.submit(seen).result() == hostile
     assert seen() == hostile
