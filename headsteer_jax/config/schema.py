@@ -520,8 +520,8 @@ class Config(Section):
         Raises:
           ValueError: the first rule that does not hold.
         """
-        for rules in (self._text_rules, self._image_rules, self._training_rules, self._sae_rules, self._grid_rules, self._steer_rules,
-                      self._layers_rules, self._machine_rules):  # fmt: skip
+        for rules in (self._text_rules, self._image_rules, self._training_rules, self._sae_rules, self._grid_rules,
+                      self._steer_rules, self._layers_rules, self._machine_rules):  # fmt: skip
             for rule in rules():
                 if not rule.holds:
                     raise ValueError(f"{rule.field} = {rule.value!r}: must be {rule.allowed}")
