@@ -9,9 +9,8 @@ from headsteer_jax.config import Config
 from headsteer_jax.config.files import flatten, override
 from headsteer_jax.report.results import format_run_command
 
-NAMES = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from(" ,[]|=\"'\\$`\n"), max_size=8
-)
+CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+NAMES = st.text(CHARACTERS | st.sampled_from(" ,[]|=\"'\\$`\n"), max_size=8)
 
 
 @given(st.lists(NAMES, max_size=4, unique=True), NAMES, st.booleans(), st.floats(0.01, 1))
