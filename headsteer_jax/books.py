@@ -12,23 +12,26 @@ import datetime
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import resource
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 from etils.epath import Path
+from pydantic import BaseModel, ValidationError
 
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
+from headsteer_jax.data.dataset import SPLITS, Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.weights import fingerprint_weights
-from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_json
+from headsteer_jax.runtime.files import REMAKE, Workdir, is_in_bucket, make_directory, read_json, write_json
 from headsteer_jax.runtime.staging import (
     discard_new,
     is_stage_directory,
@@ -70,6 +73,52 @@ class Stage:
     """Stages that read it can do without it."""
     by_default: bool = True
     """It runs if the command names no stages."""
+
+
+class SplitRecord(BaseModel):
+    """What a record says of a split: see `describe_data`."""
+
+    images: list[int]
+    hashes: list[str]
+
+
+class DataRecord(BaseModel):
+    """What a record says of the data: see `describe_data`."""
+
+    classes: list[str]
+    image: list[int]
+    train: SplitRecord
+    validation: SplitRecord
+    test: SplitRecord
+
+
+class FileRecord(BaseModel):
+    """What a record says of the file that a stage reads."""
+
+    path: str
+    hash: str
+
+
+class StartedRecord(BaseModel):
+    """What started.json holds: what the stage is made from."""
+
+    format: int
+    config: dict[str, Any]
+    data: DataRecord | None
+    file: FileRecord = FileRecord(path="", hash="")  # some stages read none
+    inputs: dict[str, str]
+
+
+class DoneRecord(StartedRecord):
+    """What done.json holds."""
+
+    finished: str
+    seconds: float
+    peak_memory_bytes: int
+    products: list[str]
+
+
+RECORDS: dict[str, type[StartedRecord]] = {"started.json": StartedRecord, "done.json": DoneRecord}
 
 
 class Inputs(NamedTuple):
@@ -133,9 +182,36 @@ def read_record(workdir: Workdir, name: str) -> dict[str, Any] | None:
     directory = locate_complete(workdir, name)
     for marker in ("done.json", "started.json"):
         if (directory / marker).exists():
-            record: dict[str, Any] = read_json(directory / marker)
-            return record
+            return _read_marker(directory / marker)
     return None
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    """Read started.json or done.json and check its form, unless another version of HeadSteer made it.
+
+    Raises:
+      HeadSteerError: it is damaged, for instance edited by hand.
+    """
+    record = read_json(path)
+    fault = "" if isinstance(record, dict) else "it holds no record"
+    if not fault and record.get("format", 1) == FORMAT:
+        fault = _find_fault(record, path.name)
+    if fault:
+        remedy = REMAKE if path.name == "done.json" else f"move {path.parent} elsewhere, then run the same command"
+        raise HeadSteerError(f"{path}: damaged ({fault}); {remedy}")
+    return dict(record)
+
+
+def _find_fault(record: Mapping[str, Any], marker: str) -> str:
+    """Say what is wrong with the form of a record; an empty text if nothing is."""
+    try:
+        RECORDS[marker].model_validate(record, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    data = record["data"]
+    lengths = {len(data[split][name]) for split in SPLITS for name in ("images", "hashes")} if data else set()
+    return "data: its lists have not one element for each class" if lengths - {len(data["classes"])} else ""
 
 
 def is_done(workdir: Workdir, stage: Stage) -> bool:
@@ -195,8 +271,7 @@ def _plan_stage(now: Inputs, workdir: Workdir, stage: Stage, remade: set[str], l
       remade: the stages that are made in the same command.
       left_out: the optional stages that it does not read, and why.
     """
-    directory = workdir / stage.name
-    check_directory(directory)
+    check_directory(workdir / stage.name)
     record = read_record(workdir, stage.name)
     reason = explain_staleness(now, workdir, stage, tuple(left_out))
     again = [name for name in stage.reads if name in remade]
@@ -213,10 +288,15 @@ def check_directory(directory: Path) -> None:
     Raises:
       HeadSteerError: it holds something, and no marker of a stage.
     """
-    if not directory.exists() or is_stage_directory(directory):
+    if is_stage_directory(directory) or not (directory.exists() or is_broken_link(directory)):
         return
     if not directory.is_dir() or any(directory.iterdir()):
         raise HeadSteerError(f"{directory}: exists, and HeadSteer did not make it; choose another --workdir")
+
+
+def is_broken_link(path: Path) -> bool:
+    """Say whether a path is a symbolic link that leads nowhere, where nothing can be written."""
+    return not is_in_bucket(path) and os.path.islink(path) and not path.exists()
 
 
 def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
@@ -234,7 +314,9 @@ def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
     for name, reason in plan.left_out.items():
         logger.info(f"{stage.name}: leaves out {name}, which is stale ({reason})")
     make_directory(target.path)
-    before = read_json(started) if started.exists() else None
+    before = None
+    with suppress(HeadSteerError):  # what was begun with a damaged record is begun again
+        before = _read_marker(started) if started.exists() else None
     if before is not None and not _explain_difference(before, record, stage):
         record = before
     else:
@@ -308,7 +390,7 @@ def _check_skipped(now: Inputs, workdir: Workdir, stage: Stage, chosen: Sequence
 def _inputs_finished(workdir: Workdir, stage: Stage, unread: Sequence[str]) -> dict[str, str]:
     """Return for each finished stage that this one reads when it was finished."""
     records = {name: locate_complete(workdir, name) / "done.json" for name in stage.reads if name not in unread}
-    return {name: read_json(path)["finished"] for name, path in records.items() if path.exists()}
+    return {name: _read_marker(path).get("finished", "") for name, path in records.items() if path.exists()}
 
 
 def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage: Stage) -> str:
@@ -319,6 +401,8 @@ def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage
         return difference
     if before["data"] and now["data"] and (change := describe_data_change(before["data"], now["data"])):
         return f"the data have changed: {change}"
+    if stage.file and "file" not in before:
+        return f"its record does not say which config.{stage.file} it was made with"
     if stage.file and (change := _describe_file_change(stage.file, before["file"], now["file"])):
         return change
     return "" if before["inputs"] == now["inputs"] else "a stage that it reads was computed again"

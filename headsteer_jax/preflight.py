@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from headsteer_jax.books import Plan, Stage, check_directory
+from headsteer_jax.books import Plan, Stage, check_directory, is_broken_link, read_record
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.checks import check_input_range, verify_images, warn_of_repeated_images
 from headsteer_jax.data.dataset import Dataset
@@ -18,13 +19,14 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import check_backbone
 from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.files import Workdir, is_in_bucket
-from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locate_new
+from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locate_new, locate_removed
 from headsteer_jax.sae.imported import import_autoencoder
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
 from headsteer_jax.train.loop import abstract_params
 
 REPOSITORIES = (".git", ".hg", ".svn")
 OTHER_NAMES = ("config.json", "activations")  # what a run writes beside the stages' directories and products
+OTHER_FILES = ("config.json", ".lock")  # those that are files
 
 
 def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> None:
@@ -42,17 +44,29 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
         return
     if path.exists() and not path.is_dir():
         raise HeadSteerError(f"{path}: is a file; choose a directory as --workdir")
+    if is_broken_link(path):
+        raise HeadSteerError(f"{path}: is a link that leads nowhere; correct it, or choose another --workdir")
     resolved = LocalPath(os.path.realpath(path))
     if resolved in (LocalPath(os.path.realpath(os.path.expanduser("~"))), LocalPath(resolved.anchor)):
         raise HeadSteerError(f"{path}: is a home directory or the root of a disk; choose a directory of its own")
     for name in REPOSITORIES:
         if (resolved / name).exists():
             raise HeadSteerError(f"{path}: is the root of a repository ({name}); choose a directory of its own")
+    cache = config.machine.activation_cache
     for place in map(LocalPath, map(os.path.realpath, data_places(config.data))):
-        if resolved == place or resolved in place.parents or place in resolved.parents:
+        if _is_within(resolved, place) or _is_within(place, resolved):
             raise HeadSteerError(f"{path}: overlaps the data in {place}; choose a --workdir apart from the data")
+        if cache and not is_in_bucket(cache) and _is_within(LocalPath(os.path.realpath(expand_path(cache, ""))), place):
+            raise HeadSteerError(
+                f"config.machine.activation_cache = {cache!r}: lies in the data in {place}; choose another directory"
+            )
     for stage in stages:
         check_directory(path / stage.name)
+        for directory in (locate_new(workdir, stage.name), locate_removed(workdir, stage.name)):
+            check_directory(directory)
+    for name in OTHER_FILES:
+        if (path / name).is_dir() or is_broken_link(path / name):
+            raise HeadSteerError(f"{path / name}: is no file, but a run writes one there; choose another --workdir")
     if any(is_stage_directory(path / stage.name) for stage in stages):
         return
     for name in (*OTHER_NAMES, *first_parts([product for stage in stages for product in stage.products])):
@@ -61,6 +75,33 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
                 f"{path / name}: exists, but no run was started in {path}; choose another --workdir, so that nothing "
                 "is overwritten"
             )
+
+
+def _is_within(path: LocalPath, place: LocalPath) -> bool:
+    """Say whether a path is a place or below it, also where names differ in case alone, or by a mount."""
+    above = (path, *path.parents)
+    return place in above or (place.exists() and any(each.exists() and each.samefile(place) for each in above))
+
+
+def check_products(workdir: Workdir, plans: Sequence[Plan]) -> None:
+    """Check that what the stages write outside of their directories replaces nothing but their own earlier results.
+
+    Raises:
+      HeadSteerError: a file is there, and the stage was never begun; or there is something other than a file.
+    """
+    for plan in plans:
+        begun = read_record(workdir, plan.stage.name) is not None
+        for product in plan.stage.products if plan.action != "nothing" else ():
+            path = workdir.path / product
+            if path.parent.exists() and not path.parent.is_dir():
+                raise HeadSteerError(f"{path.parent}: is no directory, but a run writes one there; move it elsewhere")
+            if path.is_dir() or is_broken_link(path) or is_broken_link(path.parent):
+                raise HeadSteerError(f"{path}: is no file, but a run writes one there; move it elsewhere")
+            if path.exists() and not begun:
+                raise HeadSteerError(
+                    f"{path}: exists, but the stage {plan.stage.name} was not begun in {workdir.path}; move it "
+                    "elsewhere, so that nothing is overwritten"
+                )
 
 
 def check_dataset(config: Config, dataset: Dataset) -> None:
@@ -77,9 +118,11 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
     """Check what the stages that will run need, before anything is written.
 
     Raises:
-      HeadSteerError: an image or the backbone or the autoencoder cannot be read or does not suit the config; the model
-        sees values out of range; a batch cannot be divided among the devices; or the disk has too little space.
+      HeadSteerError: a file that is not a stage's would be overwritten; an image or the backbone or the autoencoder
+        cannot be read or does not suit the config; the model sees values out of range; a batch cannot be divided among
+        the devices; or the disk has too little space.
     """
+    hosts.on_first_process(lambda: check_products(workdir, plans))
     actions = {plan.stage.name: plan.action for plan in plans}
     if actions.get("train", "nothing") != "nothing" and not _has_begun(workdir, "train", actions["train"]):
         _check_training(config, dataset, workdir)

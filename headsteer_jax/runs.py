@@ -26,8 +26,9 @@ from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_cha
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.buckets import check_reachable
-from headsteer_jax.runtime.files import Workdir, read_json
+from headsteer_jax.runtime.files import REMAKE, Workdir
 from headsteer_jax.runtime.settings import open_devices, use_own_settings
+from headsteer_jax.runtime.staging import locate_complete
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
@@ -178,7 +179,7 @@ def load_run_dataset(
         except HeadSteerError as error:
             raise HeadSteerError(f"{error}; if the data have moved, {remedy} names their new place") from None
     record = read_record(workdir, "train")
-    if record and (change := describe_data_change(record["data"], describe_data(dataset))):
+    if record and record["data"] and (change := describe_data_change(record["data"], describe_data(dataset))):
         raise HeadSteerError(f"{workdir.path}: the data have changed since this run: {change}; use those that it had")
     return config, dataset
 
@@ -189,7 +190,10 @@ def count_classes(workdir: Workdir) -> int:
     Raises:
       HeadSteerError: the record is missing or damaged.
     """
-    return len(read_json(workdir / "train/done.json")["data"]["classes"])
+    record = read_record(workdir, "train")
+    if record is None or not record["data"]:
+        raise HeadSteerError(f"{workdir / 'train'}: its record does not say which data it was made with; {REMAKE}")
+    return len(record["data"]["classes"])
 
 
 def read_config(workdir: Workdir) -> Config:
@@ -204,9 +208,15 @@ def read_config(workdir: Workdir) -> Config:
             f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} starts one"
         )
     try:
-        return Config.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise HeadSteerError(f"{path}: damaged, or of another version: {first_fault(error)}") from None
+        return Config.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        fault = str(error)
+        if isinstance(error, ValidationError):
+            is_json = error.errors(include_url=False)[0]["type"] != "json_invalid"
+            fault = first_fault(error) if is_json else "it is no JSON"
+        raise HeadSteerError(
+            f"{path}: damaged, or of another version: {fault}; the command that made the run writes it again"
+        ) from None
 
 
 def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None:
@@ -222,6 +232,11 @@ def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None
         raise HeadSteerError(
             f"{reader} needs the stage {name}, which is not done in {workdir.path}; headsteer run "
             f"--workdir={workdir.path} --stages={name} makes it"
+        )
+    if locate_complete(workdir, name) != workdir / name:
+        raise HeadSteerError(
+            f"{workdir / name}: its new results are complete, but not in their place, because a run was interrupted; "
+            "run the same command again"
         )
     if reason := explain_staleness(read_inputs(config, None), workdir, STAGES[name]):
         raise HeadSteerError(

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from etils.epath import Path
@@ -241,7 +241,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "layers", "class steering of every gated layer by itself, and of all at once",
             layers_stage, fields=(*TRAINED, "sae", *STEERED_LAYER, "layers"), reads=("train",), optional=True,
-            entries=("layers.json", "[0-9]*"),
+            entries=("layers.json", "[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]"),
         ),
         Stage(
             "report", "summary.json, figures/, report.html and latents.html",
@@ -333,11 +333,12 @@ def _load_needed_dataset(config: Config, workdir: Workdir, chosen: list[Stage], 
 def _has_data_path(workdir: Workdir, path: str) -> bool:
     """Say whether the last command that ran in a workdir had the data in this place."""
 
-    def read_path() -> Any:
-        file = workdir / "config.json"
-        return read_json(file).get("data", {}).get("path") if file.exists() else None
+    def compare() -> bool:
+        with suppress(HeadSteerError, TypeError, KeyError):  # it is missing or damaged
+            return bool(read_json(workdir / "config.json")["data"]["path"] == path)
+        return False
 
-    return bool(hosts.on_first_process(read_path) == path)
+    return hosts.on_first_process(compare)
 
 
 def _load_checked_dataset(config: Config) -> Dataset:
@@ -358,9 +359,12 @@ def _update_config(now: Inputs, workdir: Workdir) -> None:
     """Write config.json if it differs and all finished stages belong to this config: the places may have changed."""
     file, config = workdir / "config.json", json.loads(now.config.model_dump_json())
     finished = [stage for stage in STAGES.values() if is_done(workdir, stage)]
-    is_current = finished and not any(explain_staleness(now, workdir, stage) for stage in finished)
-    if is_current and (not file.exists() or read_json(file) != config):
-        write_config(now.config, workdir)
+    if not finished or any(explain_staleness(now, workdir, stage) for stage in finished):
+        return
+    with suppress(HeadSteerError):  # it is missing or damaged
+        if read_json(file) == config:
+            return
+    write_config(now.config, workdir)
 
 
 def _check_shared(workdir: Path) -> None:

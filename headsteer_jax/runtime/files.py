@@ -117,7 +117,7 @@ def read_json(path: AnyPath) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise HeadSteerError(f"{path}: missing or damaged ({error}); {REMAKE}") from None
 
 
@@ -154,7 +154,7 @@ class Workdir:
     @property
     def name(self) -> str:
         """Return the last part of the path, which names the run."""
-        return self.path.name
+        return self.path.name or os.path.basename(os.path.abspath(self.path))  # `.` has no last part
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value of JSON's types.

@@ -8,6 +8,7 @@ move into the new directory.
 """
 
 import fnmatch
+import glob
 import os
 from collections.abc import Sequence
 
@@ -22,6 +23,11 @@ MARKERS = ("started.json", "done.json")  # the files that make a directory a sta
 def locate_new(workdir: Workdir, name: str) -> Path:
     """Return where a stage's new results are made, beside the old ones."""
     return workdir.path / f".{name}.new"
+
+
+def locate_removed(workdir: Workdir, name: str) -> Path:
+    """Return where a stage's old results are while they are deleted."""
+    return workdir.path / f".{name}.removed"
 
 
 def locate_complete(workdir: Workdir, name: str) -> Path:
@@ -59,11 +65,11 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
       HeadSteerError: the disk is full or not writable; the same command then continues.
     """
     new, old = locate_new(workdir, name), workdir.path / name
-    removed = old.with_name(f".{name}.removed")
+    removed = locate_removed(workdir, name)
     with explain_errors(old):
         complete = locate_complete(workdir, name)
         if complete.exists():
-            entries = (*entries, *(entry.name for entry in complete.iterdir()))
+            entries = (*entries, *(glob.escape(entry.name) for entry in complete.iterdir()))
         if complete != new:
             if removed.exists():  # the last step of a replacement was interrupted
                 remove_stage(removed, entries)
@@ -71,7 +77,7 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
         if is_in_bucket(old):
             _replace_in_bucket(new, old, entries, products)
             return
-        new_products = read_json(new / "done.json")["products"]
+        new_products = _list_products(new, products)
         for product in products:
             if product not in new_products:
                 (workdir.path / product).unlink(missing_ok=True)
@@ -79,9 +85,11 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
                 (workdir.path / product).parent.mkdir(exist_ok=True)
                 os.replace(new / product, workdir.path / product)
         for directory in {(new / product).parent for product in products} - {new}:
-            if directory.exists():
+            if directory.exists() and not any(directory.iterdir()):
                 directory.rmdir()
-        if old.exists():
+        if _is_link(old):
+            old.unlink()  # what it leads to is left alone
+        elif old.exists():
             if removed.exists():
                 remove_stage(removed, entries)
             for entry in _foreign_entries(old, entries):
@@ -92,11 +100,19 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
             remove_stage(removed, entries)
 
 
+def _list_products(new: Path, products: Sequence[str]) -> list[str]:
+    """List the files outside of its directory that a stage has made anew, as its done.json has them."""
+    record = read_json(new / "done.json")
+    if not isinstance(record, dict) or not isinstance(record.get("products"), list):
+        raise HeadSteerError(f"{new / 'done.json'}: damaged (it lists no products); delete {new}")
+    return [product for product in products if product in record["products"]]
+
+
 def _replace_in_bucket(new: Path, old: Path, entries: Sequence[str], products: Sequence[str]) -> None:
     """Copy a stage's new results to the old ones' place, done.json last, then delete them: a bucket has no renames."""
     remove_stage(old, entries)
     outside = first_parts(products)
-    for product in set(products) - set(read_json(new / "done.json")["products"]):
+    for product in set(products) - set(_list_products(new, products)):
         (old.parent / product).unlink(missing_ok=True)
     for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "done.json"):
         _copy_objects(entry, (old.parent if entry.name in outside else old) / entry.name)
