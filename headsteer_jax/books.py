@@ -3,7 +3,8 @@
 A stage keeps `<workdir>/<stage>/started.json` and writes `done.json` at its end. They hold the fields of the config
 that it depends on, a description of its data, and hashes of the files that it read, so that a change of any of these
 is found and named. A stage that has changed is refused, or made again with --overwrite: beside the old one, which goes
-when the new one is complete. A stage that is made again makes the stages that read it stale.
+when the new one is complete. A report, which takes seconds, is made again without --overwrite. A stage that is made
+again makes the stages that read it stale.
 
 Where files lie, and how many images one pass of evaluation takes, is no part of an experiment: it may change.
 """
@@ -71,6 +72,8 @@ class Stage:
     """The stages whose results it reads."""
     optional: bool = False
     """Stages that read it can do without it."""
+    derived: bool = False
+    """Its results follow in seconds from those that it reads: stale ones are replaced without --overwrite."""
     by_default: bool = True
     """It runs if the command names no stages."""
 
@@ -210,7 +213,9 @@ def _find_fault(record: Mapping[str, Any], marker: str) -> str:
         fault = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
     data = record["data"]
-    lengths = {len(data[split][name]) for split in SPLITS for name in ("images", "hashes")} if data else set()
+    if not data:
+        return ""
+    lengths = {len(data[split][name]) for split in SPLITS for name in ("images", "hashes")}
     return "data: its lists have not one element for each class" if lengths - {len(data["classes"])} else ""
 
 
@@ -254,7 +259,7 @@ def plan_stages(
             continue
         unread = {name: reason for name, reason in left_out.items() if name in stage.reads}
         plan = _plan_stage(now, workdir, stage, remade, unread)
-        if plan.action == "replace" and not overwrite:
+        if plan.action == "replace" and not (overwrite or stage.derived):
             raise HeadSteerError(
                 f"{workdir / stage.name}: it is stale ({plan.reason}); pass --overwrite or another --workdir"
             )

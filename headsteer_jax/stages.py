@@ -246,7 +246,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "report", "summary.json, figures/, report.html and latents.html",
             report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "report"),
-            reads=("train", "sae", "grid", "steer", "layers"),
+            reads=("train", "sae", "grid", "steer", "layers"), derived=True,
             entries=(), products=("summary.json", "report.html", "latents.html", *FIGURE_FILES),
         ),
     )

@@ -23,7 +23,7 @@ from headsteer_jax.books import (
     stage_fields,
     stage_workdir,
 )
-from headsteer_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, TrainConfig
 from headsteer_jax.config.files import flatten
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.files import Workdir
@@ -40,7 +40,8 @@ ICING = Stage("icing", "is optional", lambda *_: None, fields=("seed",), entries
 TASTE = Stage(
     "taste", "reads all", lambda *_: None, fields=("report",), entries=(), reads=("mix", "bake", "icing")
 )  # fmt: skip
-TABLE = [MIX, BAKE, ICING, TASTE]
+LABEL = Stage("label", "follows from the first", MIX.run, fields=("report",), reads=("mix",), derived=True)
+TABLE = [MIX, BAKE, ICING, TASTE, LABEL]
 
 
 @pytest.fixture
@@ -251,6 +252,13 @@ def test_an_optional_stage_that_is_stale_is_left_out(workdir: Workdir) -> None:
     run(Config(), workdir, TASTE)
     assert set(json.loads((workdir / "taste" / "done.json").read_text())["inputs"]) == {"mix", "bake"}
     assert run(Config(), workdir, TASTE) == ["nothing"]
+
+
+def test_what_follows_from_other_stages_is_replaced_without_being_asked_for(workdir: Workdir) -> None:
+    run(Config(), workdir, MIX, LABEL)
+    changed = Config(report=ReportConfig(dpi=60))
+    assert run(changed, workdir, MIX, LABEL) == ["nothing", "replace"]
+    assert "label needs mix" in refusal(with_depth(5), workdir, LABEL)
 
 
 def test_a_stage_may_be_read_without_an_optional_one_that_was_never_made(workdir: Workdir) -> None:
