@@ -6,21 +6,21 @@ from typing import NamedTuple
 from headsteer_jax.data.names import normalise_name
 from headsteer_jax.errors import HeadSteerError, explain_errors
 
-LEVELS = 4  # directories above a split in which its annotations are looked for: ILSVRC/Data/CLS-LOC/val has 4
+LEVELS = 4  # the number of directories above a split that are searched for annotations: ILSVRC/Data/CLS-LOC/val has 4
 
 
 class Annotations(NamedTuple):
     """The classes of a split's images."""
 
-    file: Path  # where they are written
+    file: Path  # the file that lists them
     classes: dict[str, str]  # by the image's file name without its suffix
 
 
 def find_annotations(split: Path) -> Annotations | None:
-    """Find and read the classes of the images below a directory; None if no known file holds them.
+    """Find and read the classes of the images below a directory; None if no known file lists them.
 
-    Known are Tiny ImageNet's `val/val_annotations.txt`, Kaggle's `LOC_val_solution.csv` of ImageNet, and the
-    `ILSVRC2012_validation_ground_truth.txt` and `meta.mat` of ImageNet's development kit.
+    The known files are Tiny ImageNet's `val/val_annotations.txt`, Kaggle's `LOC_val_solution.csv` of ImageNet, and
+    `ILSVRC2012_validation_ground_truth.txt` with `meta.mat` from ImageNet's development kit.
 
     Raises:
       HeadSteerError: the file cannot be read.
@@ -41,23 +41,23 @@ def find_annotations(split: Path) -> Annotations | None:
 
 def _read_rows(file: Path, separator: str, header: bool) -> dict[str, str]:
     """Read rows of an image's name and its class, the first word of the second column."""
-    with explain_errors(normalise_name(str(file)), "download it anew"):
+    with explain_errors(normalise_name(str(file)), "download it again"):
         rows = [line.split(separator) for line in file.read_text("utf-8-sig").splitlines()[header:] if line.strip()]
         return {Path(row[0]).stem: row[1].split()[0] for row in rows}
 
 
 def _read_development_kit(file: Path, meta: Path) -> dict[str, str]:
-    """Read ImageNet's numbers of validation images, and the WordNet names that they stand for."""
+    """Read the class numbers of ImageNet's validation images, and convert them to WordNet names."""
     from scipy.io import loadmat
 
-    with explain_errors(normalise_name(str(meta)), "download the development kit anew"):
+    with explain_errors(normalise_name(str(meta)), "download the development kit again"):
         synsets = loadmat(str(meta), squeeze_me=True)["synsets"]
         wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
-    with explain_errors(normalise_name(str(file)), "download the development kit anew"):
+    with explain_errors(normalise_name(str(file)), "download the development kit again"):
         numbers = [int(line) for line in file.read_text().split()]
     unknown = set(numbers) - set(wnids)
     if unknown:
         raise HeadSteerError(
-            f"{normalise_name(str(file))}: {meta.name} has no class {min(unknown)}; download both anew"
+            f"{normalise_name(str(file))}: {meta.name} has no class {min(unknown)}; download both again"
         )
     return {f"ILSVRC2012_val_{number:08d}": wnids[label] for number, label in enumerate(numbers, start=1)}

@@ -1,4 +1,4 @@
-"""Checks of the images before training: each one is whole, the model sees a sensible range, the splits are apart."""
+"""Checks of the images before training: each is intact, the model sees a sensible range, no image is in two splits."""
 
 import hashlib
 import logging
@@ -25,10 +25,10 @@ USUAL_SPREAD = (0.05, 5.0)
 
 
 def verify_images(dataset: Dataset) -> None:
-    """Open every image of the lazy splits once and check that it is whole; images in memory are decoded already.
+    """Open every image of the lazy splits once and check that it is intact; images in memory are decoded already.
 
     Raises:
-      HeadSteerError: an image is not whole; the line names the first one and counts the others.
+      HeadSteerError: an image is damaged; the line names the first one and counts the others.
     """
     splits = (dataset.train, dataset.validation, dataset.test)
     lazy = [split.images for split in splits if isinstance(split.images, LazyImages)]
@@ -49,7 +49,7 @@ def verify_images(dataset: Dataset) -> None:
 
 
 def check_input_range(dataset: Dataset, config: DataConfig) -> None:
-    """Look at what the model would see of a sample of training images; a doubtful range is a warning in the log.
+    """Check what the model would see of a sample of training images; log a warning if the range is unusual.
 
     Raises:
       HeadSteerError: no sampled image has two different pixels, or the spread of the pixels is absurd.
@@ -70,7 +70,7 @@ def check_input_range(dataset: Dataset, config: DataConfig) -> None:
     if high <= 1:
         raise HeadSteerError(
             f"config.data: the pixels of {len(stored)} sampled training images are only 0 and 1 of 255 ({measured}); "
-            "multiply images from 0 to 1 by 255 before they are converted to uint8"
+            "multiply pixels from 0 to 1 by 255 before they are converted to uint8"
         )
     if not LEAST_SPREAD <= spread <= MOST_SPREAD:
         raise HeadSteerError(
@@ -84,12 +84,12 @@ def check_input_range(dataset: Dataset, config: DataConfig) -> None:
 
 
 def warn_of_repeated_images(dataset: Dataset) -> None:
-    """Warn in the log of pictures of validation and test that train has too; only splits in memory are compared."""
+    """Warn in the log if validation or test has images of train; only splits in memory are compared."""
     train = set(_hash_pictures(dataset.train))
     for name, split in (("validation", dataset.validation), ("test", dataset.test)):
         repeated = sum(picture in train for picture in _hash_pictures(split)) if train else 0
         if repeated:
-            logger.warning(f"{name}: {repeated} of {len(split.labels)} images are pictures that train has too")
+            logger.warning(f"{name}: {repeated} of {len(split.labels)} images also occur in train")
 
 
 def _hash_pictures(split: Split) -> list[bytes]:

@@ -22,8 +22,8 @@ class LazyImages:
       decode: returns the images at places in the source, in order.
       places: [N] the places of these images in the source.
       shape: (height, width, channels).
-      verify: returns what is wrong with the images at places in the source, in order; an empty text if an image is
-        whole. Without it they are decoded to find out.
+      verify: returns what is wrong with the images at places in the source, in order; an empty string if an image
+        is intact. Without it, images are decoded to find out.
     """
 
     _threads = ThreadPoolExecutor(os.cpu_count())  # shared by all splits: as many decoders as cores
@@ -64,7 +64,7 @@ class LazyImages:
         return images
 
     def find_faults(self, indices: np.ndarray) -> list[str]:
-        """Check, in threads, that the images at `indices` [M] are whole; return a line for each that is not."""
+        """Check, in threads, that the images at `indices` [M] are intact; return a line for each that is not."""
 
         def check(places: np.ndarray) -> list[str]:
             if self._verify is not None:
@@ -155,13 +155,13 @@ def _split_group(group: str) -> list[str]:
 
 
 def check_classes(field: str, names: Sequence[str], class_names: tuple[str, ...]) -> None:
-    """Check that names are classes of the dataset, none twice.
+    """Check that names are classes of the dataset and that none is repeated.
 
     Args:
       field: the config's field that has the names, for the error.
 
     Raises:
-      HeadSteerError: a name occurs twice, or it is no class of the dataset.
+      HeadSteerError: a name occurs twice, or it is not a class of the dataset.
     """
     for name in names:
         if name not in class_names:
@@ -181,7 +181,7 @@ def gather_images(images: np.ndarray | LazyImages, indices: np.ndarray) -> np.nd
     return images[indices] if isinstance(images, np.ndarray) else images.gather(indices)
 
 
-SHOWN_CHANGES = 4  # of classes
+SHOWN_CHANGES = 4  # the most changes of classes that are listed
 
 
 def sha256_of(*parts: Any) -> str:
@@ -228,7 +228,7 @@ def hash_data(dataset: Dataset) -> str:
 
 
 def describe_data_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say how the data of two descriptions (`describe_data`) differ; an empty text if they are equal.
+    """Say how the data of two descriptions (`describe_data`) differ; an empty string if they are equal.
 
     The text names classes that were renamed, are new or are gone, and for each split how many images it has more or
     fewer, or that it has as many images as before but others.

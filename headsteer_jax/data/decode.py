@@ -1,6 +1,6 @@
-"""Encoded images: which files can be read, whether one is whole, and its pixels, upright.
+"""Encoded images: which files can be read, whether an image is intact, and its pixels in upright orientation.
 
-Everything is read by Pillow. Whatever is wrong with an image is one line that names it.
+Pillow reads everything. An error is one line that names the image.
 """
 
 import functools
@@ -30,11 +30,11 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Many published photographs have damaged metadata, beside which the pixels are whole: nothing needs to be said.
+# Many published photographs have damaged metadata but intact pixels, so this warning is of no use.
 warnings.filterwarnings("ignore", "(?i).*corrupt exif data", UserWarning)
 
 END_OF_JPEG = b"\xff\xd9"
-TAIL_BYTES = 1024  # of a JPEG, in which its end is looked for: some cameras and sites append a few bytes
+TAIL_BYTES = 1024  # at the end of a JPEG, searched for END_OF_JPEG: some cameras and sites append a few bytes
 
 REMEDY = "replace or remove it"
 
@@ -55,7 +55,7 @@ def open_image(file: str | Path | bytes, culprit: str) -> Iterator[Image.Image]:
       culprit: the image's name in errors.
 
     Raises:
-      HeadSteerError: it is no image, or its pixels do not have 8 bits.
+      HeadSteerError: it is not an image, or its pixels do not have 8 bits.
     """
     with explain_errors(normalise_name(culprit), REMEDY):
         try:
@@ -82,7 +82,7 @@ def _describe_content(file: str | Path | bytes) -> str:
 def decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:
     """Decode an image -> [height, width, channels] uint8, upright.
 
-    Of an animation or a file of several pages the first image counts. Transparency is dropped.
+    Only the first image of an animation or of a file with several pages is read. Transparency is dropped.
 
     Args:
       file: a path, or a file's content.
@@ -115,7 +115,7 @@ def read_orientation(image: Image.Image) -> int:
     """Return an image's EXIF orientation, 1 to 8; 1 (upright) if there is none or the metadata are damaged."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises many kinds of errors for damaged metadata, beside which the pixels are whole
+    except Exception:  # Pillow raises many kinds of errors for damaged metadata; the pixels may be intact
         return 1
 
 
@@ -123,7 +123,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
     """Return the (width, height) of an upright image file, from its header if that is enough.
 
     Raises:
-      HeadSteerError: it is no image, or its pixels do not have 8 bits.
+      HeadSteerError: it is not an image, or its pixels do not have 8 bits.
     """
     with open_image(path, str(path)) as image:
         if image.width == image.height:
@@ -148,13 +148,13 @@ def _has_metadata(path: str | Path) -> bool:
 
 
 def verify_image(file: str | Path | bytes, culprit: str) -> None:
-    """Check that an image is whole, as cheaply as its format allows.
+    """Check that an image is intact, as cheaply as its format allows.
 
-    A JPEG must have its end, and the chunks of a PNG their checksums; what fails this, or is of another format, is
-    decoded.
+    A PNG's chunks must have the right checksums, and a JPEG its end marker. A JPEG without one, or an image of another
+    format, is decoded.
 
     Raises:
-      HeadSteerError: it is no image, it is cut short or damaged, or its pixels do not have 8 bits.
+      HeadSteerError: it is not an image, it is truncated or damaged, or its pixels do not have 8 bits.
     """
     with open_image(file, culprit) as image:
         if image.format in ("JPEG", "MPO") and END_OF_JPEG in _read_tail(file):

@@ -26,8 +26,8 @@ from headsteer_jax.errors import HeadSteerError, explain_errors
 logger = logging.getLogger(__name__)
 
 IMAGENET = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # where Kaggle's and the makers' archives hold the splits
-CONTENT_BYTES = 2**30  # the largest split, in bytes, whose files are known by their content
-LEVELS = 3  # single directories around the splits that are looked through
+CONTENT_BYTES = 2**30  # the largest split, in bytes, whose files are hashed with their content
+LEVELS = 3  # how deep the splits are searched for within single directories
 
 
 class ImageFile(NamedTuple):
@@ -54,7 +54,7 @@ def read_folder(config: DataConfig) -> RawData:
     its makers has the classes, see `find_annotations`; otherwise it has no labels.
 
     Raises:
-      HeadSteerError: a split is missing, test has a class that train has not, or an image cannot be read.
+      HeadSteerError: a split is missing, test has a class that train lacks, or an image cannot be read.
     """
     root = _find_root(_check_directory(config), config.splits)
     directories = _list_candidates(root, config.splits)
@@ -65,7 +65,7 @@ def read_folder(config: DataConfig) -> RawData:
     classes = _list_classes(train)
     if not classes:
         raise HeadSteerError(
-            f"{_show(train)}: there is no directory in it; it needs one for each class with its images"
+            f"{_show(train)}: there is no directory in it; create one for each class and put its images there"
         )
     reasons = {name: _explain_missing_labels(path, classes) for name, path in directories.items()}
     labelled = [name for name, reason in reasons.items() if not reason]
@@ -86,7 +86,7 @@ def read_folder(config: DataConfig) -> RawData:
 def folder_places(config: DataConfig) -> list[Path]:
     """Return the directories that hold the splits' images; the whole directory if none is there."""
     path = Path(os.path.expanduser(config.path))
-    with explain_errors(_show(path), "config.data.path should name a directory that you may read"):
+    with explain_errors(_show(path), "set config.data.path to a directory that you may read"):
         if not path.is_dir():
             return [path]
         root = _find_root(path, config.splits)
@@ -96,18 +96,18 @@ def folder_places(config: DataConfig) -> list[Path]:
 def _check_directory(config: DataConfig) -> Path:
     """Check that config.data.path is a directory, and say what it is otherwise."""
     path = Path(os.path.expanduser(config.path))
-    with explain_errors(_show(path), "config.data.path should name a directory that you may read"):
+    with explain_errors(_show(path), "set config.data.path to a directory that you may read"):
         if path.is_dir():
             return path
         if not path.exists():
             raise HeadSteerError(f"{_show(path)}: there is no such directory; correct config.data.path")
         if path.suffix == ".npz":
-            raise HeadSteerError(f"{_show(path)}: an npz file, not a directory; --config.data.source=npz reads it")
+            raise HeadSteerError(f"{_show(path)}: an npz file, not a directory; pass --config.data.source=npz")
         if path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
             raise HeadSteerError(
-                f"{_show(path)}: an archive; unpack it, and let config.data.path name the directory that comes out"
+                f"{_show(path)}: an archive; unpack it, and set config.data.path to the resulting directory"
             )
-        raise HeadSteerError(f"{_show(path)}: a file; config.data.path should name the directory that holds the images")
+        raise HeadSteerError(f"{_show(path)}: a file; set config.data.path to the directory that holds the images")
 
 
 def _find_root(path: Path, splits: Sequence[str]) -> Path:
@@ -139,7 +139,7 @@ def _list_candidates(root: Path, splits: Sequence[str]) -> dict[str, Path]:
 
 
 def _list_others(root: Path, splits: Sequence[Path]) -> list[str]:
-    """List the names of the directories that are no split, and neither hold one nor lie in one."""
+    """List the names of the directories that are not splits, and that neither contain one nor lie in one."""
     return [
         other.name
         for other in _list_directories(root)
@@ -157,16 +157,16 @@ def _advise(root: Path) -> str:
     """Say what a directory without a split `train` needs."""
     names = [directory.name for directory in _list_directories(root)]
     if not names:
-        return "config.data.path needs train and test, which hold a directory for each class"
+        return "create train and test there, with a directory for each class"
     return (
-        f"it holds {', '.join(map(normalise_name, names[:5]))}{', ...' * (len(names) > 5)}; config.data.splits can "
-        "name the directories of the splits, and if these are the classes, --config.data.splits=. cuts all from them"
+        f"it holds {', '.join(map(normalise_name, names[:5]))}{', ...' * (len(names) > 5)}; name the directories of "
+        "the splits in config.data.splits or, if these are the classes, pass --config.data.splits=. to cut all splits"
     )
 
 
 def _list_directories(directory: Path) -> list[Path]:
     """List the directories in a directory, without hidden ones."""
-    remedy = "config.data.path should name a directory that you may read"
+    remedy = "set config.data.path to a directory that you may read"
     with explain_errors(_show(directory), remedy), os.scandir(directory) as entries:  # no system call for each file
         return sorted(Path(entry) for entry in entries if entry.is_dir() and not is_system_name(entry.name))
 
@@ -198,13 +198,13 @@ def _explain_missing_labels(split: Path, classes: Mapping[str, Path]) -> str:
 
 
 def _list_split(split: Path, classes: Mapping[str, Path]) -> SplitFiles:
-    """List a split's image files class by class, and log what is passed over.
+    """List a split's image files class by class, and log which files are passed over.
 
     Args:
       classes: the classes of train.
 
     Raises:
-      HeadSteerError: the split has a class that train has not.
+      HeadSteerError: the split has a class that train lacks.
     """
     inside = _list_classes(split)
     annotations = None if set(inside) & set(classes) else find_annotations(split)
@@ -237,9 +237,9 @@ def _list_annotated(split_files: SplitFiles, annotations: Annotations, classes: 
     if unknown:
         raise HeadSteerError(
             f"{_show(annotations.file)}: the training split has no class {min(unknown)!r}; "
-            "let the class directories of train have these names"
+            "rename the class directories of train to match"
         )
-    logger.info(f"{_show(split_files.directory)}: the classes are those of {_show(annotations.file)}")
+    logger.info(f"{_show(split_files.directory)}: reading the classes from {_show(annotations.file)}")
     files = []
     for path, size in _walk(split_files, split_files.directory):
         class_name = annotations.classes.get(Path(path).stem)
@@ -250,14 +250,14 @@ def _list_annotated(split_files: SplitFiles, annotations: Annotations, classes: 
     split_files.files.extend(sorted(files, key=lambda file: file.class_name))
     missing = len(annotations.classes) - len(files)
     if missing > 0:
-        logger.warning(f"{_show(split_files.directory)}: {missing} images of {annotations.file.name} are not there")
+        logger.warning(f"{_show(split_files.directory)}: {missing} images of {annotations.file.name} are missing")
 
 
 def _walk(split_files: SplitFiles, directory: Path) -> Iterator[tuple[str, int]]:
     """Yield the image files below a directory and their sizes in bytes, in the order of their normalised names.
 
-    Paths are relative to the split's directory. Other files are counted as passed over, also what a link to a directory
-    above would bring in again.
+    Paths are relative to the split's directory. Other files, and links to directories that are read anyway, are counted
+    as passed over.
     """
     images: list[tuple[list[str], str, int]] = []
     real = os.path.realpath(directory)
@@ -294,7 +294,7 @@ def _walk(split_files: SplitFiles, directory: Path) -> Iterator[tuple[str, int]]
 
 
 def _inspect_file(path: str) -> tuple[str, int]:
-    """Return the reason why a file is no image, empty if it may be one, and its size in bytes."""
+    """Return the reason why a file is not an image (empty if it may be one) and its size in bytes."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in readable_suffixes():
         return (normalise_name(suffix) if suffix else "without a suffix"), 0
@@ -311,7 +311,7 @@ def _pass_over(split_files: SplitFiles, path: str, reason: str) -> None:
 
 
 def _log_passed_over(split_files: SplitFiles) -> None:
-    """Log how many files of a split are passed over and why, which lie deeper, and which have more pictures."""
+    """Log how many files of a split are passed over and why, which lie deeper, and which are animated."""
     total, skipped = len(split_files.files) + split_files.passed_over.total(), split_files.passed_over.total()
     if skipped:
         counts = [
@@ -327,12 +327,12 @@ def _log_passed_over(split_files: SplitFiles) -> None:
     )  # fmt: skip
     if deeper:
         logger.info(
-            f"{_show(split_files.directory)}: {deeper.total()} images lie in {len(deeper)} directories within those of "
-            f"the classes, to which they belong ({normalise_name(min(deeper))})"
+            f"{_show(split_files.directory)}: {deeper.total()} images lie in {len(deeper)} subdirectories of the class "
+            f"directories and belong to these classes ({normalise_name(min(deeper))})"
         )
     animated = sum(file.path.lower().endswith((".gif", ".apng")) for file in split_files.files)
     if animated:
-        logger.info(f"{_show(split_files.directory)}: of {animated} GIF or APNG files the first picture is read")
+        logger.info(f"{_show(split_files.directory)}: of {animated} GIF or APNG files only the first frame is read")
 
 
 def _find_common_size(splits: Sequence[SplitFiles]) -> tuple[int, int] | None:

@@ -9,10 +9,10 @@ SYSTEM_NAMES = frozenset(
 
 
 def normalise_name(name: str | bytes) -> str:
-    r"""Return a name in the Unicode form NFC, in which bytes that are no UTF-8 and control characters are escaped.
+    r"""Return a name in the Unicode form NFC, in which control characters and bytes that are not UTF-8 are escaped.
 
-    macOS writes "é" as two characters and other systems as one (NFC). Without one form the same class would have two
-    names, and a moved dataset another order. An escape, such as `caf\xe9`, can be printed and stored everywhere.
+    macOS writes "é" as two characters and other systems as one (NFC). Without one form, the same class could have two
+    names, and a copied dataset another order. An escape, such as `caf\xe9`, can be printed and stored everywhere.
     """
     if isinstance(name, str) and name.isascii() and name.isprintable():  # almost all of a million names
         return name

@@ -31,11 +31,11 @@ def read_npz(config: DataConfig) -> RawData:
     origin = normalise_name(str(path))
     if path.is_dir():
         raise HeadSteerError(
-            f"{origin}: a directory; config.data.path should name a .npz file (--config.data.source=folder reads a "
-            "directory of images)"
+            f"{origin}: a directory; set config.data.path to a .npz file, or pass --config.data.source=folder to read "
+            "a directory of images"
         )
     with (
-        explain_errors(origin, "config.data.path should name a readable .npz file"),
+        explain_errors(origin, "set config.data.path to a readable .npz file"),
         np.load(path, allow_pickle=False) as file,
     ):
         keys = _find_splits(file.files)
@@ -64,12 +64,12 @@ def read_npz(config: DataConfig) -> RawData:
 
 def read_array(origin: str, file: Any, key: str) -> np.ndarray:
     """Read an array of an npz file; raises HeadSteerError if it is damaged or holds pickled objects."""
-    with explain_errors(f"{origin}: array {key!r}", "write the file anew, without pickled objects"):
+    with explain_errors(f"{origin}: array {key!r}", "write the file again without pickled objects"):
         return np.asarray(file[key])
 
 
 def _find_splits(keys: list[str]) -> dict[str, tuple[str, str]]:
-    """Find the names of the splits in a file, and of each its arrays of images and labels."""
+    """Find the names of the splits in a file, and the names of their arrays of images and labels."""
     by_case = {key.casefold(): key for key in keys}
     splits: dict[str, tuple[str, str]] = {}
     for images, labels in LAYOUTS:
@@ -88,7 +88,7 @@ def _read_labels(origin: str, file: Any, images_key: str, labels_key: str) -> np
 
 
 def clean_labels(culprit: str, labels: np.ndarray | None, count: int) -> np.ndarray:
-    """Convert labels to integers [N]: [N, 1], whole floats, booleans and one-hot rows are read as what they mean.
+    """Convert labels to integers [N]: [N, 1], whole floats, booleans and one-hot rows are accepted.
 
     Raises:
       HeadSteerError: they are not one class for each of `count` images.
@@ -115,7 +115,7 @@ def _read_images(origin: str, key: str, images: np.ndarray, channels: int) -> np
     if not images.size or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in CHANNELS):
         if images.ndim == 4 and images.shape[1] in CHANNELS:
             raise HeadSteerError(
-                f"{shown}: the channels come before the pixels; {expected}: images.transpose(0, 2, 3, 1) makes it so"
+                f"{shown}: the channels come before the pixels; {expected}: use images.transpose(0, 2, 3, 1)"
             )
         raise HeadSteerError(f"{shown}; {expected}")
     if images.dtype != np.uint8:
@@ -139,7 +139,7 @@ def _convert_to_bytes(images: np.ndarray, shown: str, expected: str) -> np.ndarr
     elif images.dtype.kind == "f" and not np.array_equal(images, np.round(images)):
         remedy = "images.round().astype('uint8')"
     if remedy:
-        raise HeadSteerError(f"{shown}, with values from {low:g} to {high:g}; {expected}: {remedy} makes it so")
+        raise HeadSteerError(f"{shown}, with values from {low:g} to {high:g}; {expected}: use {remedy}")
     return images.astype(np.uint8)
 
 
@@ -152,6 +152,6 @@ def _read_class_names(origin: str, file: Mapping[str, Any], labels: np.ndarray) 
                 normalise_name(name if isinstance(name, bytes) else str(name)) for name in names.ravel().tolist()
             )
         raise HeadSteerError(f"{origin}: class_names is {names.dtype} {list(names.shape)}; it should be strings [C]")
-    # Every class has an image, so a label beyond their number is wrong: it must not make as many names.
+    # Every class has an image, so a label above the number of images is wrong and must not create so many names.
     classes = min(labels.max() + 1, len(labels))
     return tuple(map(str, range(classes)))

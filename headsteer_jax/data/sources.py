@@ -33,13 +33,13 @@ def _path_places(config: DataConfig) -> list[Path]:
 class Source(NamedTuple):
     """A kind of dataset that `data.source` can name."""
 
-    load: Callable[[DataConfig, int, int], Dataset]  # (config, seed, most MiB of a split that is held in memory)
+    load: Callable[[DataConfig, int, int], Dataset]  # (config, seed, the most MiB of a split in memory)
     required: str = ""  # the field of config.data that it cannot do without
     places: Callable[[DataConfig], list[Path]] = _path_places  # see `data_places`
 
 
 def check_source(config: DataConfig) -> None:
-    """Check, before anything is made, that the source exists and that the config has the field that it needs.
+    """Check, before anything is written, that the source exists and that the config has the field that it needs.
 
     Raises:
       HeadSteerError: there is no such source, or the field is empty.
@@ -56,7 +56,7 @@ def check_source(config: DataConfig) -> None:
 def data_places(config: DataConfig) -> list[Path]:
     """Return the files and directories that hold the dataset, in which nothing may be written.
 
-    They need not exist. Nothing of them is read but the names of directories.
+    They need not exist. Only the names of directories are read.
 
     Raises:
       HeadSteerError: there is no such source, the config lacks a field that it needs, or a directory is not readable.
@@ -69,7 +69,7 @@ def load_dataset(config: DataConfig, seed: int, memory: int = 4096) -> Dataset:
     """Load the dataset of a config.
 
     Args:
-      seed: everything random follows from it.
+      seed: it determines everything random.
       memory: the most MiB that a split takes when it is decoded; a larger one stays lazy. The images of an npz file are
         always in memory.
 
@@ -79,7 +79,7 @@ def load_dataset(config: DataConfig, seed: int, memory: int = 4096) -> Dataset:
     check_source(config)
     try:
         dataset = SOURCES[config.source].load(config, seed, memory)
-    except OSError as error:  # what a reader did not expect: without this line the workdir would be blamed
+    except OSError as error:  # an error that a reader did not expect; otherwise the workdir would be blamed
         culprit = normalise_name(str(error.filename or config.path or config.source))
         reason = error.strerror or str(error) or type(error).__name__
         raise HeadSteerError(f"{culprit}: the data cannot be read ({reason}); make them readable") from error
@@ -94,7 +94,7 @@ def cut_dataset(read: Callable[[DataConfig], RawData], config: DataConfig, seed:
     and resized to image_size as they are decoded.
 
     Raises:
-      HeadSteerError: two classes have the same name, a label is no class, or a class has too few images.
+      HeadSteerError: two classes have the same name, a label is not a class, or a class has too few images.
     """
     raw = read(config)
     origin = normalise_name(config.path or config.name)
@@ -169,7 +169,7 @@ def _check_labels(split: str, labels: np.ndarray, class_names: tuple[str, ...], 
       remedy: what to do about a class without images.
 
     Raises:
-      HeadSteerError: a label is no class, or a class has no image.
+      HeadSteerError: a label is not a class, or a class has no image.
     """
     wrong = labels[(labels < 0) | (labels >= len(class_names))]
     if wrong.size:

@@ -12,7 +12,7 @@ from headsteer_jax.errors import HeadSteerError
 
 logger = logging.getLogger(__name__)
 
-# The names that makers give their splits, the usual one first; upper and lower case are the same.
+# The names that makers give their splits, the usual one first; case is ignored.
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "validation", "valid", "dev")
 TEST_NAMES = ("test", "testing")
@@ -40,14 +40,14 @@ class SplitNames(NamedTuple):
 def choose_splits(
     origin: str, labelled: Sequence[str], unlabelled: Mapping[str, str], configured: Sequence[str]
 ) -> SplitNames:
-    """Choose the published splits that become train, validation and test; log the choice and what is passed over.
+    """Choose the published splits that become train, validation and test; log this and the splits that are passed over.
 
     Args:
       origin: the dataset's name in errors and in the log.
       labelled: the names of the published splits with labels.
       unlabelled: the other published splits, each with the reason why it has no labels.
       configured: config.data.splits: the names of train and test; or of train, validation and test; or of one split
-        from which all three are cut. If it is empty, the usual names count.
+        from which all three are cut. If it is empty, the usual names are used.
 
     Raises:
       HeadSteerError: there is no such split, or it has no labels; or no usual name is there.
@@ -60,14 +60,14 @@ def choose_splits(
         if not train:
             raise HeadSteerError(
                 f"{origin}: there is no split 'train' with labels; {_list_splits(labelled, unlabelled)}; "
-                "config.data.splits can name others"
+                "name others in config.data.splits"
             )
         if not test:
             validation, test = "", validation
         if not test:
             raise HeadSteerError(
                 f"{origin}: there is no split 'test' or 'val' with labels; {_list_splits(labelled, unlabelled)}; "
-                f"--config.data.splits={train} cuts validation and test from {train!r}"
+                f"pass --config.data.splits={train} to cut validation and test from {train!r}"
             )
         names = SplitNames(train, validation, test)
     _log_choice(origin, names, labelled, unlabelled)
@@ -84,7 +84,7 @@ def find_by_role(names: Sequence[str], role: Sequence[str]) -> str:
 
 
 def _find_named(origin: str, name: str, labelled: Sequence[str], unlabelled: Mapping[str, str]) -> str:
-    """Find a split by the name in config.data.splits, if need be in another case."""
+    """Find a split by the name in config.data.splits, ignoring case if necessary."""
     published = (*unlabelled, *labelled)
     found_name = name if name in published else {other.casefold(): other for other in published}.get(name.casefold())
     if found_name is None:

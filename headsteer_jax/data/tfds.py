@@ -97,11 +97,11 @@ class _TFDSReader(NamedTuple):
     builder: Any
     image_key: str
     label_key: str
-    shape: tuple[int, int, int]  # of every image; see `_decode_image`
+    shape: tuple[int, int, int]  # of every image; see `decode_image`
     fit: bool
 
     def has_labels(self, name: str) -> bool:
-        """Say whether a split has labels: TFDS writes -1 where the makers keep them to themselves."""
+        """Say whether a split has labels: TFDS writes -1 if the makers do not publish them."""
         records = self._open(name)
         indices = list(range(min(len(records), SAMPLED_LABELS)))
         labels = [feature[self.label_key].int64_list.value[0] for _, feature in self._parse(records, name, indices)]
@@ -153,7 +153,7 @@ class _TFDSReader(NamedTuple):
         """Yield the bytes and the features of a split's records."""
         from tensorflow_datasets.proto import tf_example_pb2
 
-        with explain_errors(f"{self.title}, split {name!r}", "prepare it anew"):
+        with explain_errors(f"{self.title}, split {name!r}", "prepare it again"):
             for record in records.__getitems__(indices):
                 yield record, tf_example_pb2.Example.FromString(record).features.feature
 

@@ -1,4 +1,4 @@
-"""The checks before training: every image is whole, and what the model sees has a sensible range."""
+"""The checks before training: every image is intact, and the model sees a sensible range."""
 
 from pathlib import Path
 from typing import Any
@@ -151,4 +151,4 @@ def test_pictures_in_two_splits_are_counted(caplog: pytest.LogCaptureFixture) ->
     )
     warn_of_repeated_images(Dataset(train, validation, test, CLASSES))
     [record] = caplog.records
-    assert record.getMessage() == "test: 2 of 22 images are pictures that train has too"
+    assert record.getMessage() == "test: 2 of 22 images also occur in train"

@@ -233,7 +233,7 @@ def test_annotations_must_name_classes_of_train(tmp_path: Path) -> None:
     (tmp_path / "val" / "val_annotations.txt").write_text("0.png\tzebra\n")
     refused(tmp_path, "val_annotations.txt", "no class 'zebra'")
     (tmp_path / "val" / "val_annotations.txt").write_text("0.png\n")
-    refused(tmp_path, "val_annotations.txt", "download it anew")
+    refused(tmp_path, "val_annotations.txt", "download it again")
 
 
 # files
@@ -293,7 +293,8 @@ def test_nested_directories_belong_to_their_class(tmp_path: Path, caplog: pytest
     deep = load(tmp_path)
     assert read_labels(deep) == read_labels(flat)
     assert (
-        "1 images lie in 1 directories within those of the classes, to which they belong (cat/batch_2/b)" in caplog.text
+        "1 images lie in 1 subdirectories of the class directories and belong to these classes (cat/batch_2/b)"
+        in caplog.text
     )
 
 
@@ -408,9 +409,9 @@ def save_once(directory: Path) -> bytes:
     ("make", "parts"),
     [
         (lambda path: None, ["there is no such directory"]),
-        (lambda path: path.write_bytes(b"x"), ["a file", "config.data.path should name the directory"]),
+        (lambda path: path.write_bytes(b"x"), ["a file", "set config.data.path to the directory"]),
         (lambda path: zipfile.ZipFile(path, "w").close(), ["an archive", "unpack it"]),
-        (lambda path: path.mkdir(), ["no directory 'train'", "config.data.path needs train and test"]),
+        (lambda path: path.mkdir(), ["no directory 'train'", "create train and test there"]),
     ],
 )
 def test_a_path_that_is_no_dataset_is_called_what_it_is(make: Any, parts: list[str], tmp_path: Path) -> None:
