@@ -1,4 +1,4 @@
-"""A checkpoint's own description, compared with our config: what its tensors cannot say is not believed.
+"""A checkpoint's own description, compared with our config, because its tensors do not say everything.
 
 The description is config.json beside the file (Hugging Face's and timm's), with preprocessor_config.json, or the
 arguments of the training script inside a .pth. Each fact keeps the key under which the file states it.
@@ -35,7 +35,7 @@ KEYS = {
     "mean": ("image_mean", "mean"),
     "std": ("image_std", "std"),
 }
-# What transformers assumes if a config does not say it; its DINOv2 classifier reads the patches' average as well.
+# What transformers assumes if a config does not state it; its DINOv2 classifier reads the patches' average as well.
 _TRANSFORMERS = {
     "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "block_fn": "Block",
     "global_pool": "token",
@@ -92,7 +92,7 @@ class FileConfig(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Report a comparison with a checkpoint's description; disagreements are not in it, because they are errors."""
+    """The result of a comparison with a checkpoint's description; a disagreement is an error instead."""
 
     checked: list[str]
     unchecked: list[str]
@@ -242,7 +242,7 @@ def _list_numbers(config: Config) -> Iterator[tuple[str, str, float]]:
 
 
 def _refuse_options(file: FileConfig, config: Config, class_names: Sequence[str]) -> str:
-    """Say why an option of timm's models cannot be computed here; "" if none is set."""
+    """Say which option of timm's models our model does not have; "" if none is set."""
     del config, class_names
     for fact, name in OPTIONS.items():
         plain = str(file.value(fact)).rpartition(".")[2].strip("'>").lower()
@@ -293,7 +293,7 @@ def _refuse_classes(file: FileConfig, config: Config, class_names: Sequence[str]
 
 
 def read_class_names(file: FileConfig) -> dict[int, str]:
-    """Return the names of a head's classes by their places, without the LABEL_0 that transformers makes up."""
+    """Return the names of a head's classes by their places, without transformers' placeholders such as LABEL_0."""
     stated = file.value("classes")
     pairs = stated.items() if isinstance(stated, Mapping) else enumerate(stated) if isinstance(stated, list) else ()
     return {
@@ -308,11 +308,11 @@ def _simplify(name: str) -> str:
 
 
 def _warn(file: FileConfig, config: Config) -> Iterator[str]:
-    """Yield the differences that may be meant: in the images' normalisation, and in the pooling of a head left out."""
+    """Yield differences that may be intended: in the images' normalisation and in the pooling of a head left out."""
     if not config.model.pretrained_head and file.value("pooling") in ("avg", "avgmax", "max", "prr", True):
         yield (
             f"{file.cite('pooling')}: the class token of {config.model.pretrained} was not trained to classify, and "
-            "this model reads it alone"
+            "this model reads no other token"
         )
     for fact, ours in (("mean", config.data.mean), ("std", config.data.std)):
         theirs = file.value(fact)

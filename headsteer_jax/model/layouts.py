@@ -1,7 +1,7 @@
-"""Names of the tensors in published vision transformers: which publisher's they are, and where the backbone begins.
+"""Tensor names of published vision transformers: which publisher's layout a file has, and where the backbone begins.
 
-The backbone is found by the name of its patch kernel, whatever precedes it: wrappers such as `module.`, `_orig_mod.` or
-`backbone.`, one or several. A file of another architecture is called what it is.
+The backbone is found by the name of its patch kernel, whatever prefixes it has: `module.`, `_orig_mod.`, `backbone.`,
+one or several. A file of another architecture is refused, and the error names the architecture.
 """
 
 import re
@@ -134,7 +134,7 @@ TORCHVISION = Layout(
     constants={"layer_norm_eps": 1e-6, "hidden_act": "gelu", "block_fn": "Block", "global_pool": "token"},
 )  # fmt: skip
 
-# Names that only other architectures have, in the order in which they are looked for.
+# Names that only other architectures have, in the order of the search.
 FOREIGN = (
     (r"(^|\.)lora_[AB]\.|\.lora_(down|up)\.", "a LoRA adapter, not a whole model"),
     (r"rope_embed|embeddings\.patch_embeddings\.weight|\.rope\.", "DINOv3 or another ViT with rotary positions"),
@@ -170,10 +170,10 @@ OPTIONS = (
     (r"rel_pos|relative_position", "its positions are relative"),
     (r"attn\.gate|attn\.sinks", "its attention is gated"),
 )  # fmt: skip
-# Of two backbones in one file the one with such a word in its prefix is taken.
+# If a file has several backbones, the one with the first of these words in its prefix is taken.
 PREFERRED = ("ema", "teacher", "target_encoder", "base_encoder", "encoder_q")
 
-OPTIMIZER = re.compile(r"(^|[./])(mu|nu|exp_avg|exp_avg_sq|momentum_buffer)[./]")  # its state is no second backbone
+OPTIMIZER = re.compile(r"(^|[./])(mu|nu|exp_avg|exp_avg_sq|momentum_buffer)[./]")  # its state is not a second backbone
 
 
 class Backbone(NamedTuple):
@@ -181,7 +181,7 @@ class Backbone(NamedTuple):
 
     layout: Layout
     prefix: str  # what precedes the backbone's names
-    tensors: dict[str, np.ndarray]  # all of the file, layers under the layout's names
+    tensors: dict[str, np.ndarray]  # all of the file's, with layers under the layout's names
     choice: str  # which of several backbones this is; "" if there is one
 
 
@@ -237,7 +237,7 @@ def _recognise_layout(anchor: str, prefix: str, tensors: Mapping[str, np.ndarray
 
 
 def _choose_prefix(path: Path, prefixes: list[str]) -> tuple[str, str]:
-    """Choose one of the prefixes, and say which; a backbone within another's decoder is none.
+    """Choose one of the prefixes, and say which if there are several.
 
     Raises:
       HeadSteerError: there is no reason to prefer one.
@@ -249,28 +249,28 @@ def _choose_prefix(path: Path, prefixes: list[str]) -> tuple[str, str]:
         preferred = [prefix for prefix in prefixes if re.search(rf"(^|[._/]){word}([._/]|$)", prefix)]
         if len(preferred) == 1:
             return preferred[0], f"{preferred[0].rstrip('./')} of the backbones {names}"
-    raise HeadSteerError(f"{path}: holds {len(prefixes)} backbones, under {names}; save the one that you want alone")
+    raise HeadSteerError(f"{path}: holds {len(prefixes)} backbones, under {names}; save only the one that you want")
 
 
 def _unchunk(path: Path, tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Rename blocks.CHUNK.LAYER, as DINOv2's training writes them for its sharding, to blocks.LAYER.
 
     Raises:
-      HeadSteerError: the layers' numbers begin anew in each chunk, as in hierarchical models.
+      HeadSteerError: each chunk numbers its layers from 0, as in hierarchical models.
     """
     chunked = re.compile(rf"({re.escape(prefix)}blocks\.)\d+\.(?=\d+\.)")
     named = {chunked.sub(r"\1", name): tensor for name, tensor in tensors.items()}
     if len(named) < len(tensors):
         example = next(name for name in tensors if chunked.match(name))
         raise HeadSteerError(
-            f"{path}: its blocks are numbered anew in each stage ({example!r}), as in hierarchical models; choose a "
+            f"{path}: each stage numbers its blocks from 0 ({example!r}), as in hierarchical models; choose a "
             "plain ViT's file"
         )
     return named
 
 
 def _unroll(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Take apart the blocks of a scanned flax model, which are one, with a leading axis of layers."""
+    """Split the stacked blocks of a scanned Flax model, whose leading axis is the layers, into single ones."""
     scanned = prefix + _BLOCK.removesuffix("_{}") + "/"
     named = {}
     for name, tensor in tensors.items():
@@ -306,7 +306,7 @@ def _find_foreign(names: Iterable[str]) -> str:
 def _describe_unknown(tensors: Mapping[str, np.ndarray]) -> str:
     """Describe a file in which there is no vision transformer that we know."""
     if reason := _find_foreign(tensors):
-        return f"this is {reason}, and no plain vision transformer"
+        return f"this is {reason}, not a plain vision transformer"
     examples = ", ".join(map(repr, sorted(tensors)[:3]))
     return (
         "no vision transformer under the names of timm, Hugging Face, torchvision or google-research; "

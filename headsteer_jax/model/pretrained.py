@@ -51,9 +51,9 @@ class Loaded(NamedTuple):
         chosen = "".join(f"{choice}; " for choice in self.choices)
         absent = f"without {summarise(self.absent)}, which are zero; " if self.absent else ""
         checked, unchecked, _ = self.comparison
-        lacking = f"since {self.source} does not say them" if self.source else "since there is no config.json beside it"
+        lacking = f"{self.source} does not state them" if self.source else "there is no config.json beside it"
         checks = f"; compared: {', '.join(checked)}" if checked else ""
-        checks += f"; not checked, {lacking}: {', '.join(unchecked)}" if unchecked else ""
+        checks += f"; not checked, because {lacking}: {', '.join(unchecked)}" if unchecked else ""
         return (
             f"{self.path} ({self.family}): {chosen}loaded {len(self.loaded)} tensors; {absent}"
             f"resampled {summarise(self.resampled)}; folded {summarise(self.folded)}; "
@@ -188,7 +188,8 @@ class _BackboneReader:
         """
         if name not in self.tensors:
             raise HeadSteerError(
-                f"{self.path}: there is no tensor {name!r}, which {self.layout.family}'s models of this kind have"
+                f"{self.path}: there is no tensor {name!r}, which {self.layout.family}'s models of this "
+                "kind have; choose another file"
             )
         tensor = self.tensors[name]
         fits = len(shape) == tensor.ndim and all(a in (b, None) for a, b in zip(shape, tensor.shape, strict=True))
@@ -215,7 +216,10 @@ class _BackboneReader:
         blocks = {int(number[0]) for number in numbers if number}
         depth = self.config.model.depth
         if blocks and blocks != set(range(depth)):
-            raise HeadSteerError(f"{self.path}: it has {max(blocks) + 1} blocks, but config.model.depth = {depth}")
+            raise HeadSteerError(
+                f"{self.path}: it has {max(blocks) + 1} blocks, but config.model.depth = {depth}; set "
+                f"config.model.depth={max(blocks) + 1}"
+            )
 
     def check_norms(self) -> None:
         """Check that the norms and the MLP are of our kind, as far as the names and shapes say.
@@ -294,7 +298,7 @@ class _BackboneReader:
         else:
             kernel = self.take(name, m.width, channels, None, None).transpose(2, 3, 1, 0)
         if kernel.shape[0] != kernel.shape[1]:
-            raise HeadSteerError(f"{self.path}: tensor {name!r}: its patches are not square")
+            raise HeadSteerError(f"{self.path}: tensor {name!r}: its patches are not square; choose another file")
         if kernel.shape[0] != m.patch:
             self.resampled.append(name)
             kernel = resample_patches(kernel, m.patch)
@@ -333,7 +337,7 @@ class _BackboneReader:
     def _read_positions(self, registers: int) -> tuple[np.ndarray, np.ndarray]:
         """Read the positions of the leading tokens, [1, 1 or 1 + registers, D], and of the patches, [1, grid^2, D].
 
-        Where the leading tokens have none, these are zero.
+        If the leading tokens have none, theirs are zero.
         """
         m, name = self.config.model, self.token_name("positions")
         grid = self.config.data.image_size // m.patch
@@ -356,7 +360,7 @@ class _BackboneReader:
         name, image = self.token_name("positions"), self.described.image()
         distilled = self.token_name("distillation") in self.tensors
         possible = [1 + distilled]  # registers have no positions
-        if self.layout.family in (TIMM.family, MAE.family):  # they have, unless no_embed_class is set
+        if self.layout.family in (TIMM.family, MAE.family):  # they have positions, unless no_embed_class is set
             possible = {True: [0], False: [1 + registers]}.get(self.described.value("patches_only"), [0, 1 + registers])
         elif self.layout == BIG_VISION:
             possible = [0]
@@ -376,7 +380,7 @@ class _BackboneReader:
         if not squares:
             raise HeadSteerError(
                 f"{self.path}: tensor {name!r}: {count} positions do not form a square of patches, with or "
-                "without a CLS token"
+                "without a CLS token; choose another file"
             )
         if len(squares) > 1:  # a single patch is no grid
             squares = [leading for leading in squares if count - leading > 1]

@@ -1,7 +1,7 @@
-"""Weight files: where they are, which of several is meant, and their tensors as NumPy arrays.
+"""Weight files: finding them, choosing one of several sets of weights, and reading tensors as NumPy arrays.
 
 Nothing in a file is executed: .safetensors and .npz hold no pickle, and torch's files go through its weights-only
-loading. Of a file's further content only a training script's arguments are kept; see model/file_config.py.
+loading. Apart from tensors, only a training script's arguments are kept; see model/file_config.py.
 """
 
 import argparse
@@ -27,7 +27,7 @@ HUB_FILES = tuple(f"{name}{end}" for name in ("model.safetensors", "pytorch_mode
 DESCRIPTIONS = ("config.json", "preprocessor_config.json")  # what publishers put beside the weights
 TRAINERS_FILES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")  # hold no weights
 SHARD = re.compile(r"-\d+-of-(\d+)\.")
-# Of several sets of weights in one file the first of these is taken, the averaged ones first, as timm does.
+# If a file has several sets of weights, the first of these is taken; averaged ones come first, as in timm.
 SETS = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "target_encoder", "state_dict", "model",
     "model_state_dict", "module", "encoder", "backbone", "net", "weights", "student",
@@ -94,7 +94,7 @@ def locate_weights(location: str) -> Path:
 
 
 def _expand(location: str) -> Path:
-    """Return a path with ~ replaced; an unknown user's home directory stays as it is."""
+    """Replace a leading ~; keep ~user if there is no such user."""
     try:
         return Path(location).expanduser()
     except RuntimeError:
@@ -173,7 +173,7 @@ def _find_files(path: Path) -> list[Path]:
     if path.is_dir():
         path = _find_in_directory(path)
     if not path.is_file():
-        raise HeadSteerError(f"config.model.pretrained = {path}: no such file")
+        raise HeadSteerError(f"config.model.pretrained = {path}: no such file; correct the path")
     if path.name.endswith(INDEX):
         shards = [path.with_name(name) for name in _shard_names(path)]
         for shard in shards:
@@ -221,7 +221,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> Weights:
-    """Read one file; it is known to have one of the suffixes."""
+    """Read one file, which has one of the SUFFIXES."""
     readers: dict[str, Callable[[Path], Weights]] = {
         ".safetensors": _read_safetensors,
         ".npz": _read_npz,
@@ -251,7 +251,7 @@ def _read_npz(path: Path) -> Weights:
     except Exception as error:  # zipfile and zlib have exceptions of their own
         raise ValueError(str(error)) from None
     for name, array in arrays.items():
-        if array.dtype.kind == "V":  # np.savez writes the types of ml_dtypes as bytes of no type
+        if array.dtype.kind == "V":  # np.savez writes the types of ml_dtypes as untyped bytes
             if array.dtype.itemsize != 2:
                 raise HeadSteerError(
                     f"{path}: tensor {name!r} has the unknown type {array.dtype.str}; save it as float32 or bfloat16"

@@ -213,7 +213,7 @@ def test_without_a_config_it_loads_exactly_or_what_may_differ_is_named_as_unchec
     if name == "tall images" or difference(params, config, model) > 1e-4:
         assert variant.unseen
         assert any(unchecked.startswith(variant.unseen) for unchecked in report.comparison.unchecked)
-        assert variant.unseen in str(report).partition("not checked, since there is no config.json beside it: ")[2]
+        assert variant.unseen in str(report).partition("not checked, because there is no config.json beside it: ")[2]
 
 
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant.refused])

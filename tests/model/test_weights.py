@@ -140,7 +140,7 @@ def test_infinity_outside_of_the_backbone_does_not_matter(tmp_path: Path) -> Non
 
 def test_blocks_that_are_numbered_anew_are_refused(tmp_path: Path) -> None:
     tensors = renamed(golden("timm_vit"), ("blocks.0.", "blocks.0.0."), ("blocks.1.", "blocks.1.0."))
-    assert "numbered anew in each stage ('blocks.0.0." in refusal(save(tmp_path / "a.safetensors", tensors))
+    assert "each stage numbers its blocks from 0 ('blocks.0.0." in refusal(save(tmp_path / "a.safetensors", tensors))
 
 
 def test_dinov2s_chunks_are_blocks(tmp_path: Path) -> None:
@@ -463,13 +463,13 @@ def test_what_nothing_states_is_named_as_unchecked(tmp_path: Path) -> None:
     path = save(tmp_path / "model.safetensors", golden("timm_vit"))
     _, report = load(path, pretrained_head=True)
     assert str(report).endswith(
-        "not checked, since there is no config.json beside it: heads, epsilon, GELU, block order, grid (taken as a "
+        "not checked, because there is no config.json beside it: heads, epsilon, GELU, block order, grid (taken as a "
         "square, 2 x 2), pooling, classes, mean and std"
     )
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3, "act_layer": "gelu", "img_size": 8}))
     _, report = load(path)
     assert str(report).endswith(
-        "compared: heads, GELU, grid; not checked, since config.json does not say them: epsilon, block order, mean "
+        "compared: heads, GELU, grid; not checked, because config.json does not state them: epsilon, block order, mean "
         "and std"
     )
 
