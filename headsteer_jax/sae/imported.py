@@ -38,7 +38,7 @@ def import_autoencoder(config: Config) -> Imported:
     library, _, location = c.pretrained.partition(":")
     try:
         imported = IMPORTERS[library](locate_autoencoder(library, location), width=config.model.width)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~user of a user that there is not
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user without such a user
         reason = getattr(error, "strerror", None) or error
         raise HeadSteerError(f"config.sae.pretrained = {c.pretrained}: cannot be read ({reason}); check it") from None
     actual = {"activation": imported.activation, "k": imported.k, "latents": len(imported.sae.weights.b_e)}
@@ -66,11 +66,11 @@ def describe_provenance(
 
     Args:
       run_name: the name of the run's directory.
-      explained_variance: of the run's test residuals; None: not known yet.
+      explained_variance: of the run's test residuals; None if not known yet.
 
     Returns:
       JSON values: `library`, `path`, `sha256` of its files; `model`, `hook`, `layer`, `dataset`, `tokens` and `version`
-      as its file tells them (null: it does not); `activation`, `k`, `width`, `latents`; and `doubts`, a list of what
+      as its file states them (null: not stated); `activation`, `k`, `width`, `latents`; and `doubts`, a list of what
       is unknown, or does not fit this run.
     """
     c, origin = config.sae, imported.provenance
@@ -97,13 +97,13 @@ def describe_provenance(
 
 
 def fingerprint_autoencoder(pretrained: str) -> str:
-    """Compute the SHA-256 of an autoencoder's files, by which it is known wherever it lies.
+    """Compute the SHA-256 of an autoencoder's files, which identifies it at any path.
 
     Args:
       pretrained: as config.sae.pretrained.
 
     Returns:
-      The digest in hexadecimal digits; an empty text if the files are not there or cannot be read.
+      The digest in hexadecimal digits; an empty string if the files are not there or cannot be read.
     """
     library, _, location = pretrained.partition(":")
     digest = hashlib.sha256()

@@ -198,7 +198,7 @@ def test_a_file_of_another_librarys_directory(library: str) -> None:
 
 def test_another_width_and_nan_are_found_without_a_model(tmp_path: Path) -> None:
     config = sae_config(pretrained=f"saelens:{GOLDENS / 'saelens_topk'}", seeds=1, latents=24, k=3)
-    assert_refused(config, "it reads residuals of width 8, the model's are 24 wide")
+    assert_refused(config, "it reads residuals of width 8, but the model's are 24 wide")
     path = place(tmp_path, "sparsify_layers.5") / "sae.safetensors"
     save_file(load_file(path) | {"b_dec": np.full(WIDTH, np.nan, np.float32)}, path)
     assert_refused(importing(f"sparsify:{path.parent}"), "'b_dec' holds NaN")
@@ -278,11 +278,11 @@ def with_metadata(path: Path, metadata: dict[str, Any], **fields: Any) -> Path:
         ({"model_name": "gpt2-small", "hook_name": "blocks.1.hook_resid_pre"}, {},
          ["'gpt2-small'", "'blocks.1.hook_resid_pre', which is the input of layer 1; config.sae.layer is layer 2"]),
         ({"hook_name": "blocks.2.hook_mlp_out"}, {}, ["does not say which model", "which is not the residual stream"]),
-        ({"hook_name": "somewhere"}, {}, ["does not say which model", "is not known"]),
+        ({"hook_name": "somewhere"}, {}, ["does not say which model", "it is not known whether"]),
         ({"hook_name": "blocks.2.hook_resid_pre", "hook_head_index": 3}, {}, ["which model", "head 3', which is not"]),
         ({}, {}, ["does not say which model", "does not say which place"]),
         (3, {"model_name": "m", "hook_point": "blocks.2.hook_resid_pre"}, ["made for the model 'm'"]),  # before 6.0
-        ({"hook_layer": 2}, {}, ["does not say which model", "it reads 'layer 2'; whether that is"]),
+        ({"hook_layer": 2}, {}, ["does not say which model", "it reads 'layer 2'; it is not known whether that is"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_this_run_is_doubted(

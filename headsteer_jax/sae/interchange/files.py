@@ -30,7 +30,7 @@ class Imported(NamedTuple):
 
     sae: Autoencoder  # its scaling is mean 0, scale 1
     activation: str  # as in SAEConfig.activation
-    k: int | None  # as in SAEConfig.k; None: the file does not tell
+    k: int | None  # as in SAEConfig.k; None if the file does not state it
     provenance: Provenance
 
 
@@ -173,7 +173,9 @@ def to_autoencoder(
     W_e, b_e, W_d, b_d, threshold, subtracts_b_d = parameters
     D = len(b_d)
     if width not in (None, D):
-        raise HeadSteerError(f"{path}: it reads residuals of width {D}, the model's are {width} wide; choose another")
+        raise HeadSteerError(
+            f"{path}: it reads residuals of width {D}, but the model's are {width} wide; choose another"
+        )
     b_e = b_e if subtracts_b_d else b_e + W_e @ b_d
     values = (W_e, b_e, W_d, b_d, threshold)
     if not all((np.abs(value) < np.finfo(np.float32).max).all() for value in values):

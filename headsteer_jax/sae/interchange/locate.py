@@ -1,4 +1,4 @@
-"""Where an autoencoder's files are, and what a path holds if it is not what it was taken for."""
+"""Finding an autoencoder's files, and naming what a path holds instead."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.sae.interchange.files import find_transformer_tensor
 
-# the files of each library's directories, of which one of each group must be there; overcomplete has single files
+# the files in a library's directory: one of each group must exist; overcomplete has single files
 FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "saelens": (("cfg.json",), ("sae_weights.safetensors",)),
     "sparsify": (("cfg.json",), ("sae.safetensors",)),
@@ -18,7 +18,7 @@ SHOWN = 3  # names of a list, at most
 
 
 def find_files(library: str, location: str) -> list[Path]:
-    """Return the files of an autoencoder that is there, in a fixed order; an empty list if one of them is missing."""
+    """Return an autoencoder's files in a fixed order; an empty list if one of them is missing."""
     path = _find_path(library, location)
     if library not in FILES:
         return [path] if path.is_file() else []
@@ -32,7 +32,7 @@ def locate_autoencoder(library: str, location: str) -> Path:
     A file within a library's directory stands for the directory.
 
     Raises:
-      HeadSteerError: there is nothing, or something else: the line says what it is.
+      HeadSteerError: the path does not exist, or it holds something else, which the line names.
     """
     culprit = f"config.sae.pretrained = {library}:{location}"
     if "://" in location:
@@ -79,7 +79,7 @@ def _find_autoencoders(directory: Path) -> list[tuple[str, Path]]:
 
 
 def _describe_foreign(path: Path) -> str:
-    """Say what a path holds that is no autoencoder of these libraries; an empty text if that is not known."""
+    """Say what a path holds that is no autoencoder of these libraries; an empty string if that is not known."""
     if path.name == "autoencoders.npz" or (path / "autoencoders.npz").is_file() or (path / "sae").is_dir():
         return "it is a run of HeadSteer; export its autoencoders first: headsteer export RUN saelens:DIR"
     if path.is_file() and path.suffix in TORCH_SUFFIXES:

@@ -30,7 +30,7 @@ from headsteer_jax.sae.interchange.files import (
 )
 from headsteer_jax.sae.interchange.provenance import read_metadata
 
-# what other classes are, for the error that refuses them
+# what other classes are, for the error message
 UNSUPPORTED = {
     "RATopKSAE": "an archetypal SAE, whose dictionary is made of data points",
     "RAJumpSAE": "an archetypal SAE, whose dictionary is made of data points",
@@ -104,7 +104,7 @@ def export_overcomplete(
 def import_overcomplete(path: Path, width: int | None = None) -> Imported:
     """Import an SAE of overcomplete with a plain linear encoder, from its state_dict and metadata with its class.
 
-    The metadata come from
+    This writes the metadata:
 
         metadata = {"class": "TopKSAE", "arguments": {"top_k": 32}}
         safetensors.torch.save_file(sae.state_dict(), path, metadata={"overcomplete": json.dumps(metadata)})

@@ -1,4 +1,4 @@
-"""Where an imported autoencoder comes from, as its file tells it, and what that has to do with this run.
+"""Where an imported autoencoder comes from, as its file states it, and whether it fits this run.
 
 Libraries name a place in a model in their own words. HeadSteer's autoencoders read the input of a layer: that is
 TransformerLens' `blocks.L.hook_resid_pre`, and the output of the layer before it, `blocks.L-1.hook_resid_post`.
@@ -37,7 +37,7 @@ def locate_hook(hook: str) -> tuple[int | None, bool | None]:
 
     Returns:
       The layer, counted from 0, or None; and whether the place is the residual stream between two layers (None: the
-      name does not tell).
+      name does not say).
     """
     if match := TRANSFORMER_LENS.fullmatch(hook):
         return int(match[1]) + (match[2] == "post"), True
@@ -61,7 +61,7 @@ def of_hook(hook: str | None, layer: object = None) -> Provenance:
 
 
 def read_metadata(metadata: Mapping[str, Any], is_ours: bool) -> Provenance:
-    """Read a provenance from the metadata of SAELens, of any age, or of HeadSteer's exports.
+    """Read a provenance from the metadata of any version of SAELens, or of HeadSteer's exports.
 
     Args:
       is_ours: HeadSteer wrote them, whose hook layers.L is the input of layer L.
@@ -118,7 +118,7 @@ def _doubt_place(p: Provenance, layer: int) -> str:
     if p.is_residual is False:
         return f"it reads {p.hook!r}, which is not {RESIDUALS}"
     if p.layer is None:
-        return f"it reads {p.hook!r}; whether that is {RESIDUALS}, is not known"
+        return f"it reads {p.hook!r}; it is not known whether that is {RESIDUALS}"
     if p.layer != layer:
         return f"it reads {p.hook!r}, which is the input of layer {p.layer}; config.sae.layer is layer {layer}"
     return ""

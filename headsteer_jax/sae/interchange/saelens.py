@@ -40,7 +40,7 @@ SAELENS = {
     "batch_topk": ("jumprelu", "batchtopk", "k"),  # stored for inference as JumpReLU with one threshold
     "jumprelu": ("jumprelu", "jumprelu", "target_l0"),
 }
-# what other architectures are, for the error that refuses them
+# what other architectures are, for the error message
 UNSUPPORTED = {
     "transcoder": "a transcoder, which predicts one place of a model from another",
     "skip_transcoder": "a transcoder with a skip connection, which predicts one place of a model from another",

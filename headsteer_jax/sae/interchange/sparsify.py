@@ -23,14 +23,14 @@ from headsteer_jax.sae.interchange.files import (
 )
 from headsteer_jax.sae.interchange.provenance import BLOCK, OTHER_PLACES, Provenance, of_hook, read_text
 
-# settings that change the result, with their defaults, the only values that are supported, and what others mean
+# settings that change the result: the default, which is the only supported value, and what other values mean
 SETTINGS = {
     "activation": ("topk", "latents that compete within groups (groupmax), not for the k largest"),
     "signed": (False, "latents that may be negative"),
     "transcode": (False, "a transcoder, which predicts the output of a module from its input"),
     "skip_connection": (False, "a transcoder with a skip connection"),
 }
-# normalize_decoder and multi_topk change the training only
+# normalize_decoder and multi_topk affect only the training
 
 
 def import_sparsify(directory: Path, width: int | None = None) -> Imported:
@@ -74,7 +74,7 @@ def _read_provenance(directory: Path) -> Provenance:
     """Read the hook from the directory's name, and model and dataset from the training's config.json beside it."""
     name = directory.resolve().name
     provenance = of_hook(name if BLOCK.search(name) or OTHER_PLACES.search(name) else None)
-    for parent in directory.resolve().parents[:2]:  # in a directory best/ it is one further up
+    for parent in directory.resolve().parents[:2]:  # for an autoencoder in best/ it is one directory further up
         with contextlib.suppress(HeadSteerError):  # any other config.json, perhaps of something else
             c = read_object(parent / "config.json", "")
             return provenance._replace(model=read_text(c, "model"), dataset=read_text(c, "dataset"))
