@@ -1,12 +1,12 @@
 """The books of a run: what each stage was made from, which stages are stale, and why.
 
-A stage keeps `<workdir>/<stage>/started.json` and writes `done.json` at its end. They hold the fields of the config
-that it depends on, a description of its data, and hashes of the files that it read, so that a change of any of these
-is found and named. A stage that has changed is refused, or made again with --overwrite: beside the old one, which goes
-when the new one is complete. A report, which takes seconds, is made again without --overwrite. A stage that is made
-again makes the stages that read it stale.
+A stage writes `<workdir>/<stage>/started.json` when it starts and `done.json` when it ends. They hold the fields of the
+config that it depends on, a description of its data, and hashes of the files that it read. If any of these has changed,
+the stage is stale: it is refused, or computed again with --overwrite. New results are written beside the old ones and
+replace them when they are complete. A report takes seconds and is written again without --overwrite. If a stage is
+computed again, the stages that read it become stale.
 
-Where files lie, and how many images one pass of evaluation takes, is no part of an experiment: it may change.
+The paths of files, and the number of images in one pass of evaluation, are not part of an experiment and may change.
 """
 
 import datetime
@@ -44,9 +44,9 @@ from headsteer_jax.sae.imported import fingerprint_autoencoder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of a stage's record; a field of the config that is renamed or moved raises it
+FORMAT = 3  # of a stage's record; raise it if a field of the config is renamed or moved
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
-PLACES = ("data.path", "model.pretrained", "sae.pretrained", "train.eval_batch")  # of no consequence for a result
+PLACES = ("data.path", "model.pretrained", "sae.pretrained", "train.eval_batch")  # these do not affect results
 FILES: dict[str, Callable[[str], str]] = {
     "model.pretrained": fingerprint_weights, "sae.pretrained": fingerprint_autoencoder,
 }  # fmt: skip
@@ -63,11 +63,11 @@ class Stage:
     fields: tuple[str, ...]
     """The sections and fields of the config that its results depend on."""
     entries: tuple[str, ...] = ()
-    """Patterns of the names that it makes in its directory: when it is made again, others count as the user's."""
+    """Patterns of the names that it writes in its directory. All others are the user's, and are never deleted."""
     products: tuple[str, ...] = ()
-    """The files that it can make in the workdir itself."""
+    """The files that it may write in the workdir itself."""
     file: str = ""
-    """The field, one of FILES, that names a file which it reads."""
+    """The field, one of FILES, that names a file that it reads."""
     reads: tuple[str, ...] = ()
     """The stages whose results it reads."""
     optional: bool = False
@@ -128,8 +128,8 @@ class Inputs(NamedTuple):
     """Everything that a command starts from, by content."""
 
     config: Config
-    data: dict[str, Any] | None  # as `describe_data` describes them; None if they were not looked at
-    hashes: dict[str, str]  # of the content of the files that fields of FILES name; empty if a file is not there
+    data: dict[str, Any] | None  # the result of `describe_data`; None if the data were not read
+    hashes: dict[str, str]  # of the files that the fields in FILES name; empty if a file is missing
 
 
 def read_inputs(config: Config, dataset: Dataset | None) -> Inputs:
@@ -167,7 +167,7 @@ def explain_staleness(now: Inputs, workdir: Workdir, stage: Stage, unread: Seque
       unread: optional stages that it reads and that are left out now.
 
     Returns:
-      The reason; an empty text if they can be used, or if there are none.
+      The reason; an empty string if they can be used, or if there are none.
 
     Raises:
       HeadSteerError: the stage's record is damaged.
@@ -225,14 +225,12 @@ def is_done(workdir: Workdir, stage: Stage) -> bool:
 
 
 class Plan(NamedTuple):
-    """The decision of a command on a stage: what it does with it, and why."""
+    """The plan for a stage: what a command does with it, and why."""
 
     stage: Stage
     action: Action
     reason: str = ""  # why it is replaced
-    left_out: Mapping[str, str] = types.MappingProxyType(
-        {}
-    )  # optional stages that it could read, and why they are stale
+    left_out: Mapping[str, str] = types.MappingProxyType({})  # stale optional stages that it does not read, and why
 
 
 def plan_stages(
@@ -246,8 +244,8 @@ def plan_stages(
       overwrite: replace stale results instead of refusing them.
 
     Raises:
-      HeadSteerError: a chosen stage reads one that is neither chosen nor done, or is stale; a chosen one is stale and
-        `overwrite` is off; or its directory is not ours.
+      HeadSteerError: a chosen stage reads one that is not chosen and is missing or stale; a chosen stage is stale and
+        `overwrite` is off; or HeadSteer did not make a chosen stage's directory.
     """
     plans: list[Plan] = []
     remade: set[str] = set()
@@ -273,7 +271,7 @@ def _plan_stage(now: Inputs, workdir: Workdir, stage: Stage, remade: set[str], l
     """Decide what to do with a chosen stage.
 
     Args:
-      remade: the stages that are made in the same command.
+      remade: the stages that the same command computes.
       left_out: the optional stages that it does not read, and why.
     """
     check_directory(workdir / stage.name)
@@ -291,7 +289,7 @@ def check_directory(directory: Path) -> None:
     """Check that a stage's directory is HeadSteer's, or that nothing is there.
 
     Raises:
-      HeadSteerError: it holds something, and no marker of a stage.
+      HeadSteerError: it is not empty and has no marker of a stage.
     """
     if is_stage_directory(directory) or not (directory.exists() or is_broken_link(directory)):
         return
@@ -307,7 +305,7 @@ def is_broken_link(path: Path) -> bool:
 def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
     """Make a stage's directory, or the new one beside the old, and write started.json there; return the record.
 
-    A stage that was interrupted goes on, with the record that it began with, unless it began with other inputs.
+    An interrupted stage continues with the record that it began with, unless its inputs have changed.
 
     Raises:
       HeadSteerError: the disk is full or not writable.
@@ -334,12 +332,12 @@ def begin_stage(now: Inputs, workdir: Workdir, plan: Plan) -> dict[str, Any]:
 
 
 def stage_workdir(workdir: Workdir, plan: Plan) -> Workdir:
-    """Return the workdir that a stage writes to: if old results are replaced, its names lead beside them."""
+    """Return the workdir that a stage writes to; if it replaces old results, it writes beside them."""
     return redirect_stage(workdir, plan.stage.name, plan.stage.products) if plan.action == "replace" else workdir
 
 
 def finish_stage(record: dict[str, Any], workdir: Workdir, plan: Plan, config: Config, seconds: float) -> None:
-    """Write a stage's done.json, and put new results in the place of the old ones.
+    """Write a stage's done.json, and replace old results with the new ones.
 
     Raises:
       HeadSteerError: the disk is full or not writable.
@@ -361,16 +359,16 @@ def write_config(config: Config, workdir: Workdir) -> None:
 
 
 def _check_skipped(now: Inputs, workdir: Workdir, stage: Stage, chosen: Sequence[Stage], remade: set[str]) -> str:
-    """Check that a stage that is not chosen can be read by the chosen ones.
+    """Check that the chosen stages can read a stage that is not chosen.
 
     Args:
-      remade: the stages that are made in the same command.
+      remade: the stages that the same command computes.
 
     Returns:
-      Why an optional stage is left out; an empty text if it can be read, or if nothing reads it.
+      Why an optional stage is left out; an empty string if it can be read, or if nothing reads it.
 
     Raises:
-      HeadSteerError: a chosen stage needs it, and it is not done or stale.
+      HeadSteerError: a chosen stage needs it, and it is missing or stale.
     """
     readers = [reader.name for reader in chosen if stage.name in reader.reads]
     if not readers:
@@ -393,13 +391,13 @@ def _check_skipped(now: Inputs, workdir: Workdir, stage: Stage, chosen: Sequence
 
 
 def _inputs_finished(workdir: Workdir, stage: Stage, unread: Sequence[str]) -> dict[str, str]:
-    """Return for each finished stage that this one reads when it was finished."""
+    """Return when each finished stage that this one reads was finished."""
     records = {name: locate_complete(workdir, name) / "done.json" for name in stage.reads if name not in unread}
     return {name: _read_marker(path).get("finished", "") for name, path in records.items() if path.exists()}
 
 
 def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage: Stage) -> str:
-    """Say how two records of a stage differ in what they were made from; an empty text if they agree."""
+    """Say how two records of a stage differ in what they were made from; an empty string if they agree."""
     if (version := before.get("format", 1)) != FORMAT:
         return f"another version of HeadSteer made it: its record has format {version}, not {FORMAT}"
     if difference := _describe_field_changes(before["config"], now["config"]):
@@ -414,15 +412,15 @@ def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage
 
 
 def _describe_file_change(field: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say how the file that a field names differs; an empty text if it does not, or is no longer there to compare."""
+    """Say how a field's file has changed: by its content or, if a hash is missing, by its path; empty if it has not."""
     if before["hash"] and now["hash"]:
         changed = before["hash"] != now["hash"]
-        return f"config.{field}: the content of {now['path']} is not what it was" if changed else ""
+        return f"config.{field}: the content of {now['path']} has changed" if changed else ""
     return _describe_field_changes({field: before["path"]}, {field: now["path"]})
 
 
 def _describe_field_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name the fields that differ; an empty text if none does."""
+    """Name the fields that differ; an empty string if none does."""
     missing = object()
     return "; ".join(
         f"config.{path} was {json.dumps(before.get(path))}, now {json.dumps(now.get(path))}"

@@ -1,4 +1,4 @@
-"""What is checked before a run writes anything: its directory, data, backbone, autoencoder, devices and disk space."""
+"""The checks before a run writes anything: of its workdir, data, backbone, autoencoder, devices and disk space."""
 
 import os
 import shutil
@@ -30,14 +30,14 @@ OTHER_FILES = ("config.json", ".lock")  # those that are files
 
 
 def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> None:
-    """Check that a run may write into a directory: it is nobody else's, and far from the data.
+    """Check that a run may write into a workdir: that it overwrites nothing and does not overlap the data.
 
     Args:
-      stages: all that a run can have.
+      stages: all stages that a run can have.
 
     Raises:
-      HeadSteerError: it is a file, a home directory, a repository's root, or overlaps the data; or something that the
-        run would write is there already, and no run was started there.
+      HeadSteerError: it is a file, the home directory, the root of a disk or repository, or overlaps the data; or no
+        run was started there, but a file that the run would write exists.
     """
     path = workdir.path
     if is_in_bucket(path):
@@ -118,7 +118,7 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
     """Check what the stages that will run need, before anything is written.
 
     Raises:
-      HeadSteerError: a file that is not a stage's would be overwritten; an image or the backbone or the autoencoder
+      HeadSteerError: a file that is not a stage's would be overwritten; an image, the backbone or the autoencoder
         cannot be read or does not suit the config; the model sees values out of range; a batch cannot be divided among
         the devices; or the disk has too little space.
     """
@@ -131,7 +131,7 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
 
 
 def _has_begun(workdir: Workdir, name: str, action: str) -> bool:
-    """Say whether a stage goes on where it was interrupted."""
+    """Say whether a stage has begun and will continue."""
     directory = workdir / name if action == "make" else locate_new(workdir, name)
     return is_stage_directory(directory)
 
@@ -164,7 +164,7 @@ def checkpoint_bytes(config: Config, params: Any) -> int:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Check that the disk of a directory, which need not exist yet, has so many bytes left.
+    """Check that the disk has `needed` bytes left for a directory, which need not exist yet.
 
     Raises:
       HeadSteerError: it has fewer.

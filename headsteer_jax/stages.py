@@ -256,12 +256,11 @@ STAGES: dict[str, Stage] = {
 def run_stages(config: Config, workdir: Workdir, names: tuple[str, ...], overwrite: bool) -> None:
     """Run the named stages in order, each unless it is done.
 
-    Everything that can be found wrong is found before anything is written.
+    Everything that can be checked is checked before anything is written.
 
     Raises:
-      HeadSteerError: a stage before the first named one is not done; what is there was made from other inputs and
-        `overwrite` is off; the workdir is not ours; another run is writing there; hosts differ; anything that the
-        checks or a stage raise.
+      HeadSteerError: a stage that a named one needs is missing; a stage is stale and `overwrite` is off; the workdir is
+        used for something else; another run is writing there; hosts differ; or a check or a stage raises it.
     """
     settings = {f"config.{path}": json.dumps(value) for path, value in flatten(config).items()}
     versions = package_versions()
@@ -319,19 +318,19 @@ def _agree_on_plans(now: Inputs, workdir: Workdir, chosen: list[Stage], overwrit
 
 
 def _load_needed_dataset(config: Config, workdir: Workdir, chosen: list[Stage], overwrite: bool) -> Dataset | None:
-    """Load and check the dataset; None if it is no longer in its place, and every chosen stage is done."""
+    """Load and check the dataset; None if the data are gone and every chosen stage is done."""
     try:
         return _load_checked_dataset(config)
     except HeadSteerError as error:
         plans = _agree_on_plans(read_inputs(config, None), workdir, chosen, overwrite)
         if any(plan.action != "nothing" for plan in plans) or not _has_data_path(workdir, config.data.path):
             raise
-        logger.info(f"every stage is done, but it is not known whether the data are what they were ({error})")
+        logger.info(f"every stage is done, but the data could not be compared with the run's ({error})")
         return None
 
 
 def _has_data_path(workdir: Workdir, path: str) -> bool:
-    """Say whether the last command that ran in a workdir had the data in this place."""
+    """Say whether the last command that ran in a workdir read the data from this path."""
 
     def compare() -> bool:
         with suppress(HeadSteerError, TypeError, KeyError):  # it is missing or damaged
@@ -350,13 +349,13 @@ def _load_checked_dataset(config: Config) -> Dataset:
 
 
 def _finish_replacements(workdir: Workdir) -> None:
-    """Put new results of stages in place that an interrupted run had completed."""
+    """Replace old results with the new ones that an interrupted run had completed."""
     for stage in STAGES.values():
         replace_stage(workdir, stage.name, stage.entries, stage.products)
 
 
 def _update_config(now: Inputs, workdir: Workdir) -> None:
-    """Write config.json if it differs and all finished stages belong to this config: the places may have changed."""
+    """Write config.json if it differs and all finished stages belong to this config: paths may have changed."""
     file, config = workdir / "config.json", json.loads(now.config.model_dump_json())
     finished = [stage for stage in STAGES.values() if is_done(workdir, stage)]
     if not finished or any(explain_staleness(now, workdir, stage) for stage in finished):

@@ -299,7 +299,7 @@ def test_a_file_is_known_by_its_content_and_not_needed_once_it_was_read(tmp_path
     assert run(config(moved), workdir, MIX) == ["nothing"]
     moved.write_bytes(b"others")
     line = refusal(config(moved), workdir, MIX)
-    assert f"config.model.pretrained: the content of {moved} is not what it was" in line
+    assert f"config.model.pretrained: the content of {moved} has changed" in line
     assert 'config.model.pretrained was "' in refusal(Config(), workdir, MIX)
 
 

@@ -1,4 +1,4 @@
-"""What is found before a run writes anything: a directory that is not a run's, data in it, and too small a disk."""
+"""The checks before a run writes anything: a workdir that is used otherwise, one that holds the data, a full disk."""
 
 import subprocess
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A first look into a bucket, so that missing credentials or a missing network are one line at the start."""
+"""A first look into a bucket, so that missing credentials or a missing network give a one-line error at the start."""
 
 import threading
 
@@ -7,7 +7,7 @@ from etils.epath import Path
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.runtime.files import is_in_bucket
 
-REACH_SECONDS = 30.0  # libraries try again for minutes
+REACH_SECONDS = 30.0  # libraries retry for minutes
 
 
 def check_reachable(path: Path) -> None:
@@ -28,7 +28,7 @@ def check_reachable(path: Path) -> None:
         else:
             failures.append(None)
 
-    thread = threading.Thread(target=look, daemon=True)  # a daemon, because it may go on trying
+    thread = threading.Thread(target=look, daemon=True)  # a daemon, because it may go on retrying
     thread.start()
     thread.join(REACH_SECONDS)
     with explain_errors(path):

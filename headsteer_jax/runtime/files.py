@@ -16,7 +16,7 @@ from headsteer_jax.runtime import hosts
 
 AnyPath = str | os.PathLike[str]
 
-# Without its done.json a stage runs again, from the files that are left, and so do the stages after it.
+# Without its done.json a stage runs again, from the files that are left, and so do the stages that read it.
 REMAKE = "delete it and its stage's done.json, then run the same command with --overwrite"
 
 
@@ -41,7 +41,7 @@ def make_directory(path: str | Path) -> Path:
 
 
 def check_replaceable(path: AnyPath, mark: str, remedy: str = "choose another path") -> None:
-    """Check that a file can be written without the loss of one that HeadSteer did not write.
+    """Check that writing a file replaces nothing, or only a file that HeadSteer wrote.
 
     Args:
       mark: a text that every file of this kind has if HeadSteer wrote it.
@@ -144,7 +144,7 @@ class Workdir:
 
     path: Path
     redirected: Mapping[str, str] = field(default_factory=dict)
-    """The first parts of names that are written elsewhere in it, while a stage is made beside its old results."""
+    """The first parts of names that are redirected while a stage is computed again beside its old results."""
 
     def __truediv__(self, name: str) -> Path:
         """Return the path of a file or directory in it."""

@@ -78,10 +78,10 @@ def start(cluster: str, timeout: int) -> None:
 
 
 def _find_cluster() -> str:
-    """Find a variable of CLUSTERS that counts several processes -> NAME=VALUE; an empty text if there is none.
+    """Find a variable of CLUSTERS that counts several processes -> NAME=VALUE; an empty string if there is none.
 
-    An empty variable does not count. Nor does one that is not a number, which is said: if there are several processes
-    after all, the lock of the workdir lets only one of them run.
+    An empty variable is ignored. So is one that is not a number, with a warning: if there are several processes after
+    all, the lock of the workdir lets only one of them run.
     """
     unread = []
     for name, count in CLUSTERS.items():
@@ -91,7 +91,7 @@ def _find_cluster() -> str:
                 return f"{name}={text}"
         except ValueError:
             unread.append(f"{name}={text}")
-    for variable in unread:  # a warning is shown even before the log is
+    for variable in unread:  # a warning is shown even before the log is set up
         logger.warning(f"{variable}: not a number, so this process runs alone; --distributed joins a cluster")
     return ""
 

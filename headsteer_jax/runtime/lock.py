@@ -41,7 +41,7 @@ def _busy_error(workdir: Path) -> HeadSteerError:
 def _hold_local_lock(workdir: Path) -> Iterator[None]:
     """Hold the operating system's lock of a file, which ends with the process, however that ends.
 
-    A file system or an operating system without such locks is said in the log, and does not stop the run.
+    If the file system or the operating system has no such locks, the log says so and the run continues.
     """
     with explain_errors(workdir / ".lock"):
         file = open(workdir / ".lock", "ab")  # noqa: SIM115  # explain_errors must not cover the body of the context
@@ -83,7 +83,7 @@ def _hold_bucket_lock(workdir: Path) -> Iterator[None]:
 
 
 def _read_lock(path: Path) -> str:
-    """Read the lock's content; an empty text if there is no lock."""
+    """Read the lock's content; an empty string if there is no lock."""
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 

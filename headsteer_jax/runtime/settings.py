@@ -1,7 +1,7 @@
-"""JAX's process-wide settings that change results: HeadSteer computes with its own, and the user's come back.
+"""JAX's process-wide settings that change results: HeadSteer computes with its own and restores the user's.
 
-A user may have switched JAX to 64 bits, to strict promotion or to another random generator, by a variable of the
-environment or in a notebook. JAX_DEFAULT_MATMUL_PRECISION, the devices and switches for debugging stay as they are.
+A user may have switched JAX to 64 bits, to strict promotion or to another random generator, by an environment variable
+or in a notebook. JAX_DEFAULT_MATMUL_PRECISION, the devices and switches for debugging stay as they are.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ JAX_DEFAULTS: dict[str, Any] = {
     "jax_transfer_guard_host_to_device": "allow",
     "jax_transfer_guard_device_to_device": "allow",
     "jax_transfer_guard_device_to_host": "allow",
-}  # what a fresh JAX 0.10 does; a version that has no such setting needs none
+}  # the defaults of JAX 0.10; settings that a version does not have are skipped
 
 
 def open_devices() -> None:
@@ -43,9 +43,9 @@ def open_devices() -> None:
     try:
         jax.devices()
     except Exception as error:  # plugins fail in many ways; JAX itself asserts that it knows one for cuda
-        reason = " ".join(str(error).split()) or "there is no plugin of JAX for it"
+        reason = " ".join(str(error).split()) or "JAX has no plugin for it"
         chosen = read_platforms()
-        remedy = "unset it, or install the JAX for this device" if chosen else "set JAX_PLATFORMS=cpu to do without"
+        remedy = "unset it, or install the JAX for this device" if chosen else "set JAX_PLATFORMS=cpu to run on the CPU"
         culprit = f"JAX_PLATFORMS={chosen}" if chosen else "JAX"
         raise HeadSteerError(f"{culprit}: no device could be opened ({reason}); {remedy}") from None
 
@@ -56,14 +56,14 @@ def read_platforms() -> str | None:
 
 
 def apply_own_settings() -> None:
-    """Give this process HeadSteer's settings for good, as the command line does."""
+    """Give this process HeadSteer's settings permanently, as the command line does."""
     for name in _find_differences():
         jax.config.update(name, JAX_DEFAULTS[name])
 
 
 @contextmanager
 def use_own_settings() -> Iterator[None]:
-    """Compute with HeadSteer's settings in the body of this context, in every thread; the user's come back afterwards.
+    """Compute with HeadSteer's settings in the body of this context, in every thread; then restore the user's.
 
     It can also decorate a function.
     """
@@ -83,7 +83,7 @@ def use_own_settings_in_thread() -> Iterator[None]:
     with ExitStack() as restored:
         for name in _find_differences():
             context = getattr(jax, name.removeprefix("jax_"), None)
-            if context is not None:  # a few settings have no value of a thread
+            if context is not None:  # a few settings cannot be set for one thread
                 restored.enter_context(context(JAX_DEFAULTS[name]))
         yield
 
@@ -95,4 +95,4 @@ def _find_differences() -> dict[str, Any]:
         name: value
         for name, value in current.items()
         if value != JAX_DEFAULTS[name] and not (value is None and name.startswith("jax_transfer_guard"))
-    }  # no guard is the same as one that allows everything
+    }  # without a guard everything is allowed too

@@ -1,10 +1,10 @@
-"""A stage that is made again: beside the old one, which goes only when the new one is complete.
+"""Computing a stage again beside its old results, which are deleted only when the new ones are complete.
 
-The new results of the stage NAME are written to `.NAME.new` in the workdir. Once that holds done.json, which lists what
-the stage makes outside of its directory (`products`), it is complete, and `replace_stage` puts it in the old one's
-place. If the process dies between two of its steps, the next run takes them again: at every moment the old results or
-the new ones are complete on the disk. Entries of the old directory that HeadSteer did not make are never deleted: they
-move into the new directory.
+The new results of the stage NAME are written to `.NAME.new` in the workdir. They are complete once that directory has
+done.json, which lists what the stage writes outside of its directory (`products`); `replace_stage` then replaces the
+old results with them. If the process dies in between, the next run finishes the replacement: at every moment the old
+results or the new ones are complete on the disk. Entries of the old directory that HeadSteer did not make are never
+deleted: they move into the new directory.
 """
 
 import fnmatch
@@ -21,7 +21,7 @@ MARKERS = ("started.json", "done.json")  # the files that make a directory a sta
 
 
 def locate_new(workdir: Workdir, name: str) -> Path:
-    """Return where a stage's new results are made, beside the old ones."""
+    """Return the directory to which a stage's new results are written, beside the old ones."""
     return workdir.path / f".{name}.new"
 
 
@@ -31,18 +31,18 @@ def locate_removed(workdir: Workdir, name: str) -> Path:
 
 
 def locate_complete(workdir: Workdir, name: str) -> Path:
-    """Return the directory that holds a stage's newest results: the new one, if it is complete but not in place yet."""
+    """Return the directory that holds a stage's newest complete results, which may still be beside the old ones."""
     new = locate_new(workdir, name)
     return new if (new / "done.json").exists() else workdir.path / name
 
 
 def is_stage_directory(directory: Path) -> bool:
-    """Say whether HeadSteer made a directory, which one of the MARKERS tells."""
+    """Say whether HeadSteer made a directory for a stage: it then has one of the MARKERS."""
     return any((directory / marker).exists() for marker in MARKERS)
 
 
 def redirect_stage(workdir: Workdir, name: str, products: Sequence[str]) -> Workdir:
-    """Return a workdir in which a stage's directory, and its products outside of it, are those that are made anew."""
+    """Return a workdir that redirects a stage's directory, and its products outside of it, to the new results."""
     new = locate_new(workdir, name).name
     return Workdir(workdir.path, {name: new} | {first: f"{new}/{first}" for first in first_parts(products)})
 
@@ -53,13 +53,13 @@ def first_parts(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products: Sequence[str]) -> None:
-    """Put a stage's complete new results in the place of the old ones; do nothing if there are none.
+    """Replace a stage's old results with complete new ones; do nothing if there are none.
 
     Args:
-      entries: patterns of the names that the stage makes in its directory, in addition to those of the new results;
+      entries: patterns of the names that the stage writes in its directory, in addition to those of the new results;
         other names are the user's.
-      products: the files that the stage can make in the workdir itself, and in the new directory while it is made anew.
-        Old ones that it did not make again are deleted.
+      products: the files that the stage may write in the workdir itself; the new ones are in the new directory. Old
+        ones without a new version are deleted.
 
     Raises:
       HeadSteerError: the disk is full or not writable; the same command then continues.
@@ -109,7 +109,7 @@ def _list_products(new: Path, products: Sequence[str]) -> list[str]:
 
 
 def _replace_in_bucket(new: Path, old: Path, entries: Sequence[str], products: Sequence[str]) -> None:
-    """Copy a stage's new results to the old ones' place, done.json last, then delete them: a bucket has no renames."""
+    """Copy a stage's new results over the old ones, done.json last, then delete them: a bucket has no renames."""
     remove_stage(old, entries)
     outside = first_parts(products)
     for product in set(products) - set(_list_products(new, products)):
@@ -142,8 +142,8 @@ def remove_stage(directory: Path, entries: Sequence[str]) -> None:
     ones, and still belong to a stage.
 
     Args:
-      directory: of a stage.
-      entries: patterns of the names that the stage makes.
+      directory: the stage's.
+      entries: patterns of the names that the stage writes.
 
     Raises:
       HeadSteerError: HeadSteer did not make the directory.
@@ -166,7 +166,7 @@ def remove_stage(directory: Path, entries: Sequence[str]) -> None:
 
 
 def _foreign_entries(directory: Path, entries: Sequence[str]) -> list[Path]:
-    """List what is in a stage's directory and fits none of the patterns of what the stage makes."""
+    """List the entries of a stage's directory that match no pattern of what the stage writes."""
     patterns = (*MARKERS, *entries, *(f".{entry}.part" for entry in (*MARKERS, *entries)))
     return [
         entry for entry in directory.iterdir()

@@ -1,4 +1,4 @@
-"""A stage that is made beside its old results: what is complete at every moment, and what is never deleted."""
+"""Computing a stage again beside its old results: what is complete at every moment, and what is never deleted."""
 
 import os
 from collections.abc import Iterator
