@@ -150,7 +150,7 @@ def command_run(arguments: Sequence[str]) -> None:
         "--stages", metavar="A,B", help="some of train, sae, grid, steer, layers, report (default: all but grid)"
     )
     parser.add_argument("--seed", help="short for --config.seed")
-    parser.add_argument("--overwrite", action="store_true", help="compute stages again if their fields have changed")
+    parser.add_argument("--overwrite", action="store_true", help="compute stages again whose settings or data changed")
     parser.add_argument("--profile", action="store_true", help="short for --config.machine.profile=true")
     parser.add_argument(
         "--distributed", default="", metavar="auto|HOST:PORT,N,I", help="join a cluster, as process I of N"
@@ -242,7 +242,7 @@ def command_page(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where to write report.html, latents.html and figures/ (default: RUN)"
     )
-    parser.add_argument("--data", metavar="PLACE", help="where the data are now, if they have moved since the run")
+    parser.add_argument("--data", metavar="PATH", help="the new path of the data, if they have moved since the run")
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
     flags = parser.parse_args(list(arguments))
@@ -266,7 +266,7 @@ def command_page(arguments: Sequence[str]) -> None:
         print(page)
         return
     _start()
-    config, dataset = load_run_dataset(config, workdir, flags.data, "--data=PLACE")
+    config, dataset = load_run_dataset(config, workdir, flags.data, "--data=PATH")
     output = epath.Path(expand_path(flags.output, "--output")) if flags.output else workdir.path
     for name in ("report.html", "latents.html") if flags.output else ():
         check_replaceable(output / name, 'content="HeadSteer"', "choose another --output")

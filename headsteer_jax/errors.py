@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 FULL_DISK = "the disk is full; what was saved before is intact: free some space and run the same command"
-# what the operating system says of itself, whatever is being done
+# errors of the operating system itself, whatever the program is doing
 SYSTEM_ERRORS = {
     errno.ENOSPC: FULL_DISK,
     errno.EDQUOT: FULL_DISK.replace("the disk is full", "your quota of disk space is used up"),
@@ -16,18 +16,18 @@ SYSTEM_ERRORS = {
     errno.EIO: "the device failed to read or write; check the disk, then run the same command",
     errno.ESTALE: "the file server has replaced or lost it; mount it again and run the same command",
 }
-# what it says of a path, if nothing better is known to advise
+# its errors about a path, if there is no better advice
 PATH_ERRORS = {
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
-    errno.ELOOP: "its symbolic links lead in a circle; correct them",
+    errno.ELOOP: "its symbolic links form a loop; correct them",
     errno.ENOENT: "it is missing, or was removed meanwhile; put it back or run the same command again",
-    errno.EISDIR: "it is a directory, where a file should be; move it away",
+    errno.EISDIR: "it is a directory instead of a file; move it away",
 }
 SYSTEM_TEXTS = {"No space left": errno.ENOSPC, "Disk quota exceeded": errno.EDQUOT, "Too many open files": errno.EMFILE}
 UNREACHABLE_REASONS = re.compile(
     "ABORTED|UNAVAILABLE|UNAUTHENTICATED|PERMISSION_DENIED|DEADLINE_EXCEEDED|.*Invalid GCS bucket"
 )
-CLOUD_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests")  # every error of theirs is about reaching the bucket
+CLOUD_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests")  # all of their errors mean an unreachable bucket
 TENSORSTORE_DETAILS = re.compile(r" \[(?:tensorstore_spec|source locations|os_error_code)")
 DAMAGE = (ValueError, KeyError, TypeError, TimeoutError, OSError)  # what libraries raise for a file that is not right
 DENIED = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM, errno.EEXIST)
@@ -96,13 +96,13 @@ def _blamed_path(error: Exception, culprit: object) -> str:
 
 
 def _explain_system_error(error: Exception, culprit: object) -> str:
-    """Explain in one line what is wrong with the whole system; an empty text if this is another error."""
+    """Explain in one line what is wrong with the whole system; an empty string if this is another error."""
     number = _error_number(error)
     return f"{_blamed_path(error, culprit)}: {SYSTEM_ERRORS[number]}" if number in SYSTEM_ERRORS else ""
 
 
 def _explain_denial(error: Exception, culprit: object) -> str:
-    """Explain in one line what may not be read or written; an empty text if this is another error."""
+    """Explain in one line what may not be read or written; an empty string if this is another error."""
     if _error_number(error) not in DENIED and "Permission denied" not in str(error):
         return ""
     path = _blamed_path(error, culprit)
@@ -113,6 +113,6 @@ def _explain_denial(error: Exception, culprit: object) -> str:
 
 
 def _explain_path_error(error: Exception, culprit: object) -> str:
-    """Explain in one line what is wrong with a path; an empty text if this is another error."""
+    """Explain in one line what is wrong with a path; an empty string if this is another error."""
     number = _error_number(error) if isinstance(error, OSError) else None
     return f"{_blamed_path(error, culprit)}: {PATH_ERRORS[number]}" if number in PATH_ERRORS else ""

@@ -138,10 +138,10 @@ def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | 
     """Load a run whose stages train and sae are done, with the config of the last command that ran there.
 
     Args:
-      data: the new place of the data, if they have moved since; or the dataset itself.
+      data: the new path of the data, if they have moved since; or the dataset itself.
 
     Raises:
-      HeadSteerError: a stage is missing or damaged, or the data are no longer there, or not what they were.
+      HeadSteerError: a stage is missing, stale or damaged, or the data are missing or have changed.
     """
     open_devices()
     workdir = Workdir(Path(expand_path(os.fspath(directory), "load_run")))
@@ -149,7 +149,7 @@ def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | 
     config = read_config(workdir)
     for name in ("train", "sae"):
         check_done(config, workdir, name, "load_run")
-    config, dataset = load_run_dataset(config, workdir, data, "load_run(..., data=PLACE)")
+    config, dataset = load_run_dataset(config, workdir, data, "load_run(..., data=PATH)")
     loaded = load_run_data(config, dataset, workdir)
     return Run(loaded.trained, loaded.dataset, loaded.autoencoders, loaded.x_train)
 
@@ -160,14 +160,14 @@ def load_run_dataset(
     """Load the dataset of a finished run, and check that it is the one that the run was made with.
 
     Args:
-      data: the new place of the data, if they have moved since; or the dataset itself.
-      remedy: how a user names a new place.
+      data: the new path of the data, if they have moved since; or the dataset itself.
+      remedy: how a user passes a new path.
 
     Returns:
-      The config, with the place of the data, and the dataset.
+      The config, with the path of the data, and the dataset.
 
     Raises:
-      HeadSteerError: the data are not there, or they have changed.
+      HeadSteerError: the data are missing or have changed.
     """
     if isinstance(data, str | os.PathLike):
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": os.fspath(data)})})
@@ -177,10 +177,12 @@ def load_run_dataset(
         try:
             dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
         except HeadSteerError as error:
-            raise HeadSteerError(f"{error}; if the data have moved, {remedy} names their new place") from None
+            raise HeadSteerError(f"{error}; if the data have moved, use {remedy}") from None
     record = read_record(workdir, "train")
     if record and record["data"] and (change := describe_data_change(record["data"], describe_data(dataset))):
-        raise HeadSteerError(f"{workdir.path}: the data have changed since this run: {change}; use those that it had")
+        raise HeadSteerError(
+            f"{workdir.path}: the data have changed since this run: {change}; use the data that it was made with"
+        )
     return config, dataset
 
 
@@ -205,7 +207,7 @@ def read_config(workdir: Workdir) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise HeadSteerError(
-            f"{path}: there is none, so no run was started here; headsteer run --workdir={workdir.path} starts one"
+            f"{path}: no such file, so no run was started here; start one with headsteer run --workdir={workdir.path}"
         )
     try:
         return Config.model_validate_json(path.read_bytes())
@@ -230,8 +232,8 @@ def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None
     """
     if not is_done(workdir, STAGES[name]):
         raise HeadSteerError(
-            f"{reader} needs the stage {name}, which is not done in {workdir.path}; headsteer run "
-            f"--workdir={workdir.path} --stages={name} makes it"
+            f"{reader} needs the stage {name}, which is not done in {workdir.path}; compute it with headsteer run "
+            f"--workdir={workdir.path} --stages={name}"
         )
     if locate_complete(workdir, name) != workdir / name:
         raise HeadSteerError(
@@ -240,5 +242,6 @@ def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None
         )
     if reason := explain_staleness(read_inputs(config, None), workdir, STAGES[name]):
         raise HeadSteerError(
-            f"{workdir / name}: does not belong to this run's config.json ({reason}); headsteer run makes it again"
+            f"{workdir / name}: does not belong to this run's config.json ({reason}); compute it again with "
+            "headsteer run --overwrite"
         )

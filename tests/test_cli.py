@@ -659,7 +659,7 @@ def test_what_an_exact_sweep_refuses(loaded):
 
 
 def test_runs_that_cannot_be_loaded(finished, tmp_path):
-    with pytest.raises(HeadSteerError, match=r"config\.json: there is none, so no run was started here"):
+    with pytest.raises(HeadSteerError, match=r"config\.json: no such file, so no run was started here"):
         load_run(tmp_path)
     workdir = finished.copy(tmp_path, "activations", "figures")
     (workdir / "sae" / "done.json").unlink()

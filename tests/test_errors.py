@@ -61,7 +61,7 @@ def test_an_error_that_is_not_understood_passes(error: Exception, arguments: dic
         (errno.EIO, "/w/a", DAMAGED, "/w/a: the device failed to read or write"),
         (errno.ESTALE, "/w/a", {}, "/w/a: the file server"),
         (errno.ENAMETOOLONG, "/w/aaa", {}, "/w/aaa: the name is too long"),
-        (errno.ELOOP, "/w/a", {}, "/w/a: its symbolic links lead in a circle"),
+        (errno.ELOOP, "/w/a", {}, "/w/a: its symbolic links form a loop"),
         (errno.ENOENT, "/w/a", {}, "/w/a: it is missing, or was removed meanwhile"),
         (errno.ENOENT, "/w/a", DAMAGED, "/w: truncated or damaged ([Errno 2]"),
     ],

@@ -98,10 +98,10 @@ def _parse(annotation: Any, text: str) -> Any:
 
 
 def _parse_names(text: str) -> tuple[str, ...]:
-    """Read a list of texts: separated by commas, or a JSON list, whose texts may hold anything.
+    """Read a list of strings: separated by commas, or a JSON list, whose strings may contain anything.
 
     Raises:
-      ValueError: the text begins like a JSON list and is none; what brackets mean otherwise would be a guess.
+      ValueError: the text begins with a bracket but is not a JSON list.
     """
     if not text.lstrip().startswith("["):
         return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -111,7 +111,7 @@ def _parse_names(text: str) -> tuple[str, ...]:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         example = """'["a, b", "[c]"]'"""
-        raise ValueError(f"a text that begins with [ must be a JSON list of quoted texts, such as {example}")
+        raise ValueError(f"a value that begins with [ must be a JSON list of quoted strings, such as {example}")
     return tuple(names)
 
 
@@ -129,7 +129,7 @@ def format_override(value: Any) -> str:
 def override(config: Config, path: str, text: str) -> Config:
     """Set the field at a dotted path from a text of the command line.
 
-    The elements of a list are separated by commas; a list of texts may also be a JSON list.
+    The elements of a list are separated by commas; a list of strings may also be a JSON list.
 
     The rules across fields are not checked: `load_config` does that once, after the last override.
 
@@ -169,16 +169,18 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
     """
     path = Path(expand_path(str(path), "--config", buckets=False))
     if not path.is_file():
-        raise HeadSteerError(f"--config={path}: there is no such file; the directory {path.parent} should hold it")
+        raise HeadSteerError(f"--config={path}: there is no such file; correct the path")
     try:
         config = runpy.run_path(str(path))["get_config"]()
         if not isinstance(config, Config):
-            raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}, not a Config")
+            raise HeadSteerError(f"--config={path}: get_config() returned {type(config).__name__}; return a Config")
     except ValidationError as error:
         section = NESTED_SECTIONS.get(error.title) or error.title.removesuffix("Config").lower()
         raise HeadSteerError(f"{first_fault(error, section)} (in {path})") from None
     except KeyError:
-        raise HeadSteerError(f"--config={path}: the file defines no get_config()") from None
+        raise HeadSteerError(
+            f"--config={path}: the file defines no get_config(); define one that returns a Config"
+        ) from None
     except HeadSteerError:
         raise
     except Exception as error:
@@ -216,7 +218,7 @@ def render_reference() -> str:
         "",
         "This page lists all fields of a config with their defaults. A config file sets the fields that its experiment",
         "needs, and the command line overrides both: `--config.FIELD=VALUE`, with commas between the elements of a",
-        "list. Texts that hold commas, or begin with a bracket, are given as a JSON list:",
+        "list. If a string contains a comma or begins with a bracket, write the list as a JSON list:",
         """`--config.steer.classes='["a, b", "[c]"]'`. This page is the output of""",
         "`headsteer config --reference=docs/reference/configuration.md`.",
         "",

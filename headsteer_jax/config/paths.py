@@ -42,5 +42,5 @@ def expand_path(text: str, name: str, buckets: bool = True) -> str:
         user = text[1:].partition("/")[0]
         reason = f"there is no user {user!r}" if user else "there is no home directory"
         raise HeadSteerError(
-            f"{name}={text}: {reason}; write the directory in full (./{text} if it is meant)"
+            f"{name}={text}: {reason}; write the path in full (or ./{text} for a file of this name)"
         ) from None

@@ -61,8 +61,8 @@ class DataConfig(Section):
     splits: tuple[str, ...] = ()
     """The names of the published splits: of train and test, if validation is cut from train; of train, validation and
     test; or of one split from which all three are cut. For the source folder they are directories in PATH, and `.` is
-    PATH itself. If it is empty, the usual names count: train; val, validation, valid or dev; test. A validation split
-    stands in for a test split that is missing or has no labels, and a new one is then cut from train."""
+    PATH itself. If it is empty, the usual names are used: train; val, validation, valid or dev; test. A validation
+    split stands in for a test split that is missing or has no labels, and a new one is then cut from train."""
     image_size: PositiveInt = 20
     """The side in pixels of the square image that the model sees. Images of other sizes are cropped and resized."""
     channels: Literal[1, 3] = 1
@@ -125,17 +125,17 @@ class ModelConfig(Section):
     """The type in which matrix products are computed. Parameters, LayerNorm, softmax, gates and logits stay float32."""
     registers: NonNegativeInt = 0
     """The number of register tokens between CLS and the patches, which have no positions (arXiv:2309.16588). DINOv2's
-    `reg4` files have 4. The distillation token of DeiT's distilled files is one."""
+    `reg4` files have 4. The distillation token of DeiT's distilled files counts as one."""
     pretrained: str = ""
     """The file of a pretrained backbone, or the directory that holds it. It is a .safetensors, .pth, .pt, .bin, .ckpt
     or .npz file, whole or in shards, with the names of timm, DINOv2, MAE, Hugging Face's ViTModel, DeiTModel and
-    Dinov2Model, torchvision or google-research, whatever wraps the backbone. hf://owner/model downloads it from the
+    Dinov2Model, torchvision or google-research, with any prefix. hf://owner/model downloads it from the
     Hugging Face hub, and hf://owner/model/FILE another file of it. A config.json beside the file is compared with this
     section. A PyTorch file needs the extra `torch`, and a download needs the extra `hub`. If it is empty, the model is
     trained from scratch."""
     pretrained_head: bool = False
     """Keep the pretrained file's classifier, which must have the dataset's classes in the same order. Otherwise the
-    classifier starts anew."""
+    classifier is trained from scratch."""
 
     @classmethod
     def of_size(cls, size: Literal["Ti", "S", "B"], **fields: Any) -> Self:
@@ -268,7 +268,7 @@ class SAEConfig(Section):
     """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072. It has no effect if latents is
     not 0."""
     latents: NonNegativeInt = 0
-    """The number of latents, F, if it is not to be a multiple of the width. With 0 it is expansion times D."""
+    """The number of latents, F, for instance if it is not a multiple of the width. With 0 it is expansion times D."""
     activation: Literal["topk", "batch_topk", "jumprelu", "relu"] = "topk"
     """The choice of active latents, which are never negative. topk: the k largest of each residual (arXiv:2406.04093).
     batch_topk: the B k largest of a batch in training, and a threshold afterwards (arXiv:2412.06410). jumprelu: those

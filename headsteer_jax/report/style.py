@@ -164,7 +164,7 @@ def remove_frame(axes: Axes) -> None:
 def apply_style() -> Iterator[None]:
     """Apply this package's style, on matplotlib's defaults, to figures that are drawn inside.
 
-    A user's matplotlibrc and styles do not count; their settings come back afterwards.
+    The user's matplotlibrc and styles are ignored, and are restored afterwards.
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()

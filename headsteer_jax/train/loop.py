@@ -59,7 +59,7 @@ def init_params(model: ViT, config: Config, seed: int, class_names: Sequence[str
 
     Args:
       class_names: of the dataset, with which those of a pretrained head are compared.
-      backbone: load the config's pretrained backbone; otherwise only shapes and dtypes count.
+      backbone: load the config's pretrained backbone; without it, only the shapes and dtypes are right.
 
     Raises:
       HeadSteerError: the backbone cannot be loaded, or hosts have different variables.
@@ -319,7 +319,7 @@ def load_trained(config: Config, classes: int, directory: Path, phase: Phase = "
     """Load the model that a finished training left in `directory`.
 
     Args:
-      classes: the number of classes of its data.
+      classes: the number of classes of its dataset.
 
     Raises:
       HeadSteerError: the checkpoint is missing, damaged or of another config.
