@@ -12,7 +12,7 @@ There are four parts. Each runs without the others, and its error, if any, is in
 4. A ViT-S is swept on generated images, next to one plain forward pass and `run_suffix`: times, and what differs.
 
 On an H200, part 1 took 165 s without the sweep with `highest`, part 3 took 33 s and part 4 113 s, and XLA's autotuning
-alone took 120 s for the six programs of part 2. All four parts therefore do not fit six minutes. A part that is late
+alone took 120 s for the six programs of part 2. Six minutes are too short for all four parts. A part that is late
 leaves out what matters less, and no part begins after LATE seconds. No network is needed. Products of float32 are
 computed as JAX does by default (TF32 on a GPU) and with `highest`; --products chooses for part 1. Times are medians and
 exclude compilation. DIR gets results.json and results.md. The last line printed is one JSON object. With --small

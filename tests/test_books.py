@@ -1,4 +1,4 @@
-"""The books of a run: when a stage runs, when it is done, and when its results are refused as stale or made again."""
+"""The books of a run: when a stage runs, when it is done, and when its results are stale and refused or replaced."""
 
 import hashlib
 import json

@@ -76,7 +76,7 @@ def _describe_content(file: str | Path | bytes) -> str:
         return "an empty file, not an image"
     if content.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not an image (git lfs pull fetches the images)"
-    return f"no image that Pillow can read ({len(content)} bytes)"
+    return f"not an image that Pillow can read ({len(content)} bytes)"
 
 
 def decode_image(file: str | Path | bytes, culprit: str, shape: tuple[int, int, int], fit: bool) -> np.ndarray:

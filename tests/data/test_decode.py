@@ -109,7 +109,7 @@ DEEP = {
     ("content", "says"),
     [
         (b"", "an empty file, not an image"),
-        (b"<html>not found</html>", "no image that Pillow can read (22 bytes)"),
+        (b"<html>not found</html>", "not an image that Pillow can read (22 bytes)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
         (DEEP["png"], "its pixels do not have 8 bits (mode I;16)"),
         (DEEP["tiff"], "its pixels do not have 8 bits (mode F)"),

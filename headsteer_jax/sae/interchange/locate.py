@@ -79,7 +79,7 @@ def _find_autoencoders(directory: Path) -> list[tuple[str, Path]]:
 
 
 def _describe_foreign(path: Path) -> str:
-    """Say what a path holds that is no autoencoder of these libraries; an empty string if that is not known."""
+    """Say what a path holds instead of an autoencoder of these libraries; an empty string if that is not known."""
     if path.name == "autoencoders.npz" or (path / "autoencoders.npz").is_file() or (path / "sae").is_dir():
         return "it is a run of HeadSteer; export its autoencoders first: headsteer export RUN saelens:DIR"
     if path.is_file() and path.suffix in TORCH_SUFFIXES:
