@@ -73,20 +73,20 @@ class Stage:
     optional: bool = False
     """Stages that read it can do without it."""
     derived: bool = False
-    """Its results follow in seconds from those that it reads: stale ones are replaced without --overwrite."""
+    """It takes seconds, so stale results are replaced without --overwrite."""
     by_default: bool = True
     """It runs if the command names no stages."""
 
 
 class SplitRecord(BaseModel):
-    """What a record says of a split: see `describe_data`."""
+    """The description of a split in a record: see `describe_data`."""
 
     images: list[int]
     hashes: list[str]
 
 
 class DataRecord(BaseModel):
-    """What a record says of the data: see `describe_data`."""
+    """The description of the data in a record: see `describe_data`."""
 
     classes: list[str]
     image: list[int]
@@ -96,14 +96,14 @@ class DataRecord(BaseModel):
 
 
 class FileRecord(BaseModel):
-    """What a record says of the file that a stage reads."""
+    """The description of the file that a stage reads in a record."""
 
     path: str
     hash: str
 
 
 class StartedRecord(BaseModel):
-    """What started.json holds: what the stage is made from."""
+    """The content of started.json: what the stage is made from."""
 
     format: int
     config: dict[str, Any]
@@ -113,7 +113,7 @@ class StartedRecord(BaseModel):
 
 
 class DoneRecord(StartedRecord):
-    """What done.json holds."""
+    """The content of done.json."""
 
     finished: str
     seconds: float
@@ -206,7 +206,7 @@ def _read_marker(path: Path) -> dict[str, Any]:
 
 
 def _find_fault(record: Mapping[str, Any], marker: str) -> str:
-    """Say what is wrong with the form of a record; an empty text if nothing is."""
+    """Say what is wrong with the form of a record; an empty string if nothing is."""
     try:
         RECORDS[marker].model_validate(record, strict=True)
     except ValidationError as error:

@@ -45,7 +45,7 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
     if path.exists() and not path.is_dir():
         raise HeadSteerError(f"{path}: is a file; choose a directory as --workdir")
     if is_broken_link(path):
-        raise HeadSteerError(f"{path}: is a link that leads nowhere; correct it, or choose another --workdir")
+        raise HeadSteerError(f"{path}: is a broken link; correct it, or choose another --workdir")
     resolved = LocalPath(os.path.realpath(path))
     if resolved in (LocalPath(os.path.realpath(os.path.expanduser("~"))), LocalPath(resolved.anchor)):
         raise HeadSteerError(f"{path}: is a home directory or the root of a disk; choose a directory of its own")
@@ -66,7 +66,7 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
             check_directory(directory)
     for name in OTHER_FILES:
         if (path / name).is_dir() or is_broken_link(path / name):
-            raise HeadSteerError(f"{path / name}: is no file, but a run writes one there; choose another --workdir")
+            raise HeadSteerError(f"{path / name}: is not a file, but a run writes one there; choose another --workdir")
     if any(is_stage_directory(path / stage.name) for stage in stages):
         return
     for name in (*OTHER_NAMES, *first_parts([product for stage in stages for product in stage.products])):
@@ -78,7 +78,7 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
 
 
 def _is_within(path: LocalPath, place: LocalPath) -> bool:
-    """Say whether a path is a place or below it, also where names differ in case alone, or by a mount."""
+    """Say whether a path is a place or lies below it, even if they differ in case or by a mount."""
     above = (path, *path.parents)
     return place in above or (place.exists() and any(each.exists() and each.samefile(place) for each in above))
 
@@ -94,9 +94,9 @@ def check_products(workdir: Workdir, plans: Sequence[Plan]) -> None:
         for product in plan.stage.products if plan.action != "nothing" else ():
             path = workdir.path / product
             if path.parent.exists() and not path.parent.is_dir():
-                raise HeadSteerError(f"{path.parent}: is no directory, but a run writes one there; move it elsewhere")
+                raise HeadSteerError(f"{path.parent}: is not a directory, but a run makes one there; move it elsewhere")
             if path.is_dir() or is_broken_link(path) or is_broken_link(path.parent):
-                raise HeadSteerError(f"{path}: is no file, but a run writes one there; move it elsewhere")
+                raise HeadSteerError(f"{path}: is not a file, but a run writes one there; move it elsewhere")
             if path.exists() and not begun:
                 raise HeadSteerError(
                     f"{path}: exists, but the stage {plan.stage.name} was not begun in {workdir.path}; move it "

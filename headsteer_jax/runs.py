@@ -215,9 +215,9 @@ def read_config(workdir: Workdir) -> Config:
         fault = str(error)
         if isinstance(error, ValidationError):
             is_json = error.errors(include_url=False)[0]["type"] != "json_invalid"
-            fault = first_fault(error) if is_json else "it is no JSON"
+            fault = first_fault(error) if is_json else "it is not JSON"
         raise HeadSteerError(
-            f"{path}: damaged, or of another version: {fault}; the command that made the run writes it again"
+            f"{path}: damaged, or of another version: {fault}; run the command that made the run again"
         ) from None
 
 
@@ -237,7 +237,7 @@ def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None
         )
     if locate_complete(workdir, name) != workdir / name:
         raise HeadSteerError(
-            f"{workdir / name}: its new results are complete, but not in their place, because a run was interrupted; "
+            f"{workdir / name}: its old results are not replaced by the new ones yet, because a run was interrupted; "
             "run the same command again"
         )
     if reason := explain_staleness(read_inputs(config, None), workdir, STAGES[name]):

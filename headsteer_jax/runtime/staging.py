@@ -101,7 +101,7 @@ def replace_stage(workdir: Workdir, name: str, entries: Sequence[str], products:
 
 
 def _list_products(new: Path, products: Sequence[str]) -> list[str]:
-    """List the files outside of its directory that a stage has made anew, as its done.json has them."""
+    """List the files outside of its directory that a stage has written again, as its done.json lists them."""
     record = read_json(new / "done.json")
     if not isinstance(record, dict) or not isinstance(record.get("products"), list):
         raise HeadSteerError(f"{new / 'done.json'}: damaged (it lists no products); delete {new}")
