@@ -293,7 +293,8 @@ def check_directory(directory: Path) -> None:
     """
     if is_stage_directory(directory) or not (directory.exists() or is_broken_link(directory)):
         return
-    if not directory.is_dir() or any(directory.iterdir()):
+    begun = {".started.json.part"}  # all that there is if the process died as it began the stage
+    if not directory.is_dir() or {entry.name for entry in directory.iterdir()} - begun:
         raise HeadSteerError(f"{directory}: exists, and HeadSteer did not make it; choose another --workdir")
 
 

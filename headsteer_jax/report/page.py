@@ -25,10 +25,8 @@ def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path
     Raises:
       HeadSteerError: a file is missing or damaged, or the directory is not writable.
     """
-    output = make_directory(output or workdir.path)
     latents = read_arrays(workdir / "sae/inside.npz")
     latents |= {name: latents[name][:, : config.report.top_images] for name in latents if name.startswith("top_")}
-    write_latents_page(output / "latents.html", workdir.name, latents, dataset, config)
     data = ReportData(
         config,
         dataset,
@@ -36,6 +34,8 @@ def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path
         arrays=to_arrays(read_sweep(workdir / "sweep.nc")),
         rows=read_log(workdir / "train/metrics.jsonl"),
     )
+    output = make_directory(output or workdir.path)  # nothing is written unless everything could be read
+    write_latents_page(output / "latents.html", workdir.name, latents, dataset, config)
     write_report(data, workdir.name, output)
 
 
