@@ -45,9 +45,7 @@ PRODUCTS = ("summary.json", "report.html", "figures/front.png")  # of the fake r
 def checked(examples: int) -> Callable[[Any], Any]:
     """Try so many examples, always the same ones."""
     health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=health
-    )
+    return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=health)
 
 
 class Killed(BaseException):
