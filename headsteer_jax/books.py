@@ -212,11 +212,11 @@ def _find_fault(record: Mapping[str, Any], marker: str) -> str:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-    data = record["data"]
-    if not data:
-        return ""
-    lengths = {len(data[split][name]) for split in SPLITS for name in ("images", "hashes")}
-    return "data: its lists have not one element for each class" if lengths - {len(data["classes"])} else ""
+    if data := record["data"]:
+        lengths = {len(data[split][name]) for split in SPLITS for name in ("images", "hashes")}
+        if lengths != {len(data["classes"])}:
+            return "data: its lists have not one element for each class"
+    return ""
 
 
 def is_done(workdir: Workdir, stage: Stage) -> bool:

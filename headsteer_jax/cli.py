@@ -212,7 +212,13 @@ def command_export(arguments: Sequence[str]) -> None:
     _import_jax()
     _import_matplotlib()
 
-    from headsteer_jax.deploy.export import check_target, export_autoencoders, export_timm, parse_target
+    from headsteer_jax.deploy.export import (
+        check_directories,
+        check_target,
+        export_autoencoders,
+        export_timm,
+        parse_target,
+    )
     from headsteer_jax.runs import check_done, count_classes, read_config
     from headsteer_jax.sae.store import read_autoencoders
     from headsteer_jax.train.loop import load_trained
@@ -222,16 +228,19 @@ def command_export(arguments: Sequence[str]) -> None:
     config = read_config(workdir)
     for library, _ in targets:
         check_done(config, workdir, "train" if library == "timm" else "sae", "headsteer export")
-    if not flags.overwrite:
-        for library, path in targets:
+    for library, path in targets:
+        check_directories(library, path)
+        if not flags.overwrite:
             check_target(library, path)
     _start()
     trained = load_trained(config, count_classes(workdir), workdir / "train")
+    # everything is read before anything is written
+    autoencoders = read_autoencoders(workdir, trained)[0] if any(name != "timm" for name, _ in targets) else None
     for library, path in targets:
-        if library == "timm":
+        if autoencoders is None or library == "timm":
             export_timm(trained, path)
         else:
-            export_autoencoders(trained, read_autoencoders(workdir, trained)[0], library, path, workdir.name)
+            export_autoencoders(trained, autoencoders, library, path, workdir.name)
         print(path)
 
 
@@ -251,25 +260,24 @@ def command_page(arguments: Sequence[str]) -> None:
 
     from etils import epath
 
-    from headsteer_jax.report.page import write_pages
-    from headsteer_jax.report.results import write_results
+    from headsteer_jax.report.page import check_output, write_pages
+    from headsteer_jax.report.results import check_results_page, write_results
     from headsteer_jax.runs import check_done, load_run_dataset, read_config
-    from headsteer_jax.runtime.files import check_replaceable
 
     workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
     check_done(config, workdir, "report", "headsteer page")
     if flags.results:
         page = epath.Path(expand_path(flags.results, "--results"))
-        check_replaceable(page, "headsteer page")
+        check_results_page(page)
         write_results(workdir, page, flags.config, load_config(find_config(flags.config)))
         print(page)
         return
     _start()
     config, dataset = load_run_dataset(config, workdir, flags.data, "--data=PATH")
     output = epath.Path(expand_path(flags.output, "--output")) if flags.output else workdir.path
-    for name in ("report.html", "latents.html") if flags.output else ():
-        check_replaceable(output / name, 'content="HeadSteer"', "choose another --output")
+    if flags.output:
+        check_output(output)
     write_pages(config, dataset, workdir, output)
     print(output / "report.html")
 
@@ -293,7 +301,7 @@ def command_config(arguments: Sequence[str]) -> None:
         from headsteer_jax.runtime.files import check_replaceable, make_directory, write_text
 
         page = Path(expand_path(flags.reference, "--reference", buckets=False))
-        check_replaceable(page, "headsteer config --reference")
+        check_replaceable(page, "# Configuration\n\nThis page lists all fields of a config with their defaults.")
         make_directory(page.parent)
         write_text(page, render_reference() + "\n")
         print(page)

@@ -232,6 +232,39 @@ def test_a_damaged_record_is_named(workdir: Workdir) -> None:
     assert refusal(Config(), workdir, MIX).startswith(f"{workdir / 'mix' / 'done.json'}: missing or damaged")
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"config": 3}, "config: input should be a valid dictionary"),
+        ({"data": {}}, "data.classes: field required"),
+        ({"data": data() | {"classes": ["cat"]}}, "data: its lists have not one element for each class"),
+        ({"inputs": {"mix": 3}}, "inputs.mix: input should be a valid string"),
+        ({"file": {"path": ""}}, "file.hash: field required"),
+        ({"seconds": "long"}, "seconds: input should be a valid number"),
+    ],
+)
+def test_a_record_that_was_edited_is_named(workdir: Workdir, change: dict[str, Any], fault: str) -> None:
+    run(Config(), workdir, MIX)
+    change_record(workdir, "mix/done.json", change)
+    line = refusal(Config(), workdir, MIX, overwrite=True)
+    assert line.startswith(f"{workdir / 'mix' / 'done.json'}: damaged ({fault}); delete it")
+    (workdir / "mix" / "done.json").unlink()
+    assert run(Config(), workdir, MIX, overwrite=True) == ["make"]  # as the line says
+
+
+@pytest.mark.parametrize("field", ["config", "data", "inputs", "finished", "products"])
+def test_a_record_that_lacks_something_is_named(workdir: Workdir, field: str) -> None:
+    run(Config(), workdir, MIX)
+    change_record(workdir, "mix/done.json", {}, drop=field)
+    assert f"damaged ({field}: field required)" in refusal(Config(), workdir, MIX, BAKE, overwrite=True)
+
+
+def test_a_record_without_its_file_is_stale(workdir: Workdir) -> None:
+    run(Config(), workdir, MIX)
+    change_record(workdir, "mix/done.json", {}, drop="file")
+    assert "its record does not say which config.model.pretrained" in refusal(Config(), workdir, MIX)
+
+
 def test_a_stage_that_is_not_chosen_must_be_done_and_current(workdir: Workdir) -> None:
     assert plan(Config(), workdir) == []  # nothing reads it
     line = refusal(Config(), workdir, BAKE)

@@ -12,9 +12,10 @@ from builders import CLASSES, tiny_config
 from etils import epath
 
 from headsteer_jax import preflight
+from headsteer_jax.books import Plan
 from headsteer_jax.config import Config, DataConfig, MachineConfig
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.preflight import check_space, check_workdir, checkpoint_bytes
+from headsteer_jax.preflight import check_products, check_space, check_workdir, checkpoint_bytes
 from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.stages import STAGES
 from headsteer_jax.train.loop import abstract_params, init_state
@@ -105,6 +106,54 @@ def test_the_file_of_the_data_may_not_lie_in_the_workdir(tmp_path: Path) -> None
     data = DataConfig(source="npz", path=str(tmp_path / "data.npz"))
     assert "overlaps the data in" in refusal(tmp_path, data)
     check(tmp_path / "run", data)
+
+
+@pytest.mark.parametrize("place", ["train", ".train.new", ".sae.removed"])
+def test_a_link_that_leads_nowhere_and_a_users_directory_are_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).symlink_to("nowhere")
+    assert refusal(tmp_path).startswith(f"{tmp_path / place}: exists, and HeadSteer did not make it")
+    (tmp_path / place).unlink()
+    (tmp_path / place).mkdir()
+    check(tmp_path)
+    (tmp_path / place / ".started.json.part").touch()  # all that is left if the process dies as it begins the stage
+    check(tmp_path)
+    (tmp_path / place / "mine").touch()
+    assert refusal(tmp_path).startswith(f"{tmp_path / place}: exists, and HeadSteer did not make it")
+
+
+def test_the_cache_may_not_lie_in_the_data(tmp_path: Path) -> None:
+    """Its directories would be taken for classes."""
+    (tmp_path / "data" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "test").mkdir()
+    data, workdir = DataConfig(source="folder", path=str(tmp_path / "data")), Workdir(epath.Path(tmp_path / "w"))
+    for cache, refused in ((tmp_path / "data" / "train" / "cache", True), (tmp_path / "data" / "cache", False)):
+        config = Config(data=data, machine=MachineConfig(activation_cache=str(cache)))
+        if refused:
+            with pytest.raises(HeadSteerError, match=r"config.machine.activation_cache = .*: lies in the data in"):
+                check_workdir(config, workdir, list(STAGES.values()))
+        else:
+            check_workdir(config, workdir, list(STAGES.values()))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_stage_writes_into_the_workdir_replaces_only_its_own(tmp_path: Path, begun: bool) -> None:
+    workdir, report = Workdir(epath.Path(tmp_path)), STAGES["report"]
+    if begun:
+        workdir.path.joinpath("report").mkdir()
+        workdir.write_json("report/started.json", {"format": 1})
+    (tmp_path / "report.html").write_text("whose?")
+    check_products(workdir, [Plan(report, "nothing"), Plan(STAGES["steer"], "make")])
+    if begun:
+        check_products(workdir, [Plan(report, "replace")])
+        (tmp_path / "figures").write_text("the user's")
+        with pytest.raises(HeadSteerError, match="figures: is no directory"):
+            check_products(workdir, [Plan(report, "replace")])
+    else:
+        with pytest.raises(HeadSteerError, match="exists, but the stage report was not begun"):
+            check_products(workdir, [Plan(report, "make")])
+    (tmp_path / "sweep.nc").mkdir()
+    with pytest.raises(HeadSteerError, match=r"sweep.nc: is no file, but a run writes one there"):
+        check_products(workdir, [Plan(STAGES["steer"], "make")])
 
 
 def test_the_space_of_checkpoints_is_what_they_hold() -> None:

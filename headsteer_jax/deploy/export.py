@@ -38,12 +38,28 @@ def check_target(library: str, path: Path) -> None:
     Raises:
       HeadSteerError: a file that would be written exists, and HeadSteer did not write it.
     """
+    remedy = "choose another path, or pass --overwrite"
     if library == "timm":
         files = [path]
     else:
         files = [*path.glob("seed_*/cfg.json" if library == "saelens" else "seed_*.safetensors")]
     for file in files:
-        check_replaceable(file, WRITER, "choose another path, or pass --overwrite")
+        check_replaceable(file, WRITER, remedy)
+    for file in path.glob("seed_*/sae_weights.safetensors") if library == "saelens" else ():
+        if not (file.parent / "cfg.json").exists():  # which would say that HeadSteer wrote the weights
+            raise HeadSteerError(f"{file}: exists, and HeadSteer did not write it; {remedy}")
+
+
+def check_directories(library: str, path: Path) -> None:
+    """Check that an export's directory is one or can be made.
+
+    Raises:
+      HeadSteerError: a file is in its place.
+    """
+    directory = path.parent if library == "timm" else path
+    place = next((place for place in (directory, *directory.parents) if place.exists()), None)
+    if place is not None and not place.is_dir():
+        raise HeadSteerError(f"{place}: is a file, but the export needs a directory there; choose another path")
 
 
 def export_timm(trained: TrainedModel, file: Path) -> None:

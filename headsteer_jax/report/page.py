@@ -8,12 +8,36 @@ from headsteer_jax.analysis.sweep_file import read_sweep, to_arrays
 from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
-from headsteer_jax.report.figures import FIGURES, render_figure
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.report.figures import FIGURE_FILES, FIGURES, render_figure
 from headsteer_jax.report.latents import write_latents_page
 from headsteer_jax.report.render import render_template
 from headsteer_jax.report.style import ReportData
-from headsteer_jax.runtime.files import Workdir, make_directory, read_arrays, read_json, write_bytes, write_text
+from headsteer_jax.runtime.files import (
+    Workdir,
+    check_replaceable,
+    make_directory,
+    read_arrays,
+    read_json,
+    write_bytes,
+    write_text,
+)
 from headsteer_jax.train.log import read_log
+
+
+def check_output(directory: Path) -> None:
+    """Check that pages and figures replace nothing but earlier ones.
+
+    Raises:
+      HeadSteerError: a file that would be written exists, and HeadSteer did not write it.
+    """
+    remedy = "choose another --output"
+    pages = [directory / "report.html", directory / "latents.html"]
+    for page in pages:
+        check_replaceable(page, 'content="HeadSteer"', remedy)
+    for file in () if any(page.exists() for page in pages) else FIGURE_FILES:
+        if (directory / file).exists():  # without a page beside it, it is of another make
+            raise HeadSteerError(f"{directory / file}: exists, and HeadSteer did not write it; {remedy}")
 
 
 def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path | None = None) -> None:

@@ -10,7 +10,7 @@ from headsteer_jax.config.files import flatten, format_override
 from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.report.render import render_template
-from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_bytes, write_text
+from headsteer_jax.runtime.files import Workdir, check_replaceable, make_directory, read_json, write_bytes, write_text
 
 
 def format_run_command(config: Config, name: str, based_on: Config, config_name: str) -> str:
@@ -51,6 +51,19 @@ def render_results(summary: dict[str, Any], folder: str, command: str, run_comma
         negative={"alpha": curve["alpha"][lowest], "usage": curve["usage"][lowest]},
         strategies=[name for name in summary["steering"] if name != "unsteered"],
     )  # fmt: skip
+
+
+def check_results_page(file: Path) -> None:
+    """Check that a results page and its figures replace nothing but an earlier page.
+
+    Raises:
+      HeadSteerError: a file that would be written exists, and HeadSteer did not write it.
+    """
+    check_replaceable(file, "\n\n*Generated from ")
+    if not file.exists() and (figure := next((file.parent / file.stem).glob("*.png"), None)):
+        raise HeadSteerError(
+            f"{figure}: exists, but {file} does not, so HeadSteer did not write it; choose another path"
+        )
 
 
 def write_results(workdir: Workdir, file: Path, config_name: str, based_on: Config) -> None:

@@ -9,7 +9,13 @@ from etils import epath
 from helpers import FinishedRun
 from safetensors.numpy import load_file
 
-from headsteer_jax.deploy.export import export_autoencoders, export_timm, parse_target
+from headsteer_jax.deploy.export import (
+    check_directories,
+    check_target,
+    export_autoencoders,
+    export_timm,
+    parse_target,
+)
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.runs import Run, load_run
@@ -70,3 +76,34 @@ def test_every_autoencoder_comes_back_and_answers_as_before(run: Run, tmp_path: 
         assert (imported.activation, imported.k) == ("topk", run.config.sae.k)
         sae = run.autoencoder(seed)
         np.testing.assert_allclose(imported.sae.reconstruct(x), sae.reconstruct(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "refused"),
+    [
+        ("timm:a.safetensors", "a.safetensors", True),
+        ("saelens:a", "a/seed_0/cfg.json", True),
+        ("saelens:a", "a/seed_1/sae_weights.safetensors", True),  # without a cfg.json that says whose it is
+        ("saelens:a", "a/seed_0/notes.txt", False),
+        ("overcomplete:a", "a/seed_0.safetensors", True),
+        ("overcomplete:a", "a/other.safetensors", False),
+    ],
+)
+def test_an_export_replaces_no_file_of_another_program(tmp_path: Path, target: str, file: str, refused: bool) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("the user's")
+    library, path = target.split(":")
+    if not refused:
+        check_target(library, epath.Path(tmp_path / path))
+        return
+    with pytest.raises(HeadSteerError, match=rf"{file}: exists, and HeadSteer did not write it; choose another path"):
+        check_target(library, epath.Path(tmp_path / path))
+
+
+@pytest.mark.parametrize("target", ["timm:a/b.safetensors", "saelens:a", "overcomplete:a/b/c"])
+def test_an_export_needs_a_directory(tmp_path: Path, target: str) -> None:
+    library, path = target.split(":")
+    check_directories(library, epath.Path(tmp_path / path))
+    (tmp_path / "a").write_text("the user's")
+    with pytest.raises(HeadSteerError, match="a: is a file, but the export needs a directory there"):
+        check_directories(library, epath.Path(tmp_path / path))

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from PIL import Image
 
+from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.report import figures, page, style
 
 HOSTILE = (
@@ -307,3 +308,23 @@ def test_spread_labels_keeps_the_order_and_moves_only_close_neighbours() -> None
     assert places[2] == pytest.approx(0.1)
     assert places[4] == pytest.approx(0.9)
     assert np.array(places)[[0, 1, 3]] == pytest.approx([0.41, 0.51, 0.61], abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["report.html", "latents.html", "figures/front.png"])
+def test_pages_replace_no_file_of_another_program(tmp_path: Path, name: str) -> None:
+    page.check_output(epath.Path(tmp_path))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.png").write_text("the user's")
+    page.check_output(epath.Path(tmp_path))  # a name that is none of the report's
+    (tmp_path / name).write_text("the user's")
+    with pytest.raises(
+        HeadSteerError, match=f"{name}: exists, and HeadSteer did not write it; choose another --output"
+    ):
+        page.check_output(epath.Path(tmp_path))
+
+
+def test_pages_are_written_again_with_their_figures(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "front.png").write_text("an earlier report's")
+    (tmp_path / "latents.html").write_text('<meta name="generator" content="HeadSteer">')
+    page.check_output(epath.Path(tmp_path))

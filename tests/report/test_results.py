@@ -1,13 +1,17 @@
 """The command in a results page: a shell and the command line read it as the config that it stands for."""
 
 import shlex
+from pathlib import Path
 
+import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headsteer_jax.config import Config
 from headsteer_jax.config.files import flatten, override
-from headsteer_jax.report.results import format_run_command
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.report.results import check_results_page, format_run_command
 
 CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 NAMES = st.text(CHARACTERS | st.sampled_from(" ,[]|=\"'\\$`\n"), max_size=8)
@@ -30,3 +34,18 @@ def test_the_command_gives_the_config(names: list[str], path: str, flip: bool, t
             name, _, text = word.removeprefix("--config.").partition("=")
             read = override(read, name, text)
     assert flatten(read) == flatten(config)
+
+
+def test_a_results_page_replaces_no_page_or_figure_of_another_program(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "paper.md"
+    (page.parent / "paper").mkdir(parents=True)
+    check_results_page(epath.Path(page))
+    page.write_text("# Notes\n\nThe pages are made by `headsteer page RUN --results=PAGE.md`.\n")
+    with pytest.raises(HeadSteerError, match=r"paper\.md: exists, and HeadSteer did not write it"):
+        check_results_page(epath.Path(page))
+    page.unlink()
+    (page.parent / "paper" / "photo.png").write_text("the user's")
+    with pytest.raises(HeadSteerError, match=r"photo\.png: exists, but .*paper\.md does not"):
+        check_results_page(epath.Path(page))
+    page.write_text("# Results on digits\n\n*Generated from `summary.json` by `headsteer page ...`; do not edit.*\n")
+    check_results_page(epath.Path(page))

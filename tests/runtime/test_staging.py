@@ -154,6 +154,26 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     assert (elsewhere / "precious").exists()
 
 
+def test_a_link_in_the_place_of_a_stage_is_replaced_and_not_what_it_leads_to(workdir: Workdir, tmp_path: Path) -> None:
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-disk")
+    (tmp_path / "steer").rename(elsewhere)
+    (tmp_path / "steer").symlink_to(elsewhere)
+    replace_stage(workdir, "steer", ENTRIES, PRODUCTS)
+    assert (tmp_path / "steer" / "result").read_text() == "new"
+    assert not (tmp_path / "steer").is_symlink()
+    assert (elsewhere / "result").read_text() == "old"
+    assert (elsewhere / "notes.txt").read_text() == "the user's"
+
+
+def test_a_users_name_is_no_pattern(workdir: Workdir, tmp_path: Path) -> None:
+    """`notes[1].txt`, which an interrupted replacement has moved already, says nothing of `notes1.txt`."""
+    (locate_new(workdir, "steer") / "notes[1].txt").write_text("moved")
+    (tmp_path / "steer" / "notes1.txt").write_text("the user's")
+    replace_stage(workdir, "steer", ENTRIES, PRODUCTS)
+    assert (tmp_path / "steer" / "notes1.txt").read_text() == "the user's"
+    assert (tmp_path / "steer" / "notes[1].txt").read_text() == "moved"
+
+
 def test_a_removal_that_is_interrupted_leaves_a_marker_and_nothing_to_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
