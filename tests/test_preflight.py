@@ -146,7 +146,7 @@ def test_what_a_stage_writes_into_the_workdir_replaces_only_its_own(tmp_path: Pa
     if begun:
         check_products(workdir, [Plan(report, "replace")])
         (tmp_path / "figures").write_text("the user's")
-        with pytest.raises(HeadSteerError, match="figures: is no directory"):
+        with pytest.raises(HeadSteerError, match="figures: is not a directory"):
             check_products(workdir, [Plan(report, "replace")])
     else:
         with pytest.raises(HeadSteerError, match="exists, but the stage report was not begun"):
