@@ -152,7 +152,7 @@ def test_what_a_stage_writes_into_the_workdir_replaces_only_its_own(tmp_path: Pa
         with pytest.raises(HeadSteerError, match="exists, but the stage report was not begun"):
             check_products(workdir, [Plan(report, "make")])
     (tmp_path / "sweep.nc").mkdir()
-    with pytest.raises(HeadSteerError, match=r"sweep.nc: is no file, but a run writes one there"):
+    with pytest.raises(HeadSteerError, match=r"sweep.nc: is not a file, but a run writes one there"):
         check_products(workdir, [Plan(STAGES["steer"], "make")])
 
 
