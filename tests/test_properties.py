@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -351,7 +352,7 @@ RECORD_CHANGES = st.one_of(
 )
 
 
-@checked(120)
+@checked(80)
 @given(RECORD_FILES, RECORD_CHANGES, st.sampled_from(["run", "overwrite", "page", "export", "load"]))
 def test_whatever_a_finished_runs_records_say(make_world, file, change, command):
     """Records that are damaged or edited by hand are refused in a line, or made again."""
@@ -372,6 +373,19 @@ def test_whatever_a_finished_runs_records_say(make_world, file, change, command)
         arguments = {"page": ("w",), "export": ("w", "timm:w.safetensors"), "load": ("w", "--output=w/page")}[command]
         # the fakes' results cannot be read, so that every one of these commands is refused
         world.headsteer(*arguments, command="page" if command == "load" else command)
+
+
+@pytest.mark.parametrize("name", ["train", "report"])
+def test_old_results_are_not_read_beside_a_new_record(make_world, name):
+    """A run that died before it put new results in place: what is there now belongs to the old record."""
+    world = make_world()
+    assert world.run().returncode == 0
+    shutil.copytree(world.workdir / name, world.workdir / f".{name}.new")
+    arguments = ("w", "timm:x.safetensors") if name == "train" else ("w",)
+    result = world.headsteer(*arguments, command="export" if name == "train" else "page")
+    assert f"w/{name}: its old results are not replaced by the new ones yet" in result.stderr
+    assert world.run().returncode == 0  # puts them there
+    assert not (world.workdir / f".{name}.new").exists()
 
 
 @contextlib.contextmanager
@@ -414,7 +428,7 @@ COMMANDS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@checked(60)
+@checked(50)
 @given(st.booleans(), st.lists(COMMANDS, min_size=2, max_size=5))
 def test_at_every_moment_the_old_or_the_new_results_are_complete(make_world, starts_whole, commands):
     """Random commands, configs, data and kills: what was complete stays so or is replaced, and it is what it says."""
