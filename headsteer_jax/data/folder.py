@@ -217,10 +217,8 @@ def _list_split(split: Path, classes: Mapping[str, Path]) -> SplitFiles:
             name = min(unknown)
             spellings = {other.casefold(): other for other in classes}
             close = difflib.get_close_matches(name.casefold(), spellings, n=1, cutoff=0.9)
-            advice = f" ({spellings[close[0]]!r} in another spelling?)" if close else ""
-            raise HeadSteerError(
-                f"{_show(inside[name])}: the training split has no such class{advice}; remove it or add training images"
-            )
+            advice = f"did you mean {spellings[close[0]]!r}?" if close else "remove it or add training images"
+            raise HeadSteerError(f"{_show(inside[name])}: the training split has no such class; {advice}")
         for entry in sorted(os.scandir(split), key=lambda entry: entry.name):
             if not entry.is_dir() and not is_system_name(entry.name):
                 _pass_over(split_files, entry.name, "outside of the class directories")
@@ -327,8 +325,8 @@ def _log_passed_over(split_files: SplitFiles) -> None:
     )  # fmt: skip
     if deeper:
         logger.info(
-            f"{_show(split_files.directory)}: {deeper.total()} images lie in {len(deeper)} subdirectories of the class "
-            f"directories and belong to these classes ({normalise_name(min(deeper))})"
+            f"{_show(split_files.directory)}: images of subdirectories count for the class above them: "
+            f"{deeper.total()} in {len(deeper)} of them, such as {normalise_name(min(deeper))}"
         )
     animated = sum(file.path.lower().endswith((".gif", ".apng")) for file in split_files.files)
     if animated:

@@ -264,7 +264,9 @@ def _read_torch(path: Path) -> Weights:
     try:
         import torch
     except ImportError:
-        raise HeadSteerError(f"{path}: a {path.suffix} file needs the extra torch: pip install torch") from None
+        raise HeadSteerError(
+            f"{path}: a {path.suffix} file needs the extra torch: pip install 'headsteer-jax[torch]'"
+        ) from None
     try:
         with torch.serialization.safe_globals(
             [argparse.Namespace]
