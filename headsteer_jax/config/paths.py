@@ -1,5 +1,6 @@
 """Paths as people write them: `~` stands for a home directory, and a scheme such as gs:// for a kind of storage."""
 
+import os
 import re
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def _has_utf8_bytes(text: str) -> bool:
+    """Say whether the bytes of a path are UTF-8, whatever the locale made of them."""
+    try:
+        os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
+
+
 def expand_path(text: str, name: str, buckets: bool = True) -> str:
     """Replace a leading `~` or `~user`, which shells leave alone after an equals sign, and check the path's scheme.
 
@@ -29,7 +39,7 @@ def expand_path(text: str, name: str, buckets: bool = True) -> str:
     Raises:
       HeadSteerError: there is no such user, the scheme is not supported, or the path is not UTF-8.
     """
-    if not is_unicode(text):
+    if not _has_utf8_bytes(text):
         raise HeadSteerError(f"{name}={text!r}: must be text in UTF-8; rename the directory, or make a link to it")
     if not has_known_scheme(text, buckets):
         allowed = "a path of this machine" + " or gs://bucket/path" * buckets
