@@ -216,7 +216,8 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
 
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         logits_BC, out = model.apply(params, preprocess(images, config.data), gating=gating)
-        return predict_class(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
+        m_BH = out["gate_logits"][layer]["heads"]
+        return predict_class(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], m_BH
 
     program = per_image_program(forward, config.train.eval_batch)
     return lambda params, split, label: Observed(*run_over_split(program, params, split, label))

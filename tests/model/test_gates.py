@@ -66,7 +66,7 @@ def test_no_annealing_means_settled_from_the_start():
 
 
 def test_gate_starts_open():
-    gate = gates.Gate(6, GateConfig(bias=2.0), 1e-6)
+    gate = gates.Gate(6, GateConfig(bias=2.0).settings("heads"), False, 1e-6)
     x = jax.random.normal(jax.random.key(1), (50, 96))
     m, _ = gate.init_with_output(jax.random.key(0), x)
     assert m.shape == (50, 6)

@@ -152,14 +152,14 @@ def test_loss_by_hand():
 
     @jax.jit
     def compute(params):
-        noise = jnp.zeros((6, 2, 3))
+        noise = {"heads": jnp.zeros((6, 2, 3))}
         losses = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), noise, config)
         return losses, model.apply(params, images)
 
     (loss, metrics), (logits, out) = compute(params)
     log_p = np.asarray(logits, np.float64) - np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1, keepdims=True))
     cross_entropy = -(np.asarray(targets) * log_p).sum(axis=1).mean()
-    usage = [np.asarray(out["gates"][layer]).mean() for layer in (1, 2)]
+    usage = [np.asarray(out["gates"][layer]["heads"]).mean() for layer in (1, 2)]
     pressure = config.gate.weight * np.mean([abs(u - config.gate.target) for u in usage])
     np.testing.assert_allclose(loss, cross_entropy + pressure, rtol=1e-5)
     np.testing.assert_allclose(metrics["usage_thresholded"], usage, rtol=1e-6)
