@@ -382,7 +382,8 @@ class ViT(nn.Module):
         self, x_BTD: jax.Array, layer: int, gating: Gating, noise: Gates, intervention: Intervention
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run one layer -> the residual after it, and the layer's entries of `out`."""
-        block, layer_out = self.layers[layer], {"cls": x_BTD[:, 0]}
+        block = self.layers[layer]
+        layer_out: dict[str, Any] = {"cls": x_BTD[:, 0]}
         first = {kind: self.gate.settings(kind).first_layer for kind in block.kinds}
         own_noise = {kind: noise[kind][:, layer - first[kind]] for kind in block.kinds if kind in noise}
         x_BTD, logits, gates = _decide(block, x_BTD, gating, own_noise, intervention)

@@ -29,7 +29,7 @@ from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.batches import device_batches
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.flops import training_speed
+from headsteer_jax.model.macs import training_speed
 from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.model.vit import Gating, TrainedModel, ViT, build_model, fingerprint_params
