@@ -284,7 +284,9 @@ def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, ste
     accuracy = observed.accuracy(dataset.validation.labels)
     if not np.isfinite(observed.x).all():
         raise HeadSteerError(f"{phase}: the residuals are not finite at step {step}; lower the learning rate")
-    usage = {"validation_usage": observed.gates.mean(axis=(0, 2))} if phase == "gated" else {}
+    usage = {}
+    if phase == "gated" and "heads" in observed.gates:
+        usage["validation_usage"] = observed.gates["heads"].mean(axis=(0, 2))
     log.write(phase, step, {"validation_accuracy": accuracy} | usage)
     return accuracy
 
