@@ -31,9 +31,11 @@ def test_matches_reference(images, gating, dropped, layer_norm, gelu):
         answer, gates, gate_logits, cls = reference.vit(exact, image.astype(np.float64), config, gating)
         chex.assert_trees_all_close(logits[i], answer, rtol=2e-5, atol=2e-5)
         for layer in gates:
-            chex.assert_trees_all_close(out["gate_logits"][layer]["heads"][i], gate_logits[layer], rtol=2e-5, atol=2e-5)
-            chex.assert_trees_all_equal(np.asarray(out["gates"][layer]["heads"][i], float), gates[layer])
-            decisions.append(gates[layer])
+            chex.assert_trees_all_close(
+                out["gate_logits"][layer]["heads"][i], gate_logits[layer]["heads"], rtol=2e-5, atol=2e-5
+            )
+            chex.assert_trees_all_equal(np.asarray(out["gates"][layer]["heads"][i], float), gates[layer]["heads"])
+            decisions.append(gates[layer]["heads"])
         for layer in cls:
             chex.assert_trees_all_close(out["cls"][layer][i], cls[layer], rtol=2e-5, atol=2e-5)
     if gating == "thresholded":  # the comparison saw heads on and off
