@@ -206,6 +206,18 @@ def test_missing_checkpoint(dataset, finished_training, tmp_path):
         loop.load_trained(with_train(), len(dataset.class_names), directory)
 
 
+def test_a_model_of_heads_has_no_other_gates(dataset, finished_training):
+    """A config with more kinds of gates than its checkpoint is refused in one line that names what is missing."""
+    config = with_train()
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"kinds": ("heads", "sublayers")})})
+    with pytest.raises(HeadSteerError) as error:
+        loop.load_trained(config, len(dataset.class_names), finished_training)
+    text = str(error.value)
+    assert "another model: it has no array" in text
+    assert "layers_1.decide_sublayers, unlike this config's model; use its own config" in text
+    assert "\n" not in text
+
+
 def test_a_checkpoint_knows_its_data(dataset, finished_training, tmp_path):
     directory = shutil.copytree(finished_training, tmp_path / "copy")
     names = ("zebra", *dataset.class_names[1:])
