@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from headsteer_jax.config.schema import GateConfig, GateKind, GateSettings
+from headsteer_jax.config.schema import GateConfig, GateSettings
 
 SUBLAYERS = ("attention", "mlp")  # in the order of the gates of a block's sublayers
 
-Gates = Mapping[GateKind, jax.Array]  # heads [B, H], sublayers [B, 2], tokens [B, N]; a missing kind is all open
+Gates = Mapping[str, jax.Array]  # by kind: heads [B, H], sublayers [B, 2], tokens [B, N]; a missing kind is all open
 
 
 class Gate(nn.Module):

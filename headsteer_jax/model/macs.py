@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
     """The sizes of a model that its MACs depend on."""
 
     patches: int  # N
-    others: int  # tokens that are always kept: CLS and the registers
+    prefix: int  # CLS and the registers, which are always kept
     width: int  # D
     heads: int  # H
     hidden: int  # width of the MLP
@@ -65,17 +65,17 @@ def _count_decisions(config: Config, layer: int) -> int:
     return s.width * sum(gates[kind] for kind in config.gate.kinds_in(layer))
 
 
-def _count_layer(config: Config, layer: int, kept: Any, heads: Any, attention: Any, mlp: Any) -> tuple[Any, ...]:
+def _count_layer(config: Config, layer: int, patches: Any, heads: Any, attention: Any, mlp: Any) -> tuple[Any, ...]:
     """Count the MACs of a layer by part, from numbers or arrays alike.
 
     Args:
-      kept: the number of kept patches.
+      patches: the number of kept patches.
       heads: the number of kept heads.
       attention: whether attention runs, 1 or 0.
       mlp: whether the MLP runs, 1 or 0.
     """
     s, dropped = _measure_sizes(config), config.gate.dropped
-    keys = s.others + kept
+    keys = s.prefix + patches
     queries = 1 if layer == config.model.depth - 1 else keys
     used = heads * (s.width // s.heads)  # the width of the heads that run
     passed = s.width - used if dropped == "identity" else 0  # of those whose values pass unchanged
@@ -118,13 +118,14 @@ def count_layer_macs(config: Config, gates: Mapping[int, Gates]) -> jax.Array:
     s, shape = _measure_sizes(config), next(g.shape[:-1] for by_kind in gates.values() for g in by_kind.values())
     layers = []
     for layer in range(config.model.depth):
-        own = {kind: jnp.asarray(g, jnp.float32) for kind, g in gates.get(layer, {}).items()}
-        kept, heads = (
-            own[kind].sum(axis=-1) if kind in own else float(count)
+        layer_gates = {kind: jnp.asarray(g, jnp.float32) for kind, g in gates.get(layer, {}).items()}
+        patches, heads = (
+            layer_gates[kind].sum(axis=-1) if kind in layer_gates else float(count)
             for kind, count in (("tokens", s.patches), ("heads", s.heads))
         )
-        attention, mlp = (own["sublayers"][..., i] if "sublayers" in own else 1.0 for i in range(len(SUBLAYERS)))
-        parts = _count_layer(config, layer, kept, heads, attention, mlp)
+        sublayers = layer_gates.get("sublayers", jnp.ones(len(SUBLAYERS)))
+        attention, mlp = (sublayers[..., i] for i in range(len(SUBLAYERS)))
+        parts = _count_layer(config, layer, patches, heads, attention, mlp)
         layers.append(jnp.stack([jnp.broadcast_to(jnp.asarray(part, jnp.float32), shape) for part in parts], axis=-1))
     return jnp.stack(layers, axis=-2)
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from headsteer_jax.config.schema import Config, GateKind
+from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.errors import HeadSteerError
@@ -31,7 +31,7 @@ class Observed(NamedTuple):
 
     prediction: np.ndarray  # [N] int32
     x: np.ndarray  # [N, D] float32, the CLS residual that enters the observed layer
-    gates: dict[GateKind, np.ndarray]  # by kind, [N, A, n] bool: of the layers that have it, the n gates of each
+    gates: dict[str, np.ndarray]  # by kind, [N, A, n] bool: of the layers that have it, the n gates of each
 
     def accuracy(self, labels: np.ndarray) -> float:
         """Compute the share of predictions that equal the labels."""

@@ -242,7 +242,7 @@ NO_INTERVENTIONS: Mapping[int, Intervention] = types.MappingProxyType({})
 
 def _decide(
     block: Block, x_BTD: jax.Array, gating: Gating, noise: Gates, intervention: Intervention
-) -> tuple[jax.Array, dict[GateKind, jax.Array], dict[GateKind, jax.Array]]:
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """Compute what a block computes on, its gate logits and its gates by kind; without gates everything runs.
 
     Args:
@@ -256,17 +256,17 @@ def _decide(
     if intervention.token_input is not None:
         reads[True] = intervention.token_input(reads[True])
         x_BTD = x_BTD.at[:, first:].set(reads[True]) if intervention.steer_residual else x_BTD
-    logits = {kind: block.gate_logits(reads[kind == "tokens"], kind) for kind in block.kinds}
-    gates: dict[GateKind, jax.Array] = {}
-    for kind, m in logits.items():
+    logits: dict[str, jax.Array] = {kind: block.gate_logits(reads[kind == "tokens"], kind) for kind in block.kinds}
+    gates: dict[str, jax.Array] = {}
+    for kind in block.kinds:
         if gating == "sampled":
-            gates[kind] = straight_through(m, noise[kind], block.gate.settings(kind).temperature)
+            gates[kind] = straight_through(logits[kind], noise[kind], block.gate.settings(kind).temperature)
         elif gating == "thresholded":
-            gates[kind] = threshold(m)
+            gates[kind] = threshold(logits[kind])
     return x_BTD, logits, gates | dict(intervention.forced())
 
 
-def _describe_gates(logits: Gates, gates: Gates) -> dict[GateKind, jax.Array]:
+def _describe_gates(logits: Gates, gates: Gates) -> dict[str, jax.Array]:
     """Return the gates of a layer for `out`, with those that were left out because everything runs."""
     return {kind: jnp.ones_like(m) for kind, m in logits.items()} | dict(gates)
 
@@ -385,7 +385,9 @@ class ViT(nn.Module):
         block = self.layers[layer]
         layer_out: dict[str, Any] = {"cls": x_BTD[:, 0]}
         first = {kind: self.gate.settings(kind).first_layer for kind in block.kinds}
-        own_noise = {kind: noise[kind][:, layer - first[kind]] for kind in block.kinds if kind in noise}
+        own_noise: dict[str, jax.Array] = {
+            kind: noise[kind][:, layer - first[kind]] for kind in block.kinds if kind in noise
+        }
         x_BTD, logits, gates = _decide(block, x_BTD, gating, own_noise, intervention)
         if logits or gates:
             layer_out |= {"gate_logits": logits, "gates": _describe_gates(logits, gates)}
@@ -415,8 +417,10 @@ class ViT(nn.Module):
             y_BTD, gate = block.apply({"params": layer_params}, method=run)
             return y_BTD, (x_BTD[:, 0], *gate)
 
-        first = {kind: layers.start - self.gate.settings(kind).first_layer for kind in noise}
-        noise_LB = {kind: jnp.moveaxis(value, 1, 0)[first[kind] :][: len(layers)] for kind, value in noise.items()}
+        first = {kind: layers.start - self.gate.settings(kind).first_layer for kind in block.kinds}
+        noise_LB = {
+            kind: jnp.moveaxis(noise[kind], 1, 0)[first[kind] :][: len(layers)] for kind in first if kind in noise
+        }
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         body = jax.checkpoint(run_layer) if self.remat else run_layer
         x_BTD, (cls_LBD, *gate_out) = jax.lax.scan(body, x_BTD, (stacked, noise_LB))
@@ -467,7 +471,7 @@ def stack_gates(by_layer: Mapping[int, Gates], kind: GateKind = "heads") -> jax.
     return jnp.stack([by_layer[layer][kind] for layer in sorted(by_layer) if kind in by_layer[layer]], axis=1)
 
 
-def draw_noise(key: jax.Array, model: ViT, count: int) -> dict[GateKind, jax.Array]:
+def draw_noise(key: jax.Array, model: ViT, count: int) -> dict[str, jax.Array]:
     """Draw the standard logistic noise of a model's sampled gates.
 
     Args:
@@ -477,7 +481,7 @@ def draw_noise(key: jax.Array, model: ViT, count: int) -> dict[GateKind, jax.Arr
       By kind, [B, A, n] for its A gated layers and the n gates of each.
     """
     gates = {"heads": model.model.heads, "sublayers": len(SUBLAYERS), "tokens": model.positions_count - 1}
-    noise: dict[GateKind, jax.Array] = {}
+    noise: dict[str, jax.Array] = {}
     for number, kind in enumerate(GATE_KINDS):
         if kind in model.gate.kinds:
             layers = model.model.depth - model.gate.settings(kind).first_layer

@@ -12,11 +12,11 @@ import reference
 from builders import tiny_config
 
 from headsteer_jax.config import Config, MachineConfig, SublayerGateConfig, TokenGateConfig
-from headsteer_jax.config.schema import GATE_KINDS
+from headsteer_jax.config.schema import GATE_KINDS, GateKind
 from headsteer_jax.model.vit import Intervention, build_model, draw_noise, stack_gates
 
 ALL = GATE_KINDS
-SUBSETS = [kinds for size in (1, 2, 3) for kinds in itertools.combinations(ALL, size)]
+SUBSETS: list[tuple[GateKind, ...]] = [kinds for size in (1, 2, 3) for kinds in itertools.combinations(ALL, size)]
 CLASSES = 7
 CASES = [
     pytest.param(
@@ -31,7 +31,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def gated_config(kinds: tuple[str, ...], dropped: str = "zero", registers: int = 0, **fields: Any) -> Config:
+def gated_config(kinds: tuple[GateKind, ...], dropped: str = "zero", registers: int = 0, **fields: Any) -> Config:
     """Make a small config whose gates start at 1/2 and whose kinds begin in different layers."""
     gate = {
         "threshold": 0.4,
@@ -93,7 +93,7 @@ def surrogate(params: Any, image: np.ndarray, config: Config, noise: dict[str, n
 
 
 @pytest.mark.parametrize(("kinds", "dropped", "registers"), CASES)
-def test_forward_and_gradient_match_the_reference(kinds: tuple[str, ...], dropped: str, registers: int) -> None:
+def test_forward_and_gradient_match_the_reference(kinds: tuple[GateKind, ...], dropped: str, registers: int) -> None:
     """The gradient is that of the surrogate, by central differences in float64, for each parameter's array."""
     config = gated_config(kinds, dropped, registers)
     model, params, images = build_model(config, CLASSES), random_params(config, CLASSES), normal(0, 3, 8, 8, 1)

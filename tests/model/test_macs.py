@@ -11,6 +11,7 @@ import pytest
 from builders import tiny_config
 
 from headsteer_jax.config import Config, DataConfig, GateConfig, MachineConfig, ModelConfig
+from headsteer_jax.config.schema import GateKind
 from headsteer_jax.model.macs import (
     PARTS,
     PEAKS,
@@ -140,7 +141,7 @@ def random_gates(config: Config, seed: int) -> dict[int, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("dropped", ["zero", "identity", "slice"])
 @pytest.mark.parametrize("kinds", [("heads",), ("sublayers", "tokens"), ("heads", "sublayers", "tokens")])
-def test_macs_are_xlas_of_a_model_with_the_parts_removed(kinds: tuple[str, ...], dropped: str) -> None:
+def test_macs_are_xlas_of_a_model_with_the_parts_removed(kinds: tuple[GateKind, ...], dropped: str) -> None:
     """Eight random sets of gates each; XLA counts two FLOPs for a MAC, and less than 1% of other work."""
     c = config(4, registers=2)
     c = c.model_copy(update={"gate": GateConfig(kinds=kinds, dropped=dropped)})  # type: ignore[arg-type]
