@@ -41,7 +41,7 @@ from headsteer_jax.analysis.sweep_file import name_arrays, read_sweep, to_arrays
 from headsteer_jax.config import Config, ModelConfig, SAEConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
-from headsteer_jax.model.flops import forward_flops, peak_tflops
+from headsteer_jax.model.macs import count_open_macs, peak_tflops
 from headsteer_jax.model.passes import padded_chunks
 from headsteer_jax.model.vit import TrainedModel, build_model
 from headsteer_jax.runs import Run, load_run
@@ -300,7 +300,7 @@ def speed_of(program: Any, config: Config, steps: int, params: Any) -> dict[str,
 
     jax.block_until_ready(call())
     seconds = median_seconds(call, 5) / steps
-    flops, peak = 3 * forward_flops(config, CLASSES), peak_tflops(config, jax.devices()[0])
+    flops, peak = 3 * 2 * count_open_macs(config, CLASSES), peak_tflops(config, jax.devices()[0])
     tflops = flops * batch / seconds / 1e12
     figures = {"images_per_second": round(batch / seconds, 1), "step_ms": round(1e3 * seconds, 2), "tflops": tflops}
     figures["temporaries_mib"] = program.memory_analysis().temp_size_in_bytes // 2**20

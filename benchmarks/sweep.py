@@ -144,7 +144,7 @@ def plain_forward(trained: TrainedModel) -> Callable[..., Any]:
         pixels = preprocess(images, config.data)
         intervention = Intervention(gate_input=steer)
         logits, out = trained.model.apply(params, pixels, interventions={config.sae_layer: intervention})
-        return gates_to_pattern(out["gates"][config.sae_layer]), jnp.argmax(logits, axis=-1)
+        return gates_to_pattern(out["gates"][config.sae_layer]["heads"]), jnp.argmax(logits, axis=-1)
 
     return forward
 

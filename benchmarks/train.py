@@ -186,7 +186,7 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
     """Measure one number of tokens: a row of the table."""
     import jax
 
-    from headsteer_jax.model.flops import forward_flops, peak_tflops
+    from headsteer_jax.model.macs import count_open_macs, peak_tflops
 
     device = jax.devices()[0]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
@@ -207,7 +207,7 @@ def measure(size: str, patch: int, batch: int, args: argparse.Namespace) -> dict
     if args.peer:
         peer.close()
 
-    flops, maker = batch * forward_flops(config, CLASSES), peak_tflops(config, device)
+    flops, maker = 2 * batch * count_open_macs(config, CLASSES), peak_tflops(config, device)
 
     def figures(seconds: dict[Any, float]) -> dict[str, float]:
         step = {name: seconds[name] / args.steps for name in ours}

@@ -401,7 +401,9 @@ def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage
     """Say how two records of a stage differ in what they were made from; an empty string if they agree."""
     if (version := before.get("format", 1)) != FORMAT:
         return f"another version of HeadSteer made it: its record has format {version}, not {FORMAT}"
-    if difference := _describe_field_changes(before["config"], now["config"]):
+    defaults = flatten(Config())  # a field that an older version did not have: its default computes what that did
+    added = {path: defaults[path] for path in now["config"] if path in defaults}
+    if difference := _describe_field_changes(added | before["config"], now["config"]):
         return difference
     if before["data"] and now["data"] and (change := describe_data_change(before["data"], now["data"])):
         return f"the data have changed: {change}"

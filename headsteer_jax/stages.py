@@ -97,8 +97,8 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
             observe = make_observer(trained.model, config, EVALUATION_GATING[phase], config.sae_layer)
             observed = observe(trained.params, dataset.test, f"{phase}: test")
             results[phase] = observed.accuracy(dataset.test.labels)
-            if phase == "gated":
-                results["usage"] = observed.gates.mean(axis=(0, 2)).tolist()
+            if phase == "gated" and "heads" in observed.gates:
+                results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
     workdir.write_json("train/test.json", results)
 
 

@@ -220,6 +220,17 @@ def test_a_record_of_an_old_format_is_refused(workdir: Workdir, record: str) -> 
     assert run(Config(), workdir, MIX) == ["nothing"]
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_field_that_an_older_version_did_not_have_counts_as_its_default(workdir: Workdir, more: int) -> None:
+    now = Config(model=ModelConfig(depth=Config().model.depth + more))
+    run(now, workdir, MIX)
+    name = "mix/done.json"
+    fields = json.loads((workdir / name).read_text())["config"]
+    del fields["model.depth"]
+    change_record(workdir, name, {"config": fields})
+    assert bool(explain_staleness(read_inputs(now, None), workdir, MIX)) == (more > 0)
+
+
 def test_a_record_of_a_newer_format_is_refused(workdir: Workdir) -> None:
     run(Config(), workdir, MIX)
     change_record(workdir, "mix/done.json", {"format": FORMAT + 1})

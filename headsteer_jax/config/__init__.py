@@ -14,6 +14,8 @@ from headsteer_jax.config.schema import (
     SAEAblationConfig,
     SAEConfig,
     SteerConfig,
+    SublayerGateConfig,
+    TokenGateConfig,
     TrainConfig,
 )
 
@@ -30,6 +32,8 @@ __all__ = [
     "SAEAblationConfig",
     "SAEConfig",
     "SteerConfig",
+    "SublayerGateConfig",
+    "TokenGateConfig",
     "TrainConfig",
     "load_config",
 ]

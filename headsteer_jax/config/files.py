@@ -19,7 +19,12 @@ from headsteer_jax.config.schema import Config, SAEAblationConfig, Section
 from headsteer_jax.errors import HeadSteerError
 
 # the sections whose names do not follow from their classes' names
-NESTED_SECTIONS = {"SAEAblationConfig": "sae.ablation", "PhaseConfig": "train.<phase>"}
+NESTED_SECTIONS = {
+    "SAEAblationConfig": "sae.ablation",
+    "PhaseConfig": "train.<phase>",
+    "SublayerGateConfig": "gate.sublayers",
+    "TokenGateConfig": "gate.tokens",
+}
 
 # fields of version 0.1 that have moved
 MOVED_FIELDS = {

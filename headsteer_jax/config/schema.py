@@ -23,7 +23,11 @@ from headsteer_jax.config.paths import has_known_scheme, is_unicode
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]  # a fraction that cannot be 0
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Threshold = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # JAX's keys take 32 bits: 2^32 + 1 would draw what 1 draws
+
+GateKind = Literal["heads", "sublayers", "tokens"]
+GATE_KINDS: tuple[GateKind, ...] = ("heads", "sublayers", "tokens")
 
 MOST_HEADS = 12  # the most heads of a layer for which all 2^H head subsets are tried
 PIXEL_UNITS = "because pixels go from 0 to 1: divide numbers in units of 255 by 255"
@@ -144,28 +148,90 @@ class ModelConfig(Section):
         return cls(depth=depth, width=width, heads=heads, **fields)
 
 
-class GateConfig(Section):
-    """The decision network in each gated layer, and the loss that limits its usage of heads [AdaViT]."""
+class SublayerGateConfig(Section):
+    """The gates that switch a block's attention and its MLP on and off [AdaViT]; they read the CLS residual."""
 
+    first_layer: NonNegativeInt = 1
+    """The first layer with gates for its sublayers; the layers before it always run both. In [AdaViT] that is layer 0
+    only."""
+    bias: Finite = 2.0
+    """The initial bias of these gates; see gate.bias."""
+    temperature: PositiveFloat = 1.0
+    """The temperature of these gates; see gate.temperature."""
+    threshold: Threshold = 0.5
+    """The probability sigmoid(m) above which a sublayer runs; see gate.threshold."""
+    target: Share = 0.75
+    """The share of sublayers that the usage loss aims at, if gate.budget is 0."""
+
+
+class TokenGateConfig(Section):
+    """The gates that choose the patches which take part in a block [AdaViT]; each reads its own patch's residual.
+
+    CLS and the registers are always kept. A dropped patch neither attends, nor is attended to, nor passes the MLP in
+    that block. It keeps its residual, and a later block may take it up again.
+    """
+
+    first_layer: NonNegativeInt = 0
+    """The first layer with gates for its patches; the layers before it keep all of them."""
+    bias: Finite = 2.0
+    """The initial bias of these gates; see gate.bias."""
+    temperature: PositiveFloat = 1.0
+    """The temperature of these gates; see gate.temperature."""
+    threshold: Threshold = 0.5
+    """The probability sigmoid(m) above which a patch is kept; see gate.threshold. [AdaViT]'s code uses 0.6."""
+    target: Share = 0.75
+    """The share of patches that the usage loss aims at, if gate.budget is 0."""
+    normalise: bool = True
+    """Let these gates read the block's first LayerNorm of each patch, as in [AdaViT], and not the residual itself."""
+
+
+class GateSettings(NamedTuple):
+    """The settings that every kind of gate has."""
+
+    first_layer: int
+    bias: float
+    temperature: float
+    threshold: float
+    target: float
+
+
+class GateConfig(Section):
+    """The decision networks in each gated layer, and the loss that limits what they let run [AdaViT].
+
+    The fields first_layer, bias, temperature, threshold and target are those of the heads' gates. The other kinds have
+    sections of their own.
+    """
+
+    kinds: tuple[GateKind, ...] = ("heads",)
+    """The parts of a layer that gates switch on and off for each image. heads: the attention heads, as in [LH26].
+    sublayers: attention as a whole, and the MLP. tokens: the patches. [AdaViT] has all three."""
     first_layer: PositiveInt = 1
-    """The first layer with gates; the layers before it keep all their heads. In [AdaViT] that is layer 0 only."""
+    """The first layer with gates for its heads; the layers before it keep all their heads. In [AdaViT] that is layer 0
+    only."""
     layer_norm: bool = False
     """Normalise the CLS residual before the gate reads it. Without this the gate logit is affine in the steering
     strength."""
-    dropped: Literal["zero", "identity"] = "zero"
+    dropped: Literal["zero", "identity", "slice"] = "zero"
     """The effect of a dropped head. zero: its output is 0. identity: each token attends to itself, so that its value
-    passes unchanged."""
+    passes unchanged. slice: its output is 0, and so is its share of the MLP's input, which is D / H wide, as in
+    [AdaViT]'s code."""
     bias: Finite = 2.0
     """The initial bias of the gates. A positive bias opens them, so that pretrained features survive when the gates
     are switched on."""
     temperature: PositiveFloat = 1.0
     """The temperature tau in sigmoid((m + noise) / tau), whose gradient the straight-through estimator uses.
     [AdaViT]'s code uses 5."""
+    threshold: Threshold = 0.5
+    """The probability sigmoid(m) above which a head is kept, as in [AdaViT]'s code. A threshold t moves the gate's bias
+    by -log(t / (1 - t)): the gate logit m is counted from there, so that a gate is open where m > 0."""
     noise: NonNegativeFloat = 1.0
     """The scale of the gates' logistic noise in training, before annealing. With 0 the gates are thresholded from the
     start."""
     target: Share = 0.75
-    """The share of heads that the usage loss aims at."""
+    """The share of heads that the usage loss aims at, if gate.budget is 0."""
+    budget: Fraction = 0.0
+    """The share of the dense model's multiply-accumulates that the usage loss aims at, with all kinds of gates
+    together. With 0 each kind of gate has its own target instead."""
     scope: Literal["layer", "mean"] = "layer"
     """The usage that the target is for. layer: the usage of every gated layer. mean: the mean usage of all gated
     layers."""
@@ -181,6 +247,24 @@ class GateConfig(Section):
     """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target falls from 1 to
     its value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
     models."""
+    teacher_logits: NonNegativeFloat = 0.0
+    """The weight of the distance to the logits of the dense phase's model, the teacher of the gated phase. 0 switches
+    it off."""
+    teacher_temperature: PositiveFloat = 5.0
+    """The temperature at which the teacher's and the gated model's logits are compared. [AdaViT]'s code has 5."""
+    teacher_hidden: NonNegativeFloat = 0.0
+    """The weight of the squared distance to the teacher's CLS residual after the last layer. 0 switches it off."""
+    sublayers: SublayerGateConfig = SublayerGateConfig()
+    tokens: TokenGateConfig = TokenGateConfig()
+
+    def settings(self, kind: GateKind) -> GateSettings:
+        """Return the settings of one kind of gate."""
+        section = self if kind == "heads" else getattr(self, kind)
+        return GateSettings(*(getattr(section, name) for name in GateSettings._fields))
+
+    def kinds_in(self, layer: int) -> tuple[GateKind, ...]:
+        """Return the kinds of gates that a layer has, in the order of GATE_KINDS."""
+        return tuple(kind for kind in GATE_KINDS if kind in self.kinds and layer >= self.settings(kind).first_layer)
 
 
 class PhaseConfig(Section):
@@ -510,8 +594,14 @@ class Config(Section):
 
     @property
     def gated_layers(self) -> range:
-        """Return the layers that have gates, counted from 0."""
-        return range(self.gate.first_layer, self.model.depth)
+        """Return the layers that have gates of any kind, counted from 0."""
+        firsts = [self.gate.settings(kind).first_layer for kind in self.gate.kinds]
+        return range(min(firsts, default=self.model.depth), self.model.depth)
+
+    def layers_with(self, kind: GateKind) -> range:
+        """Return the layers that have this kind of gate, counted from 0."""
+        first = self.gate.settings(kind).first_layer if kind in self.gate.kinds else self.model.depth
+        return range(first, self.model.depth)
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
@@ -537,7 +627,7 @@ class Config(Section):
 
     def _image_rules(self) -> Iterator[Rule]:
         """Yield the rules of the sections data, model and gate."""
-        d, m, first = self.data, self.model, self.gate.first_layer
+        d, m, kinds = self.data, self.model, self.gate.kinds
         buckets = d.source == "tfds"
         kind = "a path of this machine" + " or gs://bucket/path" * buckets
         yield Rule("data.path", d.path, has_known_scheme(d.path, buckets), kind)
@@ -553,7 +643,11 @@ class Config(Section):
         yield Rule("data.std", d.std, all(std <= 1 for std in d.std), f"at most 1, {PIXEL_UNITS}")
         published = len(d.splits) <= 3 and all(d.splits) and _distinct(d.splits)
         yield Rule("data.splits", d.splits, published, "train,test or train,validation,test, or one name, all distinct")
-        yield Rule("gate.first_layer", first, first < m.depth, f"below model.depth = {m.depth}")
+        one_or_more = f"at least one of {', '.join(GATE_KINDS)}, without repeats"
+        yield Rule("gate.kinds", kinds, len(kinds) > 0 and _distinct(kinds), one_or_more)
+        for kind in kinds:
+            first, field = self.gate.settings(kind).first_layer, "" if kind == "heads" else f"{kind}."
+            yield Rule(f"gate.{field}first_layer", first, first < m.depth, f"below model.depth = {m.depth}")
 
     def _training_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section train."""

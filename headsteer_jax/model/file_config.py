@@ -62,6 +62,7 @@ PLAIN = {  # the values of timm's options that our model computes
     "block": ("block", "plain"), "norm": ("layernorm", "layernormfp32"), "mlp": ("mlp",),
     "attention": ("attn", "attention", ""),
 }  # fmt: skip
+AVERAGED = ("avg", "avgmax", "max", "prr", True)  # timm's poolings that read the patches
 OPTIONS = {"block": "block order", "norm": "norm", "mlp": "MLP", "attention": "attention"}
 
 
@@ -266,9 +267,14 @@ def _refuse_activation(file: FileConfig, config: Config, class_names: Sequence[s
 
 
 def _refuse_pooling(file: FileConfig, config: Config, class_names: Sequence[str]) -> str:
-    """Say why the kept head reads something other than the class token; "" if it does not."""
+    """Say why the head, or the gates of tokens, cannot read the class token as the file's model does; "" if none."""
     del class_names
     of_class_token = (None, "token", "tok", "cls", False)  # False in the arguments of MAE's scripts
+    if "tokens" in config.gate.kinds and file.value("pooling") in AVERAGED:
+        return (
+            f"{file.cite('pooling')}, but gates of tokens keep the class token alone, which this file's model did not "
+            "learn to read; choose another file, or gate.kinds without tokens"
+        )
     if config.model.pretrained_head and file.value("pooling") not in of_class_token:
         return (
             f"{file.cite('pooling')}, but this model's head reads the class token; set model.pretrained_head=false, or "
@@ -309,7 +315,7 @@ def _simplify(name: str) -> str:
 
 def _warn(file: FileConfig, config: Config) -> Iterator[str]:
     """Yield differences that may be intended: in the images' normalisation and in the pooling of a head left out."""
-    if not config.model.pretrained_head and file.value("pooling") in ("avg", "avgmax", "max", "prr", True):
+    if not config.model.pretrained_head and file.value("pooling") in AVERAGED:
         yield (
             f"{file.cite('pooling')}: the class token of {config.model.pretrained} was not trained to classify, and "
             "this model reads no other token"

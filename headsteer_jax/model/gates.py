@@ -1,41 +1,70 @@
-"""The decision network that switches attention heads on and off, and the loss that limits their usage [AdaViT]."""
+"""The decision networks that switch heads, sublayers and patches on and off, and the loss that limits them [AdaViT]."""
+
+import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from headsteer_jax.config.schema import GateConfig
+from headsteer_jax.config.schema import GateConfig, GateSettings
+
+SUBLAYERS = ("attention", "mlp")  # in the order of the gates of a block's sublayers
+
+Gates = Mapping[str, jax.Array]  # by kind: heads [B, H], sublayers [B, 2], tokens [B, N]; a missing kind is all open
 
 
 class Gate(nn.Module):
-    """A layer's decision network, `m = W x_cls + b`, in float32 whatever the model computes in.
+    """A layer's decision network of one kind, `m = W x + b`, in float32 whatever the model computes in.
 
+    With a threshold t the logit is counted from log(t / (1 - t)), so that `sigmoid(W x + b) > t` exactly where m > 0.
     Without LayerNorm the logit is affine in x. The initial bias opens the gates, and W starts small, so that they open
     for every image.
     """
 
-    heads: int  # H
-    config: GateConfig
+    count: int  # the gates that read one vector: H, 2, or 1
+    settings: GateSettings
+    layer_norm: bool
     layer_norm_epsilon: float
 
     @nn.compact  # type: ignore[untyped-decorator]  # mypy reads flax as Any
     def __call__(self, x_BD: jax.Array) -> jax.Array:
-        """Compute the gate logits m: [B, D] CLS residual -> [B, H] float32."""
+        """Compute the gate logits m: [..., D] residuals -> [..., count] float32."""
         x_BD = x_BD.astype(jnp.float32)
-        if self.config.layer_norm:
+        if self.layer_norm:
             x_BD = nn.LayerNorm(epsilon=self.layer_norm_epsilon, name="norm")(x_BD)
-        return nn.Dense(
-            self.heads,
+        m_BH = nn.Dense(
+            self.count,
             kernel_init=nn.initializers.truncated_normal(0.02),
-            bias_init=nn.initializers.constant(self.config.bias),
+            bias_init=nn.initializers.constant(self.settings.bias),
             precision=jax.lax.Precision.HIGHEST,  # a decision must not turn on an accelerator's rounding
             name="linear",
         )(x_BD)
+        return m_BH - threshold_logit(self.settings) if self.settings.threshold != 0.5 else m_BH
+
+
+def threshold_logit(settings: GateSettings) -> float:
+    """Compute log(t / (1 - t)) of a threshold t, from which gate logits are counted; 0 for 1/2."""
+    return math.log(settings.threshold / (1 - settings.threshold))
 
 
 def threshold(m_BH: jax.Array) -> jax.Array:
     """Compute the deterministic gate of evaluation, `g = 1[m > 0]`, as float32 0 or 1."""
     return (m_BH > 0).astype(jnp.float32)
+
+
+def mask_softmax(scores_BHQT: jax.Array, keep_BT: jax.Array) -> jax.Array:
+    """Compute the softmax over the kept keys: exp of each score times its key's gate, divided by the sum of these.
+
+    With every key kept it is `nn.softmax`, bit for bit. The gradient reaches the gates as that of this formula, in
+    which a dropped key's score is cut to the largest score of the kept keys: unbounded, one dropped key could outweigh
+    the whole gradient. At least one key must be kept.
+    """
+    keep_B11T = keep_BT[:, None, None, :]
+    largest = jnp.max(jnp.where(keep_B11T > 0, scores_BHQT, -jnp.inf), axis=-1, keepdims=True)
+    shifted = scores_BHQT - jax.lax.stop_gradient(largest)
+    weights = keep_B11T * jnp.exp(jnp.where(keep_B11T > 0, shifted, jnp.minimum(shifted, 0.0)))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def logistic_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -47,11 +76,12 @@ def straight_through(m_BH: jax.Array, noise_BH: jax.Array, temperature: float) -
     """Compute the Gumbel-sigmoid gate of training [AdaViT]: `g = 1[sigmoid((m + noise) / tau) > 1/2]`.
 
     Its value is 0 or 1, and its gradient is the sigmoid's (straight-through). With noise 0 the value equals
-    `threshold`.
+    `threshold`. [AdaViT]'s code compares sigmoid((m + noise) / tau) with its threshold in training and sigmoid(m) in
+    evaluation; here m is counted from the threshold already (`Gate`), so that both ask the same.
 
     Args:
-      m_BH: [B, H] gate logits.
-      noise_BH: [B, H] logistic noise, already scaled.
+      m_BH: gate logits of any shape.
+      noise_BH: logistic noise of the same shape, already scaled.
       temperature: tau.
     """
     soft_BH = jax.nn.sigmoid((m_BH + noise_BH) / temperature)

@@ -30,9 +30,8 @@ class Observed(NamedTuple):
     """The model's predictions, gates and residuals of N images."""
 
     prediction: np.ndarray  # [N] int32
-    gates: np.ndarray  # [N, A, H] bool, of the gated layers
     x: np.ndarray  # [N, D] float32, the CLS residual that enters the observed layer
-    gate_logits: np.ndarray  # [N, H] float32 of that layer
+    gates: dict[str, np.ndarray]  # by kind, [N, A, n] bool: of the layers that have it, the n gates of each
 
     def accuracy(self, labels: np.ndarray) -> float:
         """Compute the share of predictions that equal the labels."""
@@ -211,12 +210,18 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
 
     Args:
       gating: dense (every head runs) or thresholded (evaluation's gates).
-      layer: the gated layer whose CLS residual and gate logits are returned.
+      layer: the layer whose CLS residual is returned.
     """
 
     def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         logits_BC, out = model.apply(params, preprocess(images, config.data), gating=gating)
-        return predict_class(logits_BC), stack_gates(out["gates"]) > 0, out["cls"][layer], out["gate_logits"][layer]
+        gates = (stack_gates(out["gates"], kind) > 0 for kind in config.gate.kinds)
+        return predict_class(logits_BC), out["cls"][layer], *gates
 
     program = per_image_program(forward, config.train.eval_batch)
-    return lambda params, split, label: Observed(*run_over_split(program, params, split, label))
+
+    def observe(params: Any, split: Split, label: str) -> Observed:
+        prediction_N, x_ND, *gates = run_over_split(program, params, split, label)
+        return Observed(prediction_N, x_ND, dict(zip(config.gate.kinds, gates, strict=True)))
+
+    return observe

@@ -1,10 +1,17 @@
-"""The vision transformer with gated heads, in flax.linen: pre-norm blocks [ViT] whose heads a gate may drop [AdaViT].
+"""The vision transformer with gates, in flax.linen: pre-norm blocks [ViT] whose parts a gate may drop [AdaViT].
+
+A block with gates g of its heads, a and f of attention and MLP, and t of its tokens computes
+
+    x <- x + a t Attention(kept tokens, kept heads),  x <- x + f t MLP(x),
+
+where t is 1 for CLS and the registers: a dropped patch keeps its residual, and a later block may take it up again.
 
 Everything that an analysis needs is returned in `out`; nothing is hooked. An `Intervention` is an argument: it forces a
 layer's gates, or changes what they read. The forward pass can be cut at any layer: `blocks(embed(images), 0)` runs all
 layers, and `blocks(x, l)` those from layer l on.
 
-Axes: B images, T tokens (CLS, registers, patches), D width, H heads, K head width, L layers, A gated layers, C classes.
+Axes: B images, T tokens (CLS, registers, patches), N patches, Q tokens that are queries, D width, H heads, K head
+width, L layers, A gated layers, C classes.
 """
 
 import hashlib
@@ -18,10 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.config.schema import Config, GateConfig, ModelConfig
-from headsteer_jax.model.gates import Gate, straight_through, threshold
+from headsteer_jax.config.schema import GATE_KINDS, Config, GateConfig, GateKind, ModelConfig
+from headsteer_jax.model.gates import (
+    SUBLAYERS,
+    Gate,
+    Gates,
+    logistic_noise,
+    mask_softmax,
+    straight_through,
+    threshold,
+)
 
 Gating = Literal["dense", "sampled", "thresholded"]
+ALL_OPEN: Gates = types.MappingProxyType({})
 
 
 class Patches(nn.Module):
@@ -48,10 +64,14 @@ class Patches(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, in two halves, so that a sweep recomputes only what a gate changes."""
+    """A transformer block, in two halves, so that a sweep recomputes only what a gate changes.
+
+    Its gates are arguments. A kind that is missing from them is all open, and then nothing is multiplied.
+    """
 
     model: ModelConfig
-    gate: GateConfig | None  # None: this layer keeps all its heads
+    gate: GateConfig
+    kinds: tuple[GateKind, ...]  # the kinds of gates that this layer decides
 
     def setup(self) -> None:
         """Make the submodules."""
@@ -63,15 +83,32 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
         self.mlp_in = nn.Dense(round(m.mlp_ratio * m.width), bias_init=nn.initializers.normal(1e-6), **dense)
         self.mlp_out = nn.Dense(m.width, bias_init=nn.initializers.normal(1e-6), **dense)
-        if self.gate is not None:
-            self.decide = Gate(m.heads, self.gate, m.layer_norm_epsilon)
+        gate, epsilon = self.gate, m.layer_norm_epsilon
+        if "heads" in self.kinds:
+            self.decide = Gate(m.heads, gate.settings("heads"), gate.layer_norm, epsilon)
+        if "sublayers" in self.kinds:
+            self.decide_sublayers = Gate(len(SUBLAYERS), gate.settings("sublayers"), gate.layer_norm, epsilon)
+        if "tokens" in self.kinds:
+            self.decide_tokens = Gate(1, gate.settings("tokens"), False, epsilon)
 
-    def gate_logits(self, x_BD: jax.Array) -> jax.Array:
-        """Compute the gate logits m: [B, D] -> [B, H]."""
-        return self.decide(x_BD)
+    def gate_logits(self, x: jax.Array, kind: GateKind = "heads") -> jax.Array:
+        """Compute the gate logits m of one kind.
 
-    def heads(self, x_BTD: jax.Array, queries: int | None) -> tuple[jax.Array, jax.Array]:
-        """Compute each head's output before the gate, for the first `queries` tokens (None: all).
+        Args:
+          x: the residuals that the gates read: of CLS [B, D] for heads and sublayers, of the patches [B, N, D] for
+            tokens.
+
+        Returns:
+          [B, H], [B, 2] or [B, N] float32.
+        """
+        if kind == "tokens":
+            return self.decide_tokens(self.norm1(x) if self.gate.tokens.normalise else x)[..., 0]
+        return self.decide(x) if kind == "heads" else self.decide_sublayers(x)
+
+    def heads(self, x_BTD: jax.Array, queries: int | None, gates: Gates = ALL_OPEN) -> tuple[jax.Array, jax.Array]:
+        """Compute each head's output before its gate, for the first `queries` tokens (None: all).
+
+        Of the gates only those of the tokens count here: they choose the keys.
 
         Returns:
           y_BQHK, the result of attention, and v_BQHK, the values of the same tokens.
@@ -80,23 +117,44 @@ class Block(nn.Module):
         q_BQHK = self._split(_apply_to_rows(self.query, n_BTD[:, :queries]))
         k_BTHK, v_BTHK = self._split(_apply_to_rows(self.key, n_BTD)), self._split(_apply_to_rows(self.value, n_BTD))
         scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK) / (q_BQHK.shape[-1] ** 0.5)
-        weights_BHQT = nn.softmax(scores_BHQT.astype(jnp.float32)).astype(v_BTHK.dtype)
-        return jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK), v_BTHK[:, :queries]
+        scores_BHQT = scores_BHQT.astype(jnp.float32)
+        if "tokens" in gates:
+            weights_BHQT = mask_softmax(scores_BHQT, self._keep(gates["tokens"]))
+        else:
+            weights_BHQT = nn.softmax(scores_BHQT)
+        y_BQHK = jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT.astype(v_BTHK.dtype), v_BTHK)
+        return y_BQHK, v_BTHK[:, :queries]
 
-    def finish(self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, g_BH: jax.Array | None) -> jax.Array:
-        """Compute the block's second half: gate the heads (None: keep all), project, add, apply the MLP, add."""
-        if g_BH is not None and self.gate is not None:
-            g_B1H1 = g_BH[:, None, :, None].astype(y_BQHK.dtype)
+    def finish(self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
+        """Compute the block's second half: gate the heads, project, add, apply the MLP, add."""
+        if "heads" in gates:
+            g_B1H1 = gates["heads"][:, None, :, None].astype(y_BQHK.dtype)
             y_BQHK = y_BQHK * g_B1H1
             if self.gate.dropped == "identity":
                 y_BQHK = y_BQHK + v_BQHK * (1 - g_B1H1)
-        return self.feed_forward(x_BQD + _apply_to_rows(self.out, y_BQHK.reshape(x_BQD.shape)))
+        added_BQD = _apply_to_rows(self.out, y_BQHK.reshape(x_BQD.shape))
+        return self.feed_forward(x_BQD + self._gate_sublayer(added_BQD, 0, gates), gates)
 
-    def feed_forward(self, x_BQD: jax.Array) -> jax.Array:
+    def feed_forward(self, x_BQD: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
         """Add the MLP's output to the residual."""
         gelu = exact_gelu if self.model.gelu == "exact" else nn.gelu
-        hidden_BQM = gelu(_apply_to_rows(self.mlp_in, self.norm2(x_BQD)))
-        return x_BQD + _apply_to_rows(self.mlp_out, hidden_BQM)
+        n_BQD = self.norm2(x_BQD)
+        if self.gate.dropped == "slice" and "heads" in gates:
+            n_BQD = n_BQD * jnp.repeat(gates["heads"], self.model.width // self.model.heads, axis=-1)[:, None]
+        hidden_BQM = gelu(_apply_to_rows(self.mlp_in, n_BQD))
+        return x_BQD + self._gate_sublayer(_apply_to_rows(self.mlp_out, hidden_BQM), 1, gates)
+
+    def _gate_sublayer(self, added_BQD: jax.Array, sublayer: int, gates: Gates) -> jax.Array:
+        """Gate what a sublayer adds to the first Q tokens, by the sublayer's gate and by those of the tokens."""
+        if "sublayers" in gates:
+            added_BQD = added_BQD * gates["sublayers"][:, sublayer, None, None]
+        if "tokens" in gates and added_BQD.shape[1] > 1:  # the CLS token is always kept
+            added_BQD = added_BQD * self._keep(gates["tokens"])[:, : added_BQD.shape[1], None]
+        return added_BQD
+
+    def _keep(self, t_BN: jax.Array) -> jax.Array:
+        """Add CLS and the registers, which are always kept, to the patches' gates: [B, N] -> [B, T]."""
+        return jnp.pad(t_BN, ((0, 0), (1 + self.model.registers, 0)), constant_values=1)
 
     def contributions(self, y_BHK: jax.Array, v_BHK: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Split the projection of `finish` by heads, for one token.
@@ -108,17 +166,25 @@ class Block(nn.Module):
         heads = self.model.heads
         kernel_HKD = self.out.variables["params"]["kernel"].reshape(heads, -1, self.model.width)
         kernel_HKD = kernel_HKD.astype(y_BHK.dtype).astype(jnp.float32)  # rounded as `finish` rounds it
-        identity = self.gate is not None and self.gate.dropped == "identity"
+        identity = self.gate.dropped == "identity"
         part_BHD, passed_BHD = (
             jnp.einsum("BHK,HKD->BHD", heads_BHK.astype(jnp.float32), kernel_HKD)
             for heads_BHK in (y_BHK, v_BHK if identity else jnp.zeros_like(v_BHK))
         )
         return passed_BHD.sum(axis=1), part_BHD - passed_BHD
 
-    def finish_sum(self, x_BD: jax.Array, added_BD: jax.Array) -> jax.Array:
-        """Compute `finish` for one token from a sum of contributions."""
+    def finish_sum(self, x_BD: jax.Array, added_BD: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
+        """Compute `finish` for one token from a sum of contributions.
+
+        Args:
+          x_BD: the residual that enters the block.
+          added_BD: the sum of the contributions of the heads that run.
+          gates: those of the sublayers, and those of the heads, which the MLP's input needs if gate.dropped is slice.
+            The first axis of either may be 1 instead of B.
+        """
         bias_D, dtype = self.out.variables["params"]["bias"], jnp.dtype(self.model.dtype)
-        return self.feed_forward((x_BD + (added_BD.astype(dtype) + bias_D.astype(dtype)))[:, None])[:, 0]
+        added_B1D = (added_BD.astype(dtype) + bias_D.astype(dtype))[:, None]
+        return self.feed_forward(x_BD[:, None] + self._gate_sublayer(added_B1D, 0, gates), gates)[:, 0]
 
     def _split(self, x_BTD: jax.Array) -> jax.Array:
         """Split the width into heads: [B, T, D] -> [B, T, H, K]."""
@@ -154,32 +220,61 @@ def sin_cos_positions(count: int, width: int, temperature: float = 10_000.0) -> 
 
 
 class Intervention(NamedTuple):
-    """A change of one gated layer in a forward pass."""
+    """A change of one layer in a forward pass."""
 
-    gates: jax.Array | None = None  # [B, H], used whatever the decision network says
-    gate_input: Callable[[jax.Array], jax.Array] | None = None  # CLS residual [B, D] -> what the decision network reads
-    steer_residual: bool = False  # the block computes on the result of `gate_input` as well
+    # used whatever the decision networks say: gates by kind, or those of the heads, [B, H]
+    gates: Gates | jax.Array | None = None
+    # CLS residual [B, D] -> what the gates of heads and sublayers read
+    gate_input: Callable[[jax.Array], jax.Array] | None = None
+    steer_residual: bool = False  # the block computes on the results of `gate_input` and `token_input` as well
+    # residuals of the patches [B, N, D] -> what the gates of tokens read, before their normalisation
+    token_input: Callable[[jax.Array], jax.Array] | None = None
+
+    def forced(self) -> Gates:
+        """Return the gates that are forced, by kind."""
+        if self.gates is None:
+            return ALL_OPEN
+        return self.gates if isinstance(self.gates, Mapping) else {"heads": self.gates}
 
 
 NO_INTERVENTIONS: Mapping[int, Intervention] = types.MappingProxyType({})
 
 
 def _decide(
-    block: Block, reads_BD: jax.Array, gating: Gating, noise_BH: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Compute a gated block's gate logits and gates; the gates are None if all heads run."""
-    m_BH = block.gate_logits(reads_BD)
-    if gating == "sampled":
-        assert noise_BH is not None
-        assert block.gate is not None
-        return m_BH, straight_through(m_BH, noise_BH, block.gate.temperature)
-    return m_BH, threshold(m_BH) if gating == "thresholded" else None
+    block: Block, x_BTD: jax.Array, gating: Gating, noise: Gates, intervention: Intervention
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Compute what a block computes on, its gate logits and its gates by kind; without gates everything runs.
+
+    Args:
+      noise: of sampled gates, scaled.
+    """
+    first = 1 + block.model.registers
+    reads: dict[bool, jax.Array] = {False: x_BTD[:, 0], True: x_BTD[:, first:]}  # by: are they the patches?
+    if intervention.gate_input is not None:
+        reads[False] = intervention.gate_input(reads[False])
+        x_BTD = x_BTD.at[:, 0].set(reads[False]) if intervention.steer_residual else x_BTD
+    if intervention.token_input is not None:
+        reads[True] = intervention.token_input(reads[True])
+        x_BTD = x_BTD.at[:, first:].set(reads[True]) if intervention.steer_residual else x_BTD
+    logits: dict[str, jax.Array] = {kind: block.gate_logits(reads[kind == "tokens"], kind) for kind in block.kinds}
+    gates: dict[str, jax.Array] = {}
+    for kind in block.kinds:
+        if gating == "sampled":
+            gates[kind] = straight_through(logits[kind], noise[kind], block.gate.settings(kind).temperature)
+        elif gating == "thresholded":
+            gates[kind] = threshold(logits[kind])
+    return x_BTD, logits, gates | dict(intervention.forced())
 
 
-def _run_block(block: Block, x_BTD: jax.Array, g_BH: jax.Array | None, queries: int | None) -> jax.Array:
+def _describe_gates(logits: Gates, gates: Gates) -> dict[str, jax.Array]:
+    """Return the gates of a layer for `out`, with those that were left out because everything runs."""
+    return {kind: jnp.ones_like(m) for kind, m in logits.items()} | dict(gates)
+
+
+def _run_block(block: Block, x_BTD: jax.Array, gates: Gates, queries: int | None) -> jax.Array:
     """Run a block with these gates for the first `queries` tokens (None: all)."""
-    y_BQHK, v_BQHK = block.heads(x_BTD, queries)
-    return block.finish(x_BTD[:, :queries], y_BQHK, v_BQHK, g_BH)
+    y_BQHK, v_BQHK = block.heads(x_BTD, queries, gates)
+    return block.finish(x_BTD[:, :queries], y_BQHK, v_BQHK, gates)
 
 
 class ViT(nn.Module):
@@ -200,7 +295,7 @@ class ViT(nn.Module):
         self.positions = self.param("positions", lambda key: sin_cos_positions(self.positions_count, m.width))
         if m.registers:
             self.registers = self.param("registers", nn.initializers.normal(0.02), (1, m.registers, m.width))
-        self.layers = [Block(m, self.gate if layer >= self.gate.first_layer else None) for layer in range(m.depth)]
+        self.layers = [Block(m, self.gate, self.gate.kinds_in(layer)) for layer in range(m.depth)]
         self.norm = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02))
 
@@ -222,18 +317,26 @@ class ViT(nn.Module):
         """Compute the logits: [B, D] CLS residual after the last block -> [B, C] float32."""
         return self.head(self.norm(x_BD))
 
-    def gate_logits(self, x_BD: jax.Array, layer: int) -> jax.Array:
-        """Compute a layer's gate logits: [B, D] CLS residual -> [B, H]."""
-        return self.layers[layer].gate_logits(x_BD)
+    def gate_logits(self, x: jax.Array, layer: int, kind: GateKind = "heads") -> jax.Array:
+        """Compute a layer's gate logits of one kind; see `Block.gate_logits`."""
+        return self.layers[layer].gate_logits(x, kind)
 
-    def last_contributions(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Compute what the last layer's heads add to the CLS residual; see `Block.contributions`."""
-        y_B1HK, v_B1HK = self.layers[-1].heads(x_BTD, queries=1)
-        return self.layers[-1].contributions(y_B1HK[:, 0], v_B1HK[:, 0])
+    def last_contributions(self, x_BTD: jax.Array, gates: Gates | None = None) -> tuple[jax.Array, jax.Array]:
+        """Compute what the last layer's heads add to the CLS residual; see `Block.contributions`.
 
-    def last_logits(self, x_BD: jax.Array, added_BD: jax.Array) -> jax.Array:
-        """Compute the logits [B, C] if the last layer's heads add the sum `added_BD` to the CLS residual."""
-        return self.classify(self.layers[-1].finish_sum(x_BD, added_BD))
+        Args:
+          x_BTD: the residual that enters the last layer.
+          gates: of the last layer, of which those of the tokens count; None: as the layer decides itself.
+        """
+        block = self.layers[-1]
+        if gates is None:
+            gates = _decide(block, x_BTD, "thresholded", ALL_OPEN, Intervention())[2]
+        y_B1HK, v_B1HK = block.heads(x_BTD, 1, gates)
+        return block.contributions(y_B1HK[:, 0], v_B1HK[:, 0])
+
+    def last_logits(self, x_BD: jax.Array, added_BD: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
+        """Compute the logits [B, C] if the last layer's heads add the sum `added_BD`; see `Block.finish_sum`."""
+        return self.classify(self.layers[-1].finish_sum(x_BD, added_BD, gates))
 
     def blocks(
         self,
@@ -242,7 +345,7 @@ class ViT(nn.Module):
         *,
         stop: int | None = None,
         gating: Gating = "thresholded",
-        noise_BAH: jax.Array | None = None,
+        noise: Gates = ALL_OPEN,
         interventions: Mapping[int, Intervention] = NO_INTERVENTIONS,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Run the layers from `start` up to and without `stop` (None: all that follow), with their gates.
@@ -251,78 +354,80 @@ class ViT(nn.Module):
 
         Args:
           x_BTD: the residual that enters layer `start`.
-          gating: dense keeps every head, sampled is training's straight-through gate, thresholded is evaluation's gate.
-          noise_BAH: the scaled logistic noise of sampled gates, one slice for each gated layer.
-          interventions: what is changed in gated layers, by the layer's number.
+          gating: dense keeps everything, sampled is training's straight-through gate, thresholded is evaluation's gate.
+          noise: the scaled logistic noise of sampled gates by kind, as `draw_noise` returns it.
+          interventions: what is changed in a layer, by the layer's number.
 
         Returns:
           The residual after the last of these layers, and for each layer, by its number, `cls` (the CLS residual that
-          enters it), `gate_logits` and `gates`.
+          enters it) and, if the layer has gates, `gate_logits` and `gates`, both by kind: heads [B, H], sublayers
+          [B, 2] (attention, MLP), tokens [B, N].
         """
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
         layers = range(start, self.model.depth if stop is None else stop)
         scanned = range(0) if interventions else self._layers_to_scan(layers)
         for layer in layers:
             if layer == scanned.start and scanned:
-                x_BTD, by_layer = self._scan_layers(x_BTD, scanned, gating, noise_BAH)
+                x_BTD, by_layer = self._scan_layers(x_BTD, scanned, gating, noise)
                 for name, values in by_layer.items():
                     out[name] |= values
             if layer not in scanned:
                 intervention = interventions.get(layer, Intervention())
-                x_BTD, layer_out = self._run_layer(x_BTD, layer, gating, noise_BAH, intervention)
+                x_BTD, layer_out = self._run_layer(x_BTD, layer, gating, noise, intervention)
                 for name, value in layer_out.items():
                     out[name][layer] = value
         return x_BTD, out
 
     def _run_layer(
-        self, x_BTD: jax.Array, layer: int, gating: Gating, noise_BAH: jax.Array | None, intervention: Intervention
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x_BTD: jax.Array, layer: int, gating: Gating, noise: Gates, intervention: Intervention
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """Run one layer -> the residual after it, and the layer's entries of `out`."""
-        block, layer_out = self.layers[layer], {"cls": x_BTD[:, 0]}
-        g_BH = None
-        if layer >= self.gate.first_layer:
-            reads_BD = x_BTD[:, 0]
-            if intervention.gate_input is not None:
-                reads_BD = intervention.gate_input(reads_BD)
-                x_BTD = x_BTD.at[:, 0].set(reads_BD) if intervention.steer_residual else x_BTD
-            noise_BH = None if noise_BAH is None else noise_BAH[:, layer - self.gate.first_layer]
-            m_BH, g_BH = _decide(block, reads_BD, gating, noise_BH)
-            if intervention.gates is not None:
-                g_BH = intervention.gates
-            layer_out |= {"gate_logits": m_BH, "gates": jnp.ones_like(m_BH) if g_BH is None else g_BH}
+        block = self.layers[layer]
+        layer_out: dict[str, Any] = {"cls": x_BTD[:, 0]}
+        first = {kind: self.gate.settings(kind).first_layer for kind in block.kinds}
+        own_noise: dict[str, jax.Array] = {
+            kind: noise[kind][:, layer - first[kind]] for kind in block.kinds if kind in noise
+        }
+        x_BTD, logits, gates = _decide(block, x_BTD, gating, own_noise, intervention)
+        if logits or gates:
+            layer_out |= {"gate_logits": logits, "gates": _describe_gates(logits, gates)}
         run = nn.remat(_run_block, static_argnums=(3,)) if self.remat else _run_block
-        return run(block, x_BTD, g_BH, 1 if layer == self.model.depth - 1 else None), layer_out
+        return run(block, x_BTD, gates, 1 if layer == self.model.depth - 1 else None), layer_out
 
     def _layers_to_scan(self, layers: range) -> range:
-        """Return those of these layers that are gated and alike, if `scan` is on and there are at least two of them."""
-        alike = range(max(layers.start, self.gate.first_layer), min(layers.stop, self.model.depth - 1))
+        """Return those of these layers that have all kinds of gates, if `scan` is on and there are at least two."""
+        first = max(self.gate.settings(kind).first_layer for kind in self.gate.kinds)
+        alike = range(max(layers.start, first), min(layers.stop, self.model.depth - 1))
         return alike if self.scan and len(alike) > 1 and not self.is_initializing() else range(0)
 
     def _scan_layers(
-        self, x_BTD: jax.Array, layers: range, gating: Gating, noise_BAH: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, dict[int, jax.Array]]]:
+        self, x_BTD: jax.Array, layers: range, gating: Gating, noise: Gates
+    ) -> tuple[jax.Array, dict[str, dict[int, Any]]]:
         """Run layers that are alike as one loop over their stacked parameters -> as `blocks` returns."""
         params = [self.layers[layer].variables["params"] for layer in layers]
-        block = Block(self.model, self.gate, parent=None)
+        block = Block(self.model, self.gate, self.gate.kinds_in(layers.start), parent=None)
 
         def run_layer(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-            layer_params, noise_BH = inputs
+            layer_params, layer_noise = inputs
 
             def run(block: Block) -> tuple[jax.Array, Any]:
-                m_BH, g_BH = _decide(block, x_BTD[:, 0], gating, noise_BH)
-                return _run_block(block, x_BTD, g_BH, None), (m_BH, jnp.ones_like(m_BH) if g_BH is None else g_BH)
+                _, logits, gates = _decide(block, x_BTD, gating, layer_noise, Intervention())
+                return _run_block(block, x_BTD, gates, None), (logits, _describe_gates(logits, gates))
 
             y_BTD, gate = block.apply({"params": layer_params}, method=run)
             return y_BTD, (x_BTD[:, 0], *gate)
 
-        noise_LBH = None
-        if noise_BAH is not None:
-            noise_LBH = jnp.moveaxis(noise_BAH, 1, 0)[layers.start - self.gate.first_layer :][: len(layers)]
+        first = {kind: layers.start - self.gate.settings(kind).first_layer for kind in block.kinds}
+        noise_LB = {
+            kind: jnp.moveaxis(noise[kind], 1, 0)[first[kind] :][: len(layers)] for kind in first if kind in noise
+        }
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         body = jax.checkpoint(run_layer) if self.remat else run_layer
-        x_BTD, stacked_out = jax.lax.scan(body, x_BTD, (stacked, noise_LBH))
-        names = ("cls", "gate_logits", "gates")
-        return x_BTD, {n: dict(zip(layers, value, strict=True)) for n, value in zip(names, stacked_out, strict=True)}
+        x_BTD, (cls_LBD, *gate_out) = jax.lax.scan(body, x_BTD, (stacked, noise_LB))
+        by_layer: dict[str, dict[int, Any]] = {"cls": dict(zip(layers, cls_LBD, strict=True))}
+        for name, by_kind in zip(("gate_logits", "gates"), gate_out, strict=True):
+            by_layer[name] = {layer: {kind: by_kind[kind][i] for kind in by_kind} for i, layer in enumerate(layers)}
+        return x_BTD, by_layer
 
     def __call__(self, images_BHWC: jax.Array, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
         """Compute the logits [B, C] of normalised images, and `out`; see `blocks`, which gets the keyword arguments."""
@@ -361,6 +466,25 @@ class TrainedModel(NamedTuple):
     params: Any
 
 
-def stack_gates(by_layer: Mapping[int, jax.Array]) -> jax.Array:
-    """Stack the gates of the gated layers in order: {layer: [B, H]} -> [B, A, H]."""
-    return jnp.stack([by_layer[layer] for layer in sorted(by_layer)], axis=1)
+def stack_gates(by_layer: Mapping[int, Gates], kind: GateKind = "heads") -> jax.Array:
+    """Stack the gates of one kind in the order of the layers that have them: {layer: {kind: [B, n]}} -> [B, A, n]."""
+    return jnp.stack([by_layer[layer][kind] for layer in sorted(by_layer) if kind in by_layer[layer]], axis=1)
+
+
+def draw_noise(key: jax.Array, model: ViT, count: int) -> dict[str, jax.Array]:
+    """Draw the standard logistic noise of a model's sampled gates.
+
+    Args:
+      count: the number of images, B.
+
+    Returns:
+      By kind, [B, A, n] for its A gated layers and the n gates of each.
+    """
+    gates = {"heads": model.model.heads, "sublayers": len(SUBLAYERS), "tokens": model.positions_count - 1}
+    noise: dict[str, jax.Array] = {}
+    for number, kind in enumerate(GATE_KINDS):
+        if kind in model.gate.kinds:
+            layers = model.model.depth - model.gate.settings(kind).first_layer
+            own_key = jax.random.fold_in(key, number) if number else key
+            noise[kind] = logistic_noise(own_key, (count, layers, gates[kind]))
+    return noise

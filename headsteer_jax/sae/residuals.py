@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from headsteer_jax.config.schema import Config
+from headsteer_jax.config.schema import Config, GateConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import LazyImages, Split, gather_images, image_keys, sha256_of
 from headsteer_jax.errors import HeadSteerError, explain_errors
@@ -237,11 +237,23 @@ def fingerprint_ingredients(trained: TrainedModel, split: Split) -> dict[str, An
         "format": CACHE_FORMAT,
         "model": fingerprint_params(trained.params),
         "config.model": config.model.model_dump(exclude={"pretrained", "pretrained_head"}),
-        "config.gate": config.gate.model_dump(include={"first_layer", "layer_norm", "dropped"}),
+        "config.gate": _describe_gates(config.gate),
         "config.data": config.data.model_dump(include={"image_size", "channels", "mean", "std"}),
         "images": pixels,
         "labels": sha256_of(split.labels.astype(np.int64)),
     }
+
+
+def _describe_gates(gate: GateConfig) -> dict[str, Any]:
+    """Collect what residuals depend on of the gates; those of the heads are described as they always were."""
+    described = gate.model_dump(include={"first_layer", "layer_norm", "dropped"})
+    if gate.threshold != 0.5:
+        described["threshold"] = gate.threshold
+    if gate.kinds != ("heads",):
+        described["kinds"] = sorted(gate.kinds)
+        names = {"first_layer", "threshold", "normalise"}
+        described |= {kind: getattr(gate, kind).model_dump(include=names) for kind in gate.kinds if kind != "heads"}
+    return described
 
 
 def fingerprint_residuals(trained: TrainedModel, split: Split) -> str:

@@ -106,7 +106,7 @@ def run_from_layer(
         last_BTD, out = m.blocks(
             x_BTD, layer, interventions={layer: Intervention(None, lambda _: steered_BD, target == "residual")}
         )
-        return m.classify(last_BTD[:, 0]), out["gates"][layer]
+        return m.classify(last_BTD[:, 0]), out["gates"][layer]["heads"]
 
     return model.apply(params, method=run)
 

@@ -67,7 +67,7 @@ def predict_under_patterns(model: ViT, params: Any, x_BTD: jax.Array, layer: int
 
             def sum_contributions(g_H: jax.Array) -> jax.Array:
                 sum_BD = jnp.einsum("H,BHD->BD", g_H, contribution_BHD, precision=jax.lax.Precision.HIGHEST)
-                return predict_class(m.last_logits(x_BTD[:, 0], always_BD + sum_BD))
+                return predict_class(m.last_logits(x_BTD[:, 0], always_BD + sum_BD, {"heads": g_H[None]}))
 
             return jax.lax.map(sum_contributions, gates_PH, batch_size=max(1, ROWS_PER_PRODUCT // count))
 

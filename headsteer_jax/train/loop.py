@@ -29,7 +29,7 @@ from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.batches import device_batches
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.model.flops import training_speed
+from headsteer_jax.model.macs import training_speed
 from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.model.vit import Gating, TrainedModel, ViT, build_model, fingerprint_params
@@ -284,7 +284,9 @@ def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, ste
     accuracy = observed.accuracy(dataset.validation.labels)
     if not np.isfinite(observed.x).all():
         raise HeadSteerError(f"{phase}: the residuals are not finite at step {step}; lower the learning rate")
-    usage = {"validation_usage": observed.gates.mean(axis=(0, 2))} if phase == "gated" else {}
+    usage = {}
+    if phase == "gated" and "heads" in observed.gates:
+        usage["validation_usage"] = observed.gates["heads"].mean(axis=(0, 2))
     log.write(phase, step, {"validation_accuracy": accuracy} | usage)
     return accuracy
 

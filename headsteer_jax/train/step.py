@@ -13,8 +13,8 @@ import optax
 
 from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.augment import augment_and_normalise, mixup
-from headsteer_jax.model.gates import anneal, logistic_noise, usage_loss
-from headsteer_jax.model.vit import ViT, stack_gates
+from headsteer_jax.model.gates import Gates, anneal, usage_loss
+from headsteer_jax.model.vit import ViT, draw_noise, stack_gates
 from headsteer_jax.runtime import mesh
 
 
@@ -57,14 +57,14 @@ def scale_gates(updates: Any, scale: float) -> Any:
     """Multiply the decision networks' updates by `scale`, which gives them a learning rate of their own."""
 
     def scale_leaf(path: Any, update: jax.Array) -> jax.Array:
-        return update * scale if any(getattr(key, "key", None) == "decide" for key in path) else update
+        return update * scale if any(str(getattr(key, "key", "")).startswith("decide") for key in path) else update
 
     return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(scale_leaf, updates)
 
 
 def loss_and_metrics(
     model: ViT, params: Any, images_BHWC: jax.Array, targets_BC: jax.Array, progress: jax.Array,
-    noise_BAH: jax.Array | None, config: Config,
+    noise: Gates | None, config: Config,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """Compute the cross-entropy, plus the weighted usage loss if gates are sampled.
 
@@ -72,11 +72,12 @@ def loss_and_metrics(
       images_BHWC: normalised images.
       targets_BC: soft labels.
       progress: the share of the phase that is done, which the annealing depends on.
-      noise_BAH: logistic noise of the gates, before it is scaled; None: every head runs.
+      noise: logistic noise of the gates, before it is scaled; None: every head runs.
     """
-    if noise_BAH is not None:
+    if noise is not None:
         noise_scale, target = anneal(config.gate, progress)
-        logits_BC, out = model.apply(params, images_BHWC, gating="sampled", noise_BAH=noise_scale * noise_BAH)
+        scaled = {kind: noise_scale * value for kind, value in noise.items()}
+        logits_BC, out = model.apply(params, images_BHWC, gating="sampled", noise=scaled)
         g_BAH, m_BAH = stack_gates(out["gates"]), stack_gates(out["gate_logits"])
         pressure = config.gate.weight * usage_loss(g_BAH, target, config.gate)
         usage = {
@@ -103,9 +104,9 @@ def _make_gradient(model: ViT, config: Config) -> Callable[..., Any]:
     parts = config.train.accumulate
 
     def gradient(
-        params: Any, images: jax.Array, targets: jax.Array, progress: jax.Array, noise: jax.Array | None
+        params: Any, images: jax.Array, targets: jax.Array, progress: jax.Array, noise: Gates | None
     ) -> tuple[Any, dict[str, jax.Array]]:
-        def loss(params: Any, images: jax.Array, targets: jax.Array, noise: jax.Array | None) -> Any:
+        def loss(params: Any, images: jax.Array, targets: jax.Array, noise: Gates | None) -> Any:
             return loss_and_metrics(model, params, images, targets, progress, noise, config)
 
         if parts == 1:
@@ -145,7 +146,6 @@ def make_training_steps(
       A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]).
     """
     tx, gradient = make_optimizer(config, phase), _make_gradient(model, config)
-    layers = config.model.depth - config.gate.first_layer
 
     def step(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         images, labels = batch
@@ -155,7 +155,7 @@ def make_training_steps(
         targets = optax.smooth_labels(jax.nn.one_hot(labels, model.classes), config.train.label_smoothing)
         if config.train.mixup > 0:
             images, targets = mixup(key_mixup, images, targets, config.train.mixup)
-        noise = logistic_noise(key_noise, (len(images), layers, config.model.heads)) if gated else None
+        noise = draw_noise(key_noise, model, len(images)) if gated else None
         grads, metrics = gradient(state.params, images, targets, state.step / phase.steps, noise)
         updates, opt = tx.update(grads, state.optimizer, state.params)
         updates = scale_gates(updates, config.gate.learning_rate_scale)

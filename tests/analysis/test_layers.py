@@ -97,7 +97,7 @@ def test_alpha_0_is_the_unsteered_model() -> None:
     logits, out = trained.model.apply(trained.params, images.astype(np.float32) / 255)
     np.testing.assert_array_equal(predictions[0], np.argmax(logits, axis=1))
     for place, layer in enumerate((1, 2)):
-        np.testing.assert_array_equal(gates[0, :, place], out["gates"][layer] > 0)
+        np.testing.assert_array_equal(gates[0, :, place], out["gates"][layer]["heads"] > 0)
 
 
 def test_all_off_drops_every_head_of_one_layer() -> None:

@@ -146,6 +146,11 @@ def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -
         ("steer.alphas", "1,1", ["config.steer.alphas = (1.0, 1.0)", "without repeats"]),
         ("steer.strategies", "class,class", ["config.steer.strategies", "without repeats"]),
         ("gate.first_layer", "4", ["config.gate.first_layer = 4", "below model.depth = 4"]),
+        ("gate.kinds", "", ["config.gate.kinds = ()", "at least one of heads, sublayers, tokens, without repeats"]),
+        ("gate.kinds", "heads,heads", ["config.gate.kinds = ('heads', 'heads')", "without repeats"]),
+        ("gate.kinds", "heads,patches", ["config.gate.kinds", "'heads', 'sublayers' or 'tokens'"]),
+        ("gate.tokens.threshold", "1", ["config.gate.tokens.threshold", "less than 1"]),
+        ("gate.budget", "1.5", ["config.gate.budget", "less than or equal to 1"]),
         ("train.eval_every", "30", ["config.train.eval_every = 30", "a multiple of train.steps_per_call = 25"]),
         ("train.gated.steps", "0", ["config.train.gated.steps = 0", "at least 1"]),
         ("data.channels", "3", ["config.data.mean", "data.channels = 3"]),
@@ -246,3 +251,25 @@ def test_every_field_of_the_shipped_configs_survives_the_command_line(plain: Pat
 def test_any_override_is_valid_or_a_line(path: str, text: str) -> None:
     with suppress(HeadSteerError):
         assert isinstance(load_config(CONFIGS[0], {path: text}), Config)
+
+
+@pytest.mark.parametrize("kind", ["sublayers", "tokens"])
+def test_a_kind_of_gate_needs_a_layer(plain: Path, kind: str) -> None:
+    """A kind that is not chosen may begin anywhere."""
+    field = f"gate.{kind}.first_layer"
+    assert load_config(plain, {field: "4"}).gate.kinds == ("heads",)
+    with pytest.raises(HeadSteerError) as error:
+        load_config(plain, {field: "4", "gate.kinds": f"heads,{kind}"})
+    assert str(error.value) == f"config.{field} = 4: must be below model.depth = 4"
+
+
+def test_gated_layers_are_those_of_all_kinds(plain: Path) -> None:
+    config = load_config(plain, {"gate.kinds": "sublayers,tokens", "gate.sublayers.first_layer": "2"})
+    assert config.gated_layers == range(4)
+    assert [config.layers_with(kind) for kind in ("heads", "sublayers", "tokens")] == [
+        range(4, 4),
+        range(2, 4),
+        range(4),
+    ]
+    assert config.gate.kinds_in(1) == ("tokens",)
+    assert config.gate.kinds_in(2) == ("sublayers", "tokens")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 
 from headsteer_jax.config import GateConfig
 from headsteer_jax.model import gates
@@ -65,8 +66,34 @@ def test_no_annealing_means_settled_from_the_start():
     chex.assert_trees_all_close(gates.anneal(GateConfig(anneal=0.0, target=0.7), 0.0), (0.0, 0.7), atol=1e-7)
 
 
+def test_softmax_of_kept_keys():
+    """It is scipy's softmax over the kept keys alone, whatever the dropped ones hold."""
+    rng = np.random.default_rng(0)
+    scores, keep = rng.normal(0, 3, (4, 2, 5, 6)).astype(np.float32), (rng.random((4, 6)) < 0.5).astype(np.float32)
+    keep[:, 0] = 1
+    scores[..., 5] = np.where(keep[:, None, None, 5] == 0, 1e30, scores[..., 5])
+    found = np.asarray(jax.jit(gates.mask_softmax)(scores, keep))
+    for i in range(4):
+        kept = keep[i] > 0
+        np.testing.assert_allclose(found[i][..., kept], softmax(scores[i][..., kept].astype(float), axis=-1), atol=1e-6)
+        assert not found[i][..., ~kept].any()
+
+
+def test_gradient_of_a_dropped_key():
+    """Its weight would grow as exp of its score, cut to the largest kept one, divided by the sum of the kept ones."""
+    scores = jnp.array([[[[0.0, 1.0, 0.5, 9.0]]]])
+    keep = jnp.array([[1.0, 1.0, 0.0, 0.0]])
+    slope = jax.jacobian(lambda keep: gates.mask_softmax(scores, keep)[0, 0, 0])(keep)[:, 0]
+    total = 1 + np.e
+    np.testing.assert_allclose([slope[2, 2], slope[3, 3]], [np.exp(0.5) / total, np.e / total], rtol=1e-6)
+    np.testing.assert_allclose(slope.sum(axis=0), 0, atol=1e-6)  # weights still sum to 1
+    by_score = jax.jacobian(lambda s: gates.mask_softmax(s, keep)[0, 0, 0])(scores)[:, 0, 0, 0]
+    p = np.array([1, np.e, 0, 0]) / total
+    np.testing.assert_allclose(by_score, np.diag(p) - np.outer(p, p), atol=1e-6)
+
+
 def test_gate_starts_open():
-    gate = gates.Gate(6, GateConfig(bias=2.0), 1e-6)
+    gate = gates.Gate(6, GateConfig(bias=2.0).settings("heads"), False, 1e-6)
     x = jax.random.normal(jax.random.key(1), (50, 96))
     m, _ = gate.init_with_output(jax.random.key(0), x)
     assert m.shape == (50, 6)

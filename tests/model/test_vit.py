@@ -31,9 +31,11 @@ def test_matches_reference(images, gating, dropped, layer_norm, gelu):
         answer, gates, gate_logits, cls = reference.vit(exact, image.astype(np.float64), config, gating)
         chex.assert_trees_all_close(logits[i], answer, rtol=2e-5, atol=2e-5)
         for layer in gates:
-            chex.assert_trees_all_close(out["gate_logits"][layer][i], gate_logits[layer], rtol=2e-5, atol=2e-5)
-            chex.assert_trees_all_equal(np.asarray(out["gates"][layer][i], float), gates[layer])
-            decisions.append(gates[layer])
+            chex.assert_trees_all_close(
+                out["gate_logits"][layer]["heads"][i], gate_logits[layer]["heads"], rtol=2e-5, atol=2e-5
+            )
+            chex.assert_trees_all_equal(np.asarray(out["gates"][layer]["heads"][i], float), gates[layer]["heads"])
+            decisions.append(gates[layer]["heads"])
         for layer in cls:
             chex.assert_trees_all_close(out["cls"][layer][i], cls[layer], rtol=2e-5, atol=2e-5)
     if gating == "thresholded":  # the comparison saw heads on and off
@@ -58,7 +60,7 @@ def test_forced_gates_match_reference(images, dropped):
 def test_sampled_without_noise_equals_thresholded(images):
     config = tiny_config()
     model, params = vit.build_model(config, 7), random_params(config, 7)
-    sampled, out = model.apply(params, images, gating="sampled", noise_BAH=jnp.zeros((5, 2, 3)))
+    sampled, out = model.apply(params, images, gating="sampled", noise={"heads": jnp.zeros((5, 2, 3))})
     thresholded, expected = model.apply(params, images)
     chex.assert_trees_all_equal(sampled, thresholded)
     chex.assert_trees_all_equal(out["gates"], expected["gates"])
@@ -85,7 +87,7 @@ def test_gate_input_steers_the_gate_alone(images):
     other = jnp.asarray(np.random.default_rng(1).standard_normal((5, 24)), jnp.float32)
     steered, out = model.apply(params, images, interventions={2: Intervention(gate_input=lambda _: other)})
     gates = model.apply(params, other, 2, method="gate_logits") > 0
-    chex.assert_trees_all_equal(out["gates"][2], gates.astype(jnp.float32))
+    chex.assert_trees_all_equal(out["gates"][2]["heads"], gates.astype(jnp.float32))
     forced, _ = model.apply(params, images, interventions={2: Intervention(gates=gates.astype(jnp.float32))})
     chex.assert_trees_all_equal(steered, forced)
 
@@ -94,7 +96,7 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32(images):
     config = with_model(tiny_config(), dtype="bfloat16")
     params = random_params(config, 7)
     logits, out = jax.jit(lambda x: vit.build_model(config, 7).apply(params, x, gating="dense"))(images)
-    chex.assert_type([logits, out["cls"][2], out["gate_logits"][2]], jnp.float32)
+    chex.assert_type([logits, out["cls"][2], out["gate_logits"][2]["heads"]], jnp.float32)
     chex.assert_type(jax.tree.leaves(params), jnp.float32)
     full, _ = jax.jit(lambda x: vit.build_model(tiny_config(), 7).apply(params, x, gating="dense"))(images)
     assert 0 < np.abs(logits - full).max() < 0.1 * np.abs(full).max()  # computed otherwise, but the same model
@@ -187,10 +189,10 @@ def test_scanned_and_rematerialised_layers_are_the_same(gating: str, remat: bool
     params = random_params(config, 7)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((6, 8, 8, 1)).astype(np.float32)
-    noise = rng.logistic(size=(6, 4, 3)).astype(np.float32) if gating == "sampled" else None
+    noise = {"heads": rng.logistic(size=(6, 4, 3)).astype(np.float32)} if gating == "sampled" else {}
 
     def total(model, params):
-        logits, out = model.apply(params, images, gating=gating, noise_BAH=noise)
+        logits, out = model.apply(params, images, gating=gating, noise=noise)
         return (logits * jnp.arange(7)).sum() + 3 * stack_gates(out["gates"]).mean(), (logits, out)
 
     (_, one), one_grad = jax.jit(jax.value_and_grad(lambda p: total(plain, p), has_aux=True))(params)

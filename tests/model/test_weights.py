@@ -484,6 +484,20 @@ def test_pooling_of_a_head_that_is_left_out_is_a_warning(
     assert any("was not trained to classify" in message for message in caplog.messages) == warned
 
 
+def test_gates_of_tokens_need_a_class_token_that_classifies(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", golden("timm_vit"))
+    (tmp_path / "config.json").write_text(json.dumps({"global_pool": "avg"}))
+    config = our_config(path)
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"kinds": ("heads", "tokens")})})
+    with pytest.raises(HeadSteerError) as error:
+        check_backbone(config, ("a",) * 7)
+    text = str(error.value)
+    assert text.startswith(
+        f"config.model.pretrained = {path}: config.json says global_pool = 'avg', but gates of tokens"
+    )
+    assert text.endswith("choose another file, or gate.kinds without tokens")
+
+
 def test_another_normalisation_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = save(tmp_path / "model.safetensors", golden("timm_vit"))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [1.0] * 3}))

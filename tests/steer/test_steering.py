@@ -87,7 +87,7 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
 
         intervention = Intervention(gate_input=changed, steer_residual=target == "residual")
         logits, out = model.apply(params, images, interventions={layer: intervention})
-        return out["gates"][layer] > 0, jnp.argmax(logits, axis=1)
+        return out["gates"][layer]["heads"] > 0, jnp.argmax(logits, axis=1)
 
     for v, (steered, labels) in enumerate(settings):
         for a, alpha in enumerate(alphas):
@@ -95,7 +95,7 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
             chex.assert_trees_all_equal(gates[v, a, :, 0], np.asarray(expected))
             chex.assert_trees_all_equal(predictions[v, a], np.asarray(answers).astype(np.int32))
     logits, out = jax.jit(lambda images: model.apply(params, images))(images)
-    chex.assert_trees_all_equal(gates[0, 1, :, 0], np.asarray(out["gates"][layer]) > 0)
+    chex.assert_trees_all_equal(gates[0, 1, :, 0], np.asarray(out["gates"][layer]["heads"]) > 0)
     chex.assert_trees_all_equal(predictions[0, 1], np.argmax(logits, axis=1).astype(np.int32))
     assert len({gates[0, a].tobytes() for a in range(5)}) > 2
     if target == "policy":

@@ -44,7 +44,9 @@ def test_table_is_the_model_under_every_pattern(split, layer, dropped):
         logits, *_ = reference.vit(exact, split.images[i] / 255.0, config, "thresholded", forced)
         assert found.answers[i, pattern] == np.argmax(logits)
     logits, out = jax.jit(lambda images: model.apply(params, images))(split.images / np.float32(255))
-    chex.assert_trees_all_equal(found.pattern, np.asarray(table.gates_to_pattern(out["gates"][config.sae_layer])))
+    chex.assert_trees_all_equal(
+        found.pattern, np.asarray(table.gates_to_pattern(out["gates"][config.sae_layer]["heads"]))
+    )
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
     chex.assert_trees_all_equal(found.prediction, found.answers[np.arange(90), found.pattern])
     assert len(np.unique(found.answers)) > 2

@@ -152,14 +152,14 @@ def test_loss_by_hand():
 
     @jax.jit
     def compute(params):
-        noise = jnp.zeros((6, 2, 3))
+        noise = {"heads": jnp.zeros((6, 2, 3))}
         losses = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), noise, config)
         return losses, model.apply(params, images)
 
     (loss, metrics), (logits, out) = compute(params)
     log_p = np.asarray(logits, np.float64) - np.log(np.exp(np.asarray(logits, np.float64)).sum(axis=1, keepdims=True))
     cross_entropy = -(np.asarray(targets) * log_p).sum(axis=1).mean()
-    usage = [np.asarray(out["gates"][layer]).mean() for layer in (1, 2)]
+    usage = [np.asarray(out["gates"][layer]["heads"]).mean() for layer in (1, 2)]
     pressure = config.gate.weight * np.mean([abs(u - config.gate.target) for u in usage])
     np.testing.assert_allclose(loss, cross_entropy + pressure, rtol=1e-5)
     np.testing.assert_allclose(metrics["usage_thresholded"], usage, rtol=1e-6)
@@ -204,6 +204,18 @@ def test_missing_checkpoint(dataset, finished_training, tmp_path):
     shutil.rmtree(directory / "gated" / "last")
     with pytest.raises(HeadSteerError, match="no checkpoint"):
         loop.load_trained(with_train(), len(dataset.class_names), directory)
+
+
+def test_a_model_of_heads_has_no_other_gates(dataset, finished_training):
+    """A config with more kinds of gates than its checkpoint is refused in one line that names what is missing."""
+    config = with_train()
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"kinds": ("heads", "sublayers")})})
+    with pytest.raises(HeadSteerError) as error:
+        loop.load_trained(config, len(dataset.class_names), finished_training)
+    text = str(error.value)
+    assert "another model: it has no array" in text
+    assert "layers_1.decide_sublayers, unlike this config's model; use its own config" in text
+    assert "\n" not in text
 
 
 def test_a_checkpoint_knows_its_data(dataset, finished_training, tmp_path):
