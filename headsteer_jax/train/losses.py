@@ -34,7 +34,7 @@ def compute_macs_share(config: Config, classes: int, gates: Mapping[int, Gates])
     Args:
       gates: by layer and kind, as `out["gates"]`.
     """
-    return jnp.mean(count_macs(config, classes, gates)) / count_dense_macs(config, classes)
+    return jnp.mean(count_macs(config, classes, gates)) / float(count_dense_macs(config, classes))  # beyond int32
 
 
 def compute_least_share(config: Config, classes: int) -> float:
@@ -74,7 +74,8 @@ def limit_usage(
     """
     gate, metrics = config.gate, {}
     stacked = {kind: stack_gates(gates, kind) for kind in gate.kinds}
-    running_BA = _find_running_blocks(config, gates) if gate.running_only and "sublayers" in gate.kinds else None
+    counts_running = gate.running_only and {"heads", "sublayers"} <= set(gate.kinds)
+    running_BA = _find_running_blocks(config, gates) if counts_running else None
     terms = []
     for kind, g_BAn in stacked.items():
         metrics[name_usage("usage_sampled", kind)] = _mean_by_layer(g_BAn, kind)
@@ -101,9 +102,10 @@ def _mean_by_layer(g_BAn: jax.Array, kind: GateKind) -> jax.Array:
 
 def _find_running_blocks(config: Config, gates: Mapping[int, Gates]) -> jax.Array:
     """Find the blocks of each image, among those that gate heads, whose attention or MLP runs -> [B, A] 0 or 1."""
-    count = len(next(iter(gates.values()))[config.gate.kinds[0]])
     running = [
-        jnp.max(threshold(gates[layer]["sublayers"]), axis=-1) if "sublayers" in gates[layer] else jnp.ones(count)
+        jnp.max(threshold(gates[layer]["sublayers"]), axis=-1)
+        if "sublayers" in gates[layer]
+        else jnp.ones(len(gates[layer]["heads"]))
         for layer in config.layers_with("heads")
     ]
     return jax.lax.stop_gradient(jnp.stack(running, axis=1))
