@@ -9,6 +9,7 @@ from builders import random_params, tiny_config
 
 from headsteer_jax.config import Config, ModelConfig, SublayerGateConfig, TokenGateConfig
 from headsteer_jax.errors import HeadSteerError, explain_errors
+from headsteer_jax.model import compute
 from headsteer_jax.model.gates import straight_through
 from headsteer_jax.model.vit import build_model, draw_noise
 from headsteer_jax.train import losses, step
@@ -52,6 +53,24 @@ def share_by_hand(gates: dict) -> float:
         return total
 
     return float(np.mean(count(gates, 1)) / count({}, 0)[0])
+
+
+def test_compute_of_evaluated_images():
+    """Each image's count, and the means, from gates as a pass over a split returns them."""
+    config = gated()
+    gates = draw_gates(config)
+    stacked = {kind: np.stack([gates[layer][kind] for layer in config.layers_with(kind)], axis=1) > 0 for kind in ALL}
+    found = compute.measure_compute(config, CLASSES, stacked)
+    assert set(found) == {"dense_macs", "macs", "share", "usage"}
+    np.testing.assert_allclose(found["share"], share_by_hand(gates), rtol=1e-6)
+    np.testing.assert_allclose(found["macs"], found["share"] * found["dense_macs"], rtol=1e-6)
+    assert found["usage"] == {kind: pytest.approx(stacked[kind].mean()) for kind in ALL}
+    usage = compute.measure_usage(stacked)
+    np.testing.assert_allclose(usage["heads"], [gates[layer]["heads"].mean() for layer in (1, 2)])
+    np.testing.assert_allclose(usage["sublayers"], [gates[layer]["sublayers"].mean(axis=0) for layer in (1, 2)])
+    first = {layer: {kind: np.repeat(g[:1], B, axis=0) for kind, g in own.items()} for layer, own in gates.items()}
+    macs = compute.count_image_macs(config, CLASSES, stacked)
+    np.testing.assert_allclose(macs[0], share_by_hand(first) * found["dense_macs"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["absolute", "squared"])
@@ -174,14 +193,14 @@ def test_a_steps_loss_is_the_sum_of_its_terms():
     targets = rng.dirichlet(np.ones(CLASSES), B).astype(np.float32)
 
     @jax.jit
-    def compute(params, teacher):
+    def run(params, teacher):
         noise = draw_noise(jax.random.key(0), model, B)
         inputs = step.Batch(images, targets, noise)
         # at the end of annealing no noise is left
         loss = step.loss_and_metrics(model, params, inputs, jnp.float32(1), teacher, config)
         return loss, model.apply(params, images), model.apply(teacher, images, gating="dense")[0]
 
-    (loss, metrics), (logits, out), dense = jax.tree.map(np.asarray, compute(params, teacher))
+    (loss, metrics), (logits, out), dense = jax.tree.map(np.asarray, run(params, teacher))
     cross_entropy = -(targets * log_softmax(logits.astype(float))).sum(axis=1).mean()
     log_p, log_q = (log_softmax(z.astype(float) / config.gate.teacher_temperature) for z in (dense, logits))
     divergence = 25 * (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
