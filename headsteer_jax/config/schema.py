@@ -240,7 +240,7 @@ class GateConfig(Section):
     layers."""
     loss: Literal["absolute", "squared"] = "absolute"
     """The form of the usage loss. absolute: |usage - target|, as in [AdaViT]'s code. squared: its square, as in
-    [AdaViT]'s paper."""
+    [AdaViT]'s paper. With gate.budget it is the form of the distance to the budget."""
     running_only: bool = False
     """Take the usage of heads, for its target, over those blocks of each image whose attention or MLP runs, as in
     [AdaViT]'s code, and not over all blocks. It matters only if gate.kinds has heads and sublayers."""
@@ -250,8 +250,8 @@ class GateConfig(Section):
     """The learning rate of the gates, divided by that of the other parameters. A value above 1 helps if the backbone is
     pretrained and learns slowly: a gate moves in proportion to its input, and early residuals are small."""
     anneal: Fraction = 0.62
-    """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target falls from 1 to
-    its value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
+    """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target, or the budget,
+    falls from 1 to its value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
     models."""
     teacher_logits: NonNegativeFloat = 0.0
     """The weight of the distance to the logits of the dense phase's model, the teacher of the gated phase:

@@ -217,6 +217,19 @@ def test_batch_larger_than_the_data(dataset, tmp_path):
         loop.train_model(with_train(batch=512), dataset, tmp_path)
 
 
+def test_the_trained_model_tells_what_it_costs(finished):
+    """train/test.json: heads save something, and the usage is the mean of the layers'."""
+    test = json.loads((finished.workdir / "train" / "test.json").read_text())
+    compute = test["compute"]
+    assert compute["usage"] == {"heads": pytest.approx(np.mean(test["usage"]))}
+    assert compute["share"] == pytest.approx(compute["macs"] / compute["dense_macs"])
+    assert 0.5 < compute["share"] < 1.01
+    rows = read_log(finished.workdir / "train" / "metrics.jsonl")
+    validated = [row for row in rows if "validation_usage" in row]
+    assert all(row["phase"] == "gated" and 0.5 < row["validation_macs"] < 1.01 for row in validated)
+    assert validated
+
+
 def test_a_cut_off_last_row_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"phase": "dense", "step": 1}) + '\n{"phase": "den')
