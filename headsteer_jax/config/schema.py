@@ -251,8 +251,8 @@ class GateConfig(Section):
     pretrained and learns slowly: a gate moves in proportion to its input, and early residuals are small."""
     anneal: Fraction = 0.62
     """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target, or the budget,
-    falls from 1 to its value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
-    models."""
+    falls from 1 to its value. The remaining steps train thresholded gates, because sampled and thresholded gates are
+    two different models."""
     teacher_logits: NonNegativeFloat = 0.0
     """The weight of the distance to the logits of the dense phase's model, the teacher of the gated phase:
     T^2 KL(teacher || model) at the temperature T. The teacher sees the same augmented and mixed images; label smoothing
