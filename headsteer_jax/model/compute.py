@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from headsteer_jax.config.schema import Config, GateKind
+from headsteer_jax.config.schema import Config
 from headsteer_jax.model.gates import Gates
 from headsteer_jax.model.macs import count_dense_macs, count_macs
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _count_image_macs(config: Config, classes: int, gates: Mapping[GateKind, jax.Array]) -> jax.Array:
+def _count_image_macs(config: Config, classes: int, gates: Mapping[str, jax.Array]) -> jax.Array:
     by_layer: dict[int, Gates] = {
         layer: {
             kind: gates[kind][:, layer - config.gate.settings(kind).first_layer] for kind in config.gate.kinds_in(layer)
@@ -23,7 +23,7 @@ def _count_image_macs(config: Config, classes: int, gates: Mapping[GateKind, jax
     return count_macs(config, classes, by_layer)
 
 
-def count_image_macs(config: Config, classes: int, gates: Mapping[GateKind, np.ndarray]) -> np.ndarray:
+def count_image_macs(config: Config, classes: int, gates: Mapping[str, np.ndarray]) -> np.ndarray:
     """Count the MACs of each image from its gates -> [N] float32.
 
     Args:
@@ -32,12 +32,12 @@ def count_image_macs(config: Config, classes: int, gates: Mapping[GateKind, np.n
     return np.asarray(_count_image_macs(config, classes, dict(gates)))
 
 
-def measure_usage(gates: Mapping[GateKind, np.ndarray]) -> dict[GateKind, np.ndarray]:
+def measure_usage(gates: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Measure the share of gates that are open in each layer: by kind [A]; attention and MLP apart, [A, 2]."""
     return {kind: g.mean(axis=0 if kind == "sublayers" else (0, 2)) for kind, g in gates.items()}
 
 
-def measure_compute(config: Config, classes: int, gates: Mapping[GateKind, np.ndarray]) -> dict[str, Any]:
+def measure_compute(config: Config, classes: int, gates: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Measure what images cost in the mean.
 
     Returns:

@@ -90,7 +90,7 @@ def straight_through(m_BH: jax.Array, noise_BH: jax.Array, temperature: float) -
 
 
 def usage_loss(
-    g_BAn: jax.Array, target: jax.Array | float, config: GateConfig, kind: GateKind = "heads",
+    g_BAn: jax.Array, target: jax.Array | float, config: GateConfig, kind: str = "heads",
     counted_BA: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Compute the usage loss of one kind of gate, before its weight: |mean(g) - target| or its square.

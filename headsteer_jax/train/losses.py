@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from headsteer_jax.config.schema import Config, GateConfig, GateKind
+from headsteer_jax.config.schema import Config, GateConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.gates import Gates, anneal_target, threshold, usage_loss
 from headsteer_jax.model.macs import count_dense_macs, count_macs
@@ -23,7 +23,7 @@ from headsteer_jax.model.vit import stack_gates
 Metrics = dict[str, jax.Array]
 
 
-def name_usage(name: str, kind: GateKind) -> str:
+def name_usage(name: str, kind: str) -> str:
     """Return a metric's name for one kind of gate; the heads' have no suffix."""
     return name if kind == "heads" else f"{name}_{kind}"
 
@@ -95,7 +95,7 @@ def limit_usage(
     return pressure, metrics | {"usage_loss": pressure}
 
 
-def _mean_by_layer(g_BAn: jax.Array, kind: GateKind) -> jax.Array:
+def _mean_by_layer(g_BAn: jax.Array, kind: str) -> jax.Array:
     """Compute the usage of each layer [A]; that of sublayers for attention and MLP apart [A, 2]."""
     return jnp.mean(g_BAn, axis=0 if kind == "sublayers" else (0, 2))
 
