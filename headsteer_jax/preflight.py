@@ -23,6 +23,7 @@ from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locat
 from headsteer_jax.sae.imported import import_autoencoder
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
 from headsteer_jax.train.loop import abstract_params
+from headsteer_jax.train.losses import check_budget
 
 REPOSITORIES = (".git", ".hg", ".svn")
 OTHER_NAMES = ("config.json", "activations")  # what a run writes beside the stages' directories and products
@@ -108,8 +109,10 @@ def check_dataset(config: Config, dataset: Dataset) -> None:
     """Check that a dataset suits the config.
 
     Raises:
-      HeadSteerError: a strategy or a class does not exist, or validation has too few images.
+      HeadSteerError: a strategy or a class does not exist, validation has too few images, or the gates cannot reach
+        gate.budget.
     """
+    check_budget(config, len(dataset.class_names))
     check_strategies_and_classes(config, dataset.class_names)
     check_validation(dataset.validation, config, dataset.class_names)
 

@@ -38,6 +38,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
+from headsteer_jax.model.compute import measure_compute
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
@@ -97,8 +98,10 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
             observe = make_observer(trained.model, config, EVALUATION_GATING[phase], config.sae_layer)
             observed = observe(trained.params, dataset.test, f"{phase}: test")
             results[phase] = observed.accuracy(dataset.test.labels)
-            if phase == "gated" and "heads" in observed.gates:
-                results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
+            if phase == "gated":
+                if "heads" in observed.gates:
+                    results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
+                results["compute"] = measure_compute(config, len(dataset.class_names), observed.gates)
     workdir.write_json("train/test.json", results)
 
 

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SHARED, run
+from helpers import ROOT, SHARED, run
+
+from headsteer_jax.config import load_config
+from headsteer_jax.train.losses import check_budget
+
+CLASSES = {"adavit_deit_s": 1000, "cifar100_vit_s": 100}
 
 
 def run_experiment(workdir: Path, *arguments: object) -> dict[str, Any]:
@@ -14,6 +19,11 @@ def run_experiment(workdir: Path, *arguments: object) -> dict[str, Any]:
     assert result.returncode == 0, result.stderr
     assert (workdir / "report.html").stat().st_size > 100_000
     return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_its_budget_can_be_reached(path: Path) -> None:
+    check_budget(load_config(str(path)), CLASSES.get(path.stem, 100))
 
 
 @pytest.mark.experiment
@@ -54,3 +64,16 @@ def test_a_pretrained_vit_on_photographs_at_a_reduced_size(tmp_path: Path) -> No
     assert summary["gated_accuracy"] > 0.05  # chance: 0.01
     assert 0.6 < summary["last_layer"]["usage"] < 0.95
     assert summary["sae"]["explained_variance"] > 0.8
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_adavit_on_digits(tmp_path: Path, seed: int) -> None:
+    """At 40% of the dense model's multiply-accumulates it loses at most one point against the dense control."""
+    arguments = "--config=configs/adavit_double_digits.py", f"--config.seed={seed}", "--stages=train"
+    result = run(f"--workdir={tmp_path}", *arguments, timeout=3000)
+    assert result.returncode == 0, result.stderr
+    test = json.loads((tmp_path / "train/test.json").read_text())
+    assert test["compute"]["share"] <= 0.4
+    assert test["gated"] >= test["dense_control"] - 0.01
+    assert test["compute"]["usage"]["tokens"] <= 0.6  # canvases are mostly empty

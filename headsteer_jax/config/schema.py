@@ -181,6 +181,9 @@ class TokenGateConfig(Section):
     """The probability sigmoid(m) above which a patch is kept; see gate.threshold. [AdaViT]'s code uses 0.6."""
     target: Share = 0.75
     """The share of patches that the usage loss aims at, if gate.budget is 0."""
+    loss: Literal["", "absolute", "squared"] = ""
+    """The form of the usage loss of patches, if gate.budget is 0; see gate.loss, which counts if this is empty.
+    [AdaViT]'s code takes the square for patches and the absolute value for the other kinds."""
     normalise: bool = True
     """Let these gates read the block's first LayerNorm of each patch, as in [AdaViT], and not the residual itself."""
 
@@ -237,23 +240,28 @@ class GateConfig(Section):
     layers."""
     loss: Literal["absolute", "squared"] = "absolute"
     """The form of the usage loss. absolute: |usage - target|, as in [AdaViT]'s code. squared: its square, as in
-    [AdaViT]'s paper."""
+    [AdaViT]'s paper. With gate.budget it is the form of the distance to the budget."""
+    running_only: bool = False
+    """Take the usage of heads, for its target, over those blocks of each image whose attention or MLP runs, as in
+    [AdaViT]'s code, and not over all blocks. It matters only if gate.kinds has heads and sublayers."""
     weight: NonNegativeFloat = 2.0
     """The weight of the usage loss."""
     learning_rate_scale: PositiveFloat = 1.0
     """The learning rate of the gates, divided by that of the other parameters. A value above 1 helps if the backbone is
     pretrained and learns slowly: a gate moves in proportion to its input, and early residuals are small."""
     anneal: Fraction = 0.62
-    """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target falls from 1 to
-    its value. The remaining steps train thresholded gates, because sampled and thresholded gates are two different
-    models."""
+    """The share of the gated phase, at its start, in which the noise falls linearly to 0 and the target, or the budget,
+    falls from 1 to its value. The remaining steps train thresholded gates, because sampled and thresholded gates are
+    two different models."""
     teacher_logits: NonNegativeFloat = 0.0
-    """The weight of the distance to the logits of the dense phase's model, the teacher of the gated phase. 0 switches
-    it off."""
+    """The weight of the distance to the logits of the dense phase's model, the teacher of the gated phase:
+    T^2 KL(teacher || model) at the temperature T. The teacher sees the same augmented and mixed images; label smoothing
+    does not concern it. 0 switches it off."""
     teacher_temperature: PositiveFloat = 5.0
     """The temperature at which the teacher's and the gated model's logits are compared. [AdaViT]'s code has 5."""
     teacher_hidden: NonNegativeFloat = 0.0
-    """The weight of the squared distance to the teacher's CLS residual after the last layer. 0 switches it off."""
+    """The weight of the mean squared difference to the teacher's CLS residual after the last layer, both standardised
+    to mean 0 and variance 1. 0 switches it off."""
     sublayers: SublayerGateConfig = SublayerGateConfig()
     tokens: TokenGateConfig = TokenGateConfig()
 
@@ -655,6 +663,10 @@ class Config(Section):
         multiple = f"a multiple of train.steps_per_call = {t.steps_per_call}"
         yield Rule("train.eval_every", t.eval_every, t.eval_every % t.steps_per_call == 0, multiple)
         yield Rule("train.gated.steps", t.gated.steps, t.gated.steps > 0, "at least 1, because the gates must learn")
+        no_teacher = "0, because the teacher is the dense phase's model and train.dense.steps = 0"
+        for field in ("teacher_logits", "teacher_hidden"):
+            weight = getattr(self.gate, field)
+            yield Rule(f"gate.{field}", weight, weight == 0 or t.dense.steps > 0, no_teacher)
 
     def _sae_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section sae."""

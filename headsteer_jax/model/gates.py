@@ -89,25 +89,47 @@ def straight_through(m_BH: jax.Array, noise_BH: jax.Array, temperature: float) -
     return hard_BH + (soft_BH - jax.lax.stop_gradient(soft_BH))  # the bracket is exactly 0
 
 
-def usage_loss(g_BAH: jax.Array, target: jax.Array | float, config: GateConfig) -> jax.Array:
-    """Compute the usage loss, before its weight: |mean(g) - target| or its square.
+def usage_loss(
+    g_BAn: jax.Array, target: jax.Array | float, config: GateConfig, kind: str = "heads",
+    counted_BA: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Compute the usage loss of one kind of gate, before its weight: |mean(g) - target| or its square.
 
     Args:
-      g_BAH: [B, A, H] gates of the A gated layers.
-      target: the share of heads to keep at this step.
+      g_BAn: [B, A, n] gates of the A layers that have this kind.
+      target: the share of gates to keep open at this step.
+      counted_BA: which blocks of each image count, 0 or 1; None: all.
 
     Returns:
-      A scalar: the mean of the layers' terms (`scope="layer"`), or one term for the mean over all heads.
+      A scalar: the mean of the layers' terms (`scope="layer"`), or one term for the mean over all gates.
     """
     axes = (0, 2) if config.scope == "layer" else (0, 1, 2)
-    gap = jnp.mean(g_BAH, axis=axes) - target
-    return jnp.mean(jnp.abs(gap) if config.loss == "absolute" else gap**2)
+    if counted_BA is None:
+        usage = jnp.mean(g_BAn, axis=axes)
+    else:
+        weights_BAn = jnp.broadcast_to(counted_BA[..., None], g_BAn.shape)
+        usage = jnp.sum(g_BAn * weights_BAn, axis=axes) / (jnp.sum(weights_BAn, axis=axes) + 1e-6)  # as [AdaViT]'s code
+    gap = usage - target
+    form = config.tokens.loss if kind == "tokens" and config.tokens.loss else config.loss
+    return jnp.mean(jnp.abs(gap) if form == "absolute" else gap**2)
 
 
-def anneal(config: GateConfig, progress: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """Compute the noise scale and the usage target at a share `progress` of the gated phase.
+def anneal_noise(config: GateConfig, progress: jax.Array | float) -> jax.Array:
+    """Compute the noise scale at a share `progress` of the gated phase.
 
-    In the first `config.anneal` of the phase both change linearly: the noise to 0, the target from 1 to its value.
+    In the first `config.anneal` of the phase it falls linearly to 0.
     """
-    done = jnp.clip(progress / config.anneal, 0.0, 1.0) if config.anneal > 0 else jnp.ones(())
-    return config.noise * (1.0 - done), 1.0 + (config.target - 1.0) * done
+    return config.noise * (1.0 - _annealed(config, progress))
+
+
+def anneal_target(config: GateConfig, progress: jax.Array | float, target: float) -> jax.Array:
+    """Compute the target at a share `progress` of the gated phase.
+
+    In the first `config.anneal` of the phase it falls linearly from 1 to `target`.
+    """
+    return 1.0 + (target - 1.0) * _annealed(config, progress)
+
+
+def _annealed(config: GateConfig, progress: jax.Array | float) -> jax.Array:
+    """Compute the share of the annealing that is done."""
+    return jnp.clip(progress / config.anneal, 0.0, 1.0) if config.anneal > 0 else jnp.ones(())

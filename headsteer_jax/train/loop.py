@@ -6,6 +6,9 @@ phase, and the dense phase starts from pretrained weights, if the config names a
 The same program runs on any number of devices and hosts: the state and each batch are sharded over
 `mesh.training_mesh`, and each host reads the images of its own devices. SIGTERM ends it after a checkpoint.
 
+If the config has a teacher, it is the end of the dense phase, and the gated phase gets its parameters beside its own.
+They are not in the gated phase's checkpoints: a resumed training has them from the dense phase's.
+
 Random keys: `key(seed)` folded with 0 initialises the model; folded with 1 + phase and then with the step, it draws
 that step's augmentation and noise.
 """
@@ -29,6 +32,7 @@ from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.batches import device_batches
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.compute import measure_compute, measure_usage
 from headsteer_jax.model.macs import training_speed
 from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
@@ -39,6 +43,7 @@ from headsteer_jax.runtime.files import REMAKE
 from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.train.log import TrainingLog, open_log
+from headsteer_jax.train.losses import check_budget, has_teacher, name_usage
 from headsteer_jax.train.step import State, evaluation_params, make_optimizer, make_training_steps
 
 logger = logging.getLogger(__name__)
@@ -87,6 +92,8 @@ def train_phase(
 ) -> State:
     """Train one phase to its end, from its last checkpoint, or from `params` if there is none.
 
+    `params` are those of the dense phase's end, if there was one, and then also the gated phase's teacher.
+
     Checkpoints have the phase, the step, the data position and the config. `<phase>/last` has machine.keep of them;
     they are saved every train.eval_every steps, at the end and on SIGTERM. `<phase>/best` has the one with the best
     validation accuracy, in the gated phase among those after annealing.
@@ -125,7 +132,8 @@ def train_phase(
         logger.info(f"{phase}: resuming from step {start}")
     log.forget_after(phase, start)
     run = _PhaseRun(model, phase, dataset, config, directory, log, devices, last, best, state, best_accuracy, data)
-    return run.train(shardings)
+    taught = phase == "gated" and has_teacher(config.gate)
+    return run.train(shardings, (mesh.place(params, shardings.params),) if taught else ())
 
 
 @dataclass
@@ -157,8 +165,12 @@ class _PhaseRun:
         """Return the steps of the phases before: later phases go on in the order of the data."""
         return self.config.train.dense.steps if self.phase != "dense" else 0
 
-    def train(self, shardings: State) -> State:
-        """Train from the state's step to the end of the phase."""
+    def train(self, shardings: State, teacher: tuple[Any, ...]) -> State:
+        """Train from the state's step to the end of the phase.
+
+        Args:
+          teacher: the teacher's parameters on the devices, if the phase has one.
+        """
         t, steps, start = self.config.train, self.plan.steps, int(self.state.step)
         ends = sorted({*range(0, steps, t.steps_per_call), steps} - set(range(start + 1)))
         calls = list(zip([start, *ends[:-1]], ends, strict=True))
@@ -168,7 +180,8 @@ class _PhaseRun:
         with defer_to_checkpoints() as must_stop, progress(steps, self.phase, initial=start) as bar:
             batches = device_batches(self.dataset.train, self.config, self.devices, calls, self.offset)
             for number, ((first, end), (images, labels)) in enumerate(zip(calls, batches, strict=True)):
-                metrics = self.run_call(program, images, labels, self.config.machine.profile and number == 1)
+                profiled = self.config.machine.profile and number == 1
+                metrics = self.run_call(program, (images, labels, *teacher), profiled)
                 note = _describe(self.record()) if self.pending else ""
                 self.pending = (end, metrics)
                 stopping = must_stop()
@@ -185,10 +198,10 @@ class _PhaseRun:
             self.close()
         return self.state
 
-    def run_call(self, program: Callable[..., Any], images: jax.Array, labels: jax.Array, profiled: bool) -> Any:
+    def run_call(self, program: Callable[..., Any], inputs: tuple[Any, ...], profiled: bool) -> Any:
         """Start the steps of a call, and return their metrics; a profiled call is waited for."""
         with _profile(self.directory / "profile" / self.phase if profiled else None):
-            self.state, metrics = program(self.state, images, labels)
+            self.state, metrics = program(self.state, *inputs)
             if profiled:
                 jax.block_until_ready(self.state)
         return metrics
@@ -232,7 +245,7 @@ class _PhaseRun:
     def evaluate(self, observe: Observe, end: int) -> str:
         """Evaluate the state after step `end`, save it, and return a note on its accuracy."""
         self.record()
-        accuracy = validate(observe, self.state, self.dataset, self.phase, end, self.log)
+        accuracy = self.validate(observe, end)
         settled = self.phase != "gated" or end >= self.config.gate.anneal * self.plan.steps
         if settled and accuracy > self.best_accuracy:
             self.best_accuracy = accuracy
@@ -242,6 +255,24 @@ class _PhaseRun:
         self.save(end)
         self.recorded = time.monotonic()
         return f"validation accuracy {accuracy:.3f}"
+
+    def validate(self, observe: Observe, end: int) -> float:
+        """Compute the accuracy on the validation split; log it with the thresholded usage and the MACs of its images.
+
+        Raises:
+          HeadSteerError: the residuals are not finite.
+        """
+        split = self.dataset.validation
+        observed = observe(evaluation_params(self.state), split, f"{self.phase}: validation")
+        accuracy = observed.accuracy(split.labels)
+        if not np.isfinite(observed.x).all():
+            raise HeadSteerError(f"{self.phase}: the residuals are not finite at step {end}; lower the learning rate")
+        row: dict[str, Any] = {"validation_accuracy": accuracy}
+        if self.phase == "gated":
+            row |= {name_usage("validation_usage", kind): use for kind, use in measure_usage(observed.gates).items()}
+            row["validation_macs"] = measure_compute(self.config, self.model.classes, observed.gates)["share"]
+        self.log.write(self.phase, end, row)
+        return accuracy
 
     def save(self, end: int) -> None:
         """Save the state after step `end`."""
@@ -274,29 +305,13 @@ def _profile(directory: Path | None) -> Iterator[None]:
             yield
 
 
-def validate(observe: Observe, state: State, dataset: Dataset, phase: Phase, step: int, log: TrainingLog) -> float:
-    """Compute the accuracy on the validation split, and log it with every gated layer's thresholded usage.
-
-    Raises:
-      HeadSteerError: the residuals are not finite.
-    """
-    observed = observe(evaluation_params(state), dataset.validation, f"{phase}: validation")
-    accuracy = observed.accuracy(dataset.validation.labels)
-    if not np.isfinite(observed.x).all():
-        raise HeadSteerError(f"{phase}: the residuals are not finite at step {step}; lower the learning rate")
-    usage = {}
-    if phase == "gated" and "heads" in observed.gates:
-        usage["validation_usage"] = observed.gates["heads"].mean(axis=(0, 2))
-    log.write(phase, step, {"validation_accuracy": accuracy} | usage)
-    return accuracy
-
-
 def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
     """Train all phases, each from where it stopped.
 
     Raises:
-      HeadSteerError: as `init_params` and `train_phase`.
+      HeadSteerError: as `check_budget`, `init_params` and `train_phase`.
     """
+    check_budget(config, len(dataset.class_names))
     model = build_model(config, len(dataset.class_names))
     first = PHASES[0] if config.train.dense.steps else PHASES[1]
     begun = Checkpoints(directory / first / "last", config.machine.keep).latest() is not None

@@ -13,9 +13,10 @@ import optax
 
 from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.augment import augment_and_normalise, mixup
-from headsteer_jax.model.gates import Gates, anneal, usage_loss
-from headsteer_jax.model.vit import ViT, draw_noise, stack_gates
+from headsteer_jax.model.gates import Gates, anneal_noise
+from headsteer_jax.model.vit import ViT, draw_noise
 from headsteer_jax.runtime import mesh
+from headsteer_jax.train.losses import follow_teacher, has_teacher, limit_usage
 
 
 class State(NamedTuple):
@@ -62,65 +63,76 @@ def scale_gates(updates: Any, scale: float) -> Any:
     return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(scale_leaf, updates)
 
 
+class Batch(NamedTuple):
+    """What one step's loss is computed from."""
+
+    images: jax.Array  # [B, height, width, channels], normalised
+    targets: jax.Array  # [B, C] soft labels
+    noise: Gates | None  # logistic noise of the gates, before it is scaled; None: everything runs
+
+
+def _run_model(model: ViT, params: Any, images_BHWC: jax.Array, **gating: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """Run a model -> logits [B, C], the CLS residuals after the last layer [B, D], and `out`."""
+
+    def run(model: ViT) -> tuple[jax.Array, jax.Array, Any]:
+        x_BTD, out = model.blocks(model.embed(images_BHWC), 0, **gating)
+        return model.classify(x_BTD[:, 0]), x_BTD[:, 0], out
+
+    result: tuple[jax.Array, jax.Array, Any] = model.apply(params, method=run)
+    return result
+
+
 def loss_and_metrics(
-    model: ViT, params: Any, images_BHWC: jax.Array, targets_BC: jax.Array, progress: jax.Array,
-    noise: Gates | None, config: Config,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
-    """Compute the cross-entropy, plus the weighted usage loss if gates are sampled.
+    model: ViT, params: Any, batch: Batch, progress: jax.Array, teacher: Any, config: Config
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Compute the cross-entropy, plus, if gates are sampled, the weighted losses on their usage and to a teacher.
 
     Args:
-      images_BHWC: normalised images.
-      targets_BC: soft labels.
       progress: the share of the phase that is done, which the annealing depends on.
-      noise: logistic noise of the gates, before it is scaled; None: every head runs.
+      teacher: parameters of the dense model that teaches; None: there is no teacher.
     """
-    if noise is not None:
-        noise_scale, target = anneal(config.gate, progress)
-        scaled = {kind: noise_scale * value for kind, value in noise.items()}
-        logits_BC, out = model.apply(params, images_BHWC, gating="sampled", noise=scaled)
-        g_BAH, m_BAH = stack_gates(out["gates"]), stack_gates(out["gate_logits"])
-        pressure = config.gate.weight * usage_loss(g_BAH, target, config.gate)
-        usage = {
-            "usage_loss": pressure,
-            "usage_target": target,
-            "gate_noise": noise_scale,
-            "usage_sampled": jnp.mean(g_BAH, axis=(0, 2)),
-            "usage_thresholded": jnp.mean(m_BAH > 0, axis=(0, 2), dtype=jnp.float32),
-        }
+    pressure, metrics = jnp.zeros(()), dict[str, jax.Array]()
+    if batch.noise is None:
+        logits_BC, x_BD, _ = _run_model(model, params, batch.images, gating="dense")
     else:
-        logits_BC, _ = model.apply(params, images_BHWC, gating="dense")
-        pressure, usage = jnp.zeros(()), {}
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy(logits_BC, targets_BC))
-    hits = jnp.argmax(logits_BC, axis=-1) == jnp.argmax(targets_BC, axis=-1)
-    metrics = {"loss": cross_entropy + pressure, "cross_entropy": cross_entropy, "train_accuracy": jnp.mean(hits)}
-    return cross_entropy + pressure, metrics | usage
+        noise_scale = anneal_noise(config.gate, progress)
+        noise = {kind: noise_scale * value for kind, value in batch.noise.items()}
+        logits_BC, x_BD, out = _run_model(model, params, batch.images, gating="sampled", noise=noise)
+        pressure, metrics = limit_usage(config, model.classes, out["gates"], out["gate_logits"], progress)
+        metrics["gate_noise"] = noise_scale
+    if teacher is not None:
+        taught = _run_model(model, teacher, batch.images, gating="dense")[:2]
+        distance, terms = follow_teacher(config.gate, (logits_BC, x_BD), taught)
+        pressure, metrics = pressure + distance, metrics | terms
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy(logits_BC, batch.targets))
+    hits = jnp.argmax(logits_BC, axis=-1) == jnp.argmax(batch.targets, axis=-1)
+    loss = cross_entropy + pressure
+    return loss, metrics | {"loss": loss, "cross_entropy": cross_entropy, "train_accuracy": jnp.mean(hits)}
 
 
 def _make_gradient(model: ViT, config: Config) -> Callable[..., Any]:
-    """Make the function (params, images, targets, progress, noise) -> (gradient of the loss, metrics).
+    """Make the function (params, batch, progress, teacher) -> (gradient of the loss, metrics).
 
     With train.accumulate it computes the batch in parts, one after the other, and returns their mean.
     """
     parts = config.train.accumulate
 
-    def gradient(
-        params: Any, images: jax.Array, targets: jax.Array, progress: jax.Array, noise: Gates | None
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        def loss(params: Any, images: jax.Array, targets: jax.Array, noise: Gates | None) -> Any:
-            return loss_and_metrics(model, params, images, targets, progress, noise, config)
+    def gradient(params: Any, batch: Batch, progress: jax.Array, teacher: Any) -> tuple[Any, dict[str, jax.Array]]:
+        def loss(params: Any, batch: Batch) -> Any:
+            return loss_and_metrics(model, params, batch, progress, teacher, config)
 
         if parts == 1:
-            return jax.grad(loss, has_aux=True)(params, images, targets, noise)
+            return jax.grad(loss, has_aux=True)(params, batch)
 
-        def add_part(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.grad(loss, has_aux=True)(params, *part)), None
+        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.grad(loss, has_aux=True)(params, part)), None
 
-        batch = jax.tree.map(lambda x: _split_batch(x, parts), (images, targets, noise))
+        split = jax.tree.map(lambda x: _split_batch(x, parts), batch)
         zero = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(jax.grad(loss, has_aux=True), params, *jax.tree.map(lambda x: x[0], batch)),
+            jax.eval_shape(jax.grad(loss, has_aux=True), params, jax.tree.map(lambda x: x[0], split)),
         )
-        total, _ = jax.lax.scan(add_part, zero, batch)
+        total, _ = jax.lax.scan(add_part, zero, split)
         return jax.tree.map(lambda leaf: leaf / parts, total)
 
     return gradient
@@ -143,11 +155,13 @@ def make_training_steps(
       shardings: the shardings of the state's arrays (`mesh.state_shardings`); None: they are on one device.
 
     Returns:
-      A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]).
+      A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]). If gates are
+      sampled and the config has a teacher, its parameters are a fourth argument, which is kept.
     """
     tx, gradient = make_optimizer(config, phase), _make_gradient(model, config)
+    teachers = int(gated and has_teacher(config.gate))
 
-    def step(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, batch: tuple[jax.Array, jax.Array], teacher: Any) -> tuple[State, dict[str, jax.Array]]:
         images, labels = batch
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key_images, key_mixup, key_noise = jax.random.split(key, 3)
@@ -156,7 +170,7 @@ def make_training_steps(
         if config.train.mixup > 0:
             images, targets = mixup(key_mixup, images, targets, config.train.mixup)
         noise = draw_noise(key_noise, model, len(images)) if gated else None
-        grads, metrics = gradient(state.params, images, targets, state.step / phase.steps, noise)
+        grads, metrics = gradient(state.params, Batch(images, targets, noise), state.step / phase.steps, teacher)
         updates, opt = tx.update(grads, state.optimizer, state.params)
         updates = scale_gates(updates, config.gate.learning_rate_scale)
         params = optax.apply_updates(state.params, updates)
@@ -166,14 +180,15 @@ def make_training_steps(
         metrics["gradient_norm"] = optax.global_norm(grads)
         return State(params, average, opt, state.key, state.step + 1), metrics
 
-    def steps(state: State, images: jax.Array, labels: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        return jax.lax.scan(step, state, (images, labels))
+    def steps(state: State, images: jax.Array, labels: jax.Array, *teacher: Any) -> tuple[State, dict[str, jax.Array]]:
+        assert len(teacher) == teachers
+        return jax.lax.scan(lambda state, batch: step(state, batch, *teacher or (None,)), state, (images, labels))
 
     if shardings is None:
         return jax.jit(steps, donate_argnums=0)
     devices = shardings.step.mesh  # type: ignore[attr-defined]
     batch = mesh.batch_sharding(devices, axis=1)
     return jax.jit(
-        steps, donate_argnums=0, in_shardings=(shardings, batch, batch),
+        steps, donate_argnums=0, in_shardings=(shardings, batch, batch, *[shardings.params] * teachers),
         out_shardings=(shardings, mesh.replicated_sharding(devices)),
     )  # fmt: skip

@@ -58,12 +58,15 @@ def test_layer_scope_sees_what_the_mean_hides():
     ("progress", "noise", "target"), [(0.0, 2.0, 1.0), (0.25, 1.0, 0.9), (0.5, 0.0, 0.8), (1.0, 0.0, 0.8)]
 )
 def test_annealing(progress, noise, target):
-    config = GateConfig(noise=2.0, target=0.8, anneal=0.5)
-    chex.assert_trees_all_close(gates.anneal(config, progress), (noise, target), atol=1e-6)
+    config = GateConfig(noise=2.0, anneal=0.5)
+    annealed = gates.anneal_noise(config, progress), gates.anneal_target(config, progress, 0.8)
+    chex.assert_trees_all_close(annealed, (noise, target), atol=1e-6)
 
 
 def test_no_annealing_means_settled_from_the_start():
-    chex.assert_trees_all_close(gates.anneal(GateConfig(anneal=0.0, target=0.7), 0.0), (0.0, 0.7), atol=1e-7)
+    config = GateConfig(anneal=0.0)
+    annealed = gates.anneal_noise(config, 0.0), gates.anneal_target(config, 0.0, 0.7)
+    chex.assert_trees_all_close(annealed, (0.0, 0.7), atol=1e-7)
 
 
 def test_softmax_of_kept_keys():

@@ -30,9 +30,12 @@ def dataset() -> Dataset:
     return Dataset(blobs(96, 0), blobs(30, 1), blobs(30, 2), ("a", "b", "c"))
 
 
-def with_train(**fields: object) -> Config:
+EVERYTHING = {"kinds": ("heads", "sublayers", "tokens"), "budget": 0.5, "teacher_logits": 1.0, "teacher_hidden": 0.5}
+
+
+def with_train(gate: dict[str, object] | None = None, **fields: object) -> Config:
     """Make tiny_config with two layers, which compile sooner than three, and these fields in its section `train`."""
-    config = tiny_config()
+    config = tiny_config(**(gate or {}))
     config = config.model_copy(update={"model": config.model.model_copy(update={"depth": 2})})
     return config.model_copy(update={"train": config.train.model_copy(update=fields)})
 
@@ -47,7 +50,7 @@ def finished_training(dataset, tmp_path_factory):
 
 def final_states(config, dataset, directory):
     states = {}
-    for phase in ("dense", "gated", "dense_control"):
+    for phase in ("dense", "gated", "dense_control")[: 2 + config.train.dense_control]:
         checkpoints = Checkpoints(directory / phase / "last", 2)
         model = build_model(config, 3)
         params = loop.init_params(model, config, config.seed)
@@ -63,7 +66,14 @@ def final_states(config, dataset, directory):
     return states
 
 
-@pytest.mark.parametrize("fields", [{}, pytest.param({"ema": 0.9, "mixup": 0.2}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gate": EVERYTHING, "dense_control": False},
+        pytest.param({"ema": 0.9, "mixup": 0.2}, marks=pytest.mark.slow),
+    ],
+)
 def test_resume_equals_uninterrupted_bit_for_bit(dataset, finished_training, tmp_path, monkeypatch, fields):
     """Stopped in the middle of the dense and of the gated phase, each time after a checkpoint that is not the last."""
     config, uninterrupted = with_train(**fields), finished_training
@@ -92,6 +102,20 @@ def test_resume_equals_uninterrupted_bit_for_bit(dataset, finished_training, tmp
     assert np.any(whole["gated"][0].params["params"]["cls"] != whole["dense"][0].params["params"]["cls"])
     rows = [read_log(path / "metrics.jsonl") for path in (uninterrupted, tmp_path / "parts")]
     assert rows[0] == rows[1]
+    if "gate" in fields:
+        check_rows_of_all_kinds([row for row in rows[0] if row["phase"] == "gated"])
+
+
+def check_rows_of_all_kinds(rows):
+    """Two layers, of which the second gates everything and the first its four tokens."""
+    trained, validated = rows[0], next(row for row in rows if "validation_accuracy" in row)
+    for name in ("usage_sampled", "usage_thresholded"):
+        shapes = [np.shape(trained[name + suffix]) for suffix in ("", "_sublayers", "_tokens")]
+        assert shapes == [(1,), (1, 2), (2,)]
+    assert {"macs_target", "macs_sampled", "macs_thresholded", "teacher_logits", "teacher_hidden"} <= trained.keys()
+    assert np.shape(validated["validation_usage_sublayers"]) == (1, 2)
+    assert np.shape(validated["validation_usage_tokens"]) == (2,)
+    assert 0 < validated["validation_macs"] < 1.1
 
 
 def test_metrics_show_sampled_and_thresholded_usage(finished_training):
@@ -153,7 +177,8 @@ def test_loss_by_hand():
     @jax.jit
     def compute(params):
         noise = {"heads": jnp.zeros((6, 2, 3))}
-        losses = step.loss_and_metrics(model, params, images, targets, jnp.float32(1), noise, config)
+        batch = step.Batch(images, targets, noise)
+        losses = step.loss_and_metrics(model, params, batch, jnp.float32(1), None, config)
         return losses, model.apply(params, images)
 
     (loss, metrics), (logits, out) = compute(params)
@@ -190,6 +215,19 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monk
 def test_batch_larger_than_the_data(dataset, tmp_path):
     with pytest.raises(HeadSteerError, match=r"config\.train\.batch = 512: must be at most the 96"):
         loop.train_model(with_train(batch=512), dataset, tmp_path)
+
+
+def test_the_trained_model_tells_what_it_costs(finished):
+    """train/test.json: heads save something, and the usage is the mean of the layers'."""
+    test = json.loads((finished.workdir / "train" / "test.json").read_text())
+    compute = test["compute"]
+    assert compute["usage"] == {"heads": pytest.approx(np.mean(test["usage"]))}
+    assert compute["share"] == pytest.approx(compute["macs"] / compute["dense_macs"])
+    assert 0.5 < compute["share"] < 1.01
+    rows = read_log(finished.workdir / "train" / "metrics.jsonl")
+    validated = [row for row in rows if "validation_usage" in row]
+    assert all(row["phase"] == "gated" and 0.5 < row["validation_macs"] < 1.01 for row in validated)
+    assert validated
 
 
 def test_a_cut_off_last_row_is_left_out(tmp_path):

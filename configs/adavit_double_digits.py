@@ -1,0 +1,52 @@
+"""AdaViT with one budget on the default data: two handwritten digits on a canvas that is mostly empty, 100 classes.
+
+The gates of patches, heads and sublayers share a budget of 38% of the dense model's multiply-accumulates, and the dense
+phase's model teaches the gated one. Data, model and training length are those of double_digits.py.
+"""
+
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    PhaseConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    """Return the experiment's config."""
+    return Config(
+        data=DataConfig(
+            source="double_digits",
+            image_size=20,
+            channels=1,
+            mean=(0.1,),  # roughly that of the canvases' pixels
+            std=(0.25,),
+            train_per_class=800,
+            crop_padding=0,  # canvases are placed at random already
+        ),
+        model=ModelConfig(patch=4, depth=5, width=96, heads=6, mlp_ratio=1),
+        gate=GateConfig(
+            kinds=("heads", "sublayers", "tokens"),
+            budget=0.38,
+            weight=4.0,
+            teacher_logits=1.0,
+            teacher_temperature=2.0,
+        ),
+        train=TrainConfig(
+            batch=128,
+            dense=PhaseConfig(steps=1200, learning_rate=2e-3),
+            gated=PhaseConfig(steps=600, learning_rate=2e-3),
+            eval_every=300,
+            eval_batch=250,
+        ),
+        sae=SAEConfig(expansion=8, k=16, epochs=9, batch=1024, learning_rate=1e-3),
+        steer=SteerConfig(
+            latents=16,
+            alphas=(-4, -2, -1, -0.5, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
+            tolerance=0.005,
+        ),
+    )

@@ -1,0 +1,81 @@
+"""AdaViT with one budget: a ViT-S on 100 classes of photographs, 32x32, at 53% of the dense multiply-accumulates.
+
+The data and the backbone are those of tiny_imagenet100_vit_s.py: pass --config.data.path=DIR and
+--config.model.pretrained=vit_small_patch14.safetensors. There are 17 tokens, few enough for a CPU; at 65 tokens
+(--config.model.patch=4) use a GPU. It has not been run to its end.
+"""
+
+from headsteer_jax.config import (
+    Config,
+    DataConfig,
+    GateConfig,
+    LayersConfig,
+    MachineConfig,
+    ModelConfig,
+    PhaseConfig,
+    SAEConfig,
+    SteerConfig,
+    TrainConfig,
+)
+
+STEPS_PER_EPOCH = 45_000 // 128
+
+
+def get_config() -> Config:
+    """Return the experiment's config."""
+    return Config(
+        data=DataConfig(
+            source="tfds",
+            name="tiny_imagenet100",
+            path="../shared/data",
+            image_size=32,
+            channels=3,
+            mean=(0.485, 0.456, 0.406),  # ImageNet's statistics, which pretrained backbones expect
+            std=(0.229, 0.224, 0.225),
+            crop_padding=4,
+            flip=True,
+            related=(
+                "kitchenware=frying_pan|wok|teapot|wooden_spoon|plate|water_jug",
+                "dishes=guacamole|ice_cream|ice_lolly|mashed_potato|meat_loaf|potpie",
+                "fruit=bell_pepper|orange|banana",
+                "cats=tabby|egyptian_cat|lion",
+                "dogs=chihuahua|golden_retriever|german_shepherd",
+                "apes=orangutan|baboon",
+                "hoofed=hog|bison|gazelle",
+                "birds=black_stork|albatross",
+                "insects=ladybug|bee|walking_stick|mantis|monarch",
+                "sea=goldfish|american_lobster|sea_cucumber|brain_coral|coral_reef",
+                "cars=beach_wagon|convertible|limousine|trolleybus",
+                "clothing=academic_gown|apron|miniskirt|poncho|swimming_trunks",
+                "bridges=steel_arch_bridge|viaduct|dam",
+                "landscapes=alp|seashore",
+            ),
+        ),
+        model=ModelConfig.of_size("S", patch=8),
+        gate=GateConfig(
+            kinds=("heads", "sublayers", "tokens"),
+            budget=0.53,
+            noise=0.3,
+            weight=4.0,
+            anneal=0.6,
+            learning_rate_scale=5.0,
+            teacher_logits=1.0,
+            teacher_temperature=2.0,
+            teacher_hidden=0.5,
+        ),
+        train=TrainConfig(
+            batch=128,
+            dense=PhaseConfig(steps=5 * STEPS_PER_EPOCH, learning_rate=8e-5),
+            gated=PhaseConfig(steps=round(2.5 * STEPS_PER_EPOCH), learning_rate=1e-4),
+            eval_batch=250,
+            steps_per_call=10,
+            eval_every=250,
+        ),
+        sae=SAEConfig(expansion=8, k=32, epochs=100),
+        steer=SteerConfig(
+            latents=16,
+            alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
+        ),
+        machine=MachineConfig(sweep_chunk=100),  # larger chunks are slower on a CPU
+        layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
+    )
