@@ -42,7 +42,8 @@ from headsteer_jax.steer.strategies import (
     per_class_strategy,
 )
 from headsteer_jax.steer.sweep import SplitSweep, make_split_sweep, sweep_by_flips, sweep_by_gates
-from headsteer_jax.steer.table import Table, compile_table_program, fill_table, gates_to_pattern
+from headsteer_jax.steer.gates import gates_to_pattern
+from headsteer_jax.steer.table import Table, compile_table_program, fill_table
 from headsteer_jax.steer.tally import unpack_bits
 
 STRATEGIES = ("class", "global", "random", "matched_random", "gate_aligned", "strongest")

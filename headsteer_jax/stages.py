@@ -195,7 +195,8 @@ def collect_summary(config: Config, dataset: Dataset, workdir: Workdir) -> dict[
     return {
         "dense_accuracy": test.get("dense"),
         "dense_control_accuracy": test.get("dense_control"),
-        "layer_usage": test["usage"],
+        "layer_usage": test.get("usage"),
+        "compute": test.get("compute"),
         **read_json(workdir / "steer/steering.json"),
         "grid": read_json(workdir / "grid/grid.json") if "grid" in done else None,
         "by_layer": read_json(workdir / "layers/layers.json") if "layers" in done else None,

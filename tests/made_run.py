@@ -10,7 +10,7 @@ from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, 
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.sweep import make_alpha_grid
-from headsteer_jax.steer.table import gates_to_pattern, pattern_to_gates
+from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.tally import class_counts, pack_bits
 
 

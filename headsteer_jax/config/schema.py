@@ -453,6 +453,10 @@ class SteerConfig(Section):
     """The change of a chosen latent z, where s is its mean activation on the images on which it fires. add:
     z + alpha s. scale: (1 + alpha) z. clamp: alpha s. ablate: (1 - alpha) z, with alpha cut to [0, 1]. Latents stay
     >= 0."""
+    patch_mode: Literal["add", "scale", "clamp", "ablate"] = "scale"
+    """The change of a chosen latent in the residual of each patch, if the autoencoder reads patches (sae.tokens) and
+    their gates are steered; see mode. scale amplifies a concept where it is. add and clamp push all patches of an image
+    alike, because a class has the same latents everywhere."""
     form: Literal["delta", "replace"] = "delta"
     """The steered residual x'. delta: x + decode(z') - decode(z), which keeps the autoencoder's error. replace:
     decode(z')."""
@@ -598,6 +602,12 @@ class Config(Section):
         firsts = [self.gate.settings(kind).first_layer for kind in self.gate.kinds]
         return range(min(firsts, default=self.model.depth), self.model.depth)
 
+    @property
+    def steerable_layers(self) -> range:
+        """Return the layers whose CLS residual gates read; if only patches are gated, those that gate them."""
+        firsts = [self.gate.settings(kind).first_layer for kind in self.gate.kinds if kind != "tokens"]
+        return range(min(firsts), self.model.depth) if firsts else self.gated_layers
+
     def layers_with(self, kind: GateKind) -> range:
         """Return the layers that have this kind of gate, counted from 0."""
         first = self.gate.settings(kind).first_layer if kind in self.gate.kinds else self.model.depth
@@ -711,9 +721,9 @@ class Config(Section):
         yield Rule("layers.alphas", alphas, steering, "at least one number, without repeats; 0 is always included")
 
     def _is_gated(self, layer: int) -> bool:
-        """Say whether a layer, which may be counted from the end, has gates."""
-        return -self.model.depth <= layer < self.model.depth and layer % self.model.depth in self.gated_layers
+        """Say whether a layer, which may be counted from the end, has gates that can be steered."""
+        return -self.model.depth <= layer < self.model.depth and layer % self.model.depth in self.steerable_layers
 
     def _describe_gated_layers(self) -> str:
-        gated = self.gated_layers
+        gated = self.steerable_layers
         return f"{gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"

@@ -14,7 +14,7 @@ from headsteer_jax.analysis.stats import mcnemar_p
 from headsteer_jax.analysis.summary import saved_classes, summarise
 from headsteer_jax.config import Config
 from headsteer_jax.steer.results import SplitResult, SweepResult
-from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.gates import pattern_to_gates
 from headsteer_jax.steer.tally import StepFunction, pack_bits, unpack_bits
 
 

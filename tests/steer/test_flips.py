@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from headsteer_jax.config import SteerConfig
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.table import Outcomes, pattern_to_gates
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
+from headsteer_jax.steer.table import Outcomes
 from headsteer_jax.steer.tally import (
     TalliedFlips,
     best_alpha,

@@ -16,7 +16,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Intervention, TrainedModel, build_model
 from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer import steering as steer
-from headsteer_jax.steer.table import gates_to_pattern
+from headsteer_jax.steer.gates import gates_to_pattern
 
 
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])

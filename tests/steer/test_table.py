@@ -40,12 +40,12 @@ def test_table_is_the_model_under_every_pattern(split, layer, dropped):
     exact = reference.in_float64(params)
     rng = np.random.default_rng(0)
     for i, pattern in zip(rng.integers(0, 90, 24), np.arange(24) % 8, strict=True):
-        forced = {config.sae_layer: table.pattern_to_gates(np.array(pattern), 3).astype(float)}
+        forced = {config.sae_layer: gates.pattern_to_gates(np.array(pattern), 3).astype(float)}
         logits, *_ = reference.vit(exact, split.images[i] / 255.0, config, "thresholded", forced)
         assert found.answers[i, pattern] == np.argmax(logits)
     logits, out = jax.jit(lambda images: model.apply(params, images))(split.images / np.float32(255))
     chex.assert_trees_all_equal(
-        found.pattern, np.asarray(table.gates_to_pattern(out["gates"][config.sae_layer]["heads"]))
+        found.pattern, np.asarray(gates.gates_to_pattern(out["gates"][config.sae_layer]["heads"]))
     )
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
     chex.assert_trees_all_equal(found.prediction, found.answers[np.arange(90), found.pattern])
@@ -60,7 +60,7 @@ def test_contributions_of_a_bfloat16_model(split):
     forward = jax.jit(lambda p, i, g: model.apply(p, i, interventions={2: vit.Intervention(g)})[0])
     agree = []
     for pattern in range(8):
-        gates = np.broadcast_to(table.pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
+        gates = np.broadcast_to(gates.pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
         logits = np.asarray(forward(params, images, gates))
         agree.append(found.answers[:, pattern] == logits.argmax(axis=1))
     assert np.mean(agree) > 0.99
@@ -82,7 +82,7 @@ def test_more_heads_than_a_table_holds(split):
     config = config.model_copy(update={"model": config.model.model_copy(update={"width": 26, "heads": 13})})
     listed = table.list_patterns(config)
     assert len(listed) >= 64
-    sizes = table.pattern_to_gates(listed, 13).sum(axis=1)
+    sizes = gates.pattern_to_gates(listed, 13).sum(axis=1)
     assert (np.bincount(sizes) > 0).all()
     assert {0, 2**13 - 1, *(1 << h for h in range(13)), *(2**13 - 1 - (1 << h) for h in range(13))} <= set(listed)
     assert (np.diff(listed) > 0).all()
@@ -90,7 +90,7 @@ def test_more_heads_than_a_table_holds(split):
     images = split.images / np.float32(255)
     forward = jax.jit(lambda gates: model.apply(params, images, interventions={2: vit.Intervention(gates)})[0])
     for place in (0, 3, 40, len(listed) - 1):
-        gates = np.broadcast_to(table.pattern_to_gates(listed[place], 13), (90, 13)).astype(np.float32)
+        gates = np.broadcast_to(gates.pattern_to_gates(listed[place], 13), (90, 13)).astype(np.float32)
         chex.assert_trees_all_equal(found.answers[:, place], np.argmax(forward(gates), axis=1).astype(np.int32))
     logits, _ = jax.jit(lambda images: model.apply(params, images))(images)
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
