@@ -159,6 +159,14 @@ def steer_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     strategies = {name: find_strategy(name) for name in config.steer.strategies}
     result = run_sweep(RunData(trained, dataset, autoencoders, x_train), strategies)
     numbers, scored = summarise(result, config)
+    if steers_patches(config):
+        residuals = _load_residuals(activation_cache(config, workdir), trained, dataset, "train", config.sae.tokens)
+        run = RunData(trained, dataset, autoencoders, x_train)
+        splits = {name: select_classes(getattr(dataset, name), config, dataset.class_names) for name in SCORED_SPLITS}
+        sweep = sweep_patches(run, residuals, result.alphas, splits, lambda split: find_own_patches(config, split))
+        numbers["patches"] = summarise_patches(sweep, dataset.class_names, config)
+        if claim := claim_own_patches(sweep, numbers["patches"], config):
+            numbers.setdefault("claims", []).append(claim)
     hosts.on_first_process(lambda: write_sweep(workdir / "sweep.nc", to_dataset(result, scored | curves)))
     workdir.write_json("steer/steering.json", numbers)
 

@@ -8,9 +8,9 @@ from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import name_arrays
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.sweep import make_alpha_grid
-from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.tally import class_counts, pack_bits
 
 
@@ -148,6 +148,8 @@ def made_split(
             steered[g, s, y] = np.asarray(gates_to_pattern(gate_logits + size_A * push[steered_by] > 0))
     right, unsteered = table[rank, steered] == labels, before == labels
 
+    macs = LayerGates(config, config.sae_layer).macs
+
     def count(values: np.ndarray) -> np.ndarray:
         return class_counts(values, labels, classes)
 
@@ -166,6 +168,9 @@ def made_split(
         gained=count(right & ~unsteered),
         lost=count(~right & unsteered),
         heads_on=np.stack([count((steered >> head) & 1) for head in range(heads)], axis=-1),
+        kept=np.full(len(labels), 25, np.int32),
+        unsteered_macs=count(macs(pattern)),
+        macs=count(macs(steered)),
     )
 
 

@@ -35,6 +35,17 @@ def compose_digits(
     return Split(canvases[..., None], labels)
 
 
+def find_strokes(images: np.ndarray, patch: int) -> np.ndarray:
+    """Find the patches that show a part of a digit: [N, side, side, channels] uint8 -> [N, P] bool, row by row.
+
+    A patch shows a stroke if its brightest pixel has at least half of the full brightness. Both digits of a canvas
+    belong to its class.
+    """
+    count, side = len(images), images.shape[1] // patch
+    bright = images[:, : side * patch, : side * patch].max(axis=-1) >= 128
+    return bright.reshape(count, side, patch, side, patch).any(axis=(2, 4)).reshape(count, side * side)
+
+
 def double_digits(config: DataConfig, seed: int) -> Dataset:
     """Make the dataset from scikit-learn's 1,797 handwritten digits, so that no source digit occurs in two splits.
 

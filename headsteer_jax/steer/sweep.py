@@ -106,7 +106,7 @@ def check_strategies_and_classes(config: Config, class_names: tuple[str, ...]) -
     check_classes("config.steer.classes", config.steer.classes, class_names)
 
 
-def _select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
+def select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
     """Keep the images of config.steer.classes, or all images if it is empty."""
     if not config.steer.classes:
         return split
@@ -373,7 +373,7 @@ def _choose_latents(
     return ChosenLatents(steered, crossed, effects, np.stack(frequencies), class_frequency, top_images, top_activations)
 
 
-def _bound_logits(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
+def bound_logits(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
     """Compute |x| |W| + |b| of a layer's linear gates, [N, H]: it bounds the rounding of the gate logits."""
     config, layer = trained.config, trained.config.sae_layer
     block, bounds = trained.params["params"][f"layers_{layer}"], []
@@ -462,8 +462,8 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     if 0 not in config.steer.alphas:
         logger.info("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
     splits = {
-        "validation": _select_classes(dataset.validation, config, dataset.class_names),
-        "test": _select_classes(dataset.test, config, dataset.class_names),
+        "validation": select_classes(dataset.validation, config, dataset.class_names),
+        "test": select_classes(dataset.test, config, dataset.class_names),
     }
     program = compile_table_program(trained, splits["test"])
     tables = {
@@ -484,7 +484,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         table = tables[name]
         steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
         linear = choose_method(config) == "flips"
-        size_NH = _bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
+        size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
         job = make_split_sweep(name, split, table, steered, offset, size_NH)
         gates = LayerGates(config, config.sae_layer)
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)

@@ -14,7 +14,7 @@ from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.sae.autoencoder import SAEWeights
-from headsteer_jax.steer.steering import Steering, run_suffix
+from headsteer_jax.steer.steering import Steering, SuffixSetting, run_suffix
 
 
 def config_of(**steer: object) -> Config:
@@ -62,8 +62,8 @@ def by_hand(
 def steered_at(trained: TrainedModel, split: Split, steered: dict[int, Steering]) -> tuple[np.ndarray, np.ndarray]:
     """Gates and predictions at alpha 0, 8 and -20, by the labels."""
     alphas = np.array([0.0, 8.0, -20.0])
-    gates, predictions = run_suffix(trained, split, [(steered, split.labels)], alphas, "test")
-    return gates[0], predictions[0]
+    found = run_suffix(trained, split, [SuffixSetting(steered, split.labels)], alphas, "test")
+    return np.stack([found.gates[layer]["heads"][0] for layer in sorted(steered)], axis=2), found.predictions[0]
 
 
 @pytest.mark.parametrize("target", ["policy", "residual"])

@@ -13,8 +13,8 @@ from headsteer_jax.analysis.scores import Curves
 from headsteer_jax.analysis.stats import mcnemar_p
 from headsteer_jax.analysis.summary import saved_classes, summarise
 from headsteer_jax.config import Config
-from headsteer_jax.steer.results import SplitResult, SweepResult
 from headsteer_jax.steer.gates import pattern_to_gates
+from headsteer_jax.steer.results import SplitResult, SweepResult
 from headsteer_jax.steer.tally import StepFunction, pack_bits, unpack_bits
 
 
@@ -282,8 +282,17 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config
     names = result.strategies
     # alpha      ..-1  -1..0  0..1   1..2   2..4   4..
     alpha = np.array([-1.0, 0.5, 1.0, 2.0, 4.0])
-    validation = StepFunction(alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), 10, 4)
-    test = StepFunction(alpha, np.array([1, 8, 8, 7, 6, 5]), np.array([40, 37, 35, 31, 19, 5]), 10, 4)
+    validation = StepFunction(
+        alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), np.arange(6.0), 10, 4
+    )
+    test = StepFunction(
+        alpha,
+        np.array([1, 8, 8, 7, 6, 5]),
+        np.array([40, 37, 35, 31, 19, 5]),
+        np.array([90.0, 80, 70, 60, 50, 40]),
+        10,
+        4,
+    )
     steps = {"validation": dict.fromkeys(names, validation), "test": dict.fromkeys(names, test)}
     summary, extra = summarise(replace(result, steps=steps), config)
     floor = unsteered(result.validation)[0].mean() - config.steer.tolerance
@@ -292,6 +301,7 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config
     wanted = 3.0 if floor <= 0.9 else 1.5  # the middle of the interval of lowest usage whose accuracy is high enough
     at = {3.0: (19 / 40, 0.6), 1.5: (31 / 40, 0.7)}[wanted]
     assert (found["alpha"], found["usage"], found["accuracy"]) == (wanted, *at)
+    assert found["macs"] == {3.0: 5.0, 1.5: 6.0}[wanted]  # means over 10 images
     assert found["steps"] == 5
     rows = {row["wanted"]: row for row in found["for_usage"]}
     assert rows[0.75]["alpha"] == 1.0
