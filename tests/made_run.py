@@ -168,7 +168,7 @@ def made_split(
         gained=count(right & ~unsteered),
         lost=count(~right & unsteered),
         heads_on=np.stack([count((steered >> head) & 1) for head in range(heads)], axis=-1),
-        kept=np.full(len(labels), 25, np.int32),
+        kept_patches=np.full(len(labels), 25, np.int32),
         unsteered_macs=count(macs(pattern)),
         macs=count(macs(steered)),
     )

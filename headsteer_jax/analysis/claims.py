@@ -127,7 +127,7 @@ def claim_compute(
     steered_N = unpack_bits(test.right[g, :, BY_LABEL, a], len(test.labels)).mean(axis=0)
     random_N = _average_alike(right_NP, pattern_SN, gates)
     lead_ci = to_float_list(scores.interval(scores.weights @ (steered_N - random_N) / len(test.labels)))
-    affordable = np.flatnonzero(gates.mean_macs(result.subset, test.kept) <= row["macs"] + 0.5)
+    affordable = np.flatnonzero(gates.mean_macs(result.subset, test.kept_patches) <= row["macs"] + 0.5)
     right_on_validation = (result.validation.table[:, affordable] == result.validation.labels[:, None]).mean(axis=0)
     fixed = affordable[np.argmax(right_on_validation)] if len(affordable) else None
     saved_ci = sorted(-end / dense for end in row["macs_change_ci"])

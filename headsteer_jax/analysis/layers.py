@@ -16,7 +16,7 @@ import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
-from headsteer_jax.config.schema import GATE_KINDS, Config, GateKind
+from headsteer_jax.config.schema import GATE_KINDS, Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, hash_data
 from headsteer_jax.model.passes import per_image_program, run_over_split
@@ -59,15 +59,15 @@ class SteeredSplit(NamedTuple):
     """A split under every alpha of the profile, steered by the label."""
 
     config: Config
-    gates: Mapping[int, Mapping[GateKind, np.ndarray]]  # by steered layer and kind, [A, N, n] bool
+    gates: Mapping[int, Mapping[str, np.ndarray]]  # by steered layer and kind, [A, N, n] bool
     predictions: np.ndarray  # [A, N] int32
     labels: np.ndarray  # [N]
 
     @property
     def used(self) -> np.ndarray:
         """[A, N] share of the steered layers' gates that are open, of those that read the CLS residual."""
-        joined = [LayerGates(self.config, layer).join(by_kind) for layer, by_kind in self.gates.items()]
-        return np.concatenate(joined, axis=-1).mean(axis=-1, dtype=np.float32)
+        open_gates = [LayerGates(self.config, layer).join(by_kind) for layer, by_kind in self.gates.items()]
+        return np.concatenate(open_gates, axis=-1).mean(axis=-1, dtype=np.float32)
 
     @property
     def macs(self) -> np.ndarray:
@@ -183,9 +183,9 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
     def steer_split(steering: Mapping[int, Steering], split: Split, description: str) -> SteeredSplit:
         alphas = np.array((0.0, *config.layers.alphas))
         settings = [SuffixSetting(steering, split.labels)]
-        found = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
-        gates = {layer: {kind: g[0] for kind, g in by_kind.items()} for layer, by_kind in found.gates.items()}
-        return SteeredSplit(config, gates, found.predictions[0], split.labels)
+        result = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
+        gates = {layer: {kind: g[0] for kind, g in by_kind.items()} for layer, by_kind in result.gates.items()}
+        return SteeredSplit(config, gates, result.predictions[0], split.labels)
 
     def measure(steering: Mapping[int, Steering], description: str) -> dict[str, Any]:
         on_validation = steer_split(steering, validation, f"validation: {description}")

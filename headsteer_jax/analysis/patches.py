@@ -1,7 +1,7 @@
 """What steering the gates of the patches does: which patches stay, chosen on validation and scored on test.
 
 `kept` is the share of an image's patches that the steered layer keeps. Where it is known which patches show the image's
-class (the strokes of double_digits), `own` is the share kept of these and `other` the share kept of the rest.
+class (the strokes of double_digits), `own` is the share kept of these and `other` the share kept of the others.
 
 Axes: G strategies, S seeds, A alphas, N images, R resamplings.
 """
@@ -30,11 +30,12 @@ def measure_split(split: PatchSplit, patches: int) -> Measures:
 
     An image without patches of its own, or with nothing else, counts as having kept all of these.
     """
-    measures = {"kept": split.kept / patches, "accuracy": split.right.astype(np.float64), "macs": split.macs}
-    if split.own is not None and split.own_kept is not None:
-        rest, rest_kept = patches - split.own, split.kept - split.own_kept
-        measures["own"] = np.where(split.own > 0, split.own_kept / np.maximum(split.own, 1), 1.0)
-        measures["other"] = np.where(rest > 0, rest_kept / np.maximum(rest, 1), 1.0)
+    measures = {"kept": split.kept_patches / patches, "accuracy": split.right.astype(np.float64), "macs": split.macs}
+    own, kept_own = split.class_patches, split.kept_class_patches
+    if own is not None and kept_own is not None:
+        other, kept_other = patches - own, split.kept_patches - kept_own
+        measures["own"] = np.where(own > 0, kept_own / np.maximum(own, 1), 1.0)
+        measures["other"] = np.where(other > 0, kept_other / np.maximum(other, 1), 1.0)
     return measures
 
 
@@ -104,7 +105,7 @@ def claim_own_patches(sweep: PatchSweep, summary: dict[str, Any], config: Config
     share too, the difference must also be larger than that of the other patches (`over_other`). None if it is not
     known which patches show the class.
     """
-    if sweep.test.own is None:
+    if sweep.test.class_patches is None:
         return None
     test = measure_split(sweep.test, sweep.patches)
     weights = bootstrap_weights(sweep.test.labels, config.steer.bootstrap, np.random.default_rng([config.seed, 8]))

@@ -68,20 +68,20 @@ def setting_macs(split: SplitResult) -> np.ndarray:
 
 def _score_macs(split: SplitResult, gates: LayerGates, weights: np.ndarray, seed: int) -> LayerMacs:
     """Compute the layer's MACs of every setting, and resample them over images and seeds; see `_resample`."""
-    count, dense, kept = np.maximum(split.count, 1), gates.dense_macs, split.kept
+    count, dense, patches_N = np.maximum(split.count, 1), gates.dense_macs, split.kept_patches
 
     def share_per_image(s: int) -> np.ndarray:
-        shares = (gates.macs(patterns_of_bits(bits, len(kept)), kept) / dense for bits in split.gates[:, s])
+        shares = (gates.macs(patterns_of_bits(bits, len(patches_N)), patches_N) / dense for bits in split.gates[:, s])
         return np.stack([share.astype(np.float32) for share in shares])
 
-    unsteered_N = gates.macs(split.pattern, kept)
+    unsteered_N = gates.macs(split.pattern, patches_N)
     return LayerMacs(
         dense=dense,
         settings=setting_macs(split),
         by_class=split.macs.sum(axis=1) / (count * split.seeds),
         unsteered=split.unsteered_macs / count,
         resampled=dense * bootstrap_means(share_per_image, split.seeds, weights, np.random.default_rng(seed)),
-        resampled_unsteered=(weights @ unsteered_N) / len(kept),
+        resampled_unsteered=(weights @ unsteered_N) / len(patches_N),
     )
 
 

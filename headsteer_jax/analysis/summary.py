@@ -112,14 +112,14 @@ def _score_controls(result: SweepResult, gates: LayerGates) -> dict[str, Any]:
         LabelledTable(validation.table, validation.labels), LabelledTable(test.table, test.labels),
         validation.prediction, result.subset, len(test.count), test.heads, result.related,
     )  # fmt: skip
-    macs_P = gates.mean_macs(result.subset, test.kept)
+    macs_P = gates.mean_macs(result.subset, test.kept_patches)
     for row, pattern in zip(controls["by_size"], controls["fixed_patterns"], strict=True):
         members = np.bitwise_count(result.subset) == round(row["usage"] * gates.count)
         row["macs"] = float(macs_P[np.searchsorted(result.subset, pattern)])
         row["random_macs"] = float(macs_P[members].mean())
     best, oracle = controls["best_fixed"], controls["oracle"]
     best["macs"] = float(macs_P[np.searchsorted(result.subset, controls["best_patterns"][0])])
-    oracle["macs"] = float(gates.macs(controls["class_patterns"][test.labels], test.kept).mean())
+    oracle["macs"] = float(gates.macs(controls["class_patterns"][test.labels], test.kept_patches).mean())
     for row in (best, *controls["by_size"]) if "sublayers" in gates.kinds else ():
         row["sublayers"] = [gates.names[gate] for gate in row["heads"] if gate >= gates.heads]
         row["heads"] = [gate for gate in row["heads"] if gate < gates.heads]
@@ -214,8 +214,8 @@ def _score_exact(best: float, validation: StepFunction, test: StepFunction, stee
         if alpha is None:
             return {"alpha": None, "usage": None, "accuracy": None, "macs": None}
         at = test.at(alpha)
-        found = {"usage": test.usage[at], "accuracy": test.accuracy[at], "macs": test.macs[at] / test.images}
-        return {"alpha": alpha} | {name: float(value) for name, value in found.items()}
+        scores = {"usage": test.usage[at], "accuracy": test.accuracy[at], "macs": test.macs[at] / test.images}
+        return {"alpha": alpha} | {name: float(value) for name, value in scores.items()}
 
     return score(best) | {
         "steps": len(test.alpha),

@@ -32,7 +32,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "SPLIT_gained": (*SETTING, "class"),
     "SPLIT_lost": (*SETTING, "class"),
     "SPLIT_heads_on": (*SETTING, "class", "head"),
-    "SPLIT_kept": ("SPLIT_image",),
+    "SPLIT_kept_patches": ("SPLIT_image",),
     "SPLIT_unsteered_macs": ("class",),
     "SPLIT_macs": (*SETTING, "class"),
     "usage": ("strategy", "named_by", "alpha"),

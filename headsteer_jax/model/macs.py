@@ -70,7 +70,9 @@ def _count_decisions(config: Config, layer: int) -> int:
     return s.width * sum(gates[kind] for kind in config.gate.kinds_in(layer))
 
 
-def count_layer_parts(config: Config, layer: int, patches: Any, heads: Any, attention: Any, mlp: Any) -> tuple[Any, ...]:
+def count_layer_parts(
+    config: Config, layer: int, patches: Any, heads: Any, attention: Any, mlp: Any
+) -> tuple[Any, ...]:
     """Count the MACs of a layer by part, from numbers or arrays alike.
 
     Args:

@@ -72,43 +72,43 @@ class LayerGates:
         parts = [model.apply(params, x_BD, self.layer, kind, method="gate_logits") for kind in self.kinds]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
-    def split(self, g_BG: Any) -> dict[GateKind, Any]:
+    def split(self, g_BG: Any) -> dict[str, Any]:
         """Split [..., G] gates by kind."""
-        parts: dict[GateKind, Any] = {"heads": g_BG[..., : self.heads], "sublayers": g_BG[..., self.heads :]}
+        parts: dict[str, Any] = {"heads": g_BG[..., : self.heads], "sublayers": g_BG[..., self.heads :]}
         return {kind: parts[kind] for kind in self.kinds}
 
-    def join(self, gates: Mapping[GateKind, Any]) -> Any:
+    def join(self, gates: Mapping[str, Any]) -> Any:
         """Join NumPy or JAX gates by kind to [..., G], the inverse of `split`."""
         parts = [gates[kind] for kind in self.kinds]
         if len(parts) == 1:
             return parts[0]
         return (np if isinstance(parts[0], np.ndarray) else jnp).concatenate(parts, axis=-1)
 
-    def macs(self, pattern: np.ndarray, kept: np.ndarray | int | None = None) -> np.ndarray:
+    def macs(self, pattern: np.ndarray, patches: np.ndarray | int | None = None) -> np.ndarray:
         """Count the layer's MACs of images from their patterns.
 
         Args:
           pattern: [...].
-          kept: [...] the number of patches that the layer keeps; None: all.
+          patches: [...] the number of patches that the layer keeps; None: all.
 
         Returns:
           [...] float64 of whole numbers.
         """
         pattern = np.asarray(pattern).astype(np.int64)
-        kept = count_patches(self.config) if kept is None else np.asarray(kept).astype(np.int64)
+        patches = count_patches(self.config) if patches is None else np.asarray(patches).astype(np.int64)
         attention, mlp = np.ones_like(pattern), np.ones_like(pattern)
         heads = np.full_like(pattern, self.config.model.heads)
         if "heads" in self.kinds:
             heads = np.bitwise_count(pattern & (2**self.heads - 1)).astype(np.int64)
         if "sublayers" in self.kinds:
             attention, mlp = (pattern >> self.heads) & 1, (pattern >> (self.heads + 1)) & 1
-        parts = count_layer_parts(self.config, self.layer, kept, heads, attention, mlp)
+        parts = count_layer_parts(self.config, self.layer, patches, heads, attention, mlp)
         return np.asarray(sum(parts), np.float64)
 
-    def mean_macs(self, patterns: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Average the layer's MACs under each pattern [P] over images that keep `kept` [N] patches: [P] float64."""
-        counts, images = np.unique(kept, return_counts=True)
-        parts = (share * self.macs(patterns, k) for k, share in zip(counts, images / len(kept), strict=True))
+    def mean_macs(self, patterns: np.ndarray, patches: np.ndarray) -> np.ndarray:
+        """Average the layer's MACs under each pattern [P] over images that keep `patches` [N] patches: [P] float64."""
+        counts, images = np.unique(patches, return_counts=True)
+        parts = (share * self.macs(patterns, k) for k, share in zip(counts, images / len(patches), strict=True))
         return np.sum(list(parts), axis=0)
 
     @property

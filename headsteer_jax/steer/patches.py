@@ -98,16 +98,16 @@ def matched_concepts(stats: PatchStatistics, config: SteerConfig, rng: np.random
     eligible = (stats.frequency > 0) & (stats.frequency <= config.max_frequency)
     latents, weights = np.empty_like(chosen.latents), np.empty_like(chosen.weights)
     for label, class_latents in enumerate(chosen.latents):
-        others = np.setdiff1d(np.flatnonzero(eligible), class_latents)
-        firing = others[stats.class_frequency[label, others] > 0]
-        free = firing if len(firing) >= config.latents else others
+        candidates = np.setdiff1d(np.flatnonzero(eligible), class_latents)
+        firing = candidates[stats.class_frequency[label, candidates] > 0]
+        free = firing if len(firing) >= config.latents else candidates
         for place, latent in enumerate(class_latents):
             closest = np.argsort(np.abs(stats.frequency[free] - stats.frequency[latent]), kind="stable")[:CLOSEST]
             pick = rng.choice(closest)
             latents[label, place] = free[pick]
             free = np.delete(free, pick)
-        wanted, found = (shift_size(stats, label, row, config) for row in (class_latents, latents[label]))
-        weights[label] = wanted / max(found, 1e-12)
+        class_size, size = (shift_size(stats, label, row, config) for row in (class_latents, latents[label]))
+        weights[label] = class_size / max(size, 1e-12)
     return Choice(latents, weights)
 
 
@@ -131,9 +131,9 @@ class PatchSplit:
 
     labels: np.ndarray  # [N]
     right: np.ndarray  # [G, S', A, N] bool: is the answer right
-    kept: np.ndarray  # [G, S', A, N] int32, patches that the steered layer keeps
-    own: np.ndarray | None  # [N] int32, patches that show the image's class; None: not known
-    own_kept: np.ndarray | None  # [G, S', A, N] int32, those of them that are kept
+    kept_patches: np.ndarray  # [G, S', A, N] int32, patches that the steered layer keeps
+    class_patches: np.ndarray | None  # [N] int32, patches that show the image's class; None: not known
+    kept_class_patches: np.ndarray | None  # [G, S', A, N] int32, those of them that are kept
     macs: np.ndarray  # [G, S', A, N] float64, of the steered layer
 
 
@@ -151,36 +151,37 @@ class PatchSweep:
 
 
 def count_patch_gates(
-    found: SuffixResult, split: Split, own_NP: np.ndarray | None, gates: LayerGates, shape: tuple[int, int]
+    result: SuffixResult, split: Split, shows_class_NP: np.ndarray | None, gates: LayerGates, shape: tuple[int, int]
 ) -> PatchSplit:
     """Count what is kept of each image.
 
     Args:
-      found: settings in the order of strategies and seeds.
-      own_NP: bool, which patches show the image's class.
+      result: settings in the order of strategies and seeds.
+      shows_class_NP: bool, which patches show the image's class.
       gates: of the steered layer.
       shape: the numbers of strategies and seeds.
     """
-    by_kind = found.gates[gates.layer]
-    tokens, V = by_kind["tokens"], len(found.predictions)
-    kept = tokens.sum(axis=-1, dtype=np.int32)
-    pattern = np.zeros(kept.shape, np.int64)
+    by_kind = result.gates[gates.layer]
+    tokens = by_kind["tokens"]
+    patches = tokens.sum(axis=-1, dtype=np.int32)
+    pattern = np.zeros(patches.shape, np.int64)
     if gates.count:
         pattern = gates.join(by_kind) @ (1 << np.arange(gates.count))
 
     def unfold(values: np.ndarray) -> np.ndarray:
         return values.reshape(*shape, *values.shape[1:])
 
-    own_kept = None
-    if own_NP is not None:
-        own_kept = unfold(np.stack([(tokens[v] & own_NP).sum(axis=-1, dtype=np.int32) for v in range(V)]))
+    class_patches = kept_class_patches = None
+    if shows_class_NP is not None:
+        counts = [(tokens[v] & shows_class_NP).sum(axis=-1, dtype=np.int32) for v in range(len(tokens))]
+        class_patches, kept_class_patches = shows_class_NP.sum(axis=-1, dtype=np.int32), unfold(np.stack(counts))
     return PatchSplit(
         labels=split.labels,
-        right=unfold(found.predictions == split.labels),
-        kept=unfold(kept),
-        own=None if own_NP is None else own_NP.sum(axis=-1, dtype=np.int32),
-        own_kept=own_kept,
-        macs=unfold(gates.macs(pattern, kept)),
+        right=unfold(result.predictions == split.labels),
+        kept_patches=unfold(patches),
+        class_patches=class_patches,
+        kept_class_patches=kept_class_patches,
+        macs=unfold(gates.macs(pattern, patches)),
     )
 
 
@@ -196,7 +197,7 @@ def sweep_patches(
       find_own: finds the patches [N, P] that show an image's class; None: not known.
     """
     trained, config, dataset = run.trained, run.trained.config, run.dataset
-    layer, seeds, classes = config.sae_layer, config.sae.seeds, len(dataset.class_names)
+    seeds, classes = config.sae.seeds, len(dataset.class_names)
     steered: list[list[Steering]] = [[] for _ in PATCH_STRATEGIES]
     for seed in range(seeds):
         sae = run.autoencoders.member(seed)
@@ -206,7 +207,7 @@ def sweep_patches(
         for number, choose in enumerate(PATCH_STRATEGIES.values()):
             choice = choose(stats, config.steer, np.random.default_rng([config.seed, 7, seed, number]))
             steered[number].append(Steering(sae, stats.strength, choice))
-    found = {
+    result = {
         name: _sweep_split(trained, split, steered, alphas, find_own(split), f"{name}: every patch setting")
         for name, split in splits.items()
     }
@@ -214,16 +215,16 @@ def sweep_patches(
         np.stack([np.stack([steering.choice[part] for steering in by_seed]) for by_seed in steered]) for part in (0, 1)
     )
     patches = (config.data.image_size // config.model.patch) ** 2
-    return PatchSweep(tuple(PATCH_STRATEGIES), alphas, patches, latents, weights, found["validation"], found["test"])
+    return PatchSweep(tuple(PATCH_STRATEGIES), alphas, patches, latents, weights, result["validation"], result["test"])
 
 
 def _sweep_split(
-    trained: TrainedModel, split: Split, steered: list[list[Steering]], alphas: np.ndarray, own_NP: np.ndarray | None,
-    description: str,
+    trained: TrainedModel, split: Split, steered: list[list[Steering]], alphas: np.ndarray,
+    shows_class_NP: np.ndarray | None, description: str,
 ) -> PatchSplit:  # fmt: skip
     """Run every setting on one split."""
     layer = trained.config.sae_layer
     settings = [SuffixSetting({}, split.labels, {layer: steering}) for by_seed in steered for steering in by_seed]
-    found = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
+    result = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
     shape = (len(steered), len(steered[0]))
-    return count_patch_gates(found, split, own_NP, LayerGates(trained.config, layer), shape)
+    return count_patch_gates(result, split, shows_class_NP, LayerGates(trained.config, layer), shape)

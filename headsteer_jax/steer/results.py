@@ -34,7 +34,7 @@ class SplitResult:
     gained: np.ndarray  # [G, S, Y, A, C] right, and wrong without steering
     lost: np.ndarray  # [G, S, Y, A, C] wrong, and right without steering
     heads_on: np.ndarray  # [G, S, Y, A, C, H] images on which the gate is open
-    kept: np.ndarray  # [N] int32, patches that the steered layer keeps
+    kept_patches: np.ndarray  # [N] int32, patches that the steered layer keeps
     unsteered_macs: np.ndarray  # [C] float64 sums of the layer's MACs, whole numbers
     macs: np.ndarray  # [G, S, Y, A, C] float64 sums of the layer's MACs, whole numbers
 

@@ -8,6 +8,7 @@ Axes: B, N images, P patches, R rows (an image with the class that steers it), D
 gates of a layer that read its CLS residual, V settings, A alphas, C classes.
 """
 
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -183,14 +184,14 @@ class GateProgram:
 
 
 class SuffixSetting(NamedTuple):
-    """What is steered in some layers, in the CLS residual, in the residuals of the patches, or in both."""
+    """Steered layers: their CLS residual is changed, the residuals of their patches, or both."""
 
     steered: Mapping[int, Steering]  # by layer: of the CLS residual
     steered_by: np.ndarray  # [N] the class that steers each image
     patches: Mapping[int, Steering] = types.MappingProxyType({})  # by layer: of every patch's residual
 
     @property
-    def both(self) -> tuple[dict[int, Steering], dict[int, Steering]]:
+    def steerings(self) -> tuple[dict[int, Steering], dict[int, Steering]]:
         """The steerings of the CLS residual and of the patches, as a pytree."""
         return dict(self.steered), dict(self.patches)
 
@@ -201,9 +202,9 @@ class SuffixSetting(NamedTuple):
 
 
 class SuffixResult(NamedTuple):
-    """What every setting gives under every alpha."""
+    """The gates and the answers of every setting under every alpha."""
 
-    gates: dict[int, dict[GateKind, np.ndarray]]  # by steered layer and kind, [V, A, N, n] bool
+    gates: dict[int, dict[str, np.ndarray]]  # by steered layer and kind, [V, A, N, n] bool
     predictions: np.ndarray  # [V, A, N] int32
 
 
@@ -219,7 +220,11 @@ def _steered_suffix(
     config, model = trained.config, trained.model
 
     def run_suffix_layers(
-        params: Any, both: tuple[dict[int, Steering], ...], alphas_A: jax.Array, x_BTD: jax.Array, class_B: jax.Array
+        params: Any,
+        steerings: tuple[dict[int, Steering], ...],
+        alphas_A: jax.Array,
+        x_BTD: jax.Array,
+        class_B: jax.Array,
     ) -> tuple[Any, ...]:
         def run_alpha(alpha: jax.Array) -> tuple[Any, jax.Array]:
             def read_steered(apply: Callable[..., jax.Array], by_layer: dict[int, Steering], layer: int) -> Any:
@@ -229,8 +234,8 @@ def _steered_suffix(
 
             changes = {
                 layer: Intervention(
-                    gate_input=read_steered(apply_steering, both[0], layer),
-                    token_input=read_steered(steer_patches, both[1], layer),
+                    gate_input=read_steered(apply_steering, steerings[0], layer),
+                    token_input=read_steered(steer_patches, steerings[1], layer),
                     steer_residual=config.steer.target == "residual",
                 )
                 for layer in layers
@@ -241,8 +246,8 @@ def _steered_suffix(
                 return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
 
             prediction_B, gates = model.apply(params, method=run_blocks)
-            found = {layer: {kind: g > 0 for kind, g in gates[layer].items() if kind in kinds} for layer in layers}
-            return found, prediction_B
+            outputs = {layer: {kind: g > 0 for kind, g in gates[layer].items() if kind in kinds} for layer in layers}
+            return outputs, prediction_B
 
         return jax.vmap(run_alpha, out_axes=1)(alphas_A)
 
@@ -279,7 +284,7 @@ def _compile_suffix(
             x_BTD = jax.ShapeDtypeStruct((batch, tokens, config.model.width), jnp.float32, sharding=sharding)
             class_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding)
             alphas_A = replicate(np.zeros(at_once, np.float32))
-            return program.lower(params, replicate(setting.both), alphas_A, x_BTD, class_B).compile()
+            return program.lower(params, replicate(setting.steerings), alphas_A, x_BTD, class_B).compile()
 
         fit = compile_within_memory(compile_for, alphas, memory)
         if fit.size:
@@ -315,15 +320,12 @@ def run_suffix(
     prefix = per_image_program(run_before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     shape = (len(settings), len(alphas), end - begin)
-    sizes = count_gates(model)
-    gates = {
-        layer: {
-            kind: np.zeros((*shape, sizes[kind]), bool) for kind in config.gate.kinds_in(layer) if kind in kinds
-        }
-        for layer in layers
-    }  # fmt: skip
+    gates: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in layers}
+    for layer, kind in itertools.product(layers, kinds):
+        if kind in config.gate.kinds_in(layer):
+            gates[layer][kind] = np.zeros((*shape, count_gates(model)[kind]), bool)
     predictions = np.zeros(shape, np.int32)
-    steered_V = [replicate(setting.both) for setting in settings]
+    steered_V = [replicate(setting.steerings) for setting in settings]
 
     def run_share() -> None:
         """Fill this host's share of the gates and predictions."""
@@ -337,10 +339,10 @@ def run_suffix(
                     for first in range(0, len(alphas), suffix.size):
                         part_A = np.minimum(np.arange(first, first + suffix.size), len(alphas) - 1)
                         alphas_A = replicate(np.asarray(alphas, np.float32)[part_A])
-                        found, answers = jax.device_get(suffix.run(params, steered_V[v], alphas_A, x_BTD, class_B))
+                        outputs, answers = jax.device_get(suffix.run(params, steered_V[v], alphas_A, x_BTD, class_B))
                         for layer, by_kind in gates.items():
                             for kind, values in by_kind.items():
-                                values[v, part_A, place] = np.moveaxis(found[layer][kind][:filled], 1, 0)
+                                values[v, part_A, place] = np.moveaxis(outputs[layer][kind][:filled], 1, 0)
                         predictions[v, part_A, place] = answers[:filled].T
                     bar.update(filled)
 

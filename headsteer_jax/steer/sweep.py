@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csr_array
 
-from headsteer_jax.config.schema import Config, GateKind, SteerConfig
+from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.data.dataset import Split, check_classes
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.gates import threshold_logit
@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["flips", "gates", "suffix"]
 # the module of a block that decides each kind of gates that reads the CLS residual
-DECIDED_BY: dict[GateKind, str] = {"heads": "decide", "sublayers": "decide_sublayers"}
+DECIDED_BY = {"heads": "decide", "sublayers": "decide_sublayers"}
 
 
 def choose_method(config: Config) -> Method:
@@ -297,11 +297,11 @@ def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, 
     for width in sorted(set(widths.values())):  # programs differ by the number of latents
         pairs = [(s, g) for s in range(len(job.steered)) for g in strategies if widths[g] == width]
         settings = [SuffixSetting({layer: job.steered[s][g]}, by_class[y]) for s, g in pairs for y in ways]
-        found = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
-        gates = LayerGates(trained.config, layer).join(found.gates[layer])
+        result = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
+        gates = LayerGates(trained.config, layer).join(result.gates[layer])
         for number, (s, g) in enumerate(pairs):
             tallies = [
-                tally_gates(gates[v], found.predictions[v] == labels, job.unsteered_right, labels, classes)
+                tally_gates(gates[v], result.predictions[v] == labels, job.unsteered_right, labels, classes)
                 for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY))
             ]
             yield SettingTally(s, g, tallies, None)
@@ -318,7 +318,7 @@ def _price_patterns(config: Config, table: Table) -> np.ndarray:
     patterns = np.arange(2**gates.count)
     if gates.heads_only:
         return np.bitwise_count(patterns) / gates.count
-    return gates.macs(patterns, round(float(table.kept.mean()))) / gates.dense_macs
+    return gates.macs(patterns, round(float(table.kept_patches.mean()))) / gates.dense_macs
 
 
 class ChosenLatents(NamedTuple):
@@ -428,9 +428,9 @@ def _sweep_split(
     if flips:
         outcomes, used = job.outcomes, job.used[BY_LABEL]
         for g in range(strategies):
-            parts = [TalliedFlips(flips[g, s], job.rows, used, outcomes, job.table.kept) for s in range(seeds)]
+            parts = [TalliedFlips(flips[g, s], job.rows, used, outcomes, job.table.kept_patches) for s in range(seeds)]
             steps.append(exact_step_function(parts, gates))
-    labels, heads, kept = job.split.labels, gates.count, job.table.kept
+    labels, heads, patches_N = job.split.labels, gates.count, job.table.kept_patches
     correct = class_counts(job.unsteered_right, labels, classes)
     result = SplitResult(
         labels=labels.astype(np.int32),
@@ -442,9 +442,9 @@ def _sweep_split(
         unsteered_heads_on=class_counts(pattern_to_gates(job.table.pattern, heads).T, labels, classes).T,
         unsteered_right=pack_bits(job.unsteered_right),
         lost=correct + arrays["gained"] - arrays["correct"],
-        kept=kept,
-        unsteered_macs=class_counts(gates.macs(job.table.pattern, kept), labels, classes),
-        macs=np.stack([sum_class_macs(bits, kept, labels, classes, gates) for bits in arrays["gates"]]),
+        kept_patches=patches_N,
+        unsteered_macs=class_counts(gates.macs(job.table.pattern, patches_N), labels, classes),
+        macs=np.stack([sum_class_macs(bits, patches_N, labels, classes, gates) for bits in arrays["gates"]]),
         **arrays,
     )
     return result, steps

@@ -108,7 +108,7 @@ class Table(NamedTuple):
     pattern: np.ndarray  # [N] int32, the unsteered gates
     prediction: np.ndarray  # [N] int32, the unsteered model's
     answers: np.ndarray  # [N, P] int32, the prediction under each listed pattern
-    kept: np.ndarray  # [N] int32, the patches that the layer keeps
+    kept_patches: np.ndarray  # [N] int32, the patches that the layer keeps
 
     def outcomes(self, labels: np.ndarray) -> Outcomes:
         """Compare every answer with the images' labels [N]."""
@@ -134,8 +134,8 @@ def compile_table_program(trained: TrainedModel, split: Split) -> Program:
         else:
             last_BTD, _ = model.apply(params, x_BTD, gates.layer, method="blocks")
             prediction_B = predict_class(model.apply(params, last_BTD[:, 0], method="classify"))
-        kept_B = count_kept_patches(model, params, x_BTD, gates.layer)
-        return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, kept_B
+        patches_B = count_kept_patches(model, params, x_BTD, gates.layer)
+        return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, patches_B
 
     program = per_image_program(run, config.machine.sweep_chunk)
     return compile_program_within_memory(program, trained.params, split, config.machine.sweep_memory)

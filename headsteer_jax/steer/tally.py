@@ -253,13 +253,13 @@ class TalliedFlips(NamedTuple):
     rows: Rows
     used: np.ndarray  # [R] bool: which rows are in use, one for each image
     outcomes: Outcomes
-    kept: np.ndarray  # [N] patches that the layer keeps
+    kept_patches: np.ndarray  # [N] patches that the layer keeps
 
 
 def exact_step_function(parts: Sequence[TalliedFlips], gates: LayerGates) -> StepFunction:
     """Compute the steps of several autoencoders' flips together."""
     moves, correct, heads_on, macs = [], 0, 0, 0.0
-    for flips, rows, used_R, outcomes, kept_N in parts:
+    for flips, rows, used_R, outcomes, patches_N in parts:
         used = np.flatnonzero(used_R[flips.row])
         row, head, alpha = flips.row[used], flips.head[used], flips.alpha[used]
         path = row * 2 + ~np.signbit(alpha)
@@ -267,13 +267,13 @@ def exact_step_function(parts: Sequence[TalliedFlips], gates: LayerGates) -> Ste
         row, head, alpha, path = row[order], head[order], alpha[order], path[order]
         effects = _follow_flips(row, head, path, rows, outcomes)
         gained = effects.right_after.astype(np.int8) - effects.right_before.astype(np.int8)
-        kept_E = kept_N[effects.image]
-        added = gates.macs(effects.after, kept_E) - gates.macs(effects.after ^ effects.bit, kept_E)
+        patches_E = patches_N[effects.image]
+        added = gates.macs(effects.after, patches_E) - gates.macs(effects.after ^ effects.bit, patches_E)
         moves.append((alpha, gained, np.where(effects.on, 1, -1).astype(np.int8), added))
         heads = rows.gate_logits.shape[1]
         correct += int(outcomes.right_unsteered.sum())
         heads_on += int(pattern_to_gates(outcomes.pattern, heads).sum())
-        macs += float(gates.macs(outcomes.pattern, kept_N).sum())
+        macs += float(gates.macs(outcomes.pattern, patches_N).sum())
     alpha, gained, opened, added = (np.concatenate(part) for part in zip(*moves, strict=True))
     order = np.argsort(alpha, kind="stable")
     alpha, falls = alpha[order], np.signbit(alpha[order])
@@ -317,14 +317,14 @@ def best_alpha(steps: StepFunction, floor: float, cost: np.ndarray) -> float:
 
 
 def sum_class_macs(
-    bits: np.ndarray, kept: np.ndarray, labels: np.ndarray, classes: int, gates: LayerGates
+    bits: np.ndarray, kept_patches: np.ndarray, labels: np.ndarray, classes: int, gates: LayerGates
 ) -> np.ndarray:
     """Sum the layer's MACs over each class's images: [..., H, N/8] bits of the gates -> [..., C] float64.
 
     Args:
-      kept: [N] patches that the layer keeps.
+      kept_patches: [N] patches that the layer keeps.
     """
-    return class_counts(gates.macs(patterns_of_bits(bits, len(labels)), kept), labels, classes)
+    return class_counts(gates.macs(patterns_of_bits(bits, len(labels)), kept_patches), labels, classes)
 
 
 def patterns_of_bits(bits: np.ndarray, count: int) -> np.ndarray:

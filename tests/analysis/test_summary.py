@@ -282,17 +282,9 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config
     names = result.strategies
     # alpha      ..-1  -1..0  0..1   1..2   2..4   4..
     alpha = np.array([-1.0, 0.5, 1.0, 2.0, 4.0])
-    validation = StepFunction(
-        alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), np.arange(6.0), 10, 4
-    )
-    test = StepFunction(
-        alpha,
-        np.array([1, 8, 8, 7, 6, 5]),
-        np.array([40, 37, 35, 31, 19, 5]),
-        np.array([90.0, 80, 70, 60, 50, 40]),
-        10,
-        4,
-    )
+    macs = np.array([90.0, 80, 70, 60, 50, 40])
+    validation = StepFunction(alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), macs, 10, 4)
+    test = StepFunction(alpha, np.array([1, 8, 8, 7, 6, 5]), np.array([40, 37, 35, 31, 19, 5]), macs, 10, 4)
     steps = {"validation": dict.fromkeys(names, validation), "test": dict.fromkeys(names, test)}
     summary, extra = summarise(replace(result, steps=steps), config)
     floor = unsteered(result.validation)[0].mean() - config.steer.tolerance

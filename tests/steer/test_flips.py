@@ -71,9 +71,8 @@ def made(seed: int, images: int = 23, heads: int = 3, sign: str = "both", active
     outcomes = Outcomes(labels, gate_logits, rng.random((images, 2**heads)) < 0.6, pattern)
     used = np.arange(len(image)) < images
     kept = rng.integers(0, 17, images)
-    return Case(
-        rows, used, choice, rng.uniform(0.5, 2, LATENTS).astype(np.float32), effect, outcomes, z.astype(float), kept
-    )
+    strength = rng.uniform(0.5, 2, LATENTS).astype(np.float32)
+    return Case(rows, used, choice, strength, effect, outcomes, z.astype(float), kept)
 
 
 def logits(case: Case, alpha: float) -> np.ndarray:
@@ -208,13 +207,9 @@ def test_where_the_grid_is_unsure_the_model_decides() -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_steps_are_accuracy_and_usage_on_the_whole_line(seed: int) -> None:
     cases = [made(seed), made(seed + 1, images=17)]
-    steps = exact_step_function(
-        [
-            TalliedFlips(find_flips(c.rows, c.choice, c.strength, c.effect), c.rows, c.used, c.outcomes, c.kept)
-            for c in cases
-        ],
-        GATES,
-    )
+    flips = [find_flips(c.rows, c.choice, c.strength, c.effect) for c in cases]
+    parts = [TalliedFlips(f, c.rows, c.used, c.outcomes, c.kept) for f, c in zip(flips, cases, strict=True)]
+    steps = exact_step_function(parts, GATES)
     assert (np.diff(steps.alpha) >= 0).all()
     rng = np.random.default_rng(seed)
     for alpha in (*rng.normal(0, 3, 10), 0.0, 1e6, -1e6):

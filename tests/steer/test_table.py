@@ -28,7 +28,7 @@ def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **
 
 def with_kinds(config: Config, *kinds: str, **gate: object) -> Config:
     """Gate these kinds, so that some gates of every kind are open and some are closed."""
-    tokens = config.gate.tokens.model_copy(update={"bias": 0.0, "threshold": 0.55})
+    tokens = config.gate.tokens.model_copy(update={"bias": 0.0, "threshold": 0.5, "normalise": False})
     sublayers = config.gate.sublayers.model_copy(update={"bias": 0.0, "threshold": 0.45})
     update = {"kinds": kinds, "tokens": tokens, "sublayers": sublayers} | gate
     return config.model_copy(update={"gate": config.gate.model_copy(update=update)})
@@ -75,7 +75,7 @@ def test_table_is_the_model_under_every_pattern_of_several_kinds(split, kinds, l
     config = with_kinds(config_of(layer, dropped), *kinds)
     gates = LayerGates(config, config.sae_layer)
     few = Split(split.images[:12], split.labels[:12])
-    model, params, found = filled(config, few)
+    _, params, found = filled(config, few)
     exact, own = reference.in_float64(params), []
     for i, image in enumerate(few.images / 255.0):
         _, by_layer, logits, _ = reference.vit(exact, image, config, "thresholded")
@@ -83,7 +83,7 @@ def test_table_is_the_model_under_every_pattern_of_several_kinds(split, kinds, l
         joined = np.concatenate([logits[config.sae_layer][kind] for kind in gates.kinds])
         np.testing.assert_allclose(found.gate_logits[i], joined, atol=1e-4)
         assert found.pattern[i] == sum(1 << g for g, m in enumerate(joined) if m > 0)
-        assert found.kept[i] == own[-1].get("tokens", np.ones(4)).sum()
+        assert found.kept_patches[i] == own[-1].get("tokens", np.ones(4)).sum()
         for pattern in range(2**gates.count):
             g = pattern_to_gates(np.array(pattern), gates.count).astype(float)
             forced = {config.sae_layer: gates.split(g)}
@@ -92,7 +92,7 @@ def test_table_is_the_model_under_every_pattern_of_several_kinds(split, kinds, l
         assert found.prediction[i] == found.answers[i, found.pattern[i]]
     assert len(np.unique(found.answers)) > 2
     assert len(np.unique(found.pattern)) > 1
-    assert "tokens" not in kinds or len(np.unique(found.kept)) > 1
+    assert "tokens" not in kinds or len(np.unique(found.kept_patches)) > 1
 
 
 def test_contributions_of_a_bfloat16_model(split):
