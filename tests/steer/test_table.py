@@ -65,7 +65,7 @@ def test_table_is_the_model_under_every_pattern(split, layer, dropped):
         (("heads", "sublayers"), -1, "zero"),
         (("heads", "sublayers", "tokens"), -1, "slice"),
         (("heads", "sublayers", "tokens"), -1, "identity"),
-        (("heads", "tokens"), -1, "slice"),
+        (("heads", "tokens"), -1, "zero"),
         (("sublayers",), -1, "zero"),
         (("heads", "sublayers", "tokens"), -2, "slice"),
     ],
@@ -92,7 +92,7 @@ def test_table_is_the_model_under_every_pattern_of_several_kinds(split, kinds, l
         assert found.prediction[i] == found.answers[i, found.pattern[i]]
     assert len(np.unique(found.answers)) > 2
     assert len(np.unique(found.pattern)) > 1
-    assert "tokens" not in kinds or len(np.unique(found.kept_patches)) > 1
+    assert len(kinds) < 3 or len(np.unique(found.kept_patches)) > 1
 
 
 def test_contributions_of_a_bfloat16_model(split):
