@@ -65,6 +65,7 @@ COORDINATES = {
     "named_by": "named_by",
     "alphas": "alpha",
     "class_names": "class",
+    "gates": "head",
     "subset": "subset",
     "exact_alphas": "exact_alpha",
 }
@@ -100,7 +101,7 @@ def to_dataset(result: SweepResult, scored: Mapping[str, np.ndarray]) -> xarray.
     arrays = name_arrays(result) | dict(scored)
     variables = {name: (_dimensions(name), values) for name, values in arrays.items() if name not in COORDINATES}
     coordinates = {COORDINATES[name]: values for name, values in arrays.items() if name in COORDINATES}
-    coordinates |= {"head": np.arange(result.test.heads), "seed": np.arange(result.test.seeds)}
+    coordinates["seed"] = np.arange(result.test.seeds)
     if "usage_ci" in arrays:
         coordinates["bound"] = np.array(("low", "high"))
     if "other_class" in {dimension for dimensions, _ in variables.values() for dimension in dimensions}:

@@ -38,7 +38,7 @@ IMPORTED = {
     "dictionary_learning": "dictionary_learning:DIR",
     "sparsify": "sparsify:DIR",
 }
-PATTERN_BITS = 30  # a head pattern is an int32 with one bit for each head
+PATTERN_BITS = 30  # a gate pattern is an int32 with one bit for each gate of a layer that reads its CLS residual
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
 
@@ -646,7 +646,8 @@ class Config(Section):
             "model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"
         )
         yield Rule("model.heads", m.heads, m.width % m.heads == 0, f"a divisor of model.width = {m.width}")
-        yield Rule("model.heads", m.heads, m.heads <= PATTERN_BITS, f"at most {PATTERN_BITS}")
+        most = PATTERN_BITS - 2 * ("sublayers" in kinds)
+        yield Rule("model.heads", m.heads, m.heads <= most, f"at most {most}")
         yield Rule("data.mean", d.mean, len(d.mean) == d.channels, per_channel)
         yield Rule("data.std", d.std, len(d.std) == d.channels, per_channel)
         yield Rule("data.mean", d.mean, all(0 <= mean <= 1 for mean in d.mean), f"from 0 to 1, {PIXEL_UNITS}")
@@ -694,7 +695,7 @@ class Config(Section):
     def _steer_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section steer."""
         t, heads = self.steer, self.model.heads
-        few_heads = "gate_aligned" not in t.strategies or heads <= MOST_HEADS
+        few_heads = "gate_aligned" not in t.strategies or "heads" not in self.gate.kinds or heads <= MOST_HEADS
         no_gate_aligned = (
             f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {heads} is above {MOST_HEADS}"
         )

@@ -108,8 +108,8 @@ class LayerGates:
     def mean_macs(self, patterns: np.ndarray, patches: np.ndarray) -> np.ndarray:
         """Average the layer's MACs under each pattern [P] over images that keep `patches` [N] patches: [P] float64."""
         counts, images = np.unique(patches, return_counts=True)
-        parts = (share * self.macs(patterns, k) for k, share in zip(counts, images / len(patches), strict=True))
-        return np.sum(list(parts), axis=0)
+        sums = [number * self.macs(patterns, count) for count, number in zip(counts, images, strict=True)]
+        return np.sum(sums, axis=0) / len(patches)
 
     @property
     def dense_macs(self) -> int:

@@ -56,6 +56,7 @@ class SweepResult:
     strategies: tuple[str, ...]  # G names
     alphas: np.ndarray  # [A] float64, ascending, with 0
     class_names: tuple[str, ...]
+    gates: tuple[int, ...] | tuple[str, ...]  # H labels of the gates: numbers of heads, or names if there are others
     subset: np.ndarray  # [P] int64 gate patterns of the tables
     related: np.ndarray | None  # [C, C] bool: do two classes share a superclass; None: the dataset has none
     latents: np.ndarray  # [G, S, C, L] int32 chosen latents, filled with -1

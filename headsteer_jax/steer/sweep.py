@@ -477,6 +477,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     evidence = _pattern_evidence(run, aligned, program, validation)
     chosen = _choose_latents(run, strategies, evidence, cost_P, fold_N)
 
+    gates = LayerGates(config, config.sae_layer)
     evaluate = _make_evaluator(trained, alphas, chosen.effects, classes)
     results: dict[str, SplitResult] = {}
     steps: dict[str, dict[str, StepFunction]] = {}
@@ -486,7 +487,6 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         linear = choose_method(config) == "flips"
         size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
         job = make_split_sweep(name, split, table, steered, offset, size_NH)
-        gates = LayerGates(config, config.sae_layer)
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:
             steps[name] = dict(zip(strategies, by_strategy, strict=True))
@@ -496,6 +496,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         strategies=tuple(strategies),
         alphas=alphas,
         class_names=dataset.class_names,
+        gates=gates.names if "sublayers" in gates.kinds else tuple(range(gates.count)),
         subset=list_patterns(config),
         related=dataset.related,
         latents=latents,
