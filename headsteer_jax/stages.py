@@ -183,7 +183,7 @@ def _steer_patches(run: RunData, workdir: Workdir, alphas: np.ndarray) -> dict[s
     }
     sweep = sweep_patches(run, residuals, alphas, splits, lambda split: find_own_patches(config, split))
     summary = summarise_patches(sweep, dataset.class_names, config)
-    return summary | {"claim": claim_own_patches(sweep, summary, config)}
+    return summary | {"claim": claim_own_patches(sweep, config)}
 
 
 def layers_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:

@@ -97,36 +97,46 @@ def _resample(values: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
     return bootstrap_means(lambda s: values[:, s], values.shape[1], weights, rng)
 
 
-def claim_own_patches(sweep: PatchSweep, summary: dict[str, Any], config: Config) -> Claim | None:
+def claim_own_patches(sweep: PatchSweep, config: Config) -> Claim | None:
     """Judge whether class steering keeps more of the patches that show the class than matched random latents do.
 
-    Both are compared at the alpha that validation chose for `class`; the random latents move the class's patches as
-    far. `value` is the difference of the shares of own patches that are kept. As keeping every patch would raise that
-    share too, the difference must also be larger than that of the other patches (`over_other`). None if it is not
-    known which patches show the class.
+    Both are compared at the same alpha; the random latents move the class's patches as far. `value` is the difference
+    of the shares of own patches that are kept, in short the lead. As keeping every patch would raise that share too,
+    the lead must also be larger than that in the other patches (`over_other`). Of the alphas above 0 at which `class`
+    keeps validation's accuracy within steer.tolerance, the one is taken at which the smaller of both is largest there.
+    It is not judged if no alpha keeps the accuracy.
+
+    Returns:
+      The claim; None if it is not known which patches show the class.
     """
     if sweep.test.class_patches is None:
         return None
-    test = measure_split(sweep.test, sweep.patches)
+    validation, test = (measure_split(split, sweep.patches) for split in (sweep.validation, sweep.test))
+    accuracy_A = validation["accuracy"][sweep.strategies.index("class")].mean(axis=(0, 2))
+    floor = accuracy_A[sweep.alphas == 0] - config.steer.tolerance
+    allowed = np.flatnonzero((sweep.alphas > 0) & (accuracy_A >= floor))
+    text = "class steering of patch concepts keeps more of the class's own patches than matched random latents"
+    if not len(allowed):
+        return {"claim": text, "value": None, "interval": None, "holds": None}
+    lead_A, over_A = (leads.mean(axis=(0, 2)) for leads in _lead_of_class(validation, sweep))
+    a = allowed[np.argmax(np.minimum(lead_A, over_A)[allowed])]
+    leads = [lead[:, a] for lead in _lead_of_class(test, sweep)]
     weights = bootstrap_weights(sweep.test.labels, config.steer.bootstrap, np.random.default_rng([config.seed, 8]))
-    a = int(np.flatnonzero(sweep.alphas == summary["steering"]["class"]["alpha"])[0])
-    g, control = sweep.strategies.index("class"), sweep.strategies.index("matched_random")
-    lead = {name: (values[g, :, a] - values[control, :, a]).mean() for name, values in test.items()}
-    lead_R = {}
-    for name in ("own", "other"):
-        resampled = _resample(test[name], weights, config.seed)
-        lead_R[name] = resampled[:, g, a] - resampled[:, control, a]
-    ci, over_ci = (
-        to_float_list(percentile_interval(values_R, config.steer.confidence))
-        for values_R in (lead_R["own"], lead_R["own"] - lead_R["other"])
-    )
-    judged = sweep.alphas[a] > 0
+    resampled = _resample(np.stack(leads)[:, :, None], weights, config.seed)[:, :, 0]
+    ci, over_ci = (to_float_list(ends) for ends in percentile_interval(resampled, config.steer.confidence).T)
     return {
-        "claim": "class steering of patch concepts keeps more of the class's own patches than matched random latents",
-        "value": float(lead["own"]),
+        "claim": text,
+        "value": float(leads[0].mean()),
         "interval": ci,
-        "over_other": float(lead["own"] - lead["other"]),
+        "over_other": float(leads[1].mean()),
         "over_other_ci": over_ci,
         "alpha": float(sweep.alphas[a]),
-        "holds": bool(ci[0] > 0 and over_ci[0] > 0) if judged else None,
+        "holds": ci[0] > 0 and over_ci[0] > 0,
     }
+
+
+def _lead_of_class(measures: Measures, sweep: PatchSweep) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the lead of `class` over its control in own patches, and by how much it is larger there: [S, A, N]."""
+    g, control = sweep.strategies.index("class"), sweep.strategies.index("matched_random")
+    own, other = (measures[name][g] - measures[name][control] for name in ("own", "other"))
+    return own, own - other

@@ -66,26 +66,29 @@ def test_alpha_is_chosen_on_validation_and_scored_on_test() -> None:
 def test_own_patches_must_stay_more_than_with_random_latents(own: int, other: int, holds: bool) -> None:
     """More of its own must stay, and not only because more of everything stays."""
     sweep, config = made(own, other)
-    sweep.validation.macs[0, :, 1] = 900.0  # so that alpha 1 is chosen whatever stays
-    claim = claim_own_patches(sweep, summarise_patches(sweep, ("a", "b", "c"), config), config)
+    claim = claim_own_patches(sweep, config)
     assert claim is not None
     lead = (sweep.test.kept_class_patches[0, :, 1] - sweep.test.kept_class_patches[1, :, 1]).mean() / OWN
     assert claim["value"] == pytest.approx(lead)
     assert claim["interval"][0] <= lead <= claim["interval"][1]
+    assert claim["alpha"] == 1.0  # at alpha 2 validation loses accuracy
+    over = lead - (other - 5) / (PATCHES - OWN)
+    assert claim["over_other"] == pytest.approx(over)
+    assert claim["over_other_ci"][0] <= over <= claim["over_other_ci"][1]
     assert claim["holds"] is holds
 
 
 def test_without_known_patches_there_is_no_claim() -> None:
     sweep, config = made(5, 1, known=False)
     summary = summarise_patches(sweep, ("a", "b", "c"), config)
-    assert claim_own_patches(sweep, summary, config) is None
+    assert claim_own_patches(sweep, config) is None
     assert "own" not in summary["steering"]["class"]
 
 
 def test_a_claim_that_no_alpha_can_show_is_not_judged() -> None:
     sweep, config = made(5, 1)
     sweep.validation.right[:, :, 1:] = False
-    claim = claim_own_patches(sweep, summarise_patches(sweep, ("a", "b", "c"), config), config)
+    claim = claim_own_patches(sweep, config)
     assert claim is not None
-    assert claim["alpha"] == 0
+    assert claim["value"] is None
     assert claim["holds"] is None
