@@ -347,7 +347,8 @@ class SAEConfig(Section):
     [LH26]'s."""
     tokens: Literal["cls", "patches", "all"] = "cls"
     """The tokens whose residuals the autoencoder is trained on: the CLS token, which the gate reads, every patch, or
-    both. Steering changes the CLS residual in every case."""
+    both. Steering changes the CLS residual in every case. If the autoencoder reads patches and the layer gates them,
+    their gates are steered as well."""
     expansion: PositiveInt = 8
     """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072. It has no effect if latents is
     not 0."""

@@ -134,6 +134,7 @@ def test_the_model_decides_at_the_flips_themselves(split):
 def test_the_method_is_chosen_and_described() -> None:
     assert choose_method(steer_config()) == "flips"
     assert describe_method(steer_config()).endswith("look-ups among 2^3 = 8 gate patterns; exact in alpha")
+    assert "among 2^5 = 32 gate patterns" in describe_method(steer_config(gate={"kinds": ("heads", "sublayers")}))
     assert choose_method(steer_config(mode="clamp")) == "gates"
     assert "the gate is computed for every alpha (clamp in delta form)" in describe_method(steer_config(mode="clamp"))
     assert choose_method(steer_config(target="residual")) == "suffix"

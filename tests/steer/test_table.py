@@ -13,6 +13,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model import vit
 from headsteer_jax.steer import table
 from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
+from headsteer_jax.steer.sweep import choose_method
 
 
 def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **steer: object) -> Config:
@@ -137,6 +138,21 @@ def test_more_heads_than_a_table_holds(split):
         chex.assert_trees_all_equal(found.answers[:, place], np.argmax(forward(gates), axis=1).astype(np.int32))
     logits, _ = jax.jit(lambda images: model.apply(params, images))(images)
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
+
+
+def test_a_sample_of_the_patterns_of_heads_and_sublayers():
+    """13 heads with attention and the MLP: 2^15 patterns are too many, and 12 heads have 2^14, which a table holds."""
+    config = with_kinds(config_of(subsets=64), "heads", "sublayers")
+    sized = {
+        heads: config.model_copy(update={"model": config.model.model_copy(update={"heads": heads, "width": heads})})
+        for heads in (12, 13)
+    }
+    np.testing.assert_array_equal(table.list_patterns(sized[12]), np.arange(2**14))
+    listed = table.list_patterns(sized[13])
+    assert 64 <= len(listed) < 200
+    assert {0, 2**15 - 1, 1 << 13, 1 << 14} <= set(listed)
+    assert choose_method(sized[12]) == "flips"
+    assert choose_method(sized[13]) == "suffix"
 
 
 def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
