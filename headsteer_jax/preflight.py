@@ -21,6 +21,7 @@ from headsteer_jax.runtime import hosts, mesh
 from headsteer_jax.runtime.files import Workdir, is_in_bucket
 from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locate_new, locate_removed
 from headsteer_jax.sae.imported import import_autoencoder
+from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
 from headsteer_jax.train.loop import abstract_params
 from headsteer_jax.train.losses import check_budget
@@ -129,8 +130,23 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
     actions = {plan.stage.name: plan.action for plan in plans}
     if actions.get("train", "nothing") != "nothing" and not _has_begun(workdir, "train", actions["train"]):
         _check_training(config, dataset, workdir)
+    if any(actions.get(name, "nothing") != "nothing" for name in ("sae", "steer", "layers")):
+        check_steerable(config)
     if actions.get("sae", "nothing") != "nothing" and config.sae.pretrained:
         hosts.on_every_process(lambda: import_autoencoder(config))
+
+
+def check_steerable(config: Config) -> None:
+    """Check that gates of some kind read the CLS residual, which the sweep steers.
+
+    Raises:
+      HeadSteerError: only patches are gated.
+    """
+    if not LayerGates(config, config.sae_layer).count:
+        raise HeadSteerError(
+            f"config.gate.kinds = {config.gate.kinds!r}: steering needs gates that read the CLS residual; add heads or "
+            "sublayers, or choose --stages=train"
+        )
 
 
 def _has_begun(workdir: Workdir, name: str, action: str) -> bool:

@@ -11,9 +11,11 @@ import uuid
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.analysis.layers import profile_layers
+from headsteer_jax.analysis.patches import claim_own_patches, summarise_patches
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset, write_sweep
 from headsteer_jax.books import (
@@ -36,6 +38,7 @@ from headsteer_jax.config.files import flatten
 from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, hash_data
+from headsteer_jax.data.digits import find_own_patches
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.compute import measure_compute
@@ -62,9 +65,10 @@ from headsteer_jax.sae.residuals import (
 )
 from headsteer_jax.sae.store import RunData, read_autoencoders, write_autoencoders
 from headsteer_jax.sae.train import seed_members, train_members
+from headsteer_jax.steer.patches import steers_patches, sweep_patches
 from headsteer_jax.steer.replacement import measure_replacement
 from headsteer_jax.steer.strategies import find_strategy
-from headsteer_jax.steer.sweep import gate_jacobian, run_sweep
+from headsteer_jax.steer.sweep import gate_jacobian, run_sweep, select_classes
 from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, load_trained, train_model
 
 logger = logging.getLogger(__name__)
@@ -160,10 +164,29 @@ def steer_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     trained = load_trained(config, len(dataset.class_names), workdir / "train")
     autoencoders, x_train, curves = read_autoencoders(workdir, trained)
     strategies = {name: find_strategy(name) for name in config.steer.strategies}
-    result = run_sweep(RunData(trained, dataset, autoencoders, x_train), strategies)
+    run = RunData(trained, dataset, autoencoders, x_train)
+    result = run_sweep(run, strategies)
     numbers, scored = summarise(result, config)
+    if steers_patches(config):
+        numbers["patches"] = _steer_patches(run, workdir, result.alphas)
+        if claim := numbers["patches"].pop("claim"):
+            numbers["claims"] = [*numbers.get("claims", []), claim]
     hosts.on_first_process(lambda: write_sweep(workdir / "sweep.nc", to_dataset(result, scored | curves)))
     workdir.write_json("steer/steering.json", numbers)
+
+
+def _steer_patches(run: RunData, workdir: Workdir, alphas: np.ndarray) -> dict[str, Any]:
+    """Steer the gates of the patches: `patches` of summary.json, and its `claim` (None: it cannot be judged)."""
+    config, dataset = run.trained.config, run.dataset
+    cache = activation_cache(config, workdir)
+    residuals = _load_residuals(cache, run.trained, dataset, "train", config.sae.tokens)
+    splits = {
+        name: select_classes(split, config, dataset.class_names)
+        for name, split in (("validation", dataset.validation), ("test", dataset.test))
+    }
+    sweep = sweep_patches(run, residuals, alphas, splits, lambda split: find_own_patches(config, split))
+    summary = summarise_patches(sweep, dataset.class_names, config)
+    return summary | {"claim": claim_own_patches(sweep, config)}
 
 
 def layers_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
@@ -198,7 +221,8 @@ def collect_summary(config: Config, dataset: Dataset, workdir: Workdir) -> dict[
     return {
         "dense_accuracy": test.get("dense"),
         "dense_control_accuracy": test.get("dense_control"),
-        "layer_usage": test["usage"],
+        "layer_usage": test.get("usage"),
+        "compute": test.get("compute"),
         **read_json(workdir / "steer/steering.json"),
         "grid": read_json(workdir / "grid/grid.json") if "grid" in done else None,
         "by_layer": read_json(workdir / "layers/layers.json") if "layers" in done else None,

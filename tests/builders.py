@@ -23,7 +23,7 @@ from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights, Scaling
 from headsteer_jax.steer.flips import gate_effect
 from headsteer_jax.steer.steering import Steering
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.sweep import SplitSweep, make_split_sweep
+from headsteer_jax.steer.sweep import SplitSweep, bound_logits, gate_jacobian, make_split_sweep
 from headsteer_jax.steer.table import compile_table_program, fill_table
 
 CLASSES = 7
@@ -57,9 +57,11 @@ def sae_config(**fields: object) -> Config:
     return config.model_copy(update={"sae": config.sae.model_copy(update=fields)})
 
 
-def steer_config(*, chunk: int = 64, memory: int | None = None, **steer: object) -> Config:
+def steer_config(
+    *, chunk: int = 64, memory: int | None = None, gate: dict[str, object] | None = None, **steer: object
+) -> Config:
     """Make tiny_config with these fields in its section `steer`, and the sweep's chunk and memory in `machine`."""
-    config = tiny_config()
+    config = tiny_config(**(gate or {}))
     machine = {"sweep_chunk": chunk} | ({} if memory is None else {"sweep_memory": memory})
     return config.model_copy(
         update={
@@ -136,9 +138,9 @@ def split_sweep(config: Config, split: Split, weights: tuple[float, float]) -> t
         first, other = setting(seed, weights), setting(seed + 1, weights)
         second = Steering(first.sae, other.strength, Choice(*(part[:, :2] for part in other.choice)))
         steered.append([first, second])
-    linear = trained.params["params"]["layers_2"]["decide"]["linear"]
-    effects = [gate_effect(row[0].sae.decoder, linear["kernel"], 3) for row in steered]
-    size = np.abs(table.x) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
+    kernel = gate_jacobian(trained, table.x)
+    effects = [gate_effect(row[0].sae.decoder, kernel, 3) for row in steered]
+    size = bound_logits(trained, table.x)
     labels = np.where(np.arange(90) % 3, table.prediction, split.labels).astype(np.int32)  # some right, some wrong
     job = make_split_sweep("test", Split(split.images, labels), table, steered, 0, np.asarray(size))
     return job, trained, effects

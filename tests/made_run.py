@@ -6,11 +6,11 @@ import numpy as np
 
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import name_arrays
-from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
+from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.sweep import make_alpha_grid
-from headsteer_jax.steer.table import gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.tally import class_counts, pack_bits
 
 
@@ -55,18 +55,20 @@ def made_rows() -> list[dict[str, Any]]:
 def made_sweep(
     classes: int = 10, heads: int = 6, seeds: int = 3, per_class: int = 6, strategies: tuple[str, ...] = (),
     alphas: tuple[float, ...] = (-2.0, 0.5, 1.0, 2.0, 4.0), only: int = 0, related: bool = True, channels: int = 1,
-    names: tuple[str, ...] = (), bootstrap: int = 40,
+    names: tuple[str, ...] = (), bootstrap: int = 40, sublayers: bool = False,
 ) -> tuple[Config, SweepResult]:  # fmt: skip
     """Make up a sweep: gates and answers are drawn so that `class` saves heads and `global` loses accuracy.
 
     Args:
       only: steer only the first so many classes; 0: all.
+      sublayers: the last two of the `heads` gates are those of attention and the MLP.
     """
     rng = np.random.default_rng(0)
     class_names = names + tuple(f"{c:02d}" for c in range(len(names), classes))
     config = Config(
         data=DataConfig(channels=channels, mean=(0.0,) * channels, std=(1.0,) * channels, image_size=20),
-        model=ModelConfig(width=8 * heads, heads=heads),
+        model=ModelConfig(width=8 * (heads - 2 * sublayers), heads=heads - 2 * sublayers),
+        gate=GateConfig(kinds=("heads", "sublayers") if sublayers else ("heads",)),
         sae=SAEConfig(seeds=seeds, expansion=4, k=4),
         steer=SteerConfig(
             strategies=strategies or ("class", "global", "random", "matched_random", "gate_aligned"),
@@ -100,6 +102,7 @@ def made_sweep(
         strategies=config.steer.strategies,
         alphas=make_alpha_grid(config.steer),
         class_names=class_names,
+        gates=LayerGates(config, config.sae_layer).names if sublayers else tuple(range(heads)),
         subset=np.arange(2**heads),
         related=related_CC if related else None,
         latents=chosen,
@@ -148,6 +151,8 @@ def made_split(
             steered[g, s, y] = np.asarray(gates_to_pattern(gate_logits + size_A * push[steered_by] > 0))
     right, unsteered = table[rank, steered] == labels, before == labels
 
+    macs = LayerGates(config, config.sae_layer).macs
+
     def count(values: np.ndarray) -> np.ndarray:
         return class_counts(values, labels, classes)
 
@@ -166,6 +171,9 @@ def made_split(
         gained=count(right & ~unsteered),
         lost=count(~right & unsteered),
         heads_on=np.stack([count((steered >> head) & 1) for head in range(heads)], axis=-1),
+        kept_patches=np.full(len(labels), 25, np.int32),
+        unsteered_macs=count(macs(pattern)),
+        macs=count(macs(steered)),
     )
 
 

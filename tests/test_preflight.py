@@ -33,6 +33,13 @@ def refusal(path: Path, data: DataConfig | None = None) -> str:
     return str(error.value)
 
 
+def test_a_model_that_gates_only_patches_is_trained_but_not_steered() -> None:
+    preflight.check_steerable(tiny_config())
+    preflight.check_steerable(tiny_config(kinds=("sublayers", "tokens")))
+    with pytest.raises(HeadSteerError, match=r"^config\.gate\.kinds = \('tokens',\): steering needs gates that read"):
+        preflight.check_steerable(tiny_config(kinds=("tokens",)))
+
+
 def test_new_and_empty_directories_and_runs_are_taken(tmp_path: Path) -> None:
     check(tmp_path / "new" / "deeper")
     check(tmp_path)

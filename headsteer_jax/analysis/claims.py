@@ -1,6 +1,6 @@
 """The paper's claims, one function each: the value measured here, its interval, and whether the claim holds.
 
-Axes: G strategies, Y ways to name the class, A alphas, R resamplings.
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, P gate patterns, R resamplings.
 """
 
 from typing import Any
@@ -10,7 +10,9 @@ import numpy as np
 from headsteer_jax.analysis.scores import Curves, Scores
 from headsteer_jax.analysis.stats import accuracy_at_usage, to_float_list
 from headsteer_jax.config.schema import SteerConfig
-from headsteer_jax.steer.results import BY_LABEL
+from headsteer_jax.steer.gates import LayerGates
+from headsteer_jax.steer.results import BY_LABEL, SweepResult
+from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 
 Claim = dict[str, Any]  # claim, value, interval, holds, and further figures of some claims
 
@@ -104,6 +106,58 @@ def claim_front(summary: dict[str, Any]) -> Claim | None:
         "interval": ci,
         "holds": ci[0] > 0,
     }
+
+
+def claim_compute(
+    name: str, summary: dict[str, Any], result: SweepResult, scores: Scores, gates: LayerGates, least: float = 0.15
+) -> Claim:
+    """Judge whether a strategy lowers the layer's MACs by at least a share `least` of its dense MACs at no loss.
+
+    No loss means that the interval of the accuracy's change stays above -steer.tolerance. There are two controls. In
+    `random_pattern` every image has a random pattern with as many heads and the same sublayers as its steered one, so
+    that the MACs are the same; the mean over all such patterns is taken. `fixed_pattern` is the pattern, the same for
+    every image, that is the most accurate on validation among those that cost no more than steering does on average.
+    The claim holds if steering is more accurate than the first as well.
+    """
+    row, unsteered, dense = summary["steering"][name], summary["steering"]["unsteered"], scores.macs.dense
+    g, test = scores.names.index(name), result.test
+    a = int(scores.chosen[g, BY_LABEL])
+    right_NP = test.table == test.labels[:, None]
+    pattern_SN = patterns_of_bits(test.gates[g, :, BY_LABEL, a], len(test.labels))
+    steered_N = unpack_bits(test.right[g, :, BY_LABEL, a], len(test.labels)).mean(axis=0)
+    random_N = _average_alike(right_NP, pattern_SN, gates)
+    lead_ci = to_float_list(scores.interval(scores.weights @ (steered_N - random_N) / len(test.labels)))
+    affordable = np.flatnonzero(gates.mean_macs(result.subset, test.kept_patches) <= row["macs"] + 0.5)
+    right_on_validation = (result.validation.table[:, affordable] == result.validation.labels[:, None]).mean(axis=0)
+    fixed = affordable[np.argmax(right_on_validation)] if len(affordable) else None
+    saved_ci = sorted(-end / dense for end in row["macs_change_ci"])
+    holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -gates.config.steer.tolerance
+    return {
+        "claim": f"{name} steering lowers the layer's MACs by at least {least:.0%} of the dense layer's at no loss",
+        "value": (unsteered["macs"] - row["macs"]) / dense,
+        "interval": saved_ci,
+        "accuracy_change": row["accuracy"] - unsteered["accuracy"],
+        "random_pattern": float(random_N.mean()),
+        "lead_over_random_ci": lead_ci,
+        "fixed_pattern": None if fixed is None else float(right_NP[:, fixed].mean()),
+        "holds": bool(holds and lead_ci[0] > 0),
+    }
+
+
+def _average_alike(right_NP: np.ndarray, pattern_SN: np.ndarray, gates: LayerGates) -> np.ndarray:
+    """Average right answers over all patterns with as many heads and the same sublayers as each image's own: [N].
+
+    Args:
+      right_NP: is the answer right, for all 2^G patterns.
+      pattern_SN: the images' own patterns, for each seed.
+    """
+    patterns = np.arange(right_NP.shape[1])
+    heads_P = np.bitwise_count(patterns & (2**gates.heads - 1)).astype(np.int64)
+    kind_P = heads_P * 4 + (patterns >> gates.heads)
+    members = np.zeros((len(patterns), kind_P.max() + 1))
+    members[patterns, kind_P] = 1
+    share_NK = (right_NP @ members) / np.maximum(members.sum(axis=0), 1)
+    return np.take_along_axis(share_NK, kind_P[pattern_SN].T, axis=1).mean(axis=1)
 
 
 def claim_suppression(summary: dict[str, Any], scores: Scores) -> Claim | None:

@@ -3,7 +3,7 @@
 Every layer has its own autoencoder. If several layers are steered, a later gate reads a residual that the changed heads
 of the earlier layers have already changed.
 
-Axes: B, N images, A alphas, L steered layers, H heads, D width.
+Axes: B, N images, A alphas, D width, n gates of one kind in one layer.
 """
 
 import logging
@@ -16,7 +16,7 @@ import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
-from headsteer_jax.config.schema import Config
+from headsteer_jax.config.schema import GATE_KINDS, Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, hash_data
 from headsteer_jax.model.passes import per_image_program, run_over_split
@@ -25,18 +25,20 @@ from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
 from headsteer_jax.sae.residuals import Residuals, ResidualSelection, load_all, load_or_compute_residuals
 from headsteer_jax.sae.train import seed_members, train_members
-from headsteer_jax.steer.steering import Steering, run_suffix
+from headsteer_jax.steer.gates import LayerGates
+from headsteer_jax.steer.steering import Steering, SuffixSetting, run_suffix
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
 
 logger = logging.getLogger(__name__)
 
 
 def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
-    """Compute the accuracy when one layer drops every head."""
+    """Compute the accuracy when one layer's gates that read its CLS residual are all closed."""
     config = trained.config
+    gates = LayerGates(config, layer)
 
     def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
-        closed = {layer: Intervention(gates=jnp.zeros((len(images), config.model.heads)))}
+        closed = {layer: Intervention(gates=gates.split(jnp.zeros((len(images), gates.count))))}
         logits_BC, _ = trained.model.apply(params, preprocess(images, config.data), interventions=closed)
         return (predict_class(logits_BC),)
 
@@ -56,14 +58,27 @@ def _first_of_each_class(split: Split, per_class: int) -> Split:
 class SteeredSplit(NamedTuple):
     """A split under every alpha of the profile, steered by the label."""
 
-    gates: np.ndarray  # [A, N, L, H] bool
+    config: Config
+    gates: Mapping[int, Mapping[str, np.ndarray]]  # by steered layer and kind, [A, N, n] bool
     predictions: np.ndarray  # [A, N] int32
     labels: np.ndarray  # [N]
 
     @property
     def used(self) -> np.ndarray:
-        """[A, N] share of the steered layers' heads that run."""
-        return self.gates.mean(axis=(2, 3), dtype=np.float32)
+        """[A, N] share of the steered layers' gates that are open, of those that read the CLS residual."""
+        open_gates = [LayerGates(self.config, layer).join(by_kind) for layer, by_kind in self.gates.items()]
+        return np.concatenate(open_gates, axis=-1).mean(axis=-1, dtype=np.float32)
+
+    @property
+    def macs(self) -> np.ndarray:
+        """[A, N] MACs of the steered layers, as a share of those of the dense model."""
+        counted, dense = np.zeros(self.predictions.shape), 0
+        for layer, by_kind in self.gates.items():
+            gates = LayerGates(self.config, layer)
+            pattern_AN = gates.join(by_kind) @ (1 << np.arange(gates.count))
+            counted += gates.macs(pattern_AN, by_kind["tokens"].sum(axis=-1) if "tokens" in by_kind else None)
+            dense += gates.dense_macs
+        return counted / dense
 
     @property
     def right(self) -> np.ndarray:
@@ -74,13 +89,16 @@ class SteeredSplit(NamedTuple):
 def _summarise_layer(validation: SteeredSplit, test: SteeredSplit, config: Config) -> dict[str, Any]:
     """Summarise the curves on test, and the alpha chosen on validation."""
     alphas = np.array((0.0, *config.layers.alphas))
-    usage_A, accuracy_A = validation.used.mean(axis=1), validation.right.mean(axis=1)
-    chosen = int(choose_alpha(alphas, usage_A, accuracy_A, accuracy_A[0] - config.steer.tolerance))
-    used, right = test.used, test.right
+    heads_only = config.gate.kinds == ("heads",)
+    cost_A = (validation.used if heads_only else validation.macs).mean(axis=1)
+    accuracy_A = validation.right.mean(axis=1)
+    chosen = int(choose_alpha(alphas, cost_A, accuracy_A, accuracy_A[0] - config.steer.tolerance))
+    used, right, macs = test.used, test.right, test.macs
     rng = np.random.default_rng([config.seed, 5])
     weights = bootstrap_weights(test.labels, config.steer.bootstrap, rng)
     used_R = bootstrap_means(lambda _: used, 1, weights, rng)
     right_R = bootstrap_means(lambda _: right, 1, weights, rng)
+    macs_R = bootstrap_means(lambda _: macs, 1, weights, rng)
 
     def change_ci(resampled: np.ndarray) -> list[float]:
         return [
@@ -98,6 +116,10 @@ def _summarise_layer(validation: SteeredSplit, test: SteeredSplit, config: Confi
         "accuracy_before": float(right[0].mean()),
         "accuracy_after": float(right[chosen].mean()),
         "accuracy_change_ci": change_ci(right_R),
+        "macs_share": macs.mean(axis=1).tolist(),
+        "macs_share_before": float(macs[0].mean()),
+        "macs_share_after": float(macs[chosen].mean()),
+        "macs_share_change_ci": change_ci(macs_R),
     }
 
 
@@ -144,7 +166,7 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
     """
     config = trained.config
     depth = config.model.depth
-    layers = tuple(sorted({layer % depth for layer in config.layers.layers} or range(config.gate.first_layer, depth)))
+    layers = tuple(sorted({layer % depth for layer in config.layers.layers} or config.steerable_layers))
     validation, test = (
         _first_of_each_class(split, config.layers.per_class) for split in (dataset.validation, dataset.test)
     )
@@ -160,8 +182,10 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
 
     def steer_split(steering: Mapping[int, Steering], split: Split, description: str) -> SteeredSplit:
         alphas = np.array((0.0, *config.layers.alphas))
-        gates, predictions = run_suffix(trained, split, [(steering, split.labels)], alphas, description)
-        return SteeredSplit(gates[0], predictions[0], split.labels)
+        settings = [SuffixSetting(steering, split.labels)]
+        result = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
+        gates = {layer: {kind: g[0] for kind, g in by_kind.items()} for layer, by_kind in result.gates.items()}
+        return SteeredSplit(config, gates, result.predictions[0], split.labels)
 
     def measure(steering: Mapping[int, Steering], description: str) -> dict[str, Any]:
         on_validation = steer_split(steering, validation, f"validation: {description}")

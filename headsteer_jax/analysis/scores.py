@@ -1,5 +1,8 @@
 """The scores of every setting: alphas are chosen on validation, and everything is scored and resampled on test.
 
+Usage is the share of the steered layer's gates that are open, of those that read its CLS residual. Where a model gates
+more than its heads, the layer's MACs take the place of usage in the choice of alpha.
+
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, R resamplings.
 """
 
@@ -10,9 +13,9 @@ import numpy as np
 
 from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
 from headsteer_jax.config.schema import Config
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import SplitResult, SweepResult
-from headsteer_jax.steer.table import pattern_to_gates
-from headsteer_jax.steer.tally import unpack_bits
+from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 
 
 class Curves(NamedTuple):
@@ -47,6 +50,41 @@ def unsteered_by_class(split: SplitResult) -> Curves:
     return Curves(usage, split.unsteered_correct / count)
 
 
+class LayerMacs(NamedTuple):
+    """The MACs of the steered layer on test: means over images and seeds."""
+
+    dense: int  # of the layer in the dense model
+    settings: np.ndarray  # [G, Y, A]
+    by_class: np.ndarray  # [G, Y, A, C]
+    unsteered: np.ndarray  # [C]
+    resampled: np.ndarray  # [R, G, Y, A]
+    resampled_unsteered: np.ndarray  # [R]
+
+
+def setting_macs(split: SplitResult) -> np.ndarray:
+    """Compute the layer's MACs in each setting, the mean over all images of a split and all seeds, [G, Y, A]."""
+    return split.macs.sum(axis=-1).mean(axis=1) / split.count.sum()
+
+
+def _score_macs(split: SplitResult, gates: LayerGates, weights: np.ndarray, seed: int) -> LayerMacs:
+    """Compute the layer's MACs of every setting, and resample them over images and seeds; see `_resample`."""
+    count, dense, patches_N = np.maximum(split.count, 1), gates.dense_macs, split.kept_patches
+
+    def share_per_image(s: int) -> np.ndarray:
+        shares = (gates.macs(patterns_of_bits(bits, len(patches_N)), patches_N) / dense for bits in split.gates[:, s])
+        return np.stack([share.astype(np.float32) for share in shares])
+
+    unsteered_N = gates.macs(split.pattern, patches_N)
+    return LayerMacs(
+        dense=dense,
+        settings=setting_macs(split),
+        by_class=split.macs.sum(axis=1) / (count * split.seeds),
+        unsteered=split.unsteered_macs / count,
+        resampled=dense * bootstrap_means(share_per_image, split.seeds, weights, np.random.default_rng(seed)),
+        resampled_unsteered=(weights @ unsteered_N) / len(patches_N),
+    )
+
+
 @dataclass(frozen=True)
 class Scores:
     """Every setting's scores on test, with the alphas that were chosen on validation."""
@@ -64,6 +102,7 @@ class Scores:
     weights: np.ndarray  # [R, N] float32: how often each resampling draws each image
     resampled: Curves  # [R, G, Y, A]
     resampled_unsteered: Curves  # [R]
+    macs: LayerMacs
 
     @property
     def zero(self) -> int:
@@ -110,15 +149,20 @@ def score_settings(result: SweepResult, config: Config, rng: np.random.Generator
     alphas, validation, test = result.alphas, result.validation, result.test
     curves, by_class = setting_curves(validation), class_curves(validation)
     floor = validation.unsteered_correct.sum() / validation.count.sum() - config.steer.tolerance
-    chosen = choose_alpha(alphas, np.moveaxis(curves.usage, -1, 0), np.moveaxis(curves.accuracy, -1, 0), floor)
+    gates = LayerGates(config, config.sae_layer)
+    cost, class_cost = curves.usage, by_class.usage
+    if not gates.heads_only:
+        cost, class_cost = setting_macs(validation), validation.macs.sum(axis=1)
+    chosen = choose_alpha(alphas, np.moveaxis(cost, -1, 0), np.moveaxis(curves.accuracy, -1, 0), floor)
     class_chosen = choose_alpha(
         alphas,
-        np.moveaxis(by_class.usage, 2, 0),
+        np.moveaxis(class_cost, 2, 0),
         np.moveaxis(by_class.accuracy, 2, 0),
         unsteered_by_class(validation).accuracy,
     )
     weights = bootstrap_weights(test.labels, config.steer.bootstrap, rng)
-    resampled, resampled_unsteered = _resample(test, weights, int(rng.integers(2**32)))
+    seed = int(rng.integers(2**32))
+    resampled, resampled_unsteered = _resample(test, weights, seed)
     return Scores(
         names=result.strategies,
         alphas=alphas,
@@ -133,4 +177,5 @@ def score_settings(result: SweepResult, config: Config, rng: np.random.Generator
         weights=weights,
         resampled=resampled,
         resampled_unsteered=resampled_unsteered,
+        macs=_score_macs(test, gates, weights, seed),
     )

@@ -1,6 +1,7 @@
 """Statistics of the sweep: intervals, paired tests, choices on validation, and the controls.
 
-Axes: R resamplings, S seeds, A alphas, L levels of usage, N images, C classes, H heads, P gate patterns.
+Axes: R resamplings, S seeds, A alphas, L levels of usage, N images, C classes, H gates of the steered layer (its heads,
+then attention and the MLP, as far as it gates them), P gate patterns.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.gates import pattern_to_gates
 from headsteer_jax.steer.tally import class_counts
 
 
@@ -174,16 +175,17 @@ def fixed_subset_controls(
       subset of the size gets right: nothing is chosen, so it is a bound).
       `best_fixed`: the best subset of any size. `oracle`: for each class the smallest subset that keeps the class's
       gated accuracy on validation; with `class_patterns`, [C]. `size_patterns`, [H + 1, C]: those of the oracles in
-      `by_size`.
+      `by_size`; `fixed_patterns`, [H + 1], and `best_patterns`, [1]: those of the fixed subsets.
     """
     size_P = pattern_to_gates(patterns, heads).sum(axis=1)
     validation, test = (_score_subsets(table, classes) for table in (validation_table, test_table))
-    by_size, size_patterns = [], []
+    by_size, size_patterns, fixed_patterns = [], [], []
     for size in range(heads + 1):
         members = np.flatnonzero(size_P == size)
         fixed = int(members[np.argmax(validation.mean[members])])
         best_C = members[np.argmax(validation.accuracy[members], axis=0)]
         size_patterns.append(patterns[best_C])
+        fixed_patterns.append(patterns[fixed])
         by_size.append(
             {
                 "usage": size / heads,
@@ -213,6 +215,8 @@ def fixed_subset_controls(
         "by_size": by_size,
         "class_patterns": patterns[oracle_C],
         "size_patterns": np.stack(size_patterns),
+        "fixed_patterns": np.array(fixed_patterns),
+        "best_patterns": patterns[[best]],
     }
 
 

@@ -1,7 +1,10 @@
 """Headline numbers of the sweep: alphas are chosen on validation, and everything is scored on test.
 
-Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, H heads, K subset sizes,
-R resamplings.
+Usage is the share of the steered layer's gates that are open: of its heads, and of attention and the MLP if it gates
+these. MACs are those of the steered layer, means over images.
+
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, C classes, H gates of the steered layer, K
+subset sizes, R resamplings.
 """
 
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headsteer_jax.analysis.claims import judge_claims
+from headsteer_jax.analysis.claims import claim_compute, judge_claims
 from headsteer_jax.analysis.scores import Curves, Scores, class_curves, score_settings, unsteered_by_class
 from headsteer_jax.analysis.stats import (
     LabelledTable,
@@ -22,8 +25,8 @@ from headsteer_jax.analysis.stats import (
     wilcoxon_fewer,
 )
 from headsteer_jax.config.schema import Config, SteerConfig
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, BY_PREDICTION, SplitResult, SweepResult
-from headsteer_jax.steer.table import pattern_to_gates
 from headsteer_jax.steer.tally import StepFunction, best_alpha, smallest_alpha, unpack_bits
 
 Arrays = dict[str, np.ndarray]
@@ -47,13 +50,15 @@ def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arra
     Returns:
       `last_layer`, `overlap`, `steering`, `classes` and `claims` of summary.json, and further arrays for sweep.nc:
       `chosen` [G, Y] and `class_chosen` [G, Y, C], the indices of the alphas chosen on validation; on test `usage`,
-      `accuracy` [G, Y, A], their intervals [2, G, Y, A], `class_usage`, `class_accuracy` [G, Y, A, C].
+      `accuracy`, `macs` [G, Y, A], their intervals [2, G, Y, A], `class_usage`, `class_accuracy`, `class_macs`
+      [G, Y, A, C].
     """
     steer, names = config.steer, result.strategies
     rng = np.random.default_rng([config.seed, 4])
     scores = score_settings(result, config, rng)
-    usage_ci, accuracy_ci = (scores.interval(values) for values in scores.resampled)
-    controls = _score_controls(result)
+    usage_ci, accuracy_ci, macs_ci = (scores.interval(values) for values in (*scores.resampled, scores.macs.resampled))
+    gates = LayerGates(config, config.sae_layer)
+    controls = _score_controls(result, gates)
     steering: dict[str, Any] = {"unsteered": _unsteered_row(result.test, scores)}
     for g, name in enumerate(names):
         by_label, by_prediction = (
@@ -67,17 +72,20 @@ def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arra
                 "usage_ci": usage_ci[:, g, BY_LABEL].T.tolist(),
                 "accuracy": to_float_list(scores.test.accuracy[g, BY_LABEL]),
                 "accuracy_ci": accuracy_ci[:, g, BY_LABEL].T.tolist(),
+                "macs": to_float_list(scores.macs.settings[g, BY_LABEL]),
+                "macs_ci": macs_ci[:, g, BY_LABEL].T.tolist(),
             },
         }
     summary: dict[str, Any] = {
         "gated_accuracy": steering["unsteered"]["accuracy"],
-        "last_layer": {"usage": steering["unsteered"]["usage"], "layer": config.sae_layer}
+        "last_layer": {"usage": steering["unsteered"]["usage"], "layer": config.sae_layer, "gates": list(gates.names)}
+        | {"macs": steering["unsteered"]["macs"], "dense_macs": scores.macs.dense}
         | {name: value for name, value in controls.items() if not name.endswith("patterns")},
         "steering": steering,
         "overlap": _summarise_overlaps(result, steer, rng),
     }
     if "class" in names:
-        _judge_class_steering(summary, result, scores, steer, rng)
+        _judge_class_steering(summary, result, scores, config, rng)
     for name, rows in zip(names, _compare_with_oracle(result, scores, controls["size_patterns"]), strict=True):
         steering[name]["against_oracle"] = rows
     arrays = {
@@ -85,22 +93,37 @@ def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arra
         "usage": scores.test.usage, "accuracy": scores.test.accuracy,
         "usage_ci": usage_ci, "accuracy_ci": accuracy_ci, "oracle_patterns": controls["class_patterns"],
         "class_usage": scores.by_class.usage, "class_accuracy": scores.by_class.accuracy,
+        "macs": scores.macs.settings, "macs_ci": macs_ci, "class_macs": scores.macs.by_class,
     }  # fmt: skip
     if result.steps:
         validation, test = result.steps["validation"], result.steps["test"]
         for name in names:
-            steering[name]["exact"] = _score_exact(validation[name], test[name], scores.floor, steer)
+            cost = validation[name].heads_on if gates.heads_only else validation[name].macs
+            alpha = best_alpha(validation[name], scores.floor, cost)
+            steering[name]["exact"] = _score_exact(alpha, validation[name], test[name], steer)
         arrays |= _exact_curves(scores.alphas, [test[name] for name in names])
     return summary, arrays
 
 
-def _score_controls(result: SweepResult) -> dict[str, Any]:
-    """Score the fixed head subsets on the sweep's tables."""
+def _score_controls(result: SweepResult, gates: LayerGates) -> dict[str, Any]:
+    """Score the fixed subsets of the gates on the sweep's tables, with the layer's MACs under each."""
     validation, test = result.validation, result.test
-    return fixed_subset_controls(
+    controls = fixed_subset_controls(
         LabelledTable(validation.table, validation.labels), LabelledTable(test.table, test.labels),
         validation.prediction, result.subset, len(test.count), test.heads, result.related,
     )  # fmt: skip
+    macs_P = gates.mean_macs(result.subset, test.kept_patches)
+    for row, pattern in zip(controls["by_size"], controls["fixed_patterns"], strict=True):
+        members = np.bitwise_count(result.subset) == round(row["usage"] * gates.count)
+        row["macs"] = float(macs_P[np.searchsorted(result.subset, pattern)])
+        row["random_macs"] = float(macs_P[members].mean())
+    best, oracle = controls["best_fixed"], controls["oracle"]
+    best["macs"] = float(macs_P[np.searchsorted(result.subset, controls["best_patterns"][0])])
+    oracle["macs"] = float(gates.macs(controls["class_patterns"][test.labels], test.kept_patches).mean())
+    for row in (best, *controls["by_size"]) if "sublayers" in gates.kinds else ():
+        row["sublayers"] = [gates.names[gate] for gate in row["heads"] if gate >= gates.heads]
+        row["heads"] = [gate for gate in row["heads"] if gate < gates.heads]
+    return controls
 
 
 def _unsteered_row(test: SplitResult, scores: Scores) -> dict[str, Any]:
@@ -113,6 +136,9 @@ def _unsteered_row(test: SplitResult, scores: Scores) -> dict[str, Any]:
         "accuracy": float(np.sum(share_C * scores.unsteered.accuracy)),
         "accuracy_ci": to_float_list(scores.interval(scores.resampled_unsteered.accuracy)),
         "classes_saved": 0,
+        "macs": (macs := float(test.unsteered_macs.sum() / test.count.sum())),
+        "macs_share": macs / scores.macs.dense,
+        "macs_ci": to_float_list(scores.interval(scores.macs.resampled_unsteered)),
     }
 
 
@@ -140,19 +166,24 @@ def _chosen_row(test: SplitResult, scores: Scores, g: int, y: int, saving: float
         "accuracy_change_ci": change_ci(scores.resampled.accuracy, scores.resampled_unsteered.accuracy),
         "mcnemar_p": float(mcnemar_p(gained, lost)),
         "classes_saved": count_saved(common),
+        "macs": (macs := float(scores.macs.settings[g, y, a])),
+        "macs_share": macs / scores.macs.dense,
+        "macs_ci": to_float_list(scores.interval(scores.macs.resampled[:, g, y, a])),
+        "macs_change_ci": change_ci(scores.macs.resampled, scores.macs.resampled_unsteered),
         "alpha_per_class": {
             "usage": float(np.sum(share_C * per_class.usage)),
             "accuracy": float(np.sum(share_C * per_class.accuracy)),
             "classes_saved": count_saved(per_class),
+            "macs": float(np.sum(share_C * scores.macs.by_class[g, y][place])),
         },
     }
 
 
 def _judge_class_steering(
-    summary: dict[str, Any], result: SweepResult, scores: Scores, steer: SteerConfig, rng: np.random.Generator
+    summary: dict[str, Any], result: SweepResult, scores: Scores, config: Config, rng: np.random.Generator
 ) -> None:
     """Add to a summary what follows from class steering: tables of classes, groups, shared heads, fronts and claims."""
-    names = result.strategies
+    names, steer = result.strategies, config.steer
     for name, key in (("class", "classes"), ("gate_aligned", "classes_gate_aligned")):
         if name in names:
             g = names.index(name)
@@ -166,22 +197,27 @@ def _judge_class_steering(
     if "gate_aligned" in names and (fronts := _compare_fronts(scores)):
         summary["fronts"] = fronts
     summary["claims"] = judge_claims(summary, scores, steer)
+    gates = LayerGates(config, config.sae_layer)
+    if "sublayers" in gates.kinds and gates.fits_table:
+        aimed = [name for name in ("class", "gate_aligned") if name in names]
+        summary["claims"] += [claim_compute(name, summary, result, scores, gates) for name in aimed]
 
 
-def _score_exact(validation: StepFunction, test: StepFunction, floor: float, steer: SteerConfig) -> dict[str, Any]:
-    """Choose alphas on validation among all there are, and score them on test: the best, and one for each usage.
+def _score_exact(best: float, validation: StepFunction, test: StepFunction, steer: SteerConfig) -> dict[str, Any]:
+    """Score alphas on test that are chosen on validation among all there are: the best, and one for each usage.
 
     Args:
-      floor: validation accuracy that the best alpha keeps.
+      best: the alpha of lowest usage, or of fewest MACs, that keeps the accuracy on validation.
     """
 
     def score(alpha: float | None) -> dict[str, Any]:
         if alpha is None:
-            return {"alpha": None, "usage": None, "accuracy": None}
+            return {"alpha": None, "usage": None, "accuracy": None, "macs": None}
         at = test.at(alpha)
-        return {"alpha": alpha, "usage": float(test.usage[at]), "accuracy": float(test.accuracy[at])}
+        scores = {"usage": test.usage[at], "accuracy": test.accuracy[at], "macs": test.macs[at] / test.images}
+        return {"alpha": alpha} | {name: float(value) for name, value in scores.items()}
 
-    return score(best_alpha(validation, floor)) | {
+    return score(best) | {
         "steps": len(test.alpha),
         "for_usage": [{"wanted": usage} | score(smallest_alpha(validation, usage)) for usage in steer.wanted_usage],
     }
@@ -195,6 +231,7 @@ def _exact_curves(alphas: np.ndarray, steps: Sequence[StepFunction], points: int
         "exact_alphas": dense,
         "exact_usage": np.stack([function.usage[function.at(dense)] for function in steps]),
         "exact_accuracy": np.stack([function.accuracy[function.at(dense)] for function in steps]),
+        "exact_macs": np.stack([function.macs[function.at(dense)] / function.images for function in steps]),
     }
 
 
@@ -394,6 +431,8 @@ def _tabulate_classes(result: SweepResult, scores: Scores, g: int, saving: float
             "accuracy_after": float(steered.accuracy[c]),
             "heads_before": np.flatnonzero(before_CH[c] > 0.5).tolist(),
             "heads_after": np.flatnonzero(after_CH[c] > 0.5).tolist(),
+            "macs_before": float(scores.macs.unsteered[c]),
+            "macs_after": float(scores.macs.by_class[g, BY_LABEL, a, c]),
             "saved": bool(saved[c]),
             "p": float(p[c]),
             "p_adjusted": float(adjusted[c]),

@@ -32,16 +32,23 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "SPLIT_gained": (*SETTING, "class"),
     "SPLIT_lost": (*SETTING, "class"),
     "SPLIT_heads_on": (*SETTING, "class", "head"),
+    "SPLIT_kept_patches": ("SPLIT_image",),
+    "SPLIT_unsteered_macs": ("class",),
+    "SPLIT_macs": (*SETTING, "class"),
     "usage": ("strategy", "named_by", "alpha"),
     "accuracy": ("strategy", "named_by", "alpha"),
     "usage_ci": ("bound", "strategy", "named_by", "alpha"),
     "accuracy_ci": ("bound", "strategy", "named_by", "alpha"),
     "class_usage": ("strategy", "named_by", "alpha", "class"),
     "class_accuracy": ("strategy", "named_by", "alpha", "class"),
+    "macs": ("strategy", "named_by", "alpha"),
+    "macs_ci": ("bound", "strategy", "named_by", "alpha"),
+    "class_macs": ("strategy", "named_by", "alpha", "class"),
     "chosen": ("strategy", "named_by"),
     "class_chosen": ("strategy", "named_by", "class"),
     "exact_usage": ("strategy", "exact_alpha"),
     "exact_accuracy": ("strategy", "exact_alpha"),
+    "exact_macs": ("strategy", "exact_alpha"),
     "oracle_patterns": ("class",),
     "overlap_global_class": ("seed", "class"),
     "overlap_class_class": ("seed", "class", "other_class"),
@@ -58,6 +65,7 @@ COORDINATES = {
     "named_by": "named_by",
     "alphas": "alpha",
     "class_names": "class",
+    "gates": "head",
     "subset": "subset",
     "exact_alphas": "exact_alpha",
 }
@@ -93,7 +101,7 @@ def to_dataset(result: SweepResult, scored: Mapping[str, np.ndarray]) -> xarray.
     arrays = name_arrays(result) | dict(scored)
     variables = {name: (_dimensions(name), values) for name, values in arrays.items() if name not in COORDINATES}
     coordinates = {COORDINATES[name]: values for name, values in arrays.items() if name in COORDINATES}
-    coordinates |= {"head": np.arange(result.test.heads), "seed": np.arange(result.test.seeds)}
+    coordinates["seed"] = np.arange(result.test.seeds)
     if "usage_ci" in arrays:
         coordinates["bound"] = np.array(("low", "high"))
     if "other_class" in {dimension for dimensions, _ in variables.values() for dimension in dimensions}:

@@ -38,7 +38,7 @@ IMPORTED = {
     "dictionary_learning": "dictionary_learning:DIR",
     "sparsify": "sparsify:DIR",
 }
-PATTERN_BITS = 30  # a head pattern is an int32 with one bit for each head
+PATTERN_BITS = 30  # a gate pattern is an int32 with one bit for each gate of a layer that reads its CLS residual
 
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads [ViT, DeiT]
 
@@ -355,7 +355,8 @@ class SAEConfig(Section):
     [LH26]'s."""
     tokens: Literal["cls", "patches", "all"] = "cls"
     """The tokens whose residuals the autoencoder is trained on: the CLS token, which the gate reads, every patch, or
-    both. Steering changes the CLS residual in every case."""
+    both. Steering changes the CLS residual in every case. If the autoencoder reads patches and the layer gates them,
+    their gates are steered as well."""
     expansion: PositiveInt = 8
     """The number of latents, F, divided by the width D. In [LH26] it is 8: 384 -> 3072. It has no effect if latents is
     not 0."""
@@ -461,6 +462,10 @@ class SteerConfig(Section):
     """The change of a chosen latent z, where s is its mean activation on the images on which it fires. add:
     z + alpha s. scale: (1 + alpha) z. clamp: alpha s. ablate: (1 - alpha) z, with alpha cut to [0, 1]. Latents stay
     >= 0."""
+    patch_mode: Literal["add", "scale", "clamp", "ablate"] = "scale"
+    """The change of a chosen latent in the residual of each patch, if the autoencoder reads patches (sae.tokens) and
+    their gates are steered; see mode. scale amplifies a concept where it is. add and clamp push all patches of an image
+    alike, because a class has the same latents everywhere."""
     form: Literal["delta", "replace"] = "delta"
     """The steered residual x'. delta: x + decode(z') - decode(z), which keeps the autoencoder's error. replace:
     decode(z')."""
@@ -606,6 +611,12 @@ class Config(Section):
         firsts = [self.gate.settings(kind).first_layer for kind in self.gate.kinds]
         return range(min(firsts, default=self.model.depth), self.model.depth)
 
+    @property
+    def steerable_layers(self) -> range:
+        """Return the layers whose CLS residual gates read; if only patches are gated, those that gate them."""
+        firsts = [self.gate.settings(kind).first_layer for kind in self.gate.kinds if kind != "tokens"]
+        return range(min(firsts), self.model.depth) if firsts else self.gated_layers
+
     def layers_with(self, kind: GateKind) -> range:
         """Return the layers that have this kind of gate, counted from 0."""
         first = self.gate.settings(kind).first_layer if kind in self.gate.kinds else self.model.depth
@@ -644,7 +655,8 @@ class Config(Section):
             "model.patch", m.patch, d.image_size % m.patch == 0, f"a divisor of data.image_size = {d.image_size}"
         )
         yield Rule("model.heads", m.heads, m.width % m.heads == 0, f"a divisor of model.width = {m.width}")
-        yield Rule("model.heads", m.heads, m.heads <= PATTERN_BITS, f"at most {PATTERN_BITS}")
+        most = PATTERN_BITS - 2 * ("sublayers" in kinds)
+        yield Rule("model.heads", m.heads, m.heads <= most, f"at most {most}")
         yield Rule("data.mean", d.mean, len(d.mean) == d.channels, per_channel)
         yield Rule("data.std", d.std, len(d.std) == d.channels, per_channel)
         yield Rule("data.mean", d.mean, all(0 <= mean <= 1 for mean in d.mean), f"from 0 to 1, {PIXEL_UNITS}")
@@ -696,7 +708,7 @@ class Config(Section):
     def _steer_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section steer."""
         t, heads = self.steer, self.model.heads
-        few_heads = "gate_aligned" not in t.strategies or heads <= MOST_HEADS
+        few_heads = "gate_aligned" not in t.strategies or "heads" not in self.gate.kinds or heads <= MOST_HEADS
         no_gate_aligned = (
             f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {heads} is above {MOST_HEADS}"
         )
@@ -723,9 +735,9 @@ class Config(Section):
         yield Rule("layers.alphas", alphas, steering, "at least one number, without repeats; 0 is always included")
 
     def _is_gated(self, layer: int) -> bool:
-        """Say whether a layer, which may be counted from the end, has gates."""
-        return -self.model.depth <= layer < self.model.depth and layer % self.model.depth in self.gated_layers
+        """Say whether a layer, which may be counted from the end, has gates that can be steered."""
+        return -self.model.depth <= layer < self.model.depth and layer % self.model.depth in self.steerable_layers
 
     def _describe_gated_layers(self) -> str:
-        gated = self.gated_layers
+        gated = self.steerable_layers
         return f"{gated.start} to {gated.stop - 1}, or from the end -{len(gated)} to -1"

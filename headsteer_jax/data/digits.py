@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from headsteer_jax.config.schema import DataConfig
+from headsteer_jax.config.schema import Config, DataConfig
 from headsteer_jax.data.dataset import Dataset, Split, stratified_cut
 from headsteer_jax.errors import HeadSteerError
 
@@ -33,6 +33,24 @@ def compose_digits(
         columns = first_column + rng.integers(0, half - DIGIT_SIDE + 1, len(labels))[:, None, None] + pixel
         canvases[np.arange(len(labels))[:, None, None], rows, columns] = digits[chosen]
     return Split(canvases[..., None], labels)
+
+
+def find_strokes(images: np.ndarray, patch: int) -> np.ndarray:
+    """Find the patches that show a part of a digit: [N, side, side, channels] uint8 -> [N, P] bool, row by row.
+
+    A patch shows a stroke if its brightest pixel has at least half of the full brightness. Both digits of a canvas
+    belong to its class.
+    """
+    count, side = len(images), images.shape[1] // patch
+    bright = images[:, : side * patch, : side * patch].max(axis=-1) >= 128
+    return bright.reshape(count, side, patch, side, patch).any(axis=(2, 4)).reshape(count, side * side)
+
+
+def find_own_patches(config: Config, split: Split) -> np.ndarray | None:
+    """Find the patches of a split that show each image's class, [N, P] bool; None if the dataset does not know them."""
+    if config.data.source != "double_digits" or not isinstance(split.images, np.ndarray):
+        return None
+    return find_strokes(split.images, config.model.patch)
 
 
 def double_digits(config: DataConfig, seed: int) -> Dataset:

@@ -58,6 +58,11 @@ def _measure_sizes(config: Config) -> Sizes:
     return Sizes(patches, 1 + m.registers, m.width, m.heads, round(m.mlp_ratio * m.width))
 
 
+def count_patches(config: Config) -> int:
+    """Count the patches of an image, N."""
+    return _measure_sizes(config).patches
+
+
 def _count_decisions(config: Config, layer: int) -> int:
     """Count the MACs of a layer's decision networks."""
     s = _measure_sizes(config)
@@ -65,7 +70,9 @@ def _count_decisions(config: Config, layer: int) -> int:
     return s.width * sum(gates[kind] for kind in config.gate.kinds_in(layer))
 
 
-def _count_layer(config: Config, layer: int, patches: Any, heads: Any, attention: Any, mlp: Any) -> tuple[Any, ...]:
+def count_layer_parts(
+    config: Config, layer: int, patches: Any, heads: Any, attention: Any, mlp: Any
+) -> tuple[Any, ...]:
     """Count the MACs of a layer by part, from numbers or arrays alike.
 
     Args:
@@ -99,7 +106,7 @@ def _count_fixed(config: Config, classes: int) -> int:
 def count_dense_macs(config: Config, classes: int) -> int:
     """Count the MACs of an image in the dense model, which has no decision networks."""
     s = _measure_sizes(config)
-    layers = (_count_layer(config, layer, s.patches, s.heads, 1, 1)[:-1] for layer in range(config.model.depth))
+    layers = (count_layer_parts(config, layer, s.patches, s.heads, 1, 1)[:-1] for layer in range(config.model.depth))
     return _count_fixed(config, classes) + sum(map(sum, layers))
 
 
@@ -125,7 +132,7 @@ def count_layer_macs(config: Config, gates: Mapping[int, Gates]) -> jax.Array:
         )
         sublayers = layer_gates.get("sublayers", jnp.ones(len(SUBLAYERS)))
         attention, mlp = (sublayers[..., i] for i in range(len(SUBLAYERS)))
-        parts = _count_layer(config, layer, patches, heads, attention, mlp)
+        parts = count_layer_parts(config, layer, patches, heads, attention, mlp)
         layers.append(jnp.stack([jnp.broadcast_to(jnp.asarray(part, jnp.float32), shape) for part in parts], axis=-1))
     return jnp.stack(layers, axis=-2)
 

@@ -471,6 +471,11 @@ def stack_gates(by_layer: Mapping[int, Gates], kind: GateKind = "heads") -> jax.
     return jnp.stack([by_layer[layer][kind] for layer in sorted(by_layer) if kind in by_layer[layer]], axis=1)
 
 
+def count_gates(model: ViT) -> dict[str, int]:
+    """Count the gates that a layer has of each kind, if it has the kind."""
+    return {"heads": model.model.heads, "sublayers": len(SUBLAYERS), "tokens": model.positions_count - 1}
+
+
 def draw_noise(key: jax.Array, model: ViT, count: int) -> dict[str, jax.Array]:
     """Draw the standard logistic noise of a model's sampled gates.
 
@@ -480,7 +485,7 @@ def draw_noise(key: jax.Array, model: ViT, count: int) -> dict[str, jax.Array]:
     Returns:
       By kind, [B, A, n] for its A gated layers and the n gates of each.
     """
-    gates = {"heads": model.model.heads, "sublayers": len(SUBLAYERS), "tokens": model.positions_count - 1}
+    gates = count_gates(model)
     noise: dict[str, jax.Array] = {}
     for number, kind in enumerate(GATE_KINDS):
         if kind in model.gate.kinds:

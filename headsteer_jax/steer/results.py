@@ -1,7 +1,8 @@
 """The result of a sweep: what every setting gives on the validation and the test split, as counts and bits.
 
-Axes: G strategies, S seeds, Y ways to name the class that steers an image, A alphas, N images, C classes, H heads,
-F latents, L latents chosen for a class, P gate patterns.
+Axes: G strategies, S seeds, Y ways to name the class that steers an image, A alphas, N images, C classes, H gates of
+the steered layer (its heads, then attention and the MLP, as far as it gates them), F latents, L latents chosen for a
+class, P gate patterns.
 """
 
 from collections.abc import Mapping
@@ -25,18 +26,21 @@ class SplitResult:
     prediction: np.ndarray  # [N] int32, unsteered
     table: np.ndarray  # [N, P] int32, the prediction under each listed pattern
     unsteered_correct: np.ndarray  # [C] right answers
-    unsteered_heads_on: np.ndarray  # [C, H] images on which the head runs
+    unsteered_heads_on: np.ndarray  # [C, H] images on which the gate is open
     unsteered_right: np.ndarray  # [N/8] uint8 bits: is the answer right
     right: np.ndarray  # [G, S, Y, A, N/8] uint8 bits: is the answer right
-    gates: np.ndarray  # [G, S, Y, A, H, N/8] uint8 bits: does the head run
+    gates: np.ndarray  # [G, S, Y, A, H, N/8] uint8 bits: is the gate open
     correct: np.ndarray  # [G, S, Y, A, C] right answers
     gained: np.ndarray  # [G, S, Y, A, C] right, and wrong without steering
     lost: np.ndarray  # [G, S, Y, A, C] wrong, and right without steering
-    heads_on: np.ndarray  # [G, S, Y, A, C, H] images on which the head runs
+    heads_on: np.ndarray  # [G, S, Y, A, C, H] images on which the gate is open
+    kept_patches: np.ndarray  # [N] int32, patches that the steered layer keeps
+    unsteered_macs: np.ndarray  # [C] float64 sums of the layer's MACs, whole numbers
+    macs: np.ndarray  # [G, S, Y, A, C] float64 sums of the layer's MACs, whole numbers
 
     @property
     def heads(self) -> int:
-        """H, the heads of the steered layer."""
+        """H, the gates of the steered layer that read its CLS residual."""
         return self.heads_on.shape[-1]
 
     @property
@@ -52,6 +56,7 @@ class SweepResult:
     strategies: tuple[str, ...]  # G names
     alphas: np.ndarray  # [A] float64, ascending, with 0
     class_names: tuple[str, ...]
+    gates: tuple[int, ...] | tuple[str, ...]  # H labels of the gates: numbers of heads, or names if there are others
     subset: np.ndarray  # [P] int64 gate patterns of the tables
     related: np.ndarray | None  # [C, C] bool: do two classes share a superclass; None: the dataset has none
     latents: np.ndarray  # [G, S, C, L] int32 chosen latents, filled with -1

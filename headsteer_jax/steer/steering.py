@@ -1,14 +1,15 @@
 """The effect of changed latents: the steered residual, the gates that follow from it, and the model from there on.
 
 Under the *policy* target steering changes one layer's gates and nothing else: `GateProgram` gives the gates, and the
-table (`table.py`) the answers. Under the *residual* target, with several steered layers or with more heads than a table
-can hold, the layers from the first steered one on run for every setting: `run_suffix`.
+table (`table.py`) the answers. Under the *residual* target, with several steered layers, with steered patches or with
+more heads than a table can hold, the layers from the first steered one on run for every setting: `run_suffix`.
 
-Axes: B, N images, R rows (an image with the class that steers it), D width, F latents, S chosen latents, H heads, L
-steered layers, V settings, A alphas, C classes.
+Axes: B, N images, P patches, R rows (an image with the class that steers it), D width, F latents, S chosen latents, G
+gates of a layer that read its CLS residual, V settings, A alphas, C classes.
 """
 
-import functools
+import itertools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.config.schema import SteerConfig
+from headsteer_jax.config.schema import GateKind, SteerConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.model.passes import (
@@ -27,13 +28,13 @@ from headsteer_jax.model.passes import (
     per_image_program,
     replicate,
 )
-from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class, stack_gates
+from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, count_gates, predict_class
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder
+from headsteer_jax.steer.gates import LayerGates, gates_to_pattern
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.table import gates_to_pattern
 
 Mode = Literal["add", "scale", "clamp", "ablate"]
 
@@ -93,20 +94,35 @@ def apply_steering(
     return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
 
 
+def steer_patches(
+    steering: Steering, x_BPD: jax.Array, class_B: jax.Array, alpha: jax.Array, config: SteerConfig
+) -> jax.Array:
+    """Change every patch's residual by itself, in the mode steer.patch_mode: [B, P, D] -> [B, P, D].
+
+    Args:
+      class_B: the class by which each image is steered.
+      alpha: one for all images.
+    """
+    B, P, D = x_BPD.shape
+    config = config.model_copy(update={"mode": config.patch_mode})
+    return apply_steering(steering, x_BPD.reshape(B * P, D), jnp.repeat(class_B, P), alpha, config).reshape(B, P, D)
+
+
 def run_from_layer(
     model: ViT, params: Any, x_BTD: jax.Array, steered_BD: jax.Array, layer: int, target: Literal["policy", "residual"]
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the model from `layer` on, with x' in its gate (policy) or in its block as well (residual).
+    """Run the model from `layer` on, with x' in its gates (policy) or in its block as well (residual).
 
     Returns:
-      [B, C] logits and [B, H] gates of that layer.
+      [B, C] logits, and [B, G] the gates of that layer that read the CLS residual.
     """
 
     def run(m: ViT) -> tuple[jax.Array, jax.Array]:
         last_BTD, out = m.blocks(
             x_BTD, layer, interventions={layer: Intervention(None, lambda _: steered_BD, target == "residual")}
         )
-        return m.classify(last_BTD[:, 0]), out["gates"][layer]["heads"]
+        gates = [g for kind, g in out["gates"][layer].items() if kind != "tokens"]
+        return m.classify(last_BTD[:, 0]), gates[0] if len(gates) == 1 else jnp.concatenate(gates, axis=-1)
 
     return model.apply(params, method=run)
 
@@ -120,14 +136,14 @@ class GateProgram:
 
     def __init__(self, trained: TrainedModel) -> None:
         config, model = trained.config, trained.model
-        layer, steer = config.sae_layer, config.steer
+        gates, steer = LayerGates(config, config.sae_layer), config.steer
         self._chunk = config.machine.sweep_chunk
 
         def pattern(
             params: Any, steering: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array
         ) -> jax.Array:
             steered_BD = apply_steering(steering, x_BD, class_B, alpha, steer)
-            return gates_to_pattern(model.apply(params, steered_BD, layer, method="gate_logits"))
+            return gates_to_pattern(gates.logits(model, params, steered_BD))
 
         self._run_rows = jax.jit(pattern)
         self._run_grid = jax.jit(
@@ -167,24 +183,62 @@ class GateProgram:
         return [np.minimum(np.arange(begin, begin + size), count - 1) for begin in range(0, count, size)]
 
 
-SuffixSetting = tuple[Mapping[int, Steering], np.ndarray]  # layer -> steering, and the class [N] that steers each image
+class SuffixSetting(NamedTuple):
+    """Steered layers: their CLS residual is changed, the residuals of their patches, or both."""
+
+    steered: Mapping[int, Steering]  # by layer: of the CLS residual
+    steered_by: np.ndarray  # [N] the class that steers each image
+    patches: Mapping[int, Steering] = types.MappingProxyType({})  # by layer: of every patch's residual
+
+    @property
+    def steerings(self) -> tuple[dict[int, Steering], dict[int, Steering]]:
+        """The steerings of the CLS residual and of the patches, as a pytree."""
+        return dict(self.steered), dict(self.patches)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers in which anything is steered, ascending."""
+        return sorted({*self.steered, *self.patches})
 
 
-def _steered_suffix(trained: TrainedModel, layers: Sequence[int]) -> Callable[..., tuple[jax.Array, ...]]:
-    """Build the function that runs the layers from the first steered one on, under several alphas as a vmap."""
+class SuffixResult(NamedTuple):
+    """The gates and the answers of every setting under every alpha."""
+
+    gates: dict[int, dict[str, np.ndarray]]  # by steered layer and kind, [V, A, N, n] bool
+    predictions: np.ndarray  # [V, A, N] int32
+
+
+def _steered_suffix(
+    trained: TrainedModel, layers: Sequence[int], kinds: Sequence[GateKind]
+) -> Callable[..., tuple[Any, ...]]:
+    """Build the function that runs the layers from the first steered one on, under several alphas as a vmap.
+
+    Args:
+      layers: those that are steered, ascending.
+      kinds: of the gates that it returns.
+    """
     config, model = trained.config, trained.model
 
     def run_suffix_layers(
-        params: Any, steered: Mapping[int, Steering], alphas_A: jax.Array, x_BTD: jax.Array, class_B: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        def run_alpha(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def change(x_BD: jax.Array, steering: Steering) -> jax.Array:
-                return apply_steering(steering, x_BD, class_B, alpha, config.steer)
+        params: Any,
+        steerings: tuple[dict[int, Steering], ...],
+        alphas_A: jax.Array,
+        x_BTD: jax.Array,
+        class_B: jax.Array,
+    ) -> tuple[Any, ...]:
+        def run_alpha(alpha: jax.Array) -> tuple[Any, jax.Array]:
+            def read_steered(apply: Callable[..., jax.Array], by_layer: dict[int, Steering], layer: int) -> Any:
+                if layer not in by_layer:
+                    return None
+                return lambda x: apply(by_layer[layer], x, class_B, alpha, config.steer)
 
-            steer_residual = config.steer.target == "residual"
             changes = {
-                layer: Intervention(None, functools.partial(change, steering=steering), steer_residual)
-                for layer, steering in steered.items()
+                layer: Intervention(
+                    gate_input=read_steered(apply_steering, steerings[0], layer),
+                    token_input=read_steered(steer_patches, steerings[1], layer),
+                    steer_residual=config.steer.target == "residual",
+                )
+                for layer in layers
             }
 
             def run_blocks(m: ViT) -> tuple[jax.Array, Any]:
@@ -192,7 +246,8 @@ def _steered_suffix(trained: TrainedModel, layers: Sequence[int]) -> Callable[..
                 return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
 
             prediction_B, gates = model.apply(params, method=run_blocks)
-            return stack_gates({layer: gates[layer] for layer in layers}) > 0, prediction_B
+            outputs = {layer: {kind: g > 0 for kind, g in gates[layer].items() if kind in kinds} for layer in layers}
+            return outputs, prediction_B
 
         return jax.vmap(run_alpha, out_axes=1)(alphas_A)
 
@@ -200,14 +255,16 @@ def _steered_suffix(trained: TrainedModel, layers: Sequence[int]) -> Callable[..
 
 
 def _compile_suffix(
-    trained: TrainedModel, params: Any, steered: Mapping[int, Steering], alphas: int, images: int
+    trained: TrainedModel, params: Any, setting: SuffixSetting, alphas: int, images: int, kinds: Sequence[GateKind]
 ) -> tuple[CompiledFit, int]:
     """Compile the suffix for as many alphas at once as fit the memory budget, and fewer images if not one alpha fits.
 
     Args:
       params: the model's parameters on every device.
+      setting: one of those that are to be run.
       alphas: how many there are.
       images: how many there are.
+      kinds: of the gates that the program returns.
 
     Returns:
       The program for a number of alphas, and the number of images of a device in a call.
@@ -218,7 +275,7 @@ def _compile_suffix(
     config, model = trained.config, trained.model
     tokens, memory = model.positions_count + model.model.registers, config.machine.sweep_memory
     size = min(config.machine.sweep_chunk, images)
-    program = per_image_program(_steered_suffix(trained, sorted(steered)), size, arrays=2, fixed=3).run
+    program = per_image_program(_steered_suffix(trained, setting.layers, kinds), size, arrays=2, fixed=3).run
     sharding = batch_sharding(local_mesh())
     while True:
         batch = size * jax.local_device_count()
@@ -227,7 +284,7 @@ def _compile_suffix(
             x_BTD = jax.ShapeDtypeStruct((batch, tokens, config.model.width), jnp.float32, sharding=sharding)
             class_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding)
             alphas_A = replicate(np.zeros(at_once, np.float32))
-            return program.lower(params, replicate(steered), alphas_A, x_BTD, class_B).compile()
+            return program.lower(params, replicate(setting.steerings), alphas_A, x_BTD, class_B).compile()
 
         fit = compile_within_memory(compile_for, alphas, memory)
         if fit.size:
@@ -238,8 +295,9 @@ def _compile_suffix(
 
 
 def run_suffix(
-    trained: TrainedModel, split: Split, settings: Sequence[SuffixSetting], alphas: np.ndarray, description: str
-) -> tuple[np.ndarray, np.ndarray]:
+    trained: TrainedModel, split: Split, settings: Sequence[SuffixSetting], alphas: np.ndarray, description: str,
+    kinds: Sequence[GateKind] = ("heads", "sublayers"),
+) -> SuffixResult:  # fmt: skip
     """Run the layers from the first steered one on for every setting and alpha; the layers before it run once.
 
     Alphas are a vmap, as many at once as fit config.machine.sweep_memory.
@@ -247,26 +305,27 @@ def run_suffix(
     Args:
       settings: the same layers are steered in each.
       description: names the work in the progress bar.
-
-    Returns:
-      [V, A, N, L, H] bool gates of the steered layers, and [V, A, N] int32 predictions, of V settings.
+      kinds: of the gates that are returned, as far as a layer has them.
 
     Raises:
       HeadSteerError: the memory budget is too small for one image under one alpha.
     """
     config, model, params = trained.config, trained.model, replicate(trained.params)
-    layers, count = sorted(settings[0][0]), len(split.labels)
+    layers, count = settings[0].layers, len(split.labels)
 
     def run_before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         return (model.apply(params, preprocess(images, config.data), layers[0], method="before"),)
 
-    suffix, size = _compile_suffix(trained, params, settings[0][0], len(alphas), count)
+    suffix, size = _compile_suffix(trained, params, settings[0], len(alphas), count, kinds)
     prefix = per_image_program(run_before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     shape = (len(settings), len(alphas), end - begin)
-    gates = np.zeros((*shape, len(layers), config.model.heads), bool)
+    gates: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in layers}
+    for layer, kind in itertools.product(layers, kinds):
+        if kind in config.gate.kinds_in(layer):
+            gates[layer][kind] = np.zeros((*shape, count_gates(model)[kind]), bool)
     predictions = np.zeros(shape, np.int32)
-    steered_V = [replicate(steered) for steered, _ in settings]
+    steered_V = [replicate(setting.steerings) for setting in settings]
 
     def run_share() -> None:
         """Fill this host's share of the gates and predictions."""
@@ -275,15 +334,22 @@ def run_suffix(
                 (x_BTD,) = prefix(params, gather_images(split.images, indices))
                 filled = min(len(indices), end - indices[0])  # the rest of the chunk is padding
                 place = slice(indices[0] - begin, indices[0] - begin + filled)
-                for v, (_, class_N) in enumerate(settings):
-                    class_B = jax.device_put(class_N[indices].astype(np.int32), batch_sharding(local_mesh()))
+                for v, setting in enumerate(settings):
+                    class_B = jax.device_put(setting.steered_by[indices].astype(np.int32), batch_sharding(local_mesh()))
                     for first in range(0, len(alphas), suffix.size):
                         part_A = np.minimum(np.arange(first, first + suffix.size), len(alphas) - 1)
                         alphas_A = replicate(np.asarray(alphas, np.float32)[part_A])
-                        parts = jax.device_get(suffix.run(params, steered_V[v], alphas_A, x_BTD, class_B))
-                        gates[v, part_A, place] = np.moveaxis(parts[0][:filled], 1, 0)
-                        predictions[v, part_A, place] = parts[1][:filled].T
+                        outputs, answers = jax.device_get(suffix.run(params, steered_V[v], alphas_A, x_BTD, class_B))
+                        for layer, by_kind in gates.items():
+                            for kind, values in by_kind.items():
+                                values[v, part_A, place] = np.moveaxis(outputs[layer][kind][:filled], 1, 0)
+                        predictions[v, part_A, place] = answers[:filled].T
                     bar.update(filled)
 
     hosts.on_every_process(run_share)
-    return tuple(np.moveaxis(hosts.gather_rows(np.moveaxis(a, 2, 0)), 0, 2) for a in (gates, predictions))  # type: ignore[return-value]
+
+    def gather(values: np.ndarray) -> np.ndarray:
+        return np.moveaxis(hosts.gather_rows(np.moveaxis(values, 2, 0)), 0, 2)
+
+    gathered = {layer: {kind: gather(g) for kind, g in by_kind.items()} for layer, by_kind in gates.items()}
+    return SuffixResult(gathered, gather(predictions))

@@ -3,8 +3,8 @@
 A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES lists the built-in ones. A user's strategy is
 simpler, `(statistics, class) -> latents, weights`, and is given by its import path; `per_class_strategy` adapts it.
 
-Axes: C classes, E eligible latents, F latents, S chosen latents, D width, H heads, N images, P = 2^H gate patterns (bit
-h is head h).
+Axes: C classes, E eligible latents, F latents, S chosen latents, D width, H gates of the steered layer (its heads, then
+attention and the MLP, as far as it gates them), N images, P = 2^H gate patterns (bit h is gate h).
 """
 
 import pkgutil
@@ -18,6 +18,8 @@ from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.table import Outcomes
 
+NO_COST = np.zeros(0)
+
 
 class LatentStatistics(NamedTuple):
     """How one autoencoder's latents behave on the training split, and what they do to the gate that they steer."""
@@ -29,6 +31,7 @@ class LatentStatistics(NamedTuple):
     gate: np.ndarray = np.zeros((0, 0))  # [F, H] effect of one unit of a latent on the gate logits
     outcomes: tuple[Outcomes, ...] = ()  # of training images (steer.evidence of each class), and of validation
     class_names: tuple[str, ...] = ()
+    cost: np.ndarray = NO_COST  # [P] what each pattern costs, as a share; empty: the share of gates that are open
 
 
 class Choice(NamedTuple):
@@ -145,7 +148,7 @@ def shift_norm(stats: LatentStatistics, latents_CS: np.ndarray) -> np.ndarray:
 def gate_aligned_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """Choose latents of the class whose decoders push the gate where the class keeps its accuracy with fewer heads.
 
-    This strategy is ours. `wanted_heads` decides for each class which heads to close, open or leave alone as alpha
+    This strategy is ours. `wanted_heads` decides for each class which gates to close, open or leave alone as alpha
     grows, from the answers under every gate pattern. The push that does this is then written as a sum of latents of the
     class: the S most useful of the `steer.pool` most frequent ones, with weights >= 0 (least squares, as small as
     possible). It is made for *add*; if no sum of S latents gives the push exactly, the nearest is taken.
@@ -155,7 +158,7 @@ def gate_aligned_latents(stats: LatentStatistics, config: SteerConfig, rng: np.r
     latents = np.empty((len(pool), config.latents), np.int32)
     weights = np.empty(latents.shape, np.float32)
     for label, candidates in enumerate(pool):
-        push_H = wanted_push(stats.outcomes, label, config)
+        push_H = wanted_push(stats.outcomes, label, config, stats.cost)
         first = _smallest_weights(effect_FH[candidates], push_H)
         best = np.argsort(-first * np.linalg.norm(effect_FH[candidates], axis=1), kind="stable")[: config.latents]
         latents[label] = candidates[best]
@@ -172,12 +175,17 @@ def _smallest_weights(effect_SH: np.ndarray, push_H: np.ndarray, ridge: float = 
     )[0]  # fmt: skip
 
 
-def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig) -> np.ndarray:
-    """Compute the [H] shift of the gate logits at alpha 1 that closes, opens or leaves each head, the cheapest first.
+def wanted_push(
+    outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig, cost_P: np.ndarray = NO_COST
+) -> np.ndarray:
+    """Compute the [H] shift of the gate logits at alpha 1 that closes, opens or leaves each gate, the cheapest first.
 
-    At strength alpha, `alpha * steer.price` of the class's accuracy may be paid for the whole layer's usage. A head
+    At strength alpha, `alpha * steer.price` of the class's accuracy may be paid for the whole layer's usage. A gate
     that is worth closing from some alpha of the grid on is pushed so far that it is closed there on every image of the
     outcomes; one that is worth opening at the first alpha is opened likewise.
+
+    Args:
+      cost_P: what each pattern costs; empty: the share of gates that are open.
     """
     alphas = np.unique([alpha for alpha in config.alphas if alpha > 0])
     heads = outcomes[0].gate_logits.shape[1]
@@ -185,7 +193,7 @@ def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig)
         return np.zeros(heads)
     path = np.zeros((len(alphas), heads), np.int8)
     for a, alpha in enumerate(alphas):
-        path[a] = wanted_heads(outcomes, label, alpha * config.price, path[max(a - 1, 0)])
+        path[a] = wanted_heads(outcomes, label, alpha * config.price, path[max(a - 1, 0)], cost_P)
     logits = np.concatenate([part.gate_logits[part.labels == label] for part in outcomes])
     margin = 0.05 * np.abs(logits).mean() if len(logits) else 0.0
     push = np.zeros(heads)
@@ -199,17 +207,22 @@ def wanted_push(outcomes: tuple[Outcomes, ...], label: int, config: SteerConfig)
     return push
 
 
-def wanted_heads(outcomes: tuple[Outcomes, ...], label: int, price: float, start: np.ndarray) -> np.ndarray:
-    """Decide for each head what is best for a class at a price of usage: [H] -1 close, 0 leave to the gate, 1 open.
+def wanted_heads(
+    outcomes: tuple[Outcomes, ...], label: int, price: float, start: np.ndarray, cost_P: np.ndarray = NO_COST
+) -> np.ndarray:
+    """Decide for each gate what is best for a class at a price of usage: [H] -1 close, 0 leave to the gate, 1 open.
 
-    Accuracy - price * usage is maximised, each the mean of its values on training and on validation images of the
-    class, one head at a time from `start` until no change of one head helps. That finds a near optimum, not always the
+    Accuracy - price * cost is maximised, each the mean of its values on training and on validation images of the
+    class, one gate at a time from `start` until no change of one gate helps. That finds a near optimum, not always the
     optimum; which is as well, since the best of all 3^H on so few images is best by chance.
+
+    Args:
+      cost_P: what each pattern costs; empty: the share of gates that are open.
     """
     heads = len(start)
     class_outcomes = [(part.pattern[part.labels == label], part.right[part.labels == label]) for part in outcomes]
     class_outcomes = [(pattern, right) for pattern, right in class_outcomes if len(pattern)]
-    used_P = np.bitwise_count(np.arange(2**heads)) / heads
+    used_P = cost_P if len(cost_P) else np.bitwise_count(np.arange(2**heads)) / heads
 
     def worth(wish: np.ndarray) -> float:
         opened, closed = (int((wish == sign) @ (1 << np.arange(heads))) for sign in (1, -1))

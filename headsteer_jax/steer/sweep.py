@@ -4,7 +4,8 @@ Latents are chosen on the training split. Alpha is not chosen here but by `analy
 `choose_method` decides how a setting's gates and answers are found, and the log says so.
 
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, R rows (an image with the class that steers
-it), C classes, H heads, F latents.
+it), C classes, H gates of the steered layer (its heads, then attention and the MLP, as far as it gates them), F
+latents.
 """
 
 import logging
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csr_array
 
-from headsteer_jax.config.schema import MOST_HEADS, Config, SteerConfig
+from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.data.dataset import Split, check_classes
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.gates import threshold_logit
 from headsteer_jax.model.passes import Program
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.runtime.progress import progress
@@ -28,8 +30,9 @@ from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
-from headsteer_jax.steer.steering import GateProgram, Steering, run_suffix
+from headsteer_jax.steer.steering import GateProgram, Steering, SuffixSetting, run_suffix
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
@@ -45,7 +48,6 @@ from headsteer_jax.steer.table import (
     compile_table_program,
     fill_table,
     list_patterns,
-    pattern_to_gates,
 )
 from headsteer_jax.steer.tally import (
     StepFunction,
@@ -55,6 +57,7 @@ from headsteer_jax.steer.tally import (
     exact_step_function,
     pack_bits,
     place_on_grid,
+    sum_class_macs,
     tally_flips,
     tally_gates,
 )
@@ -62,6 +65,8 @@ from headsteer_jax.steer.tally import (
 logger = logging.getLogger(__name__)
 
 Method = Literal["flips", "gates", "suffix"]
+# the module of a block that decides each kind of gates that reads the CLS residual
+DECIDED_BY = {"heads": "decide", "sublayers": "decide_sublayers"}
 
 
 def choose_method(config: Config) -> Method:
@@ -70,18 +75,19 @@ def choose_method(config: Config) -> Method:
     flips: the gates' flips in closed form, answers from the table; gates: the steered residual goes through the gate
     for every alpha, answers from the table; suffix: the layers from the steered one on run for every setting.
     """
-    if config.steer.target == "residual" or config.model.heads > MOST_HEADS:
+    if config.steer.target == "residual" or not LayerGates(config, config.sae_layer).fits_table:
         return "suffix"
     return "flips" if is_affine_in_alpha(config.steer, config.gate.layer_norm) else "gates"
 
 
 def describe_method(config: Config) -> str:
     """Describe the method that is used for a config, for the log."""
-    heads, steer = config.model.heads, config.steer
+    gates, steer = LayerGates(config, config.sae_layer), config.steer
     if choose_method(config) == "suffix":
-        reason = "steer.target is residual" if steer.target == "residual" else f"{heads} heads are too many for a table"
+        too_many = f"{gates.heads} heads are too many for a table"
+        reason = "steer.target is residual" if steer.target == "residual" else too_many
         return f"sweep: the layers from {config.sae_layer} on run for every setting, because {reason}"
-    table = f"sweep: one pass, then look-ups among 2^{heads} = {2**heads} gate patterns"
+    table = f"sweep: one pass, then look-ups among 2^{gates.count} = {2**gates.count} gate patterns"
     if choose_method(config) == "flips":
         return f"{table}; exact in alpha"
     reason = "the gate has a LayerNorm" if config.gate.layer_norm else f"{steer.mode} in {steer.form} form"
@@ -100,7 +106,7 @@ def check_strategies_and_classes(config: Config, class_names: tuple[str, ...]) -
     check_classes("config.steer.classes", config.steer.classes, class_names)
 
 
-def _select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
+def select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
     """Keep the images of config.steer.classes, or all images if it is empty."""
     if not config.steer.classes:
         return split
@@ -159,14 +165,15 @@ def _pattern_evidence(run: RunData, use_training: bool, program: Program, valida
       use_training: whether any strategy needs the training images; otherwise there are none.
     """
     config, dataset = run.trained.config, run.dataset
-    labels, heads = dataset.train.labels, config.model.heads
-    if heads > MOST_HEADS:
+    labels, gates = dataset.train.labels, LayerGates(config, config.sae_layer)
+    if not gates.fits_table:
         return ()
     count = config.steer.evidence * use_training
     indices = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(dataset.class_names))])
     if not len(indices):
         none = np.zeros(0, np.int64)
-        return Outcomes(labels[:0], np.zeros((0, heads), np.float32), np.zeros((0, 2**heads), bool), none), validation
+        logits, right = np.zeros((0, gates.count), np.float32), np.zeros((0, 2**gates.count), bool)
+        return Outcomes(labels[:0], logits, right, none), validation
     split = Split(dataset.train.images[indices], labels[indices])
     table = fill_table(program, run.trained.params, split, "train: every gate pattern")
     return table.outcomes(split.labels), validation
@@ -289,14 +296,29 @@ def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, 
     widths = {g: job.steered[0][g].choice.latents.shape[1] for g in strategies}
     for width in sorted(set(widths.values())):  # programs differ by the number of latents
         pairs = [(s, g) for s in range(len(job.steered)) for g in strategies if widths[g] == width]
-        settings = [({layer: job.steered[s][g]}, by_class[y]) for s, g in pairs for y in ways]
-        gates, predictions = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
+        settings = [SuffixSetting({layer: job.steered[s][g]}, by_class[y]) for s, g in pairs for y in ways]
+        result = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
+        gates = LayerGates(trained.config, layer).join(result.gates[layer])
         for number, (s, g) in enumerate(pairs):
             tallies = [
-                tally_gates(gates[v, :, :, 0], predictions[v] == labels, job.unsteered_right, labels, classes)
+                tally_gates(gates[v], result.predictions[v] == labels, job.unsteered_right, labels, classes)
                 for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY))
             ]
             yield SettingTally(s, g, tallies, None)
+
+
+def _price_patterns(config: Config, table: Table) -> np.ndarray:
+    """Compute what each pattern costs, [P] in shares: of the heads, or of the layer's MACs if it gates more than heads.
+
+    Of patches it counts as many as the layer keeps on average. It is empty if there are too many patterns.
+    """
+    gates = LayerGates(config, config.sae_layer)
+    if not gates.fits_table:
+        return np.zeros(0)
+    patterns = np.arange(2**gates.count)
+    if gates.heads_only:
+        return np.bitwise_count(patterns) / gates.count
+    return gates.macs(patterns, round(float(table.kept_patches.mean()))) / gates.dense_macs
 
 
 class ChosenLatents(NamedTuple):
@@ -312,12 +334,14 @@ class ChosenLatents(NamedTuple):
 
 
 def _choose_latents(
-    run: RunData, strategies: Mapping[str, Strategy], evidence: tuple[Outcomes, ...], fold_N: np.ndarray
-) -> ChosenLatents:
+    run: RunData, strategies: Mapping[str, Strategy], evidence: tuple[Outcomes, ...], cost_P: np.ndarray,
+    fold_N: np.ndarray,
+) -> ChosenLatents:  # fmt: skip
     """Let every strategy choose latents of every seed's autoencoder.
 
     Args:
       evidence: what gate_aligned looks at.
+      cost_P: what each pattern costs.
       fold_N: the half of validation to which each image belongs.
     """
     config, dataset, classes = run.trained.config, run.dataset, len(run.dataset.class_names)
@@ -330,7 +354,7 @@ def _choose_latents(
         z_NF = encode_split(sae, run.x_train)
         stats = latent_statistics(
             z_NF, dataset.train.labels, classes, sae.decoder, gate_DH, evidence, dataset.class_names
-        )
+        )._replace(cost=cost_P)
         if seed == 0:
             class_frequency = stats.class_frequency.astype(np.float32)
             top_images, top_activations = _top_images(z_NF, INSPECTED_IMAGES)
@@ -349,11 +373,15 @@ def _choose_latents(
     return ChosenLatents(steered, crossed, effects, np.stack(frequencies), class_frequency, top_images, top_activations)
 
 
-def _bound_logits(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
-    """Compute |x| |W| + |b| of a linear gate, [N, H]: it bounds the rounding of the gate logits."""
-    decide = trained.params["params"][f"layers_{trained.config.sae_layer}"]["decide"]
-    linear = jax.tree.map(np.asarray, decide["linear"])
-    return np.abs(x_ND) @ np.abs(linear["kernel"]) + np.abs(linear["bias"])
+def bound_logits(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
+    """Compute |x| |W| + |b| of a layer's linear gates, [N, H]: it bounds the rounding of the gate logits."""
+    config, layer = trained.config, trained.config.sae_layer
+    block, bounds = trained.params["params"][f"layers_{layer}"], []
+    for kind in LayerGates(config, layer).kinds:
+        linear = jax.tree.map(np.asarray, block[DECIDED_BY[kind]]["linear"])
+        offset = abs(threshold_logit(config.gate.settings(kind)))
+        bounds.append(np.abs(x_ND) @ np.abs(linear["kernel"]) + (np.abs(linear["bias"]) + np.float32(offset)))
+    return np.concatenate(bounds, axis=1)
 
 
 def _make_evaluator(
@@ -370,11 +398,13 @@ def _make_evaluator(
 
 
 def _sweep_split(
-    job: SplitSweep, evaluate: Callable[[SplitSweep], Iterator[SettingTally]], alphas: int, classes: int
-) -> tuple[SplitResult, list[StepFunction]]:
+    job: SplitSweep, evaluate: Callable[[SplitSweep], Iterator[SettingTally]], gates: LayerGates, alphas: int,
+    classes: int,
+) -> tuple[SplitResult, list[StepFunction]]:  # fmt: skip
     """Evaluate every setting on one split.
 
     Args:
+      gates: those of the steered layer.
       alphas: how many there are.
 
     Returns:
@@ -398,9 +428,9 @@ def _sweep_split(
     if flips:
         outcomes, used = job.outcomes, job.used[BY_LABEL]
         for g in range(strategies):
-            parts = [TalliedFlips(flips[g, s], job.rows, used, outcomes) for s in range(seeds)]
-            steps.append(exact_step_function(parts))
-    labels, heads = job.split.labels, job.rows.gate_logits.shape[1]
+            parts = [TalliedFlips(flips[g, s], job.rows, used, outcomes, job.table.kept_patches) for s in range(seeds)]
+            steps.append(exact_step_function(parts, gates))
+    labels, heads, patches_N = job.split.labels, gates.count, job.table.kept_patches
     correct = class_counts(job.unsteered_right, labels, classes)
     result = SplitResult(
         labels=labels.astype(np.int32),
@@ -412,6 +442,9 @@ def _sweep_split(
         unsteered_heads_on=class_counts(pattern_to_gates(job.table.pattern, heads).T, labels, classes).T,
         unsteered_right=pack_bits(job.unsteered_right),
         lost=correct + arrays["gained"] - arrays["correct"],
+        kept_patches=patches_N,
+        unsteered_macs=class_counts(gates.macs(job.table.pattern, patches_N), labels, classes),
+        macs=np.stack([sum_class_macs(bits, patches_N, labels, classes, gates) for bits in arrays["gates"]]),
         **arrays,
     )
     return result, steps
@@ -429,8 +462,8 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     if 0 not in config.steer.alphas:
         logger.info("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
     splits = {
-        "validation": _select_classes(dataset.validation, config, dataset.class_names),
-        "test": _select_classes(dataset.test, config, dataset.class_names),
+        "validation": select_classes(dataset.validation, config, dataset.class_names),
+        "test": select_classes(dataset.test, config, dataset.class_names),
     }
     program = compile_table_program(trained, splits["test"])
     tables = {
@@ -440,8 +473,11 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     aligned = any(strategy is gate_aligned_latents for strategy in strategies.values())
     validation = tables["validation"].outcomes(splits["validation"].labels)
     fold_N = _halve_each_class(splits["validation"].labels)
-    chosen = _choose_latents(run, strategies, _pattern_evidence(run, aligned, program, validation), fold_N)
+    cost_P = _price_patterns(config, tables["validation"])
+    evidence = _pattern_evidence(run, aligned, program, validation)
+    chosen = _choose_latents(run, strategies, evidence, cost_P, fold_N)
 
+    gates = LayerGates(config, config.sae_layer)
     evaluate = _make_evaluator(trained, alphas, chosen.effects, classes)
     results: dict[str, SplitResult] = {}
     steps: dict[str, dict[str, StepFunction]] = {}
@@ -449,9 +485,9 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         table = tables[name]
         steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
         linear = choose_method(config) == "flips"
-        size_NH = _bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
+        size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
         job = make_split_sweep(name, split, table, steered, offset, size_NH)
-        results[name], by_strategy = _sweep_split(job, evaluate, len(alphas), classes)
+        results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:
             steps[name] = dict(zip(strategies, by_strategy, strict=True))
     latents = _stack_choices(chosen.steered, 0, fill=-1)
@@ -460,6 +496,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         strategies=tuple(strategies),
         alphas=alphas,
         class_names=dataset.class_names,
+        gates=gates.names if "sublayers" in gates.kinds else tuple(range(gates.count)),
         subset=list_patterns(config),
         related=dataset.related,
         latents=latents,
@@ -493,8 +530,9 @@ def _overlap_with_global(latents: Mapping[str, np.ndarray]) -> np.ndarray | None
 
 def gate_jacobian(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
     """Differentiate the gate logits at the mean residual: [D, H], the gate's weights unless it has a LayerNorm."""
-    model, params, layer = trained.model, trained.params, trained.config.sae_layer
-    gate = jax.jacobian(lambda x_D: model.apply(params, x_D[None], layer, method="gate_logits")[0])
+    model, params = trained.model, trained.params
+    gates = LayerGates(trained.config, trained.config.sae_layer)
+    gate = jax.jacobian(lambda x_D: gates.logits(model, params, x_D[None])[0])
     return np.asarray(gate(jnp.asarray(x_ND.mean(axis=0, dtype=np.float64), jnp.float32))).T
 
 

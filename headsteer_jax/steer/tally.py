@@ -1,7 +1,7 @@
 """The results of a split's images at every alpha: flips placed on a grid, counts and bits, and exact step functions.
 
-Axes: N images, R rows (an image with the class that steers it), C classes, H heads, A alphas of a grid, E flips, M
-doubtful places, P gate patterns.
+Axes: N images, R rows (an image with the class that steers it), C classes, H gates of the steered layer (its heads,
+then attention and the MLP, as far as it gates them), A alphas of a grid, E flips, M doubtful places, P gate patterns.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from headsteer_jax.steer.flips import Flips, Rows
-from headsteer_jax.steer.table import Outcomes, pattern_to_gates
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
+from headsteer_jax.steer.table import Outcomes
 
 
 class GridFlips(NamedTuple):
@@ -46,17 +47,19 @@ class Tally(NamedTuple):
     """The outcome of one setting at every alpha of a grid: bits along the images, and their counts by class."""
 
     right: np.ndarray  # [A, N/8] uint8: is the answer right; bit n % 8 of byte n // 8 is image n
-    gates: np.ndarray  # [A, H, N/8] uint8: does the head run
+    gates: np.ndarray  # [A, H, N/8] uint8: is the gate open
     correct: np.ndarray  # [A, C] int32: right answers
     gained: np.ndarray  # [A, C] int32: right, and wrong without steering
-    heads_on: np.ndarray  # [A, C, H] int32: images on which the head runs
+    heads_on: np.ndarray  # [A, C, H] int32: images on which the gate is open
 
 
 class FlipEffects(NamedTuple):
     """The effect of every flip, in the order in which the flips happen."""
 
     image: np.ndarray  # [E]
-    on: np.ndarray  # [E] bool: does the head run after the flip
+    after: np.ndarray  # [E] the pattern after the flip
+    bit: np.ndarray  # [E] the bit that differs before the flip
+    on: np.ndarray  # [E] bool: is the gate open after the flip
     right_before: np.ndarray  # [E] bool: is the image's answer right before the flip
     right_after: np.ndarray  # [E] bool
 
@@ -75,7 +78,7 @@ def _follow_flips(row: np.ndarray, head: np.ndarray, path: np.ndarray, rows: Row
     after = toggled ^ np.repeat(earlier, np.diff(np.append(begins, len(row)))) ^ outcomes.pattern[image]
     table, patterns = outcomes.right.ravel(), outcomes.right.shape[1]
     right_before, right_after = table[image * patterns + (after ^ bit)], table[image * patterns + after]
-    return FlipEffects(image, (after >> head) & 1 > 0, right_before, right_after)
+    return FlipEffects(image, after, bit, (after >> head) & 1 > 0, right_before, right_after)
 
 
 def _accumulate_outwards(steps: np.ndarray, zero: int, operation: np.ufunc) -> None:
@@ -142,7 +145,7 @@ def tally_flips(
     path = row * 2 + (index > zero)
     order = np.argsort(path * len(alphas) + np.abs(index - zero))
     row, head, index, path = row[order], head[order], index[order], path[order]
-    image, on, right_before, right_after = _follow_flips(row, head, path, rows, outcomes)
+    image, _, _, on, right_before, right_after = _follow_flips(row, head, path, rows, outcomes)
 
     labels, unsteered = outcomes.labels, outcomes.right_unsteered
     gates_HN = pattern_to_gates(outcomes.pattern, heads).T
@@ -216,14 +219,15 @@ def _apply_decisions(
 
 
 class StepFunction(NamedTuple):
-    """Accuracy and usage as exact functions of alpha on the whole real line: constant between two steps.
+    """Accuracy, usage and MACs as exact functions of alpha on the whole real line: constant between two steps.
 
     Counts are over all images, and over all autoencoder seeds.
     """
 
     alpha: np.ndarray  # [E] float64, ascending
     correct: np.ndarray  # [E + 1] right answers before, between and after the steps
-    heads_on: np.ndarray  # [E + 1] heads that run
+    heads_on: np.ndarray  # [E + 1] gates that are open
+    macs: np.ndarray  # [E + 1] float64, whole numbers: MACs of the layer
     images: int
     heads: int
 
@@ -234,7 +238,7 @@ class StepFunction(NamedTuple):
 
     @property
     def usage(self) -> np.ndarray:
-        """[E + 1] share of heads that run."""
+        """[E + 1] share of gates that are open."""
         return self.heads_on / (self.images * self.heads)
 
     def at(self, alpha: np.ndarray | float) -> np.ndarray:
@@ -249,12 +253,13 @@ class TalliedFlips(NamedTuple):
     rows: Rows
     used: np.ndarray  # [R] bool: which rows are in use, one for each image
     outcomes: Outcomes
+    kept_patches: np.ndarray  # [N] patches that the layer keeps
 
 
-def exact_step_function(parts: Sequence[TalliedFlips]) -> StepFunction:
+def exact_step_function(parts: Sequence[TalliedFlips], gates: LayerGates) -> StepFunction:
     """Compute the steps of several autoencoders' flips together."""
-    moves, correct, heads_on = [], 0, 0
-    for flips, rows, used_R, outcomes in parts:
+    moves, correct, heads_on, macs = [], 0, 0, 0.0
+    for flips, rows, used_R, outcomes, patches_N in parts:
         used = np.flatnonzero(used_R[flips.row])
         row, head, alpha = flips.row[used], flips.head[used], flips.alpha[used]
         path = row * 2 + ~np.signbit(alpha)
@@ -262,21 +267,25 @@ def exact_step_function(parts: Sequence[TalliedFlips]) -> StepFunction:
         row, head, alpha, path = row[order], head[order], alpha[order], path[order]
         effects = _follow_flips(row, head, path, rows, outcomes)
         gained = effects.right_after.astype(np.int8) - effects.right_before.astype(np.int8)
-        moves.append((alpha, gained, np.where(effects.on, 1, -1).astype(np.int8)))
+        patches_E = patches_N[effects.image]
+        added = gates.macs(effects.after, patches_E) - gates.macs(effects.after ^ effects.bit, patches_E)
+        moves.append((alpha, gained, np.where(effects.on, 1, -1).astype(np.int8), added))
         heads = rows.gate_logits.shape[1]
         correct += int(outcomes.right_unsteered.sum())
         heads_on += int(pattern_to_gates(outcomes.pattern, heads).sum())
-    alpha, gained, opened = (np.concatenate(part) for part in zip(*moves, strict=True))
+        macs += float(gates.macs(outcomes.pattern, patches_N).sum())
+    alpha, gained, opened, added = (np.concatenate(part) for part in zip(*moves, strict=True))
     order = np.argsort(alpha, kind="stable")
     alpha, falls = alpha[order], np.signbit(alpha[order])
 
-    def sum_outwards(step: np.ndarray, start: int) -> np.ndarray:
-        step = step[order].astype(np.int64)
+    def sum_outwards(step: np.ndarray, start: float) -> np.ndarray:
+        step = step[order]
         below = start + np.cumsum(step[falls][::-1])[::-1]
         return np.concatenate([below, [start], start + np.cumsum(step[~falls])])
 
     images = sum(len(part.outcomes.labels) for part in parts)
-    return StepFunction(alpha, sum_outwards(gained, correct), sum_outwards(opened, heads_on), images, heads)
+    counts = (sum_outwards(gained.astype(np.int64), correct), sum_outwards(opened.astype(np.int64), heads_on))
+    return StepFunction(alpha, *counts, sum_outwards(added, macs), images, heads)
 
 
 def smallest_alpha(steps: StepFunction, usage: float) -> float | None:
@@ -288,26 +297,49 @@ def smallest_alpha(steps: StepFunction, usage: float) -> float | None:
     return 0.0 if reached[0] == 0 else float(steps.alpha[first + reached[0] - 1])
 
 
-def best_alpha(steps: StepFunction, floor: float) -> float:
-    """Find the alpha > 0 of lowest usage that keeps the accuracy at `floor` or above; 0 if no alpha does.
+def best_alpha(steps: StepFunction, floor: float, cost: np.ndarray) -> float:
+    """Find the alpha > 0 of lowest cost that keeps the accuracy at `floor` or above; 0 if no alpha does.
 
     It is the middle of its interval; of an interval without an end, half as far again as its beginning.
+
+    Args:
+      cost: [E + 1], such as steps.heads_on or steps.macs.
     """
     first = int(np.searchsorted(steps.alpha, 0.0))
     allowed = steps.accuracy[first:] >= floor
     if not allowed.any():
         return 0.0
-    best = first + int(np.argmin(np.where(allowed, steps.heads_on[first:], np.inf)))
+    best = first + int(np.argmin(np.where(allowed, cost[first:], np.inf)))
     begin = float(steps.alpha[best - 1]) if best > first else 0.0
     if best < len(steps.alpha):
         return (begin + float(steps.alpha[best])) / 2
     return 1.5 * begin or 1.0
 
 
+def sum_class_macs(
+    bits: np.ndarray, kept_patches: np.ndarray, labels: np.ndarray, classes: int, gates: LayerGates
+) -> np.ndarray:
+    """Sum the layer's MACs over each class's images: [..., H, N/8] bits of the gates -> [..., C] float64.
+
+    Args:
+      kept_patches: [N] patches that the layer keeps.
+    """
+    return class_counts(gates.macs(patterns_of_bits(bits, len(labels)), kept_patches), labels, classes)
+
+
+def patterns_of_bits(bits: np.ndarray, count: int) -> np.ndarray:
+    """Convert the bits of gates to patterns: [..., H, N/8] uint8 -> [..., N] int32; `count` is N."""
+    pattern = np.zeros((*bits.shape[:-2], count), np.int32)
+    for gate in range(bits.shape[-2]):
+        pattern |= unpack_bits(bits[..., gate, :], count).astype(np.int32) << gate
+    return pattern
+
+
 def class_counts(values: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Sum over each class's images: [..., N] -> [..., C] (int64 for bool and integers)."""
+    """Sum over each class's images: [..., N] -> [..., C] (int64 for bool and integers, float64 for floats)."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(classes))
     ended = np.concatenate([values[..., order], np.zeros_like(values[..., :1])], axis=-1)  # a class may start at N
-    sums = np.add.reduceat(ended, starts, axis=-1, dtype=np.int64)
+    dtype = np.float64 if np.issubdtype(values.dtype, np.floating) else np.int64
+    sums = np.add.reduceat(ended, starts, axis=-1, dtype=dtype)
     return np.where(np.bincount(labels, minlength=classes) > 0, sums, 0)

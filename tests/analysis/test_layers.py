@@ -8,13 +8,13 @@ from builders import CLASSES, setting, steer_config, trained_model
 from helpers import ROOT
 
 from headsteer_jax.analysis import layers
-from headsteer_jax.config import Config
+from headsteer_jax.config import Config, SublayerGateConfig
 from headsteer_jax.config.files import load_config
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.sae.autoencoder import SAEWeights
-from headsteer_jax.steer.steering import Steering, run_suffix
+from headsteer_jax.steer.steering import Steering, SuffixSetting, run_suffix
 
 
 def config_of(**steer: object) -> Config:
@@ -62,8 +62,8 @@ def by_hand(
 def steered_at(trained: TrainedModel, split: Split, steered: dict[int, Steering]) -> tuple[np.ndarray, np.ndarray]:
     """Gates and predictions at alpha 0, 8 and -20, by the labels."""
     alphas = np.array([0.0, 8.0, -20.0])
-    gates, predictions = run_suffix(trained, split, [(steered, split.labels)], alphas, "test")
-    return gates[0], predictions[0]
+    found = run_suffix(trained, split, [SuffixSetting(steered, split.labels)], alphas, "test")
+    return np.stack([found.gates[layer]["heads"][0] for layer in sorted(steered)], axis=2), found.predictions[0]
 
 
 @pytest.mark.parametrize("target", ["policy", "residual"])
@@ -127,3 +127,28 @@ def test_layers_that_cannot_be_steered(text: str, says: str) -> None:
     config = ROOT / "configs" / "double_digits.py"
     with pytest.raises(HeadSteerError, match=says):
         load_config(config, {"layers.layers": text})
+
+
+def test_usage_and_macs_of_several_layers_and_kinds() -> None:
+    """Two layers with different kinds of gates, against loops."""
+    sublayers = SublayerGateConfig(first_layer=2)
+    config = config_of(gate={"kinds": ("heads", "sublayers", "tokens"), "sublayers": sublayers})
+    rng = np.random.default_rng(0)
+    sizes = {1: {"heads": 3, "tokens": 4}, 2: {"heads": 3, "sublayers": 2, "tokens": 4}}
+    gates = {
+        layer: {kind: rng.random((2, 5, count)) < 0.5 for kind, count in by_kind.items()}
+        for layer, by_kind in sizes.items()
+    }
+    steered = layers.SteeredSplit(config, gates, np.zeros((2, 5), np.int32), np.zeros(5, np.int32))
+    for a, n in np.ndindex(2, 5):
+        macs = used = 0
+        for layer, by_kind in gates.items():
+            heads, tokens = by_kind["heads"][a, n].sum(), by_kind["tokens"][a, n].sum()
+            attention, mlp = by_kind["sublayers"][a, n] if layer == 2 else (1, 1)
+            used += heads + (int(attention) + int(mlp) if layer == 2 else 0)
+            keys, queries, width = 1 + tokens, 1 if layer == 2 else 1 + tokens, 8 * heads
+            macs += attention * (width * 24 * (queries + 2 * keys) + 2 * queries * keys * width + queries * width * 24)
+            macs += mlp * queries * 2 * 24 * 96 + 24 * sum(sizes[layer].values())
+        dense = sum(24 * 24 * (2 * q + 2 * 5) + 2 * q * 5 * 24 + q * 2 * 24 * 96 for q in (5, 1))
+        assert steered.macs[a, n] == pytest.approx(macs / dense)
+        assert steered.used[a, n] == pytest.approx(used / 8)

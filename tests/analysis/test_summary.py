@@ -13,8 +13,8 @@ from headsteer_jax.analysis.scores import Curves
 from headsteer_jax.analysis.stats import mcnemar_p
 from headsteer_jax.analysis.summary import saved_classes, summarise
 from headsteer_jax.config import Config
-from headsteer_jax.steer.results import SplitResult, SweepResult
-from headsteer_jax.steer.table import pattern_to_gates
+from headsteer_jax.steer.gates import pattern_to_gates
+from headsteer_jax.steer.results import BY_LABEL, SplitResult, SweepResult
 from headsteer_jax.steer.tally import StepFunction, pack_bits, unpack_bits
 
 
@@ -282,8 +282,9 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config
     names = result.strategies
     # alpha      ..-1  -1..0  0..1   1..2   2..4   4..
     alpha = np.array([-1.0, 0.5, 1.0, 2.0, 4.0])
-    validation = StepFunction(alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), 10, 4)
-    test = StepFunction(alpha, np.array([1, 8, 8, 7, 6, 5]), np.array([40, 37, 35, 31, 19, 5]), 10, 4)
+    macs = np.array([90.0, 80, 70, 60, 50, 40])
+    validation = StepFunction(alpha, np.array([2, 9, 9, 10, 9, 0]), np.array([40, 38, 36, 30, 18, 4]), macs, 10, 4)
+    test = StepFunction(alpha, np.array([1, 8, 8, 7, 6, 5]), np.array([40, 37, 35, 31, 19, 5]), macs, 10, 4)
     steps = {"validation": dict.fromkeys(names, validation), "test": dict.fromkeys(names, test)}
     summary, extra = summarise(replace(result, steps=steps), config)
     floor = unsteered(result.validation)[0].mean() - config.steer.tolerance
@@ -292,6 +293,7 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config
     wanted = 3.0 if floor <= 0.9 else 1.5  # the middle of the interval of lowest usage whose accuracy is high enough
     at = {3.0: (19 / 40, 0.6), 1.5: (31 / 40, 0.7)}[wanted]
     assert (found["alpha"], found["usage"], found["accuracy"]) == (wanted, *at)
+    assert found["macs"] == {3.0: 5.0, 1.5: 6.0}[wanted]  # means over 10 images
     assert found["steps"] == 5
     rows = {row["wanted"]: row for row in found["for_usage"]}
     assert rows[0.75]["alpha"] == 1.0
@@ -301,3 +303,83 @@ def test_exact_alphas_are_chosen_on_validation_and_scored_on_test(config: Config
     for dense, usage in zip(extra["exact_alphas"], extra["exact_usage"][0], strict=True):
         assert usage == test.usage[np.searchsorted(alpha, dense, side="right")]
     assert extra["exact_alphas"][[0, -1]].tolist() == pytest.approx([result.alphas[0], result.alphas[-1]])
+
+
+def gate_macs(gates: np.ndarray) -> np.ndarray:
+    """MACs of the last layer of a made sweep with 4 heads of width 8, attention and MLP: [..., 6] gates -> [...]."""
+    used, keys = 8 * gates[..., :4].sum(axis=-1), 26
+    attention = used * 32 * (1 + 2 * keys) + 2 * keys * used + used * 32
+    return gates[..., 4] * attention + gates[..., 5] * 2 * 32 * 128 + 32 * 6
+
+
+def test_multiply_accumulates_of_heads_and_sublayers() -> None:
+    """Every figure against loops; alphas are chosen for the fewest MACs, not for the lowest usage."""
+    config, result = made_sweep(classes=5, heads=6, seeds=2, per_class=30, sublayers=True)
+    summary, arrays = summarise(result, config)
+    test, validation, count = result.test, result.validation, len(result.test.labels)
+    dense = 4 * 8 * 32 * (1 + 2 * 26) + 2 * 26 * 32 + 32 * 32 + 2 * 32 * 128
+    assert summary["last_layer"]["dense_macs"] == dense
+    assert summary["last_layer"]["gates"] == ["0", "1", "2", "3", "attention", "mlp"]
+    before = gate_macs(pattern_to_gates(test.pattern, 6))
+    assert summary["steering"]["unsteered"]["macs"] == pytest.approx(before.mean())
+    floor = unsteered(validation)[0].mean() - config.steer.tolerance
+    for g, name in enumerate(result.strategies):
+        costs = []
+        for split in (validation, test):
+            gates = np.moveaxis(unpack_bits(split.gates[g, :, BY_LABEL], count), -2, -1)
+            costs.append(gate_macs(gates).mean(axis=(0, -1)))
+        right = unpack_bits(validation.right[g, :, BY_LABEL], count).mean(axis=(0, -1))
+        allowed = np.flatnonzero((right >= floor) & (result.alphas > 0))
+        a = allowed[np.argmin(costs[0][allowed])] if len(allowed) else int(np.flatnonzero(result.alphas == 0)[0])
+        row = summary["steering"][name]
+        assert row["alpha"] == result.alphas[a]
+        assert row["macs"] == pytest.approx(costs[1][a])
+        assert row["macs_share"] == pytest.approx(costs[1][a] / dense)
+        low, high = row["macs_change_ci"]
+        assert low <= costs[1][a] - before.mean() <= high
+        np.testing.assert_allclose(row["curve"]["macs"], costs[1])
+        np.testing.assert_allclose(arrays["macs"][g, BY_LABEL], costs[1])
+    g, first = result.strategies.index("class"), test.labels == 0
+    entry = next(entry for entry in summary["classes"] if entry["name"] == result.class_names[0])
+    assert entry["macs_before"] == pytest.approx(before[first].mean())
+    sizes = pattern_to_gates(np.arange(64), 6)
+    for size, entry in enumerate(summary["last_layer"]["by_size"]):
+        assert len(entry["heads"]) + len(entry["sublayers"]) == size
+        assert entry["random_macs"] == pytest.approx(gate_macs(sizes[sizes.sum(axis=1) == size]).mean())
+        fixed = [*entry["heads"], *(4 + ("attention", "mlp").index(name) for name in entry["sublayers"])]
+        assert entry["macs"] == gate_macs(np.isin(np.arange(6), fixed))
+
+
+def test_the_claim_of_compute_has_matched_controls() -> None:
+    """Random patterns with as many heads and the same sublayers, image by image; the best one that costs no more."""
+    config, result = made_sweep(classes=5, heads=6, seeds=2, per_class=30, sublayers=True)
+    summary, _ = summarise(result, config)
+    claims = [claim for claim in summary["claims"] if "MACs" in claim["claim"]]
+    assert [claim["claim"].split()[0] for claim in claims] == ["class", "gate_aligned"]
+    test, validation, count = result.test, result.validation, len(result.test.labels)
+    patterns, before = pattern_to_gates(np.arange(64), 6), summary["steering"]["unsteered"]
+    for claim in claims:
+        name = claim["claim"].split()[0]
+        row, g = summary["steering"][name], result.strategies.index(name)
+        a = int(np.flatnonzero(result.alphas == row["alpha"])[0])
+        right = []
+        for s in range(2):
+            gates = unpack_bits(test.gates[g, s, BY_LABEL, a], count).T
+            for n in range(count):
+                alike = (patterns[:, :4].sum(axis=1) == gates[n, :4].sum()) & (patterns[:, 4:] == gates[n, 4:]).all(
+                    axis=1
+                )
+                right.append((test.table[n, alike] == test.labels[n]).mean())
+        assert claim["random_pattern"] == pytest.approx(np.mean(right))
+        affordable = [p for p in range(64) if gate_macs(patterns[p]) <= row["macs"] + 0.5]
+        best = max(affordable, key=lambda p: (validation.table[:, p] == validation.labels).mean())
+        assert claim["fixed_pattern"] == pytest.approx((test.table[:, best] == test.labels).mean())
+        assert claim["value"] == pytest.approx((before["macs"] - row["macs"]) / summary["last_layer"]["dense_macs"])
+        low, high = claim["lead_over_random_ci"]
+        assert low <= row["accuracy"] - claim["random_pattern"] <= high
+        enough = claim["interval"][0] >= 0.15 and row["accuracy_change_ci"][0] >= -config.steer.tolerance
+        assert claim["holds"] == (enough and low > 0)
+
+
+def test_heads_alone_have_no_claim_of_compute(config: Config, result: SweepResult) -> None:
+    assert not any("MACs" in claim["claim"] for claim in summarise(result, config)[0]["claims"])

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headsteer_jax.config import SteerConfig
+from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, SteerConfig
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.table import Outcomes, pattern_to_gates
+from headsteer_jax.steer.table import Outcomes
 from headsteer_jax.steer.tally import (
     TalliedFlips,
     best_alpha,
@@ -24,6 +25,15 @@ from headsteer_jax.steer.tally import (
 )
 
 CLASSES, LATENTS, CHOSEN = 4, 30, 5
+# the last layer of a model with gates of every kind: three gates read the CLS residual
+GATES = LayerGates(
+    Config(
+        data=DataConfig(image_size=16),
+        model=ModelConfig(width=4, heads=1),
+        gate=GateConfig(kinds=("heads", "sublayers", "tokens")),
+    ),
+    3,
+)
 
 
 class Case(NamedTuple):
@@ -34,6 +44,7 @@ class Case(NamedTuple):
     effect: GateEffect
     outcomes: Outcomes
     z: np.ndarray  # [R, F] float64
+    kept: np.ndarray  # [N] patches that the layer keeps
 
 
 def made(seed: int, images: int = 23, heads: int = 3, sign: str = "both", active: int = 12) -> Case:
@@ -59,7 +70,9 @@ def made(seed: int, images: int = 23, heads: int = 3, sign: str = "both", active
     pattern = (gate_logits > 0) @ (1 << np.arange(heads))
     outcomes = Outcomes(labels, gate_logits, rng.random((images, 2**heads)) < 0.6, pattern)
     used = np.arange(len(image)) < images
-    return Case(rows, used, choice, rng.uniform(0.5, 2, LATENTS).astype(np.float32), effect, outcomes, z.astype(float))
+    kept = rng.integers(0, 17, images)
+    strength = rng.uniform(0.5, 2, LATENTS).astype(np.float32)
+    return Case(rows, used, choice, strength, effect, outcomes, z.astype(float), kept)
 
 
 def logits(case: Case, alpha: float) -> np.ndarray:
@@ -194,19 +207,22 @@ def test_where_the_grid_is_unsure_the_model_decides() -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_steps_are_accuracy_and_usage_on_the_whole_line(seed: int) -> None:
     cases = [made(seed), made(seed + 1, images=17)]
-    steps = exact_step_function(
-        [TalliedFlips(find_flips(c.rows, c.choice, c.strength, c.effect), c.rows, c.used, c.outcomes) for c in cases]
-    )
+    flips = [find_flips(c.rows, c.choice, c.strength, c.effect) for c in cases]
+    parts = [TalliedFlips(f, c.rows, c.used, c.outcomes, c.kept) for f, c in zip(flips, cases, strict=True)]
+    steps = exact_step_function(parts, GATES)
     assert (np.diff(steps.alpha) >= 0).all()
     rng = np.random.default_rng(seed)
     for alpha in (*rng.normal(0, 3, 10), 0.0, 1e6, -1e6):
-        right = heads = 0
+        right = heads = macs = 0
         for c in cases:
             gates = (logits(c, alpha) > 0)[c.used]
             right += c.outcomes.right[np.arange(len(gates)), gates @ (1 << np.arange(3))].sum()
             heads += gates.sum()
+            for (h, a, f), kept in zip(gates, c.kept, strict=True):  # one head, attention, MLP, of width 4
+                macs += a * h * (4 * 4 + 2 * (1 + kept) * 4 * 4 + 2 * (1 + kept) * 4 + 4 * 4)
+                macs += f * 2 * 4 * 16 + 4 * (1 + 2 + 16)  # and the gates themselves
         at = steps.at(alpha)
-        assert (steps.correct[at], steps.heads_on[at]) == (right, heads)
+        assert (steps.correct[at], steps.heads_on[at], steps.macs[at]) == (right, heads, macs)
         assert steps.accuracy[at] == right / 40
         assert steps.usage[at] == heads / 120
 
@@ -217,7 +233,7 @@ def test_alphas_for_a_usage_and_for_an_accuracy(seed: int, share: float) -> None
     """The smallest that reaches a usage, and the best at an accuracy, against every interval there is."""
     case = made(seed, sign="up")
     flips = find_flips(case.rows, case.choice, case.strength, case.effect)
-    steps = exact_step_function([TalliedFlips(flips, case.rows, case.used, case.outcomes)])
+    steps = exact_step_function([TalliedFlips(flips, case.rows, case.used, case.outcomes, case.kept)], GATES)
     ends = np.concatenate([[0.0], steps.alpha[steps.alpha > 0], [1e9]])
     inside = (ends[:-1] + ends[1:]) / 2  # an alpha of every interval from 0 up
     usage, accuracy = steps.usage[steps.at(inside)], steps.accuracy[steps.at(inside)]
@@ -230,7 +246,7 @@ def test_alphas_for_a_usage_and_for_an_accuracy(seed: int, share: float) -> None
         assert steps.usage[steps.at(least)] <= share
 
     allowed = np.flatnonzero(accuracy >= share)
-    best = best_alpha(steps, share)
+    best = best_alpha(steps, share, steps.heads_on)
     if not len(allowed):
         assert best == 0
     else:
@@ -238,6 +254,9 @@ def test_alphas_for_a_usage_and_for_an_accuracy(seed: int, share: float) -> None
         assert best > 0
         assert steps.accuracy[at] >= share
         assert steps.usage[at] == usage[allowed].min()
+        at, macs = steps.at(best_alpha(steps, share, steps.macs)), steps.macs[steps.at(inside)]
+        assert steps.accuracy[at] >= share
+        assert steps.macs[at] == macs[allowed].min()
 
 
 def test_bits_survive_the_round_trip() -> None:

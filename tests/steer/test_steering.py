@@ -16,7 +16,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Intervention, TrainedModel, build_model
 from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer import steering as steer
-from headsteer_jax.steer.table import gates_to_pattern
+from headsteer_jax.steer.gates import gates_to_pattern
 
 
 @pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
@@ -76,8 +76,9 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
     model, params = trained.model, trained.params
     layer = layer % 3
     alphas, other = np.array([-2.0, 0.0, 1.0, 4.0, 9.0]), (split.labels + 1) % CLASSES
-    settings = [({layer: setting(seed)}, labels) for seed, labels in ((0, split.labels), (1, other))]
-    gates, predictions = steer.run_suffix(trained, split, settings, alphas, "test")
+    settings = [steer.SuffixSetting({layer: setting(seed)}, labels) for seed, labels in ((0, split.labels), (1, other))]
+    found = steer.run_suffix(trained, split, settings, alphas, "test")
+    gates, predictions = found.gates[layer]["heads"], found.predictions
     images = split.images / np.float32(255)
 
     @jax.jit
@@ -89,13 +90,13 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
         logits, out = model.apply(params, images, interventions={layer: intervention})
         return out["gates"][layer]["heads"] > 0, jnp.argmax(logits, axis=1)
 
-    for v, (steered, labels) in enumerate(settings):
+    for v, (steered, labels, _) in enumerate(settings):
         for a, alpha in enumerate(alphas):
             expected, answers = plain(images, steered, labels, alpha)
-            chex.assert_trees_all_equal(gates[v, a, :, 0], np.asarray(expected))
+            chex.assert_trees_all_equal(gates[v, a], np.asarray(expected))
             chex.assert_trees_all_equal(predictions[v, a], np.asarray(answers).astype(np.int32))
     logits, out = jax.jit(lambda images: model.apply(params, images))(images)
-    chex.assert_trees_all_equal(gates[0, 1, :, 0], np.asarray(out["gates"][layer]["heads"]) > 0)
+    chex.assert_trees_all_equal(gates[0, 1], np.asarray(out["gates"][layer]["heads"]) > 0)
     chex.assert_trees_all_equal(predictions[0, 1], np.argmax(logits, axis=1).astype(np.int32))
     assert len({gates[0, a].tobytes() for a in range(5)}) > 2
     if target == "policy":
@@ -113,8 +114,9 @@ def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
         HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, because one image under one alpha needs"
     ):
         steer.run_suffix(
-            TrainedModel(config, model, params), split, [({1: setting()}, split.labels)], np.ones(1), "test"
-        )
+            TrainedModel(config, model, params), split, [steer.SuffixSetting({1: setting()}, split.labels)],
+            np.ones(1), "test",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("alpha_per_row", [False, True])

@@ -8,7 +8,7 @@ import pytest
 from builders import CLASSES, split_sweep, steer_config
 from helpers import environment
 
-from headsteer_jax.config import Config, SteerConfig
+from headsteer_jax.config import Config, SteerConfig, SublayerGateConfig
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.steering import GateProgram
@@ -73,11 +73,26 @@ def test_the_half_that_scores_alpha_did_not_choose_the_latents() -> None:
         assert set(seen[1].gate_logits[:, 0] // 3) == set(np.flatnonzero(folds != fold))
 
 
-@pytest.mark.parametrize("weights", [(0.5, 2.0), (-2.0, 2.0)])
-@pytest.mark.parametrize("mode", ["add", "scale", "clamp", "ablate"])
-def test_every_method_gives_the_same_tallies(split, mode, weights):
+KINDS = ("heads", "sublayers", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "kinds"),
+    [
+        *(
+            (mode, weights, ("heads",))
+            for mode in ("add", "scale", "clamp", "ablate")
+            for weights in ((0.5, 2.0), (-2.0, 2.0))
+        ),
+        ("add", (-2.0, 2.0), KINDS),
+        ("scale", (0.5, 2.0), KINDS),
+        ("add", (0.5, 2.0), ("sublayers",)),
+    ],
+)
+def test_every_method_gives_the_same_tallies(split, mode, weights, kinds):
     """In closed form, by the gate itself, and by the layers from the steered one on: bit for bit, count for count."""
-    config = steer_config(mode=mode)
+    sublayers = SublayerGateConfig(bias=0.0, threshold=0.45)
+    config = steer_config(mode=mode, gate={"kinds": kinds, "sublayers": sublayers})
     job, trained, effects = split_sweep(config, split, weights)
     gates = GateProgram(trained)
     alphas = np.unique(np.concatenate([np.linspace(-6, 6, 13), [0.25, -0.25]]))
@@ -119,6 +134,7 @@ def test_the_model_decides_at_the_flips_themselves(split):
 def test_the_method_is_chosen_and_described() -> None:
     assert choose_method(steer_config()) == "flips"
     assert describe_method(steer_config()).endswith("look-ups among 2^3 = 8 gate patterns; exact in alpha")
+    assert "among 2^5 = 32 gate patterns" in describe_method(steer_config(gate={"kinds": ("heads", "sublayers")}))
     assert choose_method(steer_config(mode="clamp")) == "gates"
     assert "the gate is computed for every alpha (clamp in delta form)" in describe_method(steer_config(mode="clamp"))
     assert choose_method(steer_config(target="residual")) == "suffix"

@@ -12,6 +12,8 @@ from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model import vit
 from headsteer_jax.steer import table
+from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
+from headsteer_jax.steer.sweep import choose_method
 
 
 def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **steer: object) -> Config:
@@ -23,6 +25,14 @@ def config_of(layer: int = -1, dropped: str = "zero", dtype: str = "float32", **
             "model": config.model.model_copy(update={"dtype": dtype}),
         }
     )
+
+
+def with_kinds(config: Config, *kinds: str, **gate: object) -> Config:
+    """Gate these kinds, so that some gates of every kind are open and some are closed."""
+    tokens = config.gate.tokens.model_copy(update={"bias": 0.0, "threshold": 0.5, "normalise": False})
+    sublayers = config.gate.sublayers.model_copy(update={"bias": 0.0, "threshold": 0.45})
+    update = {"kinds": kinds, "tokens": tokens, "sublayers": sublayers} | gate
+    return config.model_copy(update={"gate": config.gate.model_copy(update=update)})
 
 
 def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:
@@ -40,16 +50,50 @@ def test_table_is_the_model_under_every_pattern(split, layer, dropped):
     exact = reference.in_float64(params)
     rng = np.random.default_rng(0)
     for i, pattern in zip(rng.integers(0, 90, 24), np.arange(24) % 8, strict=True):
-        forced = {config.sae_layer: table.pattern_to_gates(np.array(pattern), 3).astype(float)}
+        forced = {config.sae_layer: pattern_to_gates(np.array(pattern), 3).astype(float)}
         logits, *_ = reference.vit(exact, split.images[i] / 255.0, config, "thresholded", forced)
         assert found.answers[i, pattern] == np.argmax(logits)
     logits, out = jax.jit(lambda images: model.apply(params, images))(split.images / np.float32(255))
-    chex.assert_trees_all_equal(
-        found.pattern, np.asarray(table.gates_to_pattern(out["gates"][config.sae_layer]["heads"]))
-    )
+    chex.assert_trees_all_equal(found.pattern, np.asarray(gates_to_pattern(out["gates"][config.sae_layer]["heads"])))
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
     chex.assert_trees_all_equal(found.prediction, found.answers[np.arange(90), found.pattern])
     assert len(np.unique(found.answers)) > 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layer", "dropped"),
+    [
+        (("heads", "sublayers"), -1, "zero"),
+        (("heads", "sublayers", "tokens"), -1, "slice"),
+        (("heads", "sublayers", "tokens"), -1, "identity"),
+        (("heads", "tokens"), -1, "zero"),
+        (("sublayers",), -1, "zero"),
+        (("heads", "sublayers", "tokens"), -2, "slice"),
+    ],
+)
+def test_table_is_the_model_under_every_pattern_of_several_kinds(split, kinds, layer, dropped):
+    """Every pattern of some images, pattern by pattern in float64; the patches' gates decide as they do themselves."""
+    config = with_kinds(config_of(layer, dropped), *kinds)
+    gates = LayerGates(config, config.sae_layer)
+    few = Split(split.images[:12], split.labels[:12])
+    _, params, found = filled(config, few)
+    exact, own = reference.in_float64(params), []
+    for i, image in enumerate(few.images / 255.0):
+        _, by_layer, logits, _ = reference.vit(exact, image, config, "thresholded")
+        own.append(by_layer[config.sae_layer])
+        joined = np.concatenate([logits[config.sae_layer][kind] for kind in gates.kinds])
+        np.testing.assert_allclose(found.gate_logits[i], joined, atol=1e-4)
+        assert found.pattern[i] == sum(1 << g for g, m in enumerate(joined) if m > 0)
+        assert found.kept_patches[i] == own[-1].get("tokens", np.ones(4)).sum()
+        for pattern in range(2**gates.count):
+            g = pattern_to_gates(np.array(pattern), gates.count).astype(float)
+            forced = {config.sae_layer: gates.split(g)}
+            answer = np.argmax(reference.vit(exact, image, config, "thresholded", forced)[0])
+            assert found.answers[i, pattern] == answer
+        assert found.prediction[i] == found.answers[i, found.pattern[i]]
+    assert len(np.unique(found.answers)) > 2
+    assert len(np.unique(found.pattern)) > 1
+    assert len(kinds) < 3 or len(np.unique(found.kept_patches)) > 1
 
 
 def test_contributions_of_a_bfloat16_model(split):
@@ -60,7 +104,7 @@ def test_contributions_of_a_bfloat16_model(split):
     forward = jax.jit(lambda p, i, g: model.apply(p, i, interventions={2: vit.Intervention(g)})[0])
     agree = []
     for pattern in range(8):
-        gates = np.broadcast_to(table.pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
+        gates = np.broadcast_to(pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
         logits = np.asarray(forward(params, images, gates))
         agree.append(found.answers[:, pattern] == logits.argmax(axis=1))
     assert np.mean(agree) > 0.99
@@ -82,7 +126,7 @@ def test_more_heads_than_a_table_holds(split):
     config = config.model_copy(update={"model": config.model.model_copy(update={"width": 26, "heads": 13})})
     listed = table.list_patterns(config)
     assert len(listed) >= 64
-    sizes = table.pattern_to_gates(listed, 13).sum(axis=1)
+    sizes = pattern_to_gates(listed, 13).sum(axis=1)
     assert (np.bincount(sizes) > 0).all()
     assert {0, 2**13 - 1, *(1 << h for h in range(13)), *(2**13 - 1 - (1 << h) for h in range(13))} <= set(listed)
     assert (np.diff(listed) > 0).all()
@@ -90,10 +134,25 @@ def test_more_heads_than_a_table_holds(split):
     images = split.images / np.float32(255)
     forward = jax.jit(lambda gates: model.apply(params, images, interventions={2: vit.Intervention(gates)})[0])
     for place in (0, 3, 40, len(listed) - 1):
-        gates = np.broadcast_to(table.pattern_to_gates(listed[place], 13), (90, 13)).astype(np.float32)
+        gates = np.broadcast_to(pattern_to_gates(listed[place], 13), (90, 13)).astype(np.float32)
         chex.assert_trees_all_equal(found.answers[:, place], np.argmax(forward(gates), axis=1).astype(np.int32))
     logits, _ = jax.jit(lambda images: model.apply(params, images))(images)
     chex.assert_trees_all_equal(found.prediction, np.argmax(logits, axis=1).astype(np.int32))
+
+
+def test_a_sample_of_the_patterns_of_heads_and_sublayers():
+    """13 heads with attention and the MLP: 2^15 patterns are too many, and 12 heads have 2^14, which a table holds."""
+    config = with_kinds(config_of(subsets=64), "heads", "sublayers")
+    sized = {
+        heads: config.model_copy(update={"model": config.model.model_copy(update={"heads": heads, "width": heads})})
+        for heads in (12, 13)
+    }
+    np.testing.assert_array_equal(table.list_patterns(sized[12]), np.arange(2**14))
+    listed = table.list_patterns(sized[13])
+    assert 64 <= len(listed) < 200
+    assert {0, 2**15 - 1, 1 << 13, 1 << 14} <= set(listed)
+    assert choose_method(sized[12]) == "flips"
+    assert choose_method(sized[13]) == "suffix"
 
 
 def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
