@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
+from headsteer_jax.analysis.front import list_budgets
 from headsteer_jax.books import Plan, Stage, check_directory
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.checks import check_input_range, verify_images, warn_of_repeated_images
@@ -81,11 +82,14 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
 
     Raises:
       HeadSteerError: an image or the backbone or the autoencoder cannot be read or does not suit the config; the model
-        sees values out of range; a batch cannot be divided among the devices; or the disk has too little space.
+        sees values out of range; a batch cannot be divided among the devices; the gates cannot reach a budget; or the
+        disk has too little space.
     """
     actions = {plan.stage.name: plan.action for plan in plans}
     if actions.get("train", "nothing") != "nothing" and not _has_begun(workdir, "train", actions["train"]):
         _check_training(config, dataset, workdir)
+    if actions.get("front", "nothing") != "nothing":
+        list_budgets(config, len(dataset.class_names))
     if actions.get("sae", "nothing") != "nothing" and config.sae.pretrained:
         hosts.on_every_process(lambda: import_autoencoder(config))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils.epath import Path
 
+from headsteer_jax.analysis.front import train_front
 from headsteer_jax.analysis.layers import profile_layers
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset, write_sweep
@@ -173,6 +174,11 @@ def layers_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     workdir.write_json("layers/layers.json", numbers)
 
 
+def front_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
+    """Train gated models of several budgets from the dense model."""
+    workdir.write_json("front/front.json", train_front(config, dataset, workdir / "train", workdir / "front"))
+
+
 def report_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Write summary.json, the figures and the pages."""
     hosts.on_first_process(lambda: _write_report(config, dataset, workdir))
@@ -202,6 +208,7 @@ def collect_summary(config: Config, dataset: Dataset, workdir: Workdir) -> dict[
         **read_json(workdir / "steer/steering.json"),
         "grid": read_json(workdir / "grid/grid.json") if "grid" in done else None,
         "by_layer": read_json(workdir / "layers/layers.json") if "layers" in done else None,
+        "front": read_json(workdir / "front/front.json") if "front" in done else None,
         "sae": read_json(workdir / "sae/health.json")
         | {"layer": config.sae_layer, "k": config.sae.inference_k, "latents": config.latents},
         "left_out": left_out,
@@ -247,9 +254,14 @@ STAGES: dict[str, Stage] = {
             entries=("layers.json", "[0-9]*"),
         ),
         Stage(
+            "front", "gated models of several budgets from one dense model (only if it is named)",
+            front_stage, fields=(*TRAINED, "front", "steer.bootstrap", "steer.confidence"), reads=("train",),
+            optional=True, by_default=False, file="model.pretrained", entries=("front.json", "[0-9]*"),
+        ),
+        Stage(
             "report", "summary.json, figures/, report.html and latents.html",
-            report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "report"),
-            reads=("train", "sae", "grid", "steer", "layers"),
+            report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "front", "report"),
+            reads=("train", "sae", "grid", "steer", "layers", "front"),
             entries=(), products=("summary.json", "report.html", "latents.html", *FIGURE_FILES),
         ),
     )
