@@ -39,7 +39,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
-from headsteer_jax.model.compute import measure_compute
+from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_compute, pack_gates
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
@@ -103,6 +103,10 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
                 if "heads" in observed.gates:
                     results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
                 results["compute"] = measure_compute(config, len(dataset.class_names), observed.gates)
+                macs = count_image_macs(config, len(dataset.class_names), observed.gates)
+                workdir.write_arrays(
+                    "train/gates.npz", pack_gates(ImageGates(observed.gates, macs, observed.prediction))
+                )
     workdir.write_json("train/test.json", results)
 
 
@@ -231,7 +235,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train", "the vision transformer: dense, then with head gates, then a dense control of the same length",
             train_stage, fields=TRAINED, file="model.pretrained",
-            entries=("test.json", "metrics.jsonl", "speed.jsonl", "tensorboard", "profile", *PHASES),
+            entries=("test.json", "gates.npz", "metrics.jsonl", "speed.jsonl", "tensorboard", "profile", *PHASES),
         ),
         Stage(
             "sae", "the sparse autoencoders of one layer's residual",

@@ -7,7 +7,9 @@ import numpy as np
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import name_arrays
 from headsteer_jax.config import Config, DataConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
+from headsteer_jax.config.schema import GATE_KINDS
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.model.compute import ImageGates, count_image_macs
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.sweep import make_alpha_grid
 from headsteer_jax.steer.table import gates_to_pattern, pattern_to_gates
@@ -221,6 +223,57 @@ def made_run(
         "dataset": Dataset(split, split, split, result.class_names, result.related),
         "rows": made_rows() if rows else [],
     }  # fmt: skip
+
+
+def made_compute(run: dict[str, Any], kinds: tuple[str, ...] = GATE_KINDS, steered: bool = True) -> dict[str, Any]:
+    """Turn a made run into one whose gates of these kinds were trained on a budget, with the stage `front`."""
+    rng, labels = np.random.default_rng(2), run["dataset"].test.labels
+    gate = run["config"].gate.model_copy(update={"kinds": kinds, "budget": 0.5})
+    config = run["config"].model_copy(update={"gate": gate})
+    ease = (0.25 + 0.6 * (labels % 7) / 7)[:, None, None]
+    counts = {
+        "heads": config.model.heads,
+        "sublayers": 2,
+        "tokens": (config.data.image_size // config.model.patch) ** 2,
+    }
+
+    def draw(scale: float) -> ImageGates:
+        gates = {
+            kind: rng.random((len(labels), len(config.layers_with(kind)), counts[kind])) < scale * ease
+            for kind in kinds
+        }
+        macs = np.asarray(count_image_macs(config, len(run["dataset"].class_names), gates))
+        wrong = rng.random(len(labels)) < 0.2
+        return ImageGates(gates, macs, np.where(wrong, (labels + 1) % (labels.max() + 1), labels).astype(np.int32))
+
+    gates = draw(1.0)
+    rows = []
+    for row in run["rows"]:
+        row = dict(row)
+        if "usage_target" in row:
+            share = row.pop("usage_target")
+            row |= {"macs_target": share, "macs_sampled": share + 0.03, "macs_thresholded": share**2}
+            row |= {f"usage_{form}_tokens": [share, share - 0.1] for form in ("sampled", "thresholded")}
+            row |= {f"usage_{form}_sublayers": [[share, share - 0.2]] for form in ("sampled", "thresholded")}
+        rows.append(row)
+    front = {
+        "rows": [
+            {
+                "budget": budget, "share": budget + 0.01, "accuracy": 0.95 - 0.1 * (1 - budget) ** 2,
+                "accuracy_ci": [0.93 - 0.1 * (1 - budget) ** 2, 0.96], "validation_accuracy": 0.9, "macs": 1e6 * budget,
+                "dense_control_change_ci": [-0.02, 0.01], "dense_macs": 1_000_000,
+                "usage": dict.fromkeys(kinds, budget),
+                "layer_usage": {
+                    kind: [[budget, budget - 0.1]] if kind == "sublayers" else [budget, budget + 0.1] for kind in kinds
+                },
+            }
+            for budget in (0.3, 0.5, 0.7, 0.9)
+        ],
+        "images": len(labels), "dense_macs": 1_000_000, "dense_accuracy": 0.945, "dense_control_accuracy": 0.952,
+    }  # fmt: skip
+    summary = run["summary"] | {"front": front, "config": config.model_dump(mode="json")}
+    extra = {"gates": gates, "steered": draw(0.8) if steered else None}
+    return run | {"config": config, "rows": rows, "summary": summary} | extra
 
 
 def made_images(classes: int, side: int, channels: int, lazy: bool) -> Split:

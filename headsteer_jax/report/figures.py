@@ -20,6 +20,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from headsteer_jax.data.dataset import gather_images
+from headsteer_jax.report.compute import draw_budgets, draw_macs, draw_patches, draw_usage
 from headsteer_jax.report.style import (
     COLOURS,
     INK,
@@ -34,6 +35,7 @@ from headsteer_jax.report.style import (
     apply_style,
     format_number,
     remove_frame,
+    select_series,
     set_alpha_axis,
     set_ticks,
     shorten,
@@ -490,12 +492,6 @@ def _draw_layer(usage: Axes, accuracy: Axes, place: int, row: dict[str, Any]) ->
         accuracy.plot(all_off, place, "x", color=INK, markersize=6, zorder=3)
 
 
-def _series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Select the steps and values of one metric in one phase; the steps are moved by `offset`."""
-    points = [(row["step"] + offset, row[key]) for row in rows if row["phase"] == phase and key in row]
-    return np.array([step for step, _ in points]), np.array([value for _, value in points])
-
-
 def draw_training(m: ReportData) -> Figure | None:
     """Draw loss and accuracy of every phase, and sampled and thresholded usage of every gated layer."""
     if not m.rows:
@@ -506,10 +502,12 @@ def draw_training(m: ReportData) -> Figure | None:
     for phase, colour in PHASE_COLOURS.items():
         offset = 0 if phase == "dense" else dense
         label = phase.replace("_", " ")
-        steps, values = _series(m.rows, phase, "cross_entropy", offset)
+        steps, values = select_series(m.rows, phase, "cross_entropy", offset)
         loss.plot(steps, values, color=colour, linewidth=1.2, label=label if len(steps) else None)
-        accuracy.plot(*_series(m.rows, phase, "train_accuracy", offset), color=colour, linewidth=0.9, alpha=0.45)
-        accuracy.plot(*_series(m.rows, phase, "validation_accuracy", offset), color=colour, marker="o", markersize=3.5)
+        accuracy.plot(*select_series(m.rows, phase, "train_accuracy", offset), color=colour, linewidth=0.9, alpha=0.45)
+        accuracy.plot(
+            *select_series(m.rows, phase, "validation_accuracy", offset), color=colour, marker="o", markersize=3.5
+        )
     loss.set_title("Cross-entropy, training")
     if loss.get_legend_handles_labels()[0]:
         loss.legend()
@@ -532,15 +530,15 @@ def _draw_usage(m: ReportData, sampled: Axes, thresholded: Axes, offset: int) ->
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, gated_layers))
     panels = {"sampled": sampled, "thresholded": thresholded}
     for name, axes in panels.items():
-        steps, values = _series(m.rows, "gated", f"usage_{name}", offset)
+        steps, values = select_series(m.rows, "gated", f"usage_{name}", offset)
         for layer in range(gated_layers if len(steps) else 0):
             axes.plot(steps, values[:, layer], color=shades[layer], linewidth=1.2, label=f"layer {first + layer}")
-        target = _series(m.rows, "gated", "usage_target", offset)
+        target = select_series(m.rows, "gated", "usage_target", offset)
         axes.plot(*target, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="target")
         axes.set_title(f"Heads in use, {name} gates (training batches)")
         axes.set_ylim(-0.03, 1.03)
         set_ticks(axes.yaxis, "usage")
-    steps, values = _series(m.rows, "gated", "validation_usage", offset)
+    steps, values = select_series(m.rows, "gated", "validation_usage", offset)
     for layer in range(gated_layers if len(steps) else 0):
         thresholded.plot(steps, values[:, layer], "o", color=shades[layer], markersize=3.5)
     thresholded.set_title("Heads in use, thresholded gates (dots: validation)")
@@ -621,6 +619,10 @@ FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
     "latents": draw_latents,
     "overlap": draw_overlap,
     "layers": draw_layers,
+    "patches": draw_patches,
+    "usage": draw_usage,
+    "macs": draw_macs,
+    "budgets": draw_budgets,
     "training": draw_training,
     "sae": draw_sae,
     "grid": draw_grid,

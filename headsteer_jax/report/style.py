@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.model.compute import ImageGates
 
 PAGE_INCHES = 9.5  # a figure's width: the page's column, at 96 pixels an inch
 MATRIX_CLASSES = 100  # as many rows are legible; of more classes, both ends of the ranking are shown
@@ -70,6 +71,8 @@ class ReportData(NamedTuple):
     summary: dict[str, Any]
     arrays: dict[str, np.ndarray]
     rows: list[dict[str, Any]]  # metrics.jsonl
+    gates: ImageGates | None = None  # of the test images
+    steered: ImageGates | None = None  # the same under steering
 
     @property
     def colours(self) -> dict[str, str]:
@@ -87,6 +90,12 @@ class ReportData(NamedTuple):
     def images(self) -> int:
         """Count the test images that were steered."""
         return int(self.arrays["test_count"].sum())
+
+
+def select_series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Select the steps and values of one metric in one phase; the steps are moved by `offset`."""
+    points = [(row["step"] + offset, row[key]) for row in rows if row["phase"] == phase and key in row]
+    return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
 
 def shorten(name: str, length: int = 16) -> str:
