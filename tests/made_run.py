@@ -172,7 +172,13 @@ def made_split(
 
 
 def made_run(
-    *, rows: bool = True, lazy: bool = False, by_layer: bool = True, channels: int = 1, **sweep: Any
+    *,
+    rows: bool = True,
+    lazy: bool = False,
+    by_layer: bool = True,
+    channels: int = 1,
+    compute: bool = False,
+    **sweep: Any,
 ) -> dict[str, Any]:
     """Make up a whole run.
 
@@ -181,6 +187,7 @@ def made_run(
       lazy: images that are read when they are needed.
       by_layer: with the optional stages `layers` and `grid`.
       channels: of the images.
+      compute: with gates of all kinds; see `made_compute`.
       sweep: arguments of `made_sweep`.
 
     Returns:
@@ -218,11 +225,12 @@ def made_run(
         "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
         "by_layer": made_layers() if by_layer else None, "left_out": {},
     }  # fmt: skip
-    return {
+    run = {
         "config": config, "name": "a <run>", "summary": summary, "arrays": name_arrays(result) | scored | curves,
         "dataset": Dataset(split, split, split, result.class_names, result.related),
         "rows": made_rows() if rows else [],
     }  # fmt: skip
+    return made_compute(run) if compute else run
 
 
 def made_compute(run: dict[str, Any], kinds: tuple[str, ...] = GATE_KINDS, steered: bool = True) -> dict[str, Any]:

@@ -37,15 +37,22 @@ CASES: dict[str, dict[str, Any]] = {
     "class strategy alone, one class steered, only suppression": {
         "strategies": ("class",), "only": 1, "alphas": (-1.0,),
     },
+    "gates of all kinds on a budget": {"compute": True, "channels": 3, "names": HOSTILE},
     "1000 long names": {
         "names": LONG, "classes": 1000, "per_class": 2, "seeds": 1, "strategies": ("class", "random"),
         "alphas": (1.0, 2.0), "heads": 3, "rows": False,
     },
 }  # fmt: skip
-MISSING = {  # the figures that a case cannot have
+COMPUTE = {"patches", "usage", "macs", "budgets"}  # the figures of runs that gate more than heads, or have a budget
+MISSING = {  # the other figures that a case cannot have
     "no class strategy, 3 heads, 4 classes steered, no training rows": {"savers", "overlap", "training"},
     "1000 long names": {"training"},
 }
+
+
+def missing(case: str) -> set[str]:
+    """The figures that a case cannot have."""
+    return MISSING.get(case, set()) | (set() if "compute" in CASES[case] else COMPUTE)
 
 
 class Page(HTMLParser):
@@ -113,7 +120,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_figure_has_content_in_both_formats(written: Written) -> None:
-    drawn = set(figures.FIGURES) - MISSING.get(written.case, set())
+    drawn = set(figures.FIGURES) - missing(written.case)
     assert {path.name for path in (written.workdir / "figures").iterdir()} == {
         f"{name}.{kind}" for name in drawn for kind in ("png", "svg")
     }
@@ -130,7 +137,7 @@ def test_page_is_self_contained(written: Written) -> None:
     assert len(written.html) < 5_000_000
     assert "@import" not in written.html
     assert "url(" not in written.html
-    drawn = set(figures.FIGURES) - MISSING.get(written.case, set())
+    drawn = set(figures.FIGURES) - missing(written.case)
     images = [attrs for tag, attrs in written.page.tags if tag == "img"]
     assert len(images) == len(drawn)
     for tag, attrs in written.page.tags:
@@ -238,7 +245,7 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
     with style.apply_style():
         figure = figures.FIGURES[name](report_data(written.run))
         if figure is None:
-            assert name in MISSING[written.case]
+            assert name in missing(written.case)
             return
         figure.draw_without_rendering()
         frame = figure.bbox
@@ -262,7 +269,7 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
 
 
 def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
-    run = made_run(classes=5, heads=3, seeds=2, per_class=4)
+    run = made_run(classes=5, heads=3, seeds=2, per_class=4, compute=True)
     for name in ("first", "second"):
         write_report(run, tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file())
