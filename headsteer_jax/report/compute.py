@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from headsteer_jax.config.schema import GateKind
 from headsteer_jax.data.dataset import gather_images
 from headsteer_jax.model.compute import ImageGates, measure_usage
 from headsteer_jax.model.gates import SUBLAYERS
@@ -31,6 +30,7 @@ from headsteer_jax.report.style import (
     set_ticks,
     shorten,
 )
+from headsteer_jax.train.losses import name_usage
 
 KIND_COLOURS = {"heads": "#0072B2", "attention": "#D55E00", "mlp": "#E69F00", "tokens": "#009E73", "macs": INK}
 LABELS = {"heads": "heads", "attention": "attention", "mlp": "MLP", "tokens": "patches"}
@@ -168,12 +168,13 @@ def _describe_gates(m: ReportData, images: ImageGates, i: int, layer: int) -> st
 def _list_usage(m: ReportData, images: ImageGates) -> dict[str, tuple[range, np.ndarray]]:
     """List for each kind of gate, attention and MLP apart, its layers and the share of gates open in each."""
     usage: dict[str, tuple[range, np.ndarray]] = {}
-    for kind, share in measure_usage(images.gates).items():
-        layers = m.config.layers_with(kind)
+    by_kind = measure_usage(images.gates)
+    for kind in (kind for kind in m.config.gate.kinds if kind in by_kind):
+        layers, share = m.config.layers_with(kind), by_kind[kind]
         if kind == "sublayers":
             usage |= {name: (layers, share[:, i]) for i, name in enumerate(SUBLAYERS)}
         else:
-            usage[str(kind)] = layers, share
+            usage[kind] = layers, share
     return usage
 
 
@@ -208,14 +209,14 @@ def _draw_training_usage(m: ReportData, axes: Axes) -> None:
     """Draw the use of each kind in the gated phase: sampled thin, thresholded thick; MACs and their target dashed."""
     for kind in m.config.gate.kinds:
         for form, linewidth in (("sampled", 0.8), ("thresholded", 1.8)):
-            steps, values = select_series(m.rows, "gated", _name_metric(f"usage_{form}", kind))
+            steps, values = select_series(m.rows, "gated", name_usage(f"usage_{form}", kind))
             values = (
                 values.reshape(len(steps), -1, 2 if kind == "sublayers" else 1).mean(axis=1) if len(steps) else values
             )
             for i, name in enumerate(SUBLAYERS if kind == "sublayers" else (kind,)):
                 if len(steps):
                     axes.plot(steps, values[:, i], color=KIND_COLOURS[name], linewidth=linewidth)
-        _draw_target(m, axes, _name_metric("usage_target", kind), KIND_COLOURS.get(kind, MUTED))
+        _draw_target(m, axes, name_usage("usage_target", kind), KIND_COLOURS.get(kind, MUTED))
     for form, linewidth in (("sampled", 0.8), ("thresholded", 1.8)):
         steps, values = select_series(m.rows, "gated", f"macs_{form}")
         if len(steps):
@@ -228,11 +229,6 @@ def _draw_training_usage(m: ReportData, axes: Axes) -> None:
     set_ticks(axes.yaxis, "usage")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _name_metric(name: str, kind: GateKind) -> str:
-    """Return the name under which training logs a metric of one kind of gate."""
-    return name if kind == "heads" else f"{name}_{kind}"
 
 
 def _draw_target(m: ReportData, axes: Axes, name: str, colour: str) -> None:
