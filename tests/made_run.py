@@ -280,8 +280,38 @@ def made_compute(run: dict[str, Any], kinds: tuple[str, ...] = GATE_KINDS, steer
         "images": len(labels), "dense_macs": 1_000_000, "dense_accuracy": 0.945, "dense_control_accuracy": 0.952,
     }  # fmt: skip
     summary = run["summary"] | {"front": front, "config": config.model_dump(mode="json")}
+    if "sublayers" in kinds:
+        summary |= _made_layer_macs(summary)
     extra = {"gates": gates, "steered": draw(0.8) if steered else None}
     return run | {"config": config, "rows": rows, "summary": summary} | extra
+
+
+def _made_layer_macs(summary: dict[str, Any]) -> dict[str, Any]:
+    """Make up the MACs of a steered layer whose last two gates are those of attention and of the MLP."""
+    heads = len(summary["last_layer"]["by_size"]) - 3
+
+    def split(row: dict[str, Any]) -> dict[str, Any]:
+        named = [("attention", "mlp")[gate - heads] for gate in row["heads"] if gate >= heads]
+        return row | {"heads": [gate for gate in row["heads"] if gate < heads], "sublayers": named}
+
+    def add_macs(row: dict[str, Any]) -> dict[str, Any]:
+        macs = 100 * row["usage"]
+        row = row | {
+            "macs": macs,
+            "macs_share": macs / 100,
+            "macs_ci": [macs - 2, macs + 2],
+            "macs_change_ci": [-9.0, 1.0],
+        }
+        if "curve" in row:
+            usage = np.array(row["curve"]["usage"])
+            band = np.stack([100 * usage - 2, 100 * usage + 2], axis=1)
+            row["curve"] = row["curve"] | {"macs": (100 * usage).tolist(), "macs_ci": band.tolist()}
+        return row
+
+    layer = summary["last_layer"]
+    layer = layer | {"gates": [*map(str, range(heads)), "attention", "mlp"], "macs": 80.0, "dense_macs": 100.0}
+    layer |= {"by_size": [split(row) for row in layer["by_size"]], "best_fixed": split(layer["best_fixed"])}
+    return {"last_layer": layer, "steering": {name: add_macs(row) for name, row in summary["steering"].items()}}
 
 
 def made_images(classes: int, side: int, channels: int, lazy: bool) -> Split:

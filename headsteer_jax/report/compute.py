@@ -154,7 +154,7 @@ def _describe_image(m: ReportData, images: ImageGates, i: int, prefix: str) -> s
 def _describe_gates(m: ReportData, images: ImageGates, i: int, layer: int) -> str:
     """Describe what a layer runs for an image: the number of patches and of heads, and what is off."""
     own = {kind: images.gates[kind][i, layer - m.config.layers_with(kind).start]
-           for kind in m.config.gate.kinds_in(layer)}  # fmt: skip
+           for kind in m.config.gate.kinds_in(layer) if kind in images.gates}  # fmt: skip
     attention, mlp = own.get("sublayers", (True, True))
     lines = [f"{own['tokens'].sum()} of {own['tokens'].size}"]
     if not attention:

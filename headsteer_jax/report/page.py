@@ -68,7 +68,8 @@ def write_report(m: ReportData, name: str, directory: Path) -> None:
     cost = measure_compute(m.config, len(m.dataset.class_names), m.gates.gates) if m.gates else None
     page = render_template(
         "report.html.j2", name=name, config=m.config, fields=flatten(m.config), summary=m.summary, images=images,
-        cost=cost, steered=m.steered is not None,
+        cost=cost, steered=m.steered is not None, gates=m.gates_word,
+        gate_ids=[name.removeprefix("h") for name in m.gate_names],
         strategies=list(m.colours), main=m.main, test_images=m.images,
         classes=int((m.arrays["test_count"] > 0).sum()), heads=m.arrays["test_heads_on"].shape[-1],
     )  # fmt: skip

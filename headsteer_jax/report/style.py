@@ -87,6 +87,17 @@ class ReportData(NamedTuple):
         return "class" if "class" in self.colours else next(iter(self.colours))
 
     @property
+    def gate_names(self) -> list[str]:
+        """Name the gates of the steered layer: h0, h1 and so on, then attn and MLP if it gates these."""
+        names = self.summary["last_layer"].get("gates") or range(self.arrays["test_heads_on"].shape[-1])
+        return [{"attention": "attn", "mlp": "MLP"}.get(str(name), f"h{name}") for name in names]
+
+    @property
+    def gates_word(self) -> str:
+        """Name all gates of the steered layer in one word: heads, or gates if it gates attention and the MLP too."""
+        return "heads" if all(name.startswith("h") for name in self.gate_names) else "gates"
+
+    @property
     def images(self) -> int:
         """Count the test images that were steered."""
         return int(self.arrays["test_count"].sum())

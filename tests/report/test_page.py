@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from PIL import Image
 
+from headsteer_jax.model.macs import count_dense_macs
 from headsteer_jax.report import figures, page, style
 
 HOSTILE = (
@@ -205,7 +206,8 @@ def test_numbers_are_the_summarys(written: Written) -> None:
     sizes = [row for row in page.tables["sizes"] if row]
     for row, size in zip(sizes, layer["by_size"], strict=True):
         assert [row[2], row[3], row[5]] == [f"{100 * size[key]:.1f}%" for key in ("random", "fixed", "oracle")]
-        assert row[4] == "{" + ", ".join(f"h{head}" for head in size["heads"]) + "}"
+        sublayers = " " + ", ".join(size["sublayers"]) if "sublayers" in size else ""
+        assert row[4] == "{" + ", ".join(f"h{head}" for head in size["heads"]) + "}" + sublayers
     if "classes" in summary:
         table = [row for row in page.tables["classes-table"] if row]
         for row, result in zip(table, summary["classes"], strict=True):
@@ -213,7 +215,8 @@ def test_numbers_are_the_summarys(written: Written) -> None:
                 str(result["images"]), f"{result['usage_before']:.3f}", f"{result['usage_after']:.3f}",
                 f"{100 * result['accuracy_before']:.1f}%", f"{100 * result['accuracy_after']:.1f}%",
             ]  # fmt: skip
-            assert row[7] == " ".join(map(str, result["heads_after"]))
+            names = [name.removeprefix("h") for name in report_data(written.run).gate_names]
+            assert row[7] == " ".join(names[gate] for gate in result["heads_after"])
             assert row[8] == ("yes" if result["saved"] else "no")
         verdicts = [row[-1] for row in page.tables["claims-table"] if row]
         words = {True: "holds", False: "does not hold", None: "not reached"}
@@ -228,6 +231,27 @@ def test_numbers_are_the_summarys(written: Written) -> None:
     ):  # fmt: skip
         assert value in exact
     assert written.run["config"].steer.mode in page.text
+
+
+def test_compute_is_told_if_more_than_heads_is_gated(written: Written) -> None:
+    page, m = written.page, report_data(written.run)
+    compute = "compute" in CASES[written.case]
+    assert ("layer-macs" in page.tables) == ("budgets-table" in page.tables) == compute
+    assert ("Where the text speaks of heads" in page.text) == compute
+    if not compute:
+        return
+    assert m.gates is not None
+    assert m.gate_names == ["h0", "h1", "h2", "h3", "attn", "MLP"]
+    steering = written.run["summary"]["steering"]
+    rows = [row for row in page.tables["layer-macs"] if row]
+    assert [row[2] for row in rows] == [f"{100 * row['macs_share']:.1f}%" for row in steering.values()]
+    front = [row for row in page.tables["budgets-table"] if row]
+    assert [row[:2] for row in front] == [
+        [f"{row['budget']:g}", f"{100 * row['share']:.1f}%"] for row in written.run["summary"]["front"]["rows"]
+    ]
+    dense = count_dense_macs(m.config, len(m.dataset.class_names))
+    share = float(m.gates.macs.mean(dtype=float)) / dense
+    assert any(float(value) == pytest.approx(share) for value in page.values)
 
 
 def _boxes(axis: Axis) -> list[Any]:
