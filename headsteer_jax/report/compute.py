@@ -35,8 +35,8 @@ from headsteer_jax.train.losses import name_usage
 KIND_COLOURS = {"heads": "#0072B2", "attention": "#D55E00", "mlp": "#E69F00", "tokens": "#009E73", "macs": INK}
 LABELS = {"heads": "heads", "attention": "attention", "mlp": "MLP", "tokens": "patches"}
 EXAMPLES = 3  # easy images, and as many hard ones, whose patches are drawn
-LABEL_INCHES = 1.15  # left of an image: its class and its MACs
-LEAST_TILE = 0.55  # inches: below that, easy and hard images are drawn one below the other
+LABEL_INCHES = 1.0  # left of an image: its class and its MACs
+LEAST_TILE = 0.52  # inches: below that, easy and hard images are drawn one below the other
 STRIP_IMAGES = 10  # of the fewest and of the most MACs
 MOST_GROUPS = 10  # groups of images by their MACs
 DROPPED = np.array([0.14, 0.86 * 232])  # the share of a dropped patch that is left, and the grey that is added
@@ -105,7 +105,7 @@ def draw_patches(m: ReportData) -> Figure | None:
     columns, gap = 1 + len(m.config.layers_with("tokens")), 0.07
     sides = 2 if LABEL_INCHES + columns * (LEAST_TILE + gap) < PAGE_INCHES / 2 else 1  # easy and hard side by side
     tile = min(1.05, (PAGE_INCHES / sides - LABEL_INCHES) / columns - gap)
-    versions = [("", m.gates)] + ([("steered: ", m.steered)] if m.steered is not None else [])
+    versions = [("", m.gates)] + ([("steered", m.steered)] if m.steered is not None else [])
     blocks = list(examples) if sides == 2 else [np.concatenate(examples)]
     rows = max(map(len, blocks)) * len(versions)
     notes = 1 + len(set(m.config.gate.kinds) - {"tokens"})  # lines below a tile
@@ -129,7 +129,7 @@ def draw_patches(m: ReportData) -> Figure | None:
 
 def _name_columns(m: ReportData, tile: float) -> list[str]:
     """Name the columns of tiles that are so many inches wide: the image, then its layers."""
-    return ["image", *(f"layer {layer}" if tile > 0.55 else f"{layer}" for layer in m.config.layers_with("tokens"))]
+    return ["image", *(f"layer {layer}" if tile > 0.5 else f"{layer}" for layer in m.config.layers_with("tokens"))]
 
 
 def _draw_kept(m: ReportData, tiles: list[Axes], images: ImageGates, i: int) -> None:
@@ -147,7 +147,8 @@ def _draw_kept(m: ReportData, tiles: list[Axes], images: ImageGates, i: int) -> 
 def _describe_image(m: ReportData, images: ImageGates, i: int, prefix: str) -> str:
     """Describe an image: its class, its MACs, and the answer if it is wrong."""
     label, answer = int(m.dataset.test.labels[i]), int(images.prediction[i])
-    lines = [prefix + shorten(m.dataset.class_names[label], 14), f"{_macs_share(m, images)[i]:.0%} of dense"]
+    lines = [prefix] if prefix else []
+    lines += [shorten(m.dataset.class_names[label], 13), f"{_macs_share(m, images)[i]:.0%} of dense"]
     return "\n".join(lines + ([f"taken for {shorten(m.dataset.class_names[answer], 10)}"] if answer != label else []))
 
 

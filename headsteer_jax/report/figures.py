@@ -372,6 +372,8 @@ def draw_savers(m: ReportData) -> Figure | None:
         heads.plot(before, [place] * len(before), "s", color=colour, markerfacecolor="white", markersize=8)
         heads.plot(after, [place] * len(after), "s", color=colour, markersize=8)
     heads.set_xticks(range(count), m.gate_names if count <= 6 else [name.removeprefix("h") for name in m.gate_names])
+    if m.gates_word != "heads":
+        heads.tick_params("x", rotation=90)
     heads.set_xlim(-0.7, count - 0.3)
     heads.set_title(m.gates_word.capitalize())
     remove_frame(heads)
