@@ -147,7 +147,9 @@ def command_run(arguments: Sequence[str]) -> None:
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
     parser.add_argument("--workdir", metavar="DIR", help="where everything is written (default: runs/NAME)")
     parser.add_argument(
-        "--stages", metavar="A,B", help="some of train, sae, grid, steer, layers, report (default: all but grid)"
+        "--stages",
+        metavar="A,B",
+        help="some of train, sae, grid, steer, layers, front, report (default: all but grid, front)",
     )
     parser.add_argument("--seed", help="short for --config.seed")
     parser.add_argument("--overwrite", action="store_true", help="compute stages again whose settings or data changed")

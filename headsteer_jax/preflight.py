@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils.epath import Path
 
+from headsteer_jax.analysis.front import list_budgets
 from headsteer_jax.books import Plan, Stage, check_directory, is_broken_link, read_record
 from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
@@ -124,7 +125,7 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
     Raises:
       HeadSteerError: a file that is not a stage's would be overwritten; an image, the backbone or the autoencoder
         cannot be read or does not suit the config; the model sees values out of range; a batch cannot be divided among
-        the devices; or the disk has too little space.
+        the devices; the gates cannot reach a budget; or the disk has too little space.
     """
     hosts.on_first_process(lambda: check_products(workdir, plans))
     actions = {plan.stage.name: plan.action for plan in plans}
@@ -132,6 +133,8 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
         _check_training(config, dataset, workdir)
     if any(actions.get(name, "nothing") != "nothing" for name in ("sae", "steer", "layers")):
         check_steerable(config)
+    if actions.get("front", "nothing") != "nothing":
+        list_budgets(config, len(dataset.class_names))
     if actions.get("sae", "nothing") != "nothing" and config.sae.pretrained:
         hosts.on_every_process(lambda: import_autoencoder(config))
 

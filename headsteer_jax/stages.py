@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
+from headsteer_jax.analysis.front import train_front
 from headsteer_jax.analysis.layers import profile_layers
 from headsteer_jax.analysis.patches import claim_own_patches, summarise_patches
 from headsteer_jax.analysis.summary import summarise
@@ -41,7 +42,7 @@ from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.digits import find_own_patches
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
-from headsteer_jax.model.compute import measure_compute
+from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_compute, pack_gates
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
@@ -106,6 +107,10 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
                 if "heads" in observed.gates:
                     results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
                 results["compute"] = measure_compute(config, len(dataset.class_names), observed.gates)
+                macs = count_image_macs(config, len(dataset.class_names), observed.gates)
+                workdir.write_arrays(
+                    "train/gates.npz", pack_gates(ImageGates(observed.gates, macs, observed.prediction))
+                )
     workdir.write_json("train/test.json", results)
 
 
@@ -196,6 +201,11 @@ def layers_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     workdir.write_json("layers/layers.json", numbers)
 
 
+def front_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
+    """Train gated models of several budgets from the dense model."""
+    workdir.write_json("front/front.json", train_front(config, dataset, workdir / "train", workdir / "front"))
+
+
 def report_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Write summary.json, the figures and the pages."""
     hosts.on_first_process(lambda: _write_report(config, dataset, workdir))
@@ -226,6 +236,7 @@ def collect_summary(config: Config, dataset: Dataset, workdir: Workdir) -> dict[
         **read_json(workdir / "steer/steering.json"),
         "grid": read_json(workdir / "grid/grid.json") if "grid" in done else None,
         "by_layer": read_json(workdir / "layers/layers.json") if "layers" in done else None,
+        "front": read_json(workdir / "front/front.json") if "front" in done else None,
         "sae": read_json(workdir / "sae/health.json")
         | {"layer": config.sae_layer, "k": config.sae.inference_k, "latents": config.latents},
         "left_out": left_out,
@@ -248,7 +259,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train", "the vision transformer: dense, then with head gates, then a dense control of the same length",
             train_stage, fields=TRAINED, file="model.pretrained",
-            entries=("test.json", "metrics.jsonl", "speed.jsonl", "tensorboard", "profile", *PHASES),
+            entries=("test.json", "gates.npz", "metrics.jsonl", "speed.jsonl", "tensorboard", "profile", *PHASES),
         ),
         Stage(
             "sae", "the sparse autoencoders of one layer's residual",
@@ -271,9 +282,14 @@ STAGES: dict[str, Stage] = {
             entries=("layers.json", "[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]"),
         ),
         Stage(
+            "front", "gated models of several budgets from one dense model (only if it is named)",
+            front_stage, fields=(*TRAINED, "front", "steer.bootstrap", "steer.confidence"), reads=("train",),
+            optional=True, by_default=False, file="model.pretrained", entries=("front.json", "[0-9]*"),
+        ),
+        Stage(
             "report", "summary.json, figures/, report.html and latents.html",
-            report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "report"),
-            reads=("train", "sae", "grid", "steer", "layers"), derived=True,
+            report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "front", "report"),
+            reads=("train", "sae", "grid", "steer", "layers", "front"), derived=True,
             entries=(), products=("summary.json", "report.html", "latents.html", *FIGURE_FILES),
         ),
     )

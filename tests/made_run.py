@@ -7,7 +7,9 @@ import numpy as np
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import name_arrays
 from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, ReportConfig, SAEConfig, SteerConfig
+from headsteer_jax.config.schema import GATE_KINDS
 from headsteer_jax.data.dataset import Dataset, LazyImages, Split
+from headsteer_jax.model.compute import ImageGates, count_image_macs
 from headsteer_jax.steer.gates import LayerGates, gates_to_pattern, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.sweep import make_alpha_grid
@@ -178,7 +180,13 @@ def made_split(
 
 
 def made_run(
-    *, rows: bool = True, lazy: bool = False, by_layer: bool = True, channels: int = 1, **sweep: Any
+    *,
+    rows: bool = True,
+    lazy: bool = False,
+    by_layer: bool = True,
+    channels: int = 1,
+    compute: bool = False,
+    **sweep: Any,
 ) -> dict[str, Any]:
     """Make up a whole run.
 
@@ -187,6 +195,7 @@ def made_run(
       lazy: images that are read when they are needed.
       by_layer: with the optional stages `layers` and `grid`.
       channels: of the images.
+      compute: with gates of all kinds; see `made_compute`.
       sweep: arguments of `made_sweep`.
 
     Returns:
@@ -224,11 +233,93 @@ def made_run(
         "versions": {"python": "3.12.0", "jax": "0.10.2", "device": "cpu:0"}, "config": config.model_dump(mode="json"),
         "by_layer": made_layers() if by_layer else None, "left_out": {},
     }  # fmt: skip
-    return {
+    run = {
         "config": config, "name": "a <run>", "summary": summary, "arrays": name_arrays(result) | scored | curves,
         "dataset": Dataset(split, split, split, result.class_names, result.related),
         "rows": made_rows() if rows else [],
     }  # fmt: skip
+    return made_compute(run) if compute else run
+
+
+def made_compute(run: dict[str, Any], kinds: tuple[str, ...] = GATE_KINDS, steered: bool = True) -> dict[str, Any]:
+    """Turn a made run into one whose gates of these kinds were trained on a budget, with the stage `front`."""
+    rng, labels = np.random.default_rng(2), run["dataset"].test.labels
+    gate = run["config"].gate.model_copy(update={"kinds": kinds, "budget": 0.5})
+    config = run["config"].model_copy(update={"gate": gate})
+    ease = (0.25 + 0.6 * (labels % 7) / 7)[:, None, None]
+    counts = {
+        "heads": config.model.heads,
+        "sublayers": 2,
+        "tokens": (config.data.image_size // config.model.patch) ** 2,
+    }
+
+    def draw(scale: float) -> ImageGates:
+        gates = {
+            kind: rng.random((len(labels), len(config.layers_with(kind)), counts[kind])) < scale * ease
+            for kind in kinds
+        }
+        macs = np.asarray(count_image_macs(config, len(run["dataset"].class_names), gates))
+        wrong = rng.random(len(labels)) < 0.2
+        return ImageGates(gates, macs, np.where(wrong, (labels + 1) % (labels.max() + 1), labels).astype(np.int32))
+
+    gates = draw(1.0)
+    rows = []
+    for row in run["rows"]:
+        row = dict(row)
+        if "usage_target" in row:
+            share = row.pop("usage_target")
+            row |= {"macs_target": share, "macs_sampled": share + 0.03, "macs_thresholded": share**2}
+            row |= {f"usage_{form}_tokens": [share, share - 0.1] for form in ("sampled", "thresholded")}
+            row |= {f"usage_{form}_sublayers": [[share, share - 0.2]] for form in ("sampled", "thresholded")}
+        rows.append(row)
+    front = {
+        "rows": [
+            {
+                "budget": budget, "share": budget + 0.01, "accuracy": 0.95 - 0.1 * (1 - budget) ** 2,
+                "accuracy_ci": [0.93 - 0.1 * (1 - budget) ** 2, 0.96], "validation_accuracy": 0.9, "macs": 1e6 * budget,
+                "dense_control_change_ci": [-0.02, 0.01], "dense_macs": 1_000_000,
+                "usage": dict.fromkeys(kinds, budget),
+                "layer_usage": {
+                    kind: [[budget, budget - 0.1]] if kind == "sublayers" else [budget, budget + 0.1] for kind in kinds
+                },
+            }
+            for budget in (0.3, 0.5, 0.7, 0.9)
+        ],
+        "images": len(labels), "dense_macs": 1_000_000, "dense_accuracy": 0.945, "dense_control_accuracy": 0.952,
+    }  # fmt: skip
+    summary = run["summary"] | {"front": front, "config": config.model_dump(mode="json")}
+    if "sublayers" in kinds:
+        summary |= _made_layer_macs(summary)
+    extra = {"gates": gates, "steered": draw(0.8) if steered else None}
+    return run | {"config": config, "rows": rows, "summary": summary} | extra
+
+
+def _made_layer_macs(summary: dict[str, Any]) -> dict[str, Any]:
+    """Make up the MACs of a steered layer whose last two gates are those of attention and of the MLP."""
+    heads = len(summary["last_layer"]["by_size"]) - 3
+
+    def split(row: dict[str, Any]) -> dict[str, Any]:
+        named = [("attention", "mlp")[gate - heads] for gate in row["heads"] if gate >= heads]
+        return row | {"heads": [gate for gate in row["heads"] if gate < heads], "sublayers": named}
+
+    def add_macs(row: dict[str, Any]) -> dict[str, Any]:
+        macs = 100 * row["usage"]
+        row = row | {
+            "macs": macs,
+            "macs_share": macs / 100,
+            "macs_ci": [macs - 2, macs + 2],
+            "macs_change_ci": [-9.0, 1.0],
+        }
+        if "curve" in row:
+            usage = np.array(row["curve"]["usage"])
+            band = np.stack([100 * usage - 2, 100 * usage + 2], axis=1)
+            row["curve"] = row["curve"] | {"macs": (100 * usage).tolist(), "macs_ci": band.tolist()}
+        return row
+
+    layer = summary["last_layer"]
+    layer = layer | {"gates": [*map(str, range(heads)), "attention", "mlp"], "macs": 80.0, "dense_macs": 100.0}
+    layer |= {"by_size": [split(row) for row in layer["by_size"]], "best_fixed": split(layer["best_fixed"])}
+    return {"last_layer": layer, "steering": {name: add_macs(row) for name, row in summary["steering"].items()}}
 
 
 def made_images(classes: int, side: int, channels: int, lazy: bool) -> Split:

@@ -318,7 +318,7 @@ def test_sigterm_saves_and_asks_to_be_resumed(finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, grid, steer, layers, report"]),
+        (["--stages=train,bake"], ["there is no stage 'bake'", "train, sae, grid, steer, layers, front, report"]),
         (["--config.model.depht=3"], ["config.model.depht", "did you mean config.model.depth?"]),
         (["--config.model.depth=four"], ["config.model.depth = 'four'"]),
         (["--config.model.heads=5"], ["model.heads = 5", "a divisor of model.width"]),
@@ -390,7 +390,7 @@ def test_help_of_a_run_is_short_and_says_where_the_fields_are_explained():
     output = succeeded(headsteer("run", "--help")).stdout
     assert len(output.splitlines()) <= 24
     for text in (
-        "train, sae, grid, steer, layers, report",
+        "train, sae, grid, steer, layers, front, report",
         "headsteer config --explain",
         "docs/reference/configuration.md",
     ):

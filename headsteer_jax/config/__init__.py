@@ -4,6 +4,7 @@ from headsteer_jax.config.files import load_config
 from headsteer_jax.config.schema import (
     Config,
     DataConfig,
+    FrontConfig,
     GateConfig,
     GridConfig,
     LayersConfig,
@@ -22,6 +23,7 @@ from headsteer_jax.config.schema import (
 __all__ = [
     "Config",
     "DataConfig",
+    "FrontConfig",
     "GateConfig",
     "GridConfig",
     "LayersConfig",

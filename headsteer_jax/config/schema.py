@@ -508,6 +508,14 @@ class LayersConfig(Section):
     """The largest number of validation images and of test images of each class. With 0 all are used."""
 
 
+class FrontConfig(Section):
+    """The stage `front`: gated models of several budgets, all from the dense phase's end."""
+
+    budgets: tuple[Share, ...] = ()
+    """The budgets, as shares of the dense model's multiply-accumulates; see gate.budget. Each trains a gated phase. If
+    it is empty, they are four, spread evenly between what these gates cannot switch off and 1."""
+
+
 class ReportConfig(Section):
     """The contents of the report's pages."""
 
@@ -592,6 +600,7 @@ class Config(Section):
     grid: GridConfig = GridConfig()
     steer: SteerConfig = SteerConfig()
     layers: LayersConfig = LayersConfig()
+    front: FrontConfig = FrontConfig()
     report: ReportConfig = ReportConfig()
     machine: MachineConfig = MachineConfig()
 
@@ -630,7 +639,7 @@ class Config(Section):
           ValueError: the first rule that does not hold.
         """
         for rules in (self._text_rules, self._image_rules, self._training_rules, self._sae_rules, self._grid_rules,
-                      self._steer_rules, self._layers_rules, self._machine_rules):  # fmt: skip
+                      self._steer_rules, self._layers_rules, self._front_rules, self._machine_rules):  # fmt: skip
             for rule in rules():
                 if not rule.holds:
                     raise ValueError(f"{rule.field} = {rule.value!r}: must be {rule.allowed}")
@@ -733,6 +742,11 @@ class Config(Section):
         steering = len(alphas) > 0 and _distinct(alphas) and 0 not in alphas
         yield Rule("layers.layers", layers, gated, f"distinct gated layers: {self._describe_gated_layers()}")
         yield Rule("layers.alphas", alphas, steering, "at least one number, without repeats; 0 is always included")
+
+    def _front_rules(self) -> Iterator[Rule]:
+        """Yield the rule of the section front."""
+        budgets = self.front.budgets
+        yield Rule("front.budgets", budgets, _distinct(budgets), "distinct shares")
 
     def _is_gated(self, layer: int) -> bool:
         """Say whether a layer, which may be counted from the end, has gates that can be steered."""

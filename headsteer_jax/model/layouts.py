@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from headsteer_jax.config.schema import GateKind
 from headsteer_jax.errors import HeadSteerError
 
 
@@ -26,6 +27,8 @@ class Layout(NamedTuple):
     flax: bool  # kernels are [inputs, outputs], attention's with axes H and K, patches' [h, w, channels, D]
     ignored: tuple[str, ...]  # beginnings of names that the model has no use for, except the head's
     constants: Mapping[str, Any] = {}  # what all of the publisher's models have in common, by its keys
+    gates: Mapping[GateKind, str] = {}  # decision networks, by what they switch
+    gate_norm: str = ""  # the norm that those of heads and sublayers may share
 
     def name(self, module: str, leaf: str, layer: int | None = None) -> str:
         """Return the file's name of one of our tensors: of a module's `kernel`, `bias` or `scale`."""
@@ -50,6 +53,19 @@ TIMM = Layout(
 # the authors' files of models with registers; without registers they have timm's names
 DINOV2 = TIMM._replace(family="DINOv2", tokens=TIMM.tokens | {"registers": "register_tokens"})
 MAE = TIMM._replace(family="MAE")  # timm's names and a decoder's
+# MengLcool/AdaViT: DeiT with decision networks; its code reads fused projections as well, but trains them apart
+ADAVIT = TIMM._replace(
+    family="AdaViT",
+    constants={"layer_norm_eps": 1e-6, "hidden_act": "gelu", "block_fn": "Block", "global_pool": "token"},
+    gates={
+        "heads": "blocks.{}.head_select.mlp_head", "sublayers": "blocks.{}.layer_select.mlp_head",
+        "tokens": "blocks.{}.attn.token_select.mlp_head",
+    },
+    gate_norm="blocks.{}.norm_policy",
+)  # fmt: skip
+ADAVIT_SPLIT = ADAVIT._replace(
+    modules=ADAVIT.modules | {part: f"blocks.{{}}.attn.{part}" for part in ("query", "key", "value")}, fused=False
+)
 _SPLIT = {"query": "attention.attention.query", "key": "attention.attention.key", "value": "attention.attention.value"}
 HF_VIT = Layout(
     family="Hugging Face ViTModel",
@@ -149,6 +165,7 @@ FOREIGN = (
     (r"patch_embed\.backbone\.|(^|/)conv_root/kernel", "a hybrid of a ConvNet and a ViT"),
     (r"(^|\.)dwconv\.weight|\.conv_dw\.weight|downsample_layers\.", "a ConvNeXt or a similar ConvNet"),
     (r"(^|\.)layer1\.0\.(conv|bn)1\.|(^|\.)conv_stem\.|(^|\.)features\.0\.|embedder\.embedder\.conv", "a ConvNet"),
+    (r"(^|\.)tokens_to_token\.", "T2T-ViT, which embeds its patches by attention"),
     (r"(^|\.)to_patch_embedding\.", "vit-pytorch, whose names are not read"),
     (r"lm_head|embed_tokens|word_embeddings|(^|\.)wte\.", "a language model"),
     (r"^W_(enc|dec)$|(^|\.)dictionary\._weights", "a sparse autoencoder (sae.pretrained reads those)"),
@@ -173,6 +190,7 @@ OPTIONS = (
 # If a file has several backbones, the one with the first of these words in its prefix is taken.
 PREFERRED = ("ema", "teacher", "target_encoder", "base_encoder", "encoder_q")
 
+GATES = re.compile(r"(^|\.)(head_select|layer_select|token_select|norm_policy)\.")  # the modules of AdaViT's policies
 OPTIMIZER = re.compile(r"(^|[./])(mu|nu|exp_avg|exp_avg_sq|momentum_buffer)[./]")  # its state is not a second backbone
 
 
@@ -221,6 +239,10 @@ def _recognise_layout(anchor: str, prefix: str, tensors: Mapping[str, np.ndarray
     if anchor == TIMM.name("patches", "kernel"):
         if prefix + DINOV2.tokens["registers"] in tensors:
             return DINOV2
+        if prefix + ADAVIT_SPLIT.name("query", "kernel", 0) in tensors:
+            return ADAVIT_SPLIT
+        if any(GATES.search(name.removeprefix(prefix)) for name in tensors if name.startswith(prefix)):
+            return ADAVIT
         return MAE if prefix + "decoder_pred.weight" in tensors else TIMM
     candidates = {
         HF_VIT.name("patches", "kernel"): (HF_VIT, HF5_VIT, HF5_DINOV2, HF_DINOV2),

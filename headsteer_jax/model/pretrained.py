@@ -2,7 +2,7 @@
 
 Positions are resampled to the model's grid, and patch kernels to its patch size. LayerScale is folded into the matrix
 before it, and the position of a register or of a distillation token into that token; this does not change the
-function. The gates stay as they are.
+function. The gates stay as they are, unless the file has some; see model/pretrained_gates.py.
 """
 
 import logging
@@ -19,6 +19,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.file_config import Comparison, compare, read_file_config
 from headsteer_jax.model.layouts import BIG_VISION, MAE, TIMM, find_backbone
+from headsteer_jax.model.pretrained_gates import check_gates, find_gates, read_gates
 from headsteer_jax.model.weights import check_finite, locate_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,8 @@ def load_backbone(
     """Replace a model's backbone by the one of the file config.model.pretrained.
 
     Args:
-      params: variables {"params": ...} as `init` makes them. The gates are kept, and so is the head unless
-        config.model.pretrained_head is set.
+      params: variables {"params": ...} as `init` makes them. Gates that the file does not have are kept, and so is the
+        head unless config.model.pretrained_head is set.
       class_names: of the dataset; a kept head must have them in the same order, if its file names them.
 
     Returns:
@@ -155,7 +156,10 @@ class _BackboneReader:
         self.path, self.config = weights.path, config
         self.layout, self.prefix, self.tensors, choice = find_backbone(weights.path, weights.tensors)
         self.described = read_file_config(weights.path, weights.arguments, self.layout)
+        self.gates = find_gates(weights.path, self.layout, self.prefix, self.tensors, config)
+        self.gate_warnings = check_gates(weights.path, self.gates, config, weights.arguments)
         self.choices = [f"takes {choice}" for choice in (weights.choice, choice) if choice]
+        self.choices += [f"leaves out its gates of {', '.join(self.gates.left_out)}"] if self.gates.left_out else []
         self.choices += [f"under the prefix {self.prefix!r}"] if self.prefix else []
         self.square = ""  # the grid that is assumed
         self.unused = dict.fromkeys(self.tensors)  # in the file's order
@@ -394,8 +398,8 @@ class _BackboneReader:
         self.square = f" (taken as a square, {side} x {side})"
         return squares[0]
 
-    def read_block(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
-        """Read a block except its gate."""
+    def read_block(self, layer: int) -> dict[str, Any]:
+        """Read a block, with those of its gates that the file has."""
         width, hidden = self.config.model.width, round(self.config.model.mlp_ratio * self.config.model.width)
         return {
             "norm1": self.read_norm("norm1", layer),
@@ -403,6 +407,7 @@ class _BackboneReader:
             "norm2": self.read_norm("norm2", layer),
             "mlp_in": self.read_dense("mlp_in", hidden, width, layer),
             "mlp_out": self.read_dense("mlp_out", width, hidden, layer),
+            **read_gates(self.gates, layer, self.config, self.take),
         }
 
     def read_head(self, classes: int) -> dict[str, np.ndarray]:
@@ -432,6 +437,7 @@ class _BackboneReader:
           HeadSteerError: the file has a tensor for which the model has no place.
         """
         ignored = tuple(self.prefix + name for name in self.layout.ignored)
+        ignored += self.gates.unneeded
         if not self.config.model.pretrained_head:
             ignored += tuple(self.prefix + name for name in HEADS)
         surplus = [name for name in self.unused if name.startswith(self.prefix) and not name.startswith(ignored)]
@@ -443,6 +449,7 @@ class _BackboneReader:
     def report(self, random: list[str], comparison: Comparison) -> Loaded:
         """Report how the tensors were used; `random` are the parameters that are not in the file."""
         checked, unchecked, warnings = comparison
+        warnings = [*warnings, *self.gate_warnings]
         if self.layout.flax:  # its attention's shapes have an axis of heads
             checked, unchecked = ["heads", *checked], [name for name in unchecked if name != "heads"]
             if self.config.model.gelu == "exact":

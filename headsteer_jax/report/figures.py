@@ -20,6 +20,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from headsteer_jax.data.dataset import gather_images
+from headsteer_jax.report.compute import draw_budgets, draw_macs, draw_patches, draw_usage
 from headsteer_jax.report.style import (
     COLOURS,
     INK,
@@ -34,6 +35,7 @@ from headsteer_jax.report.style import (
     apply_style,
     format_number,
     remove_frame,
+    select_series,
     set_alpha_axis,
     set_ticks,
     shorten,
@@ -65,12 +67,15 @@ def head_use_by_class(m: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def draw_steering(m: ReportData) -> Figure:
     """Draw accuracy and usage against alpha ([LH26], figures 2 and 3)."""
     figure = Figure(figsize=(PAGE_INCHES, 3.9), layout="constrained")
-    titles = {"accuracy": "Accuracy", "usage": f"Heads in use, layer {m.summary['last_layer']['layer']}"}
-    for axes, (quantity, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    layer = m.summary["last_layer"]["layer"]
+    titles = {"accuracy": "Accuracy", "usage": f"{m.gates_word.capitalize()} in use, layer {layer}"}
+    if m.gates_word != "heads":
+        titles["macs"] = f"MACs of layer {layer}"
+    for axes, (quantity, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         ends = _draw_curves(m, axes, quantity)
         set_alpha_axis(axes, m.arrays["alphas"])
         set_ticks(axes.yaxis, quantity)
-        axes.set_title(f"{title} (test, n = {m.images:,})")
+        axes.set_title(f"{title} (test, n = {m.images:,})" if len(titles) == 2 else title)
         heights = spread_labels(ends, 0.065 * float(np.ptp(axes.get_ylim())))
         labels = {"unsteered": INK} | m.colours
         for height, (name, colour) in zip(heights, labels.items(), strict=True):
@@ -87,24 +92,26 @@ def _draw_curves(m: ReportData, axes: Axes, quantity: str) -> list[float]:
     Returns:
       The heights at which the curves end on the right; the first is the unsteered model's.
     """
-    before = m.summary["steering"]["unsteered"][quantity]
+    unit = m.summary["last_layer"]["dense_macs"] if quantity == "macs" else 1
+    before = m.summary["steering"]["unsteered"][quantity] / unit
     axes.axhline(before, **BASELINE)
     ends = [before]
     for name, colour in m.colours.items():
         result = m.summary["steering"][name]
         curve = result["curve"]
-        low, high = np.transpose(curve[f"{quantity}_ci"])
+        values = np.array(curve[quantity]) / unit
+        low, high = np.transpose(curve[f"{quantity}_ci"]) / unit
         axes.fill_between(curve["alpha"], low, high, color=colour, alpha=0.15, linewidth=0)
         exact = "exact_alphas" in m.arrays
-        axes.plot(curve["alpha"], curve[quantity], "o" if exact else "o-", color=colour, markersize=2.5)
+        axes.plot(curve["alpha"], values, "o" if exact else "o-", color=colour, markersize=2.5)
         if exact:
             row = list(m.colours).index(name)
-            axes.plot(m.arrays["exact_alphas"], m.arrays[f"exact_{quantity}"][row], color=colour, linewidth=1.4)
+            axes.plot(m.arrays["exact_alphas"], m.arrays[f"exact_{quantity}"][row] / unit, color=colour, linewidth=1.4)
         axes.plot(
-            result["alpha"], result[quantity], "o", color=colour, markerfacecolor="white", markersize=8, zorder=3,
-            markeredgewidth=1.8,
+            result["alpha"], result[quantity] / unit, "o", color=colour, markerfacecolor="white", markersize=8,
+            markeredgewidth=1.8, zorder=3,
         )  # fmt: skip
-        ends.append(curve[quantity][-1])
+        ends.append(float(values[-1]))
     return ends
 
 
@@ -121,7 +128,7 @@ def draw_front(m: ReportData) -> Figure:
         axes.plot(points[0]["usage"], points[0]["accuracy"], "D", color=INK, markersize=7, zorder=5, label="unsteered")
         set_ticks(axes.xaxis, "usage")
         set_ticks(axes.yaxis, "accuracy")
-        axes.set_xlabel(f"heads in use, layer {layer['layer']}")
+        axes.set_xlabel(f"{m.gates_word} in use, layer {layer['layer']}")
     overview.set_title(f"Accuracy (test, n = {m.images:,})")
     detail.set_title("The same, near the chosen strengths")
     detail.set_xlim(*_limits_around(points, "usage"))
@@ -201,15 +208,17 @@ def draw_heads(m: ReportData) -> Figure:
         if title.strip():
             part.suptitle(title, fontsize=9.5, x=0.02, ha="left")
         matrices = {"before": before[block], f"after ({m.main})": after[block], "change": (after - before)[block]}
-        _draw_head_matrices(part, matrices, names[block], 0.1 / height)
+        _draw_head_matrices(part, matrices, (names[block], m.gate_names), 0.1 / height)
     return figure
 
 
-def _draw_head_matrices(part: SubFigure, matrices: dict[str, np.ndarray], names: list[str], pad: float) -> None:
+def _draw_head_matrices(
+    part: SubFigure, matrices: dict[str, np.ndarray], names: tuple[list[str], list[str]], pad: float
+) -> None:
     """Draw three matrices [C, H] side by side: shares before, shares after, and their change.
 
     Args:
-      names: the classes.
+      names: of the classes and of the gates.
       pad: the distance of the colour bars, as a share of the height.
     """
     panels = part.subplots(1, 3)
@@ -219,12 +228,11 @@ def _draw_head_matrices(part: SubFigure, matrices: dict[str, np.ndarray], names:
     ):
         drawn.append(axes.imshow(matrix, cmap=colours, vmin=low, vmax=1, aspect="auto", interpolation="none"))
         axes.set_title(title, loc="center")
-        heads = range(matrix.shape[1])
-        axes.set_xticks(heads, [f"h{head}" for head in heads])
-        axes.tick_params("x", labelsize=8 if len(heads) <= 6 else 6)
+        axes.set_xticks(range(matrix.shape[1]), names[1])
+        axes.tick_params("x", labelsize=8 if matrix.shape[1] <= 6 else 6)
         axes.set_yticks([])
         remove_frame(axes)
-    panels[0].set_yticks(range(len(names)), names, fontsize=7.5)
+    panels[0].set_yticks(range(len(names[0])), names[0], fontsize=7.5)
     for beside, image, label, ticks in (
         (list(panels[:2]), drawn[0], "images on which the head runs", [0, 0.5, 1]),
         ([panels[2]], drawn[2], "change", [-1, 0, 1]),
@@ -347,7 +355,7 @@ def draw_savers(m: ReportData) -> Figure | None:
     if not rows:
         return None
     figure = Figure(figsize=(PAGE_INCHES, 1.2 + 0.3 * len(rows)), layout="constrained")
-    count = m.config.model.heads
+    count = len(m.gate_names)
     usage, accuracy, heads = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 0.2 * count])
     colours = [COLOURS["class"] if row["saved"] else PALE for row in rows]
     for axes, quantity in ((usage, "usage"), (accuracy, "accuracy")):
@@ -356,16 +364,18 @@ def draw_savers(m: ReportData) -> Figure | None:
         set_ticks(axes.xaxis, quantity)
         _hide_row_axis(axes)
     usage.set_xlim(-0.03, 1.03)
-    usage.set_title(f"Heads in use, layer {m.summary['last_layer']['layer']}")
+    usage.set_title(f"{m.gates_word.capitalize()} in use, layer {m.summary['last_layer']['layer']}")
     fewest, most = min(row["images"] for row in rows), max(row["images"] for row in rows)
     accuracy.set_title(f"Accuracy (test, n = {fewest if fewest == most else f'{fewest} to {most}'} each)")
     for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         before, after = row["heads_before"], row["heads_after"]
         heads.plot(before, [place] * len(before), "s", color=colour, markerfacecolor="white", markersize=8)
         heads.plot(after, [place] * len(after), "s", color=colour, markersize=8)
-    heads.set_xticks(range(count), [f"h{head}" if count <= 6 else f"{head}" for head in range(count)])
+    heads.set_xticks(range(count), m.gate_names if count <= 6 else [name.removeprefix("h") for name in m.gate_names])
+    if m.gates_word != "heads":
+        heads.tick_params("x", rotation=90)
     heads.set_xlim(-0.7, count - 0.3)
-    heads.set_title("Heads")
+    heads.set_title(m.gates_word.capitalize())
     remove_frame(heads)
     usage.set_yticks(range(len(rows)), [shorten(row["name"], 24) for row in rows])
     usage.set_ylim(len(rows) - 0.4, -0.6)
@@ -490,12 +500,6 @@ def _draw_layer(usage: Axes, accuracy: Axes, place: int, row: dict[str, Any]) ->
         accuracy.plot(all_off, place, "x", color=INK, markersize=6, zorder=3)
 
 
-def _series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Select the steps and values of one metric in one phase; the steps are moved by `offset`."""
-    points = [(row["step"] + offset, row[key]) for row in rows if row["phase"] == phase and key in row]
-    return np.array([step for step, _ in points]), np.array([value for _, value in points])
-
-
 def draw_training(m: ReportData) -> Figure | None:
     """Draw loss and accuracy of every phase, and sampled and thresholded usage of every gated layer."""
     if not m.rows:
@@ -506,10 +510,12 @@ def draw_training(m: ReportData) -> Figure | None:
     for phase, colour in PHASE_COLOURS.items():
         offset = 0 if phase == "dense" else dense
         label = phase.replace("_", " ")
-        steps, values = _series(m.rows, phase, "cross_entropy", offset)
+        steps, values = select_series(m.rows, phase, "cross_entropy", offset)
         loss.plot(steps, values, color=colour, linewidth=1.2, label=label if len(steps) else None)
-        accuracy.plot(*_series(m.rows, phase, "train_accuracy", offset), color=colour, linewidth=0.9, alpha=0.45)
-        accuracy.plot(*_series(m.rows, phase, "validation_accuracy", offset), color=colour, marker="o", markersize=3.5)
+        accuracy.plot(*select_series(m.rows, phase, "train_accuracy", offset), color=colour, linewidth=0.9, alpha=0.45)
+        accuracy.plot(
+            *select_series(m.rows, phase, "validation_accuracy", offset), color=colour, marker="o", markersize=3.5
+        )
     loss.set_title("Cross-entropy, training")
     if loss.get_legend_handles_labels()[0]:
         loss.legend()
@@ -532,15 +538,15 @@ def _draw_usage(m: ReportData, sampled: Axes, thresholded: Axes, offset: int) ->
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, gated_layers))
     panels = {"sampled": sampled, "thresholded": thresholded}
     for name, axes in panels.items():
-        steps, values = _series(m.rows, "gated", f"usage_{name}", offset)
+        steps, values = select_series(m.rows, "gated", f"usage_{name}", offset)
         for layer in range(gated_layers if len(steps) else 0):
             axes.plot(steps, values[:, layer], color=shades[layer], linewidth=1.2, label=f"layer {first + layer}")
-        target = _series(m.rows, "gated", "usage_target", offset)
+        target = select_series(m.rows, "gated", "usage_target", offset)
         axes.plot(*target, color=INK, linestyle=(0, (4, 3)), linewidth=1, label="target")
         axes.set_title(f"Heads in use, {name} gates (training batches)")
         axes.set_ylim(-0.03, 1.03)
         set_ticks(axes.yaxis, "usage")
-    steps, values = _series(m.rows, "gated", "validation_usage", offset)
+    steps, values = select_series(m.rows, "gated", "validation_usage", offset)
     for layer in range(gated_layers if len(steps) else 0):
         thresholded.plot(steps, values[:, layer], "o", color=shades[layer], markersize=3.5)
     thresholded.set_title("Heads in use, thresholded gates (dots: validation)")
@@ -621,6 +627,10 @@ FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
     "latents": draw_latents,
     "overlap": draw_overlap,
     "layers": draw_layers,
+    "patches": draw_patches,
+    "usage": draw_usage,
+    "macs": draw_macs,
+    "budgets": draw_budgets,
     "training": draw_training,
     "sae": draw_sae,
     "grid": draw_grid,

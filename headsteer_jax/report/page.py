@@ -9,6 +9,7 @@ from headsteer_jax.config.files import flatten
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.compute import ImageGates, measure_compute, unpack_gates
 from headsteer_jax.report.figures import FIGURE_FILES, FIGURES, render_figure
 from headsteer_jax.report.latents import write_latents_page
 from headsteer_jax.report.render import render_template
@@ -57,10 +58,17 @@ def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path
         summary=read_json(workdir / "summary.json"),
         arrays=to_arrays(read_sweep(workdir / "sweep.nc")),
         rows=read_log(workdir / "train/metrics.jsonl"),
+        gates=_read_gates(config, workdir, "train/gates.npz"),
+        steered=_read_gates(config, workdir, "steer/gates.npz"),
     )
     output = make_directory(output or workdir.path)  # nothing is written unless everything could be read
     write_latents_page(output / "latents.html", workdir.name, latents, dataset, config)
     write_report(data, workdir.name, output)
+
+
+def _read_gates(config: Config, workdir: Workdir, name: str) -> ImageGates | None:
+    """Read the gates of the test images; None if the run has none in this file, as those of older versions."""
+    return unpack_gates(read_arrays(workdir / name), config) if (workdir / name).exists() else None
 
 
 def write_report(m: ReportData, name: str, directory: Path) -> None:
@@ -81,8 +89,11 @@ def write_report(m: ReportData, name: str, directory: Path) -> None:
                 write_bytes(path, files[kind])
         if files is not None:
             images[figure] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
+    cost = measure_compute(m.config, len(m.dataset.class_names), m.gates.gates) if m.gates else None
     page = render_template(
         "report.html.j2", name=name, config=m.config, fields=flatten(m.config), summary=m.summary, images=images,
+        cost=cost, steered=m.steered is not None, gates=m.gates_word,
+        gate_ids=[name.removeprefix("h") for name in m.gate_names],
         strategies=list(m.colours), main=m.main, test_images=m.images,
         classes=int((m.arrays["test_count"] > 0).sum()), heads=m.arrays["test_heads_on"].shape[-1],
     )  # fmt: skip

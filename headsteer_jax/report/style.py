@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
+from headsteer_jax.model.compute import ImageGates
 
 PAGE_INCHES = 9.5  # a figure's width: the page's column, at 96 pixels an inch
 MATRIX_CLASSES = 100  # as many rows are legible; of more classes, both ends of the ranking are shown
@@ -70,6 +71,8 @@ class ReportData(NamedTuple):
     summary: dict[str, Any]
     arrays: dict[str, np.ndarray]
     rows: list[dict[str, Any]]  # metrics.jsonl
+    gates: ImageGates | None = None  # of the test images
+    steered: ImageGates | None = None  # the same under steering
 
     @property
     def colours(self) -> dict[str, str]:
@@ -84,9 +87,26 @@ class ReportData(NamedTuple):
         return "class" if "class" in self.colours else next(iter(self.colours))
 
     @property
+    def gate_names(self) -> list[str]:
+        """Name the gates of the steered layer: h0, h1 and so on, then attn and MLP if it gates these."""
+        names = self.summary["last_layer"].get("gates") or range(self.arrays["test_heads_on"].shape[-1])
+        return [{"attention": "attn", "mlp": "MLP"}.get(str(name), f"h{name}") for name in names]
+
+    @property
+    def gates_word(self) -> str:
+        """Name all gates of the steered layer in one word: heads, or gates if it gates attention and the MLP too."""
+        return "heads" if all(name.startswith("h") for name in self.gate_names) else "gates"
+
+    @property
     def images(self) -> int:
         """Count the test images that were steered."""
         return int(self.arrays["test_count"].sum())
+
+
+def select_series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Select the steps and values of one metric in one phase; the steps are moved by `offset`."""
+    points = [(row["step"] + offset, row[key]) for row in rows if row["phase"] == phase and key in row]
+    return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
 
 def shorten(name: str, length: int = 16) -> str:

@@ -16,6 +16,7 @@ from matplotlib.axis import Axis
 from PIL import Image
 
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.macs import count_dense_macs
 from headsteer_jax.report import figures, page, style
 
 HOSTILE = (
@@ -38,15 +39,22 @@ CASES: dict[str, dict[str, Any]] = {
     "class strategy alone, one class steered, only suppression": {
         "strategies": ("class",), "only": 1, "alphas": (-1.0,),
     },
+    "gates of all kinds on a budget": {"compute": True, "channels": 3, "names": HOSTILE},
     "1000 long names": {
         "names": LONG, "classes": 1000, "per_class": 2, "seeds": 1, "strategies": ("class", "random"),
         "alphas": (1.0, 2.0), "heads": 3, "rows": False,
     },
 }  # fmt: skip
-MISSING = {  # the figures that a case cannot have
+COMPUTE = {"patches", "usage", "macs", "budgets"}  # the figures of runs that gate more than heads, or have a budget
+MISSING = {  # the other figures that a case cannot have
     "no class strategy, 3 heads, 4 classes steered, no training rows": {"savers", "overlap", "training"},
     "1000 long names": {"training"},
 }
+
+
+def missing(case: str) -> set[str]:
+    """The figures that a case cannot have."""
+    return MISSING.get(case, set()) | (set() if "compute" in CASES[case] else COMPUTE)
 
 
 class Page(HTMLParser):
@@ -114,7 +122,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_figure_has_content_in_both_formats(written: Written) -> None:
-    drawn = set(figures.FIGURES) - MISSING.get(written.case, set())
+    drawn = set(figures.FIGURES) - missing(written.case)
     assert {path.name for path in (written.workdir / "figures").iterdir()} == {
         f"{name}.{kind}" for name in drawn for kind in ("png", "svg")
     }
@@ -131,7 +139,7 @@ def test_page_is_self_contained(written: Written) -> None:
     assert len(written.html) < 5_000_000
     assert "@import" not in written.html
     assert "url(" not in written.html
-    drawn = set(figures.FIGURES) - MISSING.get(written.case, set())
+    drawn = set(figures.FIGURES) - missing(written.case)
     images = [attrs for tag, attrs in written.page.tags if tag == "img"]
     assert len(images) == len(drawn)
     for tag, attrs in written.page.tags:
@@ -199,7 +207,8 @@ def test_numbers_are_the_summarys(written: Written) -> None:
     sizes = [row for row in page.tables["sizes"] if row]
     for row, size in zip(sizes, layer["by_size"], strict=True):
         assert [row[2], row[3], row[5]] == [f"{100 * size[key]:.1f}%" for key in ("random", "fixed", "oracle")]
-        assert row[4] == "{" + ", ".join(f"h{head}" for head in size["heads"]) + "}"
+        sublayers = " " + ", ".join(size["sublayers"]) if "sublayers" in size else ""
+        assert row[4] == "{" + ", ".join(f"h{head}" for head in size["heads"]) + "}" + sublayers
     if "classes" in summary:
         table = [row for row in page.tables["classes-table"] if row]
         for row, result in zip(table, summary["classes"], strict=True):
@@ -207,7 +216,8 @@ def test_numbers_are_the_summarys(written: Written) -> None:
                 str(result["images"]), f"{result['usage_before']:.3f}", f"{result['usage_after']:.3f}",
                 f"{100 * result['accuracy_before']:.1f}%", f"{100 * result['accuracy_after']:.1f}%",
             ]  # fmt: skip
-            assert row[7] == " ".join(map(str, result["heads_after"]))
+            names = [name.removeprefix("h") for name in report_data(written.run).gate_names]
+            assert row[7] == " ".join(names[gate] for gate in result["heads_after"])
             assert row[8] == ("yes" if result["saved"] else "no")
         verdicts = [row[-1] for row in page.tables["claims-table"] if row]
         words = {True: "holds", False: "does not hold", None: "not reached"}
@@ -222,6 +232,27 @@ def test_numbers_are_the_summarys(written: Written) -> None:
     ):  # fmt: skip
         assert value in exact
     assert written.run["config"].steer.mode in page.text
+
+
+def test_compute_is_told_if_more_than_heads_is_gated(written: Written) -> None:
+    page, m = written.page, report_data(written.run)
+    compute = "compute" in CASES[written.case]
+    assert ("layer-macs" in page.tables) == ("budgets-table" in page.tables) == compute
+    assert ("Where the text speaks of heads" in page.text) == compute
+    if not compute:
+        return
+    assert m.gates is not None
+    assert m.gate_names == ["h0", "h1", "h2", "h3", "attn", "MLP"]
+    steering = written.run["summary"]["steering"]
+    rows = [row for row in page.tables["layer-macs"] if row]
+    assert [row[2] for row in rows] == [f"{100 * row['macs_share']:.1f}%" for row in steering.values()]
+    front = [row for row in page.tables["budgets-table"] if row]
+    assert [row[:2] for row in front] == [
+        [f"{row['budget']:g}", f"{100 * row['share']:.1f}%"] for row in written.run["summary"]["front"]["rows"]
+    ]
+    dense = count_dense_macs(m.config, len(m.dataset.class_names))
+    share = float(m.gates.macs.mean(dtype=float)) / dense
+    assert any(float(value) == pytest.approx(share) for value in page.values)
 
 
 def _boxes(axis: Axis) -> list[Any]:
@@ -239,7 +270,7 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
     with style.apply_style():
         figure = figures.FIGURES[name](report_data(written.run))
         if figure is None:
-            assert name in MISSING[written.case]
+            assert name in missing(written.case)
             return
         figure.draw_without_rendering()
         frame = figure.bbox
@@ -263,7 +294,7 @@ def test_labels_neither_overlap_nor_leave_the_figure(written: Written, name: str
 
 
 def test_two_renderings_are_the_same_bytes(tmp_path: Path) -> None:
-    run = made_run(classes=5, heads=3, seeds=2, per_class=4)
+    run = made_run(classes=5, heads=3, seeds=2, per_class=4, compute=True)
     for name in ("first", "second"):
         write_report(run, tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file())
