@@ -59,7 +59,7 @@ def get_config() -> Config:
             weight=4.0,
             anneal=0.6,
             learning_rate_scale=5.0,
-            teacher_logits=1.0,
+            teacher_logits=2.0,
             teacher_temperature=2.0,
             teacher_hidden=0.5,
         ),
