@@ -51,7 +51,7 @@ from headsteer_jax.sae.autoencoder import Autoencoder, encode_split, fit_scaling
 from headsteer_jax.sae.objective import init_weights
 from headsteer_jax.sae.residuals import ResidualsInMemory
 from headsteer_jax.steer.gates import pattern_to_gates
-from headsteer_jax.steer.steering import Steering, apply_steering, run_suffix
+from headsteer_jax.steer.steering import Steering, SuffixSetting, apply_steering, run_suffix
 from headsteer_jax.steer.strategies import Choice, find_strategy
 from headsteer_jax.steer.sweep import run_sweep, sweep_by_flips
 from headsteer_jax.steer.table import compile_table_program, fill_table
@@ -414,12 +414,10 @@ def compare_methods(bench: sweep_benchmark.Bench, split: Split, row: dict[str, A
     pattern_AN, answers_AN = (np.stack(arrays) for arrays in zip(*passes, strict=True))
     results["plain"] = pattern_to_gates(pattern_AN, heads), answers_AN
 
-    settings = [({config.sae_layer: steering}, split.labels)]
+    settings = [SuffixSetting({config.sae_layer: steering}, split.labels)]
     row["suffix_first_s"], _ = time_call(lambda: run_suffix(bench.trained, split, settings, alphas, "suffix"))
-    row["suffix_s"], (gates, predictions) = time_call(
-        lambda: run_suffix(bench.trained, split, settings, alphas, "suffix")
-    )
-    results["suffix"] = gates[0, :, :, 0], predictions[0]
+    row["suffix_s"], suffix = time_call(lambda: run_suffix(bench.trained, split, settings, alphas, "suffix"))
+    results["suffix"] = suffix.gates[config.sae_layer]["heads"][0], suffix.predictions[0]
     row |= {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
     row |= {"suffix_images_x_alphas": count * len(alphas), "gates_compared": int(gates_ANH.size)}
     for a, b in (("table", "plain"), ("suffix", "plain"), ("suffix", "table")):
