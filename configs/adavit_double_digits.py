@@ -1,8 +1,8 @@
 """AdaViT with one budget on the default data: two handwritten digits on a canvas that is mostly empty, 100 classes.
 
 The gates of patches, heads and sublayers share a budget of 39% of the dense model's multiply-accumulates, and the dense
-phase's model teaches the gated one. Data and model are those of double_digits.py. The dense phase is half as long again,
-because a better teacher counts for more than longer gated training.
+phase's model teaches the gated one. Data and model are those of double_digits.py. The dense phase is half as long
+again, because a better teacher counts for more than longer gated training.
 
 Measured with one seed, where the dense phase was 1200 steps and then 600 with a learning rate that began anew: 93.9% on
 test at 38.3% of the multiply-accumulates, against 94.4% for the dense control. 36% of the patches are kept, from 51% in

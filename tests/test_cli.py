@@ -362,9 +362,9 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         (["export", "RUN", "torch:x"], ["torch:x: must be timm:FILE.safetensors, saelens:DIR or overcomplete:DIR"]),
         (["export", "RUN", "timm:model.bin"], ["timm:model.bin", "timm:FILE.safetensors"]),
         (["export", "RUN", "saelens"], ["saelens: must be", "saelens:DIR"]),
-        (["export", "nowhere", "saelens:x"], ["nowhere/config.json: there is none", "headsteer run --workdir=nowhere"]),
+        (["export", "nowhere", "saelens:x"], ["nowhere/config.json: no such file, so no run was started here", "headsteer run --workdir=nowhere"]),
         (["page"], ["RUN", "headsteer page --help"]),
-        (["page", "nowhere"], ["nowhere/config.json: there is none"]),
+        (["page", "nowhere"], ["nowhere/config.json: no such file, so no run was started here"]),
         (["config", "--config=nowhere"], ["--config=nowhere: no such file", "double_digits"]),
         (["config", "--explain=sae.kk"], ["config.sae.kk"]),
         (["config", "--explain=sae.k", "--check"], ["not allowed with", "headsteer config --help"]),
@@ -404,7 +404,7 @@ def test_config_shows_explains_and_checks(tmp_path):
     assert "sae.k = 7" in lines
     assert 'data.source = "double_digits"' in lines
     explanation = succeeded(headsteer("config", "--explain=gate.target")).stdout
-    assert "The share of heads that the usage loss aims at." in explanation
+    assert "The share of heads that the usage loss aims at, if gate.budget is 0." in explanation
     assert succeeded(headsteer("config", "--check")).stdout == "double_digits: valid\n"
     page = tmp_path / "new" / "fields.md"
     assert succeeded(headsteer("config", f"--reference={page}")).stdout == f"{page}\n"
