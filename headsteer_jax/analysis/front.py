@@ -32,6 +32,8 @@ SPREAD = (0.2, 0.4, 0.6, 0.8)  # the places of the default budgets between the l
 def list_budgets(config: Config, classes: int) -> tuple[float, ...]:
     """List the budgets of the front, rising: the config's, or four between the least share of these gates and 1.
 
+    The run's own budget, gate.budget, is always among them, if there is one.
+
     Raises:
       HeadSteerError: what no gate can switch off costs more than a budget.
     """
@@ -43,7 +45,7 @@ def list_budgets(config: Config, classes: int) -> tuple[float, ...]:
             "gates cannot switch off the rest; raise it, gate more kinds (config.gate.kinds) or earlier layers "
             "(first_layer)"
         )
-    return tuple(sorted(budgets))
+    return tuple(sorted({*budgets, config.gate.budget} - {0.0}))
 
 
 def train_front(config: Config, dataset: Dataset, train_directory: Path, directory: Path) -> dict[str, Any]:
@@ -66,14 +68,14 @@ def train_front(config: Config, dataset: Dataset, train_directory: Path, directo
     params = _load_start(config, dataset, train_directory)
     models: dict[float, TrainedModel] = {}
     for budget in list_budgets(config, classes):
-        own = config.model_copy(update={"gate": config.gate.model_copy(update={"budget": budget})})
+        budgeted = config.model_copy(update={"gate": config.gate.model_copy(update={"budget": budget})})
         place = train_directory
-        if own != config:
+        if budgeted != config:
             place = directory / f"{budget:g}"
             logger.info(f"front: the budget {budget:g}")
             with open_log(place) as log:
-                train_phase(build_model(own, classes), params, "gated", dataset, own, place, log)
-        models[budget] = load_trained(own, classes, place)
+                train_phase(build_model(budgeted, classes), params, "gated", dataset, budgeted, place, log)
+        models[budget] = load_trained(budgeted, classes, place)
     return _measure_front(config, dataset, models, _find_right_answers(config, dataset, train_directory))
 
 

@@ -512,8 +512,9 @@ class FrontConfig(Section):
     """The stage `front`: gated models of several budgets, all from the dense phase's end."""
 
     budgets: tuple[Share, ...] = ()
-    """The budgets, as shares of the dense model's multiply-accumulates; see gate.budget. Each trains a gated phase. If
-    it is empty, they are four, spread evenly between what these gates cannot switch off and 1."""
+    """The budgets, as shares of the dense model's multiply-accumulates; see gate.budget. Each trains a gated phase,
+    except gate.budget, which is the run's own model and always among them. If it is empty, they are four, spread evenly
+    between what these gates cannot switch off and 1."""
 
 
 class ReportConfig(Section):

@@ -84,17 +84,17 @@ def _resize(image: np.ndarray, longest: int) -> np.ndarray:
     return np.asarray(colour.resize((width, height), Image.Resampling.BOX))
 
 
-def grey_dropped_patches(image: np.ndarray, kept_P: np.ndarray) -> np.ndarray:
+def grey_dropped_patches(image: np.ndarray, runs_P: np.ndarray) -> np.ndarray:
     """Grey the dropped patches of an image.
 
     Args:
       image: [height, width, 3] uint8.
-      kept_P: [P] bool, row by row.
+      runs_P: [P] bool, row by row.
     """
-    side = math.isqrt(len(kept_P))
+    side = math.isqrt(len(runs_P))
     rows, columns = (np.arange(length) * side // length for length in image.shape[:2])
-    kept = kept_P.reshape(side, side)[rows[:, None], columns][..., None]
-    return np.where(kept, image, DROPPED[0] * image + DROPPED[1]).astype(np.uint8)
+    runs = runs_P.reshape(side, side)[rows[:, None], columns][..., None]
+    return np.where(runs, image, DROPPED[0] * image + DROPPED[1]).astype(np.uint8)
 
 
 def draw_patches(m: ReportData) -> Figure | None:
@@ -113,14 +113,14 @@ def draw_patches(m: ReportData) -> Figure | None:
     height = rows * pitch + top
     figure = Figure(figsize=(PAGE_INCHES, height))
     for side, block in enumerate(blocks):
-        left = side * PAGE_INCHES / sides
-        places = [left + LABEL_INCHES + column * (tile + gap) for column in range(columns)]
+        start = side * PAGE_INCHES / sides
+        places = [start + LABEL_INCHES + column * (tile + gap) for column in range(columns)]
         for place, name in zip(places, _name_columns(m, tile), strict=True):
             figure.text((place + tile / 2) / PAGE_INCHES, 1 - 0.22 / height, name, ha="center", fontsize=8)
         for row, (i, (prefix, images)) in enumerate((int(i), version) for i in block for version in versions):
             bottom = height - top - row * pitch - tile
             words = _describe_image(m, images, i, prefix)
-            x, y = (left + 0.08) / PAGE_INCHES, (bottom + tile) / height
+            x, y = (start + 0.08) / PAGE_INCHES, (bottom + tile) / height
             figure.text(x, y, words, va="top", fontsize=7.5, linespacing=1.4)
             boxes = [(place / PAGE_INCHES, bottom / height, tile / PAGE_INCHES, tile / height) for place in places]
             _draw_kept(m, [figure.add_axes(box) for box in boxes], images, i)
@@ -136,8 +136,8 @@ def _draw_kept(m: ReportData, tiles: list[Axes], images: ImageGates, i: int) -> 
     """Draw an image, and for each layer the patches that it keeps, with a note on what else runs."""
     picture = _resize(gather_images(m.dataset.test.images, np.array([i]))[0], 3 * TILE)
     tiles[0].imshow(picture, interpolation="none")
-    for axes, layer, kept_P in zip(tiles[1:], m.config.layers_with("tokens"), images.gates["tokens"][i], strict=True):
-        axes.imshow(grey_dropped_patches(picture, kept_P), interpolation="none")
+    for axes, layer, runs_P in zip(tiles[1:], m.config.layers_with("tokens"), images.gates["tokens"][i], strict=True):
+        axes.imshow(grey_dropped_patches(picture, runs_P), interpolation="none")
         note = _describe_gates(m, images, i, layer)
         axes.text(0.5, -0.05, note, transform=axes.transAxes, ha="center", va="top", fontsize=6, color=MUTED)
     for axes in tiles:
@@ -154,14 +154,14 @@ def _describe_image(m: ReportData, images: ImageGates, i: int, prefix: str) -> s
 
 def _describe_gates(m: ReportData, images: ImageGates, i: int, layer: int) -> str:
     """Describe what a layer runs for an image: the number of patches and of heads, and what is off."""
-    own = {kind: images.gates[kind][i, layer - m.config.layers_with(kind).start]
+    layer_gates = {kind: images.gates[kind][i, layer - m.config.layers_with(kind).start]
            for kind in m.config.gate.kinds_in(layer) if kind in images.gates}  # fmt: skip
-    attention, mlp = own.get("sublayers", (True, True))
-    lines = [f"{own['tokens'].sum()} of {own['tokens'].size}"]
+    attention, mlp = layer_gates.get("sublayers", (True, True))
+    lines = [f"{layer_gates['tokens'].sum()} of {layer_gates['tokens'].size}"]
     if not attention:
         lines.append("no attn")
-    elif "heads" in own:
-        count = int(own["heads"].sum())
+    elif "heads" in layer_gates:
+        count = int(layer_gates["heads"].sum())
         lines.append(f"{count} head{'s' * (count != 1)}")
     return "\n".join(lines if mlp else [*lines, "no MLP"])
 

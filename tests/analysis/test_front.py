@@ -31,6 +31,8 @@ def test_budgets_are_spread_between_what_gates_cannot_switch_off_and_1() -> None
         assert budgets[0] - gaps[0] == pytest.approx(1 - 5 * gaps.mean(), abs=0.02)
     assert list_budgets(ALL_KINDS, 7)[0] < list_budgets(tiny_config(), 7)[0]
     assert list_budgets(with_budgets(ALL_KINDS, 0.9, 0.7), 7) == (0.7, 0.9)
+    own = ALL_KINDS.model_copy(update={"gate": ALL_KINDS.gate.model_copy(update={"budget": 0.8})})
+    assert list_budgets(with_budgets(own, 0.9, 0.7), 7) == (0.7, 0.8, 0.9)
 
 
 def test_a_budget_out_of_reach_is_one_clear_line() -> None:
