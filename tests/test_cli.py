@@ -362,7 +362,10 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         (["export", "RUN", "torch:x"], ["torch:x: must be timm:FILE.safetensors, saelens:DIR or overcomplete:DIR"]),
         (["export", "RUN", "timm:model.bin"], ["timm:model.bin", "timm:FILE.safetensors"]),
         (["export", "RUN", "saelens"], ["saelens: must be", "saelens:DIR"]),
-        (["export", "nowhere", "saelens:x"], ["nowhere/config.json: no such file, so no run was started here", "headsteer run --workdir=nowhere"]),
+        (
+            ["export", "nowhere", "saelens:x"],
+            ["nowhere/config.json: no such file", "headsteer run --workdir=nowhere"],
+        ),
         (["page"], ["RUN", "headsteer page --help"]),
         (["page", "nowhere"], ["nowhere/config.json: no such file, so no run was started here"]),
         (["config", "--config=nowhere"], ["--config=nowhere: no such file", "double_digits"]),
