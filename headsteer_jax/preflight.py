@@ -83,7 +83,7 @@ def check_workdir(config: Config, workdir: Workdir, stages: Sequence[Stage]) -> 
 def _is_within(path: LocalPath, place: LocalPath) -> bool:
     """Say whether a path is a place or lies below it, even if they differ in case or by a mount."""
     above = (path, *path.parents)
-    return place in above or (place.exists() and any(each.exists() and each.samefile(place) for each in above))
+    return place in above or (place.exists() and any(parent.exists() and parent.samefile(place) for parent in above))
 
 
 def check_products(workdir: Workdir, plans: Sequence[Plan]) -> None:

@@ -31,10 +31,10 @@ def measure_split(split: PatchSplit, patches: int) -> Measures:
     An image without patches of its own, or with nothing else, counts as having kept all of these.
     """
     measures = {"kept": split.kept_patches / patches, "accuracy": split.right.astype(np.float64), "macs": split.macs}
-    own, kept_own = split.class_patches, split.kept_class_patches
-    if own is not None and kept_own is not None:
-        other, kept_other = patches - own, split.kept_patches - kept_own
-        measures["own"] = np.where(own > 0, kept_own / np.maximum(own, 1), 1.0)
+    of_class, kept_of_class = split.class_patches, split.kept_class_patches
+    if of_class is not None and kept_of_class is not None:
+        other, kept_other = patches - of_class, split.kept_patches - kept_of_class
+        measures["own"] = np.where(of_class > 0, kept_of_class / np.maximum(of_class, 1), 1.0)
         measures["other"] = np.where(other > 0, kept_other / np.maximum(other, 1), 1.0)
     return measures
 
@@ -138,5 +138,5 @@ def claim_own_patches(sweep: PatchSweep, config: Config) -> Claim | None:
 def _lead_of_class(measures: Measures, sweep: PatchSweep) -> tuple[np.ndarray, np.ndarray]:
     """Compute the lead of `class` over its control in own patches, and by how much it is larger there: [S, A, N]."""
     g, control = sweep.strategies.index("class"), sweep.strategies.index("matched_random")
-    own, other = (measures[name][g] - measures[name][control] for name in ("own", "other"))
-    return own, own - other
+    own_lead, other_lead = (measures[name][g] - measures[name][control] for name in ("own", "other"))
+    return own_lead, own_lead - other_lead

@@ -213,9 +213,9 @@ class Checkpoints:
                 raise HeadSteerError(f"{path}: cannot be read ({reason}); fix that and run the same command") from error
             reason = " ".join(str(error).split()).partition(" See full TensorStore")[0][:160]
             if differs := re.search(r"structures do not match: (\S+): - Source: (MISSING)?", reason):
-                name, what = differs[1], "an" if differs[2] else "no"
+                name, article = differs[1], "an" if differs[2] else "no"
                 raise DamagedCheckpointError(
-                    f"{path}: damaged or of another model: it has {what} array {name}, unlike this config's model; use "
+                    f"{path}: damaged or of another model: it has {article} array {name}, unlike this config's model; use "
                     "its own config or another --workdir"
                 ) from error
             raise DamagedCheckpointError(

@@ -64,7 +64,7 @@ def scale_gates(updates: Any, scale: float) -> Any:
 
 
 class Batch(NamedTuple):
-    """What one step's loss is computed from."""
+    """The images, labels and noise from which a step computes its loss."""
 
     images: jax.Array  # [B, height, width, channels], normalised
     targets: jax.Array  # [B, C] soft labels
