@@ -215,8 +215,8 @@ class Checkpoints:
             if differs := re.search(r"structures do not match: (\S+): - Source: (MISSING)?", reason):
                 name, article = differs[1], "an" if differs[2] else "no"
                 raise DamagedCheckpointError(
-                    f"{path}: damaged or of another model: it has {article} array {name}, unlike this config's model; use "
-                    "its own config or another --workdir"
+                    f"{path}: damaged or of another model: it has {article} array {name}, unlike this config's model; "
+                    "use its own config or another --workdir"
                 ) from error
             raise DamagedCheckpointError(
                 f"{path}: truncated, damaged or of another model ({reason}); {REMAKE}"
