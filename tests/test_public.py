@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,10 @@ def test_a_file_goes_before_a_shipped_config_of_the_same_name(tmp_path: Path) ->
     source = "from headsteer_jax import Config\n\ndef get_config():\n    return Config(seed=5)\n"
     (tmp_path / "double_digits").write_text(source)
     assert "seed = 5" in headsteer("config", cwd=tmp_path).stdout.splitlines()
+
+
+def test_the_wheel_has_every_folder_of_the_package() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {file.parent for file in (ROOT / "headsteer_jax").rglob("*.py")}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(packages) == expected | {"headsteer_jax.configs", "headsteer_jax.report.templates"}
