@@ -202,10 +202,10 @@ def check_equal(settings: dict[str, str]) -> None:
 
 
 def wait_before_exit() -> None:
-    """Wait up to ten seconds for the others before an early exit: JAX aborts them as soon as process 0 is gone."""
+    """Wait up to 30 seconds for the others before an early exit: JAX aborts them as soon as process 0 is gone."""
     if jax.distributed.is_initialized():
         with suppress(Exception):
-            multihost.sync_global_processes("leave", processes=set(range(process_count())), timeout=10)
+            multihost.sync_global_processes("leave", processes=set(range(process_count())), timeout=30)
 
 
 def process_share(total: int) -> tuple[int, int]:
