@@ -284,7 +284,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "front", "gated models of several budgets from one dense model (only if it is named)",
             front_stage, fields=(*TRAINED, "front", "steer.bootstrap", "steer.confidence"), reads=("train",),
-            optional=True, by_default=False, file="model.pretrained", entries=("front.json", "[0-9]*"),
+            optional=True, by_default=False, file="model.pretrained", entries=("front.json", "budgets"),
         ),
         Stage(
             "report", "summary.json, figures/, report.html and latents.html",

@@ -71,7 +71,7 @@ def train_front(config: Config, dataset: Dataset, train_directory: Path, directo
         budgeted = config.model_copy(update={"gate": config.gate.model_copy(update={"budget": budget})})
         place = train_directory
         if budgeted != config:
-            place = directory / f"{budget:g}"
+            place = directory / "budgets" / f"{budget:g}"
             logger.info(f"front: the budget {budget:g}")
             with open_log(place) as log:
                 train_phase(build_model(budgeted, classes), params, "gated", dataset, budgeted, place, log)
