@@ -348,10 +348,9 @@ def _run_stage(now: Inputs, dataset: Dataset | None, workdir: Workdir, plan: Pla
 
 def _agree_on_plans(now: Inputs, workdir: Workdir, chosen: list[Stage], overwrite: bool) -> list[Plan]:
     """Plan the stages on process 0, for all."""
-    plans: list[Plan] = []
 
     def decide() -> list[Any]:
-        plans.extend(plan_stages(now, workdir, list(STAGES.values()), chosen, overwrite))
+        plans = plan_stages(now, workdir, list(STAGES.values()), chosen, overwrite)
         return [(plan.stage.name, plan.action, plan.reason, dict(plan.left_out)) for plan in plans]
 
     return [
