@@ -42,14 +42,14 @@ from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.digits import find_own_patches
 from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
-from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_compute, pack_gates
+from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_compute, pack_gates, unpack_gates
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
 from headsteer_jax.report.figures import FIGURE_FILES
 from headsteer_jax.report.page import write_pages
 from headsteer_jax.runtime import hosts, preemption
-from headsteer_jax.runtime.files import Workdir, make_directory, read_json, write_json, write_text
+from headsteer_jax.runtime.files import Workdir, make_directory, read_arrays, read_json, write_json, write_text
 from headsteer_jax.runtime.lock import hold_lock
 from headsteer_jax.runtime.staging import replace_stage
 from headsteer_jax.sae.grid import grid_config, grid_ks, grid_members, measure_grid
@@ -66,7 +66,7 @@ from headsteer_jax.sae.residuals import (
 )
 from headsteer_jax.sae.store import RunData, read_autoencoders, write_autoencoders
 from headsteer_jax.sae.train import seed_members, train_members
-from headsteer_jax.steer.patches import steers_patches, sweep_patches
+from headsteer_jax.steer.patches import observe_steered_patches, steers_patches, sweep_patches
 from headsteer_jax.steer.replacement import measure_replacement
 from headsteer_jax.steer.strategies import find_strategy
 from headsteer_jax.steer.sweep import gate_jacobian, run_sweep, select_classes
@@ -191,6 +191,10 @@ def _steer_patches(run: RunData, workdir: Workdir, alphas: np.ndarray) -> dict[s
     }
     sweep = sweep_patches(run, residuals, alphas, splits, lambda split: find_own_patches(config, split))
     summary = summarise_patches(sweep, dataset.class_names, config)
+    unsteered = unpack_gates(read_arrays(workdir / "train/gates.npz"), config)
+    alpha = summary["steering"]["class"]["alpha"]
+    steered = observe_steered_patches(run.trained, dataset.test, sweep.example, alpha, unsteered)
+    workdir.write_arrays("steer/gates.npz", pack_gates(steered))
     return summary | {"claim": claim_own_patches(sweep, config)}
 
 
@@ -274,7 +278,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "steer", "every strategy, class and alpha on validation and test; the controls",
             steer_stage, fields=(*TRAINED, "sae", "steer"), reads=("train", "sae"),
-            entries=("steering.json",), products=("sweep.nc",),
+            entries=("steering.json", "gates.npz"), products=("sweep.nc",),
         ),
         Stage(
             "layers", "class steering of every gated layer by itself, and of all at once",

@@ -19,6 +19,7 @@ from scipy.sparse import csr_array
 from headsteer_jax.config.schema import GATE_KINDS, Config, SteerConfig
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.compute import ImageGates, count_image_macs
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
 from headsteer_jax.sae.residuals import StoredResiduals, Tokens
@@ -148,6 +149,7 @@ class PatchSweep:
     weights: np.ndarray  # [G, S', C, S] float32
     validation: PatchSplit
     test: PatchSplit
+    example: Steering  # by `class` and the first autoencoder
 
 
 def count_patch_gates(
@@ -185,6 +187,26 @@ def count_patch_gates(
     )
 
 
+def observe_steered_patches(
+    trained: TrainedModel, split: Split, steering: Steering, alpha: float, unsteered: ImageGates
+) -> ImageGates:
+    """Observe all gates of a split's images with the patches of the autoencoders' layer steered by the label.
+
+    Args:
+      unsteered: the same images without steering, whose gates before that layer are the same.
+    """
+    config, first = trained.config, trained.config.sae_layer
+    setting = SuffixSetting({}, split.labels, {first: steering})
+    alphas = np.array([alpha])
+    result = run_suffix(trained, split, [setting], alphas, "class: steered patches", GATE_KINDS, following=True)
+    gates = {kind: before.copy() for kind, before in unsteered.gates.items()}
+    for layer, by_kind in result.gates.items():
+        for kind, g_VANn in by_kind.items():
+            gates[kind][:, layer - config.gate.settings(kind).first_layer] = g_VANn[0, 0]
+    macs = count_image_macs(config, trained.model.classes, gates)
+    return ImageGates(gates, macs, result.predictions[0, 0])
+
+
 def sweep_patches(
     run: RunData, residuals: StoredResiduals, alphas: np.ndarray, splits: Mapping[str, Split],
     find_own: Callable[[Split], np.ndarray | None],
@@ -215,7 +237,9 @@ def sweep_patches(
         np.stack([np.stack([steering.choice[part] for steering in by_seed]) for by_seed in steered]) for part in (0, 1)
     )
     patches = (config.data.image_size // config.model.patch) ** 2
-    return PatchSweep(tuple(PATCH_STRATEGIES), alphas, patches, latents, weights, result["validation"], result["test"])
+    return PatchSweep(
+        tuple(PATCH_STRATEGIES), alphas, patches, latents, weights, result["validation"], result["test"], steered[0][0]
+    )  # fmt: skip
 
 
 def _sweep_split(

@@ -8,7 +8,6 @@ Axes: B, N images, P patches, R rows (an image with the class that steers it), D
 gates of a layer that read its CLS residual, V settings, A alphas, C classes.
 """
 
-import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -204,18 +203,19 @@ class SuffixSetting(NamedTuple):
 class SuffixResult(NamedTuple):
     """The gates and the answers of every setting under every alpha."""
 
-    gates: dict[int, dict[str, np.ndarray]]  # by steered layer and kind, [V, A, N, n] bool
+    gates: dict[int, dict[str, np.ndarray]]  # by layer and kind, [V, A, N, n] bool
     predictions: np.ndarray  # [V, A, N] int32
 
 
-def _steered_suffix(
-    trained: TrainedModel, layers: Sequence[int], kinds: Sequence[GateKind]
-) -> Callable[..., tuple[Any, ...]]:
+Observed = Mapping[int, Sequence[GateKind]]  # the kinds of gates that are returned, by layer
+
+
+def _steered_suffix(trained: TrainedModel, layers: Sequence[int], observed: Observed) -> Callable[..., tuple[Any, ...]]:
     """Build the function that runs the layers from the first steered one on, under several alphas as a vmap.
 
     Args:
       layers: those that are steered, ascending.
-      kinds: of the gates that it returns.
+      observed: the gates that it returns.
     """
     config, model = trained.config, trained.model
 
@@ -246,7 +246,7 @@ def _steered_suffix(
                 return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
 
             prediction_B, gates = model.apply(params, method=run_blocks)
-            outputs = {layer: {kind: g > 0 for kind, g in gates[layer].items() if kind in kinds} for layer in layers}
+            outputs = {layer: {kind: gates[layer][kind] > 0 for kind in kinds} for layer, kinds in observed.items()}
             return outputs, prediction_B
 
         return jax.vmap(run_alpha, out_axes=1)(alphas_A)
@@ -255,7 +255,7 @@ def _steered_suffix(
 
 
 def _compile_suffix(
-    trained: TrainedModel, params: Any, setting: SuffixSetting, alphas: int, images: int, kinds: Sequence[GateKind]
+    trained: TrainedModel, params: Any, setting: SuffixSetting, alphas: int, images: int, observed: Observed
 ) -> tuple[CompiledFit, int]:
     """Compile the suffix for as many alphas at once as fit the memory budget, and fewer images if not one alpha fits.
 
@@ -264,7 +264,7 @@ def _compile_suffix(
       setting: one of those that are to be run.
       alphas: how many there are.
       images: how many there are.
-      kinds: of the gates that the program returns.
+      observed: the gates that the program returns.
 
     Returns:
       The program for a number of alphas, and the number of images of a device in a call.
@@ -275,7 +275,7 @@ def _compile_suffix(
     config, model = trained.config, trained.model
     tokens, memory = model.positions_count + model.model.registers, config.machine.sweep_memory
     size = min(config.machine.sweep_chunk, images)
-    program = per_image_program(_steered_suffix(trained, setting.layers, kinds), size, arrays=2, fixed=3).run
+    program = per_image_program(_steered_suffix(trained, setting.layers, observed), size, arrays=2, fixed=3).run
     sharding = batch_sharding(local_mesh())
     while True:
         batch = size * jax.local_device_count()
@@ -296,7 +296,7 @@ def _compile_suffix(
 
 def run_suffix(
     trained: TrainedModel, split: Split, settings: Sequence[SuffixSetting], alphas: np.ndarray, description: str,
-    kinds: Sequence[GateKind] = ("heads", "sublayers"),
+    kinds: Sequence[GateKind] = ("heads", "sublayers"), *, following: bool = False,
 ) -> SuffixResult:  # fmt: skip
     """Run the layers from the first steered one on for every setting and alpha; the layers before it run once.
 
@@ -306,6 +306,7 @@ def run_suffix(
       settings: the same layers are steered in each.
       description: names the work in the progress bar.
       kinds: of the gates that are returned, as far as a layer has them.
+      following: return the gates of all layers from the first steered one on, and not of the steered ones alone.
 
     Raises:
       HeadSteerError: the memory budget is too small for one image under one alpha.
@@ -316,14 +317,18 @@ def run_suffix(
     def run_before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         return (model.apply(params, preprocess(images, config.data), layers[0], method="before"),)
 
-    suffix, size = _compile_suffix(trained, params, settings[0], len(alphas), count, kinds)
+    observed: dict[int, list[GateKind]] = {
+        layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)]
+        for layer in (range(layers[0], config.model.depth) if following else layers)
+    }
+    suffix, size = _compile_suffix(trained, params, settings[0], len(alphas), count, observed)
     prefix = per_image_program(run_before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     shape = (len(settings), len(alphas), end - begin)
-    gates: dict[int, dict[str, np.ndarray]] = {layer: {} for layer in layers}
-    for layer, kind in itertools.product(layers, kinds):
-        if kind in config.gate.kinds_in(layer):
-            gates[layer][kind] = np.zeros((*shape, count_gates(model)[kind]), bool)
+    gates = {
+        layer: {kind: np.zeros((*shape, count_gates(model)[kind]), bool) for kind in layer_kinds}
+        for layer, layer_kinds in observed.items()
+    }
     predictions = np.zeros(shape, np.int32)
     steered_V = [replicate(setting.steerings) for setting in settings]
 

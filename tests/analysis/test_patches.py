@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from builders import setting
 
 from headsteer_jax.analysis.patches import claim_own_patches, summarise_patches
 from headsteer_jax.config import Config, DataConfig, GateConfig, SteerConfig
@@ -37,7 +38,9 @@ def made(own_by_class: int, other_by_class: int, known: bool = True) -> tuple[Pa
 
     shape = (2, 2, 3, 4)
     latents, weights = np.zeros(shape, np.int32), np.ones(shape, np.float32)
-    return PatchSweep(("class", "matched_random"), ALPHAS, PATCHES, latents, weights, split(0), split(1)), config
+    return PatchSweep(
+        ("class", "matched_random"), ALPHAS, PATCHES, latents, weights, split(0), split(1), setting()
+    ), config
 
 
 def test_alpha_is_chosen_on_validation_and_scored_on_test() -> None:

@@ -10,6 +10,8 @@ from headsteer_jax.config import SteerConfig, TokenGateConfig
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.data.digits import find_strokes
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.compute import ImageGates, count_image_macs
+from headsteer_jax.model.passes import make_observer
 from headsteer_jax.sae.autoencoder import Autoencoder, SAEWeights
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.patches import (
@@ -18,6 +20,7 @@ from headsteer_jax.steer.patches import (
     count_patch_gates,
     matched_concepts,
     measure_patches,
+    observe_steered_patches,
     steers_patches,
 )
 from headsteer_jax.steer.steering import SuffixResult, SuffixSetting, run_suffix
@@ -75,6 +78,29 @@ def test_steered_patches_match_reference(mode: str, target: str, which: tuple[in
             tokens = result.gates[which[0]]["tokens"][0]
             differs += not np.array_equal(tokens[a, i], tokens[0, i])
     assert differs > 1  # steering does change which patches stay
+
+
+def test_all_gates_are_observed_with_steered_patches() -> None:
+    config = steer_config(gate={"kinds": KINDS, "tokens": TokenGateConfig(bias=0.0)})
+    config = config.model_copy(update={"sae": config.sae.model_copy(update={"layer": 1})})
+    trained, rng, steering = trained_model(config), np.random.default_rng(2), setting(1)
+    split = Split(rng.integers(0, 256, (5, 8, 8, 1), dtype=np.uint8), rng.integers(0, CLASSES, 5).astype(np.int32))
+    observe = make_observer(trained.model, config, "thresholded", 1)
+    before = observe(trained.params, split, "test")
+    unsteered = ImageGates(before.gates, count_image_macs(config, CLASSES, before.gates), before.prediction)
+    exact = reference.in_float64(jax.device_get(trained.params))
+    for alpha in (0.0, 12.0):
+        found = observe_steered_patches(trained, split, steering, alpha, unsteered)
+        for i in range(5):
+            gates, answer = by_hand(exact, split.images[i] / 255.0, split.labels[i], {1: steering}, alpha, config)
+            for layer, by_kind in gates.items():
+                for kind, g in by_kind.items():
+                    row = layer - config.gate.settings(kind).first_layer
+                    np.testing.assert_array_equal(found.gates[kind][i, row], g)
+            assert found.prediction[i] == answer
+        np.testing.assert_array_equal(found.macs, count_image_macs(config, CLASSES, found.gates))
+        same = all(np.array_equal(found.gates[kind], unsteered.gates[kind]) for kind in KINDS)
+        assert same == (alpha == 0)
 
 
 class MadeResiduals:
