@@ -9,8 +9,8 @@ Only matrix products count. What a closed gate makes needless is not counted, wh
 - gates: the decision networks, which always run.
 
 With gate.dropped = identity a closed head still projects its values and passes them on. The last layer computes the CLS
-query alone, from the keys and values of all kept tokens. A training step counts as three forward passes; what remat
-computes again does not count. The MFU is that of arXiv:2204.02311, with two FLOPs for a MAC.
+query alone, from the keys and values of all kept tokens. A training step counts as three forward passes, with a teacher
+as four; what remat computes again does not count. The MFU is that of arXiv:2204.02311, with two FLOPs for a MAC.
 
 Axes: B images, L layers, H heads, N patches.
 """
@@ -148,12 +148,15 @@ def count_open_macs(config: Config, classes: int) -> int:
     return count_dense_macs(config, classes) + decisions
 
 
-def training_flops(config: Config, classes: int) -> int:
+def training_flops(config: Config, classes: int, *, taught: bool = False) -> int:
     """Count the FLOPs of one image in a training step: the forward pass, and the gradients of inputs and weights.
 
     All gates count as open, because a training step skips nothing.
+
+    Args:
+      taught: whether the dense model's forward pass is part of the step, as it is a teacher's.
     """
-    return 3 * 2 * count_open_macs(config, classes)
+    return 3 * 2 * count_open_macs(config, classes) + (2 * count_dense_macs(config, classes) if taught else 0)
 
 
 def peak_tflops(config: Config, device: jax.Device) -> float | None:
@@ -169,9 +172,13 @@ def peak_tflops(config: Config, device: jax.Device) -> float | None:
     return tflops
 
 
-def training_speed(config: Config, classes: int, images_per_second: float, mesh: Mesh) -> dict[str, float]:
-    """Compute images_per_second of all devices, tflops_per_device, and mfu if the device's peak is known."""
-    tflops = images_per_second * training_flops(config, classes) / mesh.size / 1e12
+def training_speed(config: Config, flops: int, images_per_second: float, mesh: Mesh) -> dict[str, float]:
+    """Compute images_per_second of all devices, tflops_per_device, and mfu if the device's peak is known.
+
+    Args:
+      flops: of one image in a step.
+    """
+    tflops = images_per_second * flops / mesh.size / 1e12
     speed = {"images_per_second": images_per_second, "tflops_per_device": tflops}
     if peak := peak_tflops(config, mesh.devices.flat[0]):
         speed["mfu"] = tflops / peak

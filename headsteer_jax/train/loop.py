@@ -33,7 +33,7 @@ from headsteer_jax.data.batches import device_batches
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.compute import measure_compute, measure_usage
-from headsteer_jax.model.macs import training_speed
+from headsteer_jax.model.macs import training_flops, training_speed
 from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.model.vit import Gating, TrainedModel, ViT, build_model, fingerprint_params
@@ -132,8 +132,7 @@ def train_phase(
         logger.info(f"{phase}: resuming from step {start}")
     log.forget_after(phase, start)
     run = _PhaseRun(model, phase, dataset, config, directory, log, devices, last, best, state, best_accuracy, data)
-    taught = phase == "gated" and has_teacher(config.gate)
-    return run.train(shardings, (mesh.place(params, shardings.params),) if taught else ())
+    return run.train(shardings, (mesh.place(params, shardings.params),) if run.taught else ())
 
 
 @dataclass
@@ -164,6 +163,11 @@ class _PhaseRun:
     def offset(self) -> int:
         """Return the steps of the phases before: later phases go on in the order of the data."""
         return self.config.train.dense.steps if self.phase != "dense" else 0
+
+    @property
+    def taught(self) -> bool:
+        """Say whether the dense phase's model teaches in this phase."""
+        return self.phase == "gated" and has_teacher(self.config.gate)
 
     def train(self, shardings: State, teacher: tuple[Any, ...]) -> State:
         """Train from the state's step to the end of the phase.
@@ -221,7 +225,8 @@ class _PhaseRun:
         self.log.write(self.phase, end, means)
         seconds, self.recorded = time.monotonic() - self.recorded, time.monotonic()
         images_per_second = count * self.config.train.batch / seconds
-        speed = training_speed(self.config, self.model.classes, images_per_second, self.devices)
+        flops = training_flops(self.config, self.model.classes, taught=self.taught)
+        speed = training_speed(self.config, flops, images_per_second, self.devices)
         self.log.write(self.phase, end, speed, "speed")
         return means | speed
 

@@ -49,14 +49,20 @@ def test_forward_flops_are_xlas(patch: int, registers: int) -> None:
     assert 1.0 < counted / (2 * count_open_macs(c, 100)) < 1.06
 
 
-def test_training_flops_are_xlas() -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_training_flops_are_xlas(taught: bool) -> None:
     c = config(8)
     model = build_model(c, 100)
     images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-    counted = count_flops(jax.grad(lambda p, x: model.apply(p, x)[0].sum()), params, images) / 8
+
+    def loss(p: Any, teacher: Any, x: jax.Array) -> jax.Array:
+        logits = model.apply(p, x)[0]
+        return (logits * model.apply(teacher, x, gating="dense")[0] if taught else logits).sum()
+
+    counted = count_flops(jax.grad(loss), params, params, images) / 8
     # three times the forward pass, but for the first layer's: no gradient by the image is needed
-    assert 0.95 < counted / training_flops(c, 100) < 1.06
+    assert 0.95 < counted / training_flops(c, 100, taught=taught) < 1.06
 
 
 def test_by_hand() -> None:
@@ -206,13 +212,14 @@ def test_macs_are_differentiable() -> None:
 
 def test_speed() -> None:
     c = tiny_config()
-    found, tflops = training_speed(c, 100, 1000.0, training_mesh(c.machine)), 1000 * training_flops(c, 100) / 1e12
+    flops = training_flops(c, 100)
+    found, tflops = training_speed(c, flops, 1000.0, training_mesh(c.machine)), 1000 * flops / 1e12
     peak = peak_tflops(c, jax.devices()[0])  # None on a CPU
     assert found == {"images_per_second": 1000.0, "tflops_per_device": pytest.approx(tflops)} | (
         {"mfu": pytest.approx(tflops / peak)} if peak else {}
     )
     c = c.model_copy(update={"machine": MachineConfig(peak_tflops=0.5)})
-    assert training_speed(c, 100, 1000.0, training_mesh(c.machine))["mfu"] == pytest.approx(
+    assert training_speed(c, flops, 1000.0, training_mesh(c.machine))["mfu"] == pytest.approx(
         found["tflops_per_device"] / 0.5
     )
 
