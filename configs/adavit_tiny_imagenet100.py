@@ -55,7 +55,6 @@ def get_config() -> Config:
         gate=GateConfig(
             kinds=("heads", "sublayers", "tokens"),
             budget=0.53,
-            noise=0.3,
             weight=4.0,
             anneal=0.6,
             learning_rate_scale=5.0,

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from builders import blobs, concepts, sae_config, tiny_config
-from headsteer_jax.config import MachineConfig, PhaseConfig
+from headsteer_jax.config import GateConfig, MachineConfig, PhaseConfig
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.model.vit import build_model
 from headsteer_jax.runtime import mesh
@@ -57,6 +57,18 @@ for name, machine in machines.items():
         kernel = state.optimizer[1][0].mu["params"]["layers_1"]["mlp_in"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // machine.fsdp
     save(f"vit {name}", to_numpy({"params": state.params, "average": state.average, "loss": metrics["loss"]}))
+taught = GateConfig(kinds=("heads", "sublayers", "tokens"), budget=0.6, teacher_logits=1.0, teacher_hidden=0.5)
+taught = config.model_copy(update={"gate": taught})
+params = loop.init_params(build_model(taught, 3), taught, 0)
+for name, machine in machines.items():
+    one = taught.model_copy(update={"machine": machine})
+    devices = mesh.training_mesh(machine)
+    start = loop.init_state(params, "gated", one)
+    live = mesh.state_shardings(start, devices)
+    run = make_training_steps(build_model(one, 3), one, one.train.gated, True, live)
+    batches = images.images[:160].reshape(10, 16, 8, 8, 1), images.labels[:160].reshape(10, 16)
+    state, metrics = run(mesh.place(start, live), *batches, mesh.place(params, live.params))
+    save(f"taught {name}", to_numpy({"params": state.params, "loss": metrics["loss"]}))
 for name, machine in machines.items():
     if machine.fsdp > 1:
         continue
@@ -121,6 +133,7 @@ def furthest(path: Path, other: Path) -> float:
 def test_fifty_steps_are_the_same_on_every_mesh_and_a_mesh_gives_the_same_bits(trained: Path) -> None:
     for machine in MESHES.split(",")[1:]:
         assert 0 < furthest(trained / "vit 1.npz", trained / f"vit {machine}.npz") < 2e-5
+        assert 0 < furthest(trained / "taught 1.npz", trained / f"taught {machine}.npz") < 2e-5
         if "x" not in machine:
             assert furthest(trained / "sae 1.npz", trained / f"sae {machine}.npz") < 5e-6
     for what in ("vit", "sae"):
