@@ -55,8 +55,9 @@ def get_config() -> Config:
         gate=GateConfig(
             kinds=("heads", "sublayers", "tokens"),
             budget=0.53,
-            weight=4.0,
-            anneal=0.6,
+            loss="squared",
+            weight=40.0,
+            anneal=0.5,
             learning_rate_scale=5.0,
             teacher_logits=2.0,
             teacher_temperature=2.0,
