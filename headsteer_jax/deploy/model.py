@@ -33,7 +33,7 @@ Params = Any  # nested dicts of float32 arrays; a layer's are {norm1, qkv, out, 
 class DeployedConfig(Section):
     """The description of a deployed model, which config.json holds: all but its weights."""
 
-    format: Literal["HeadSteer deployed model"] = FORMAT
+    format: Literal["HeadSteer deployed model"] = "HeadSteer deployed model"
     """The mark of our own directories."""
     version: int = VERSION
     """The version of the files."""
