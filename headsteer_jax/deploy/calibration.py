@@ -77,7 +77,8 @@ def cut_into_chunks(config: DeployedConfig, images: np.ndarray) -> list[np.ndarr
 
 def sum_moments(features: Sequence[Chunk], targets: Sequence[Chunk]) -> Moments:
     """Compute the second moments of a sublayer from the chunks of its features and of what it should add."""
-    ff, ft = 0.0, 0.0
+    ff: Any = 0.0
+    ft: Any = 0.0
     for f_BQF, t_BQD in zip(features, targets, strict=True):
         part_ff, part_ft = _sum_products(f_BQF, t_BQD)
         ff, ft = ff + np.asarray(part_ff, np.float64), ft + np.asarray(part_ft, np.float64)

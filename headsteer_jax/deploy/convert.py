@@ -9,9 +9,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from headsteer_jax.config.schema import DataConfig
+from headsteer_jax.config.schema import Config, DataConfig
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
 from headsteer_jax.model.vit import TrainedModel
+
+
+def describe_model(
+    config: Config, classes: tuple[str, ...], image: tuple[int, int, int], dynamic: bool = False
+) -> DeployedConfig:
+    """Describe the deployed model of a run from which nothing is cut; see `convert_model`."""
+    m, data = config.model, config.data
+    return DeployedConfig(
+        classes=classes, image=image,
+        data=DataConfig(image_size=data.image_size, channels=data.channels, mean=data.mean, std=data.std),
+        model=m.model_copy(update={"pretrained": "", "dtype": "float32"}),
+        heads=(m.heads,) * m.depth, neurons=(round(m.mlp_ratio * m.width),) * m.depth,
+        gate=config.gate if dynamic else None,
+    )  # fmt: skip
 
 
 def convert_model(
@@ -30,14 +44,8 @@ def convert_model(
       dynamic: keep the decision networks; otherwise everything runs.
     """
     config, tree = trained.config, jax.tree.map(np.asarray, trained.params["params"])
-    m, data = config.model, config.data
-    deployed = DeployedConfig(
-        classes=tuple(class_names[label] for label in labels), image=image,
-        data=DataConfig(image_size=data.image_size, channels=data.channels, mean=data.mean, std=data.std),
-        model=m.model_copy(update={"pretrained": "", "dtype": "float32"}),
-        heads=(m.heads,) * m.depth, neurons=(round(m.mlp_ratio * m.width),) * m.depth,
-        gate=config.gate if dynamic else None,
-    )  # fmt: skip
+    m = config.model
+    deployed = describe_model(config, tuple(class_names[label] for label in labels), image, dynamic)
     prefix = [tree["cls"][0] + tree["positions"][0, :1], *([tree["registers"][0]] if m.registers else [])]
     params = {
         "patches": {

@@ -10,7 +10,7 @@ import numpy as np
 
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
-from headsteer_jax.deploy.model import DeployedModel, compute_logits_and_cls
+from headsteer_jax.deploy.model import DeployedModel, compute_gates, compute_logits_and_cls
 from headsteer_jax.model.vit import predict_class
 from headsteer_jax.runtime.progress import progress
 
@@ -78,6 +78,19 @@ def answer_images(model: DeployedModel, split: Split, label: str) -> Answers:
     return Answers(prediction, cls, prediction == split.labels)
 
 
+def collect_gates(model: DeployedModel, split: Split) -> dict[str, np.ndarray]:
+    """Collect the gates of a dynamic model on a split, by kind [N, A, n] bool of the layers that have it."""
+    count, parts = len(split.labels), []
+    size = min(BATCH, count)
+    for begin in range(0, count, size):
+        places = np.minimum(np.arange(begin, begin + size), count - 1)
+        parts.append(jax.device_get(_run_gates(model.config, model.params, gather_images(split.images, places))))
+    return {kind: np.concatenate([part[kind] for part in parts])[:count] > 0 for kind in parts[0]}
+
+
+_run_gates = jax.jit(
+    lambda config, params, images: compute_gates(config, params, preprocess(images, config.data)), static_argnums=0
+)
 _run = jax.jit(
     lambda config, params, images: compute_logits_and_cls(config, params, preprocess(images, config.data)),
     static_argnums=0,

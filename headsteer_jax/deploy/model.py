@@ -97,6 +97,16 @@ def compute_logits_and_cls(
     return classify(config, params, x_BTD[:, 0]), x_BTD[:, 0]
 
 
+def compute_gates(config: DeployedConfig, params: Params, images_BSSC: jax.Array) -> dict[str, jax.Array]:
+    """Compute the gates of a dynamic model on normalised images, by kind: [B, A, n] of the A layers that have it."""
+    x_BTD, by_kind = embed_images(config, params, images_BSSC), dict[str, list[jax.Array]]()
+    for layer in range(config.depth):
+        for kind, g in decide_gates(config, params["layers"][layer], x_BTD).items():
+            by_kind.setdefault(kind, []).append(g)
+        x_BTD = run_layer(config, params["layers"][layer], layer, x_BTD)
+    return {kind: jnp.stack(gates, axis=1) for kind, gates in by_kind.items()}
+
+
 def embed_images(config: DeployedConfig, params: Params, images_BSSC: jax.Array) -> jax.Array:
     """Compute the residual that enters layer 0: normalised images [B, S, S, C] -> [B, T, D]."""
     p, side, channels = config.model.patch, config.data.image_size // config.model.patch, config.data.channels
@@ -113,7 +123,7 @@ def run_layer(config: DeployedConfig, params: Params, layer: int, x_BTD: jax.Arr
     Args:
       params: those of this layer.
     """
-    gates = decide_gates(config, params, layer, x_BTD)
+    gates = decide_gates(config, params, x_BTD)
     queries = 1 if layer == config.depth - 1 else None
     y_BQY = attend(config, params, x_BTD, queries, gates) if "kernel" in params["out"] else None
     x_BQD = x_BTD[:, :queries] + _gate_sublayer(config, project(params["out"], y_BQY), 0, gates)
@@ -175,7 +185,7 @@ def classify(config: DeployedConfig, params: Params, x_BD: jax.Array) -> jax.Arr
     return project(params["head"], normalise(x_BD, params["norm"], config))
 
 
-def decide_gates(config: DeployedConfig, params: Params, layer: int, x_BTD: jax.Array) -> dict[str, jax.Array]:
+def decide_gates(config: DeployedConfig, params: Params, x_BTD: jax.Array) -> dict[str, jax.Array]:
     """Compute a layer's thresholded gates by kind, float32 0 or 1; none in a model that is not dynamic."""
     gates: dict[str, jax.Array] = {}
     for kind in GATE_KINDS if config.gate is not None else ():

@@ -14,7 +14,7 @@ import numpy as np
 from headsteer_jax.deploy.convert import Kept, cut_model
 from headsteer_jax.deploy.cost import count_tokens
 from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, draw_images
-from headsteer_jax.deploy.model import DeployedModel
+from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
 from headsteer_jax.deploy.refit import refit_classifier, refit_model
 from headsteer_jax.deploy.selection import Options, Proposals, choose_sizes, least_budget, measure_options
 from headsteer_jax.errors import HeadSteerError
@@ -43,17 +43,20 @@ class Specialised(NamedTuple):
     whole_validation: Answers
 
 
-def check_budget(model: DeployedModel, goal: Goal) -> None:
+def check_budget(config: DeployedConfig, goal: Goal) -> None:
     """Check that a budget can be met.
+
+    Args:
+      config: of the model from which nothing is cut.
 
     Raises:
       HeadSteerError: what cannot be cut costs more.
     """
-    least = least_budget(model.config)
+    least = least_budget(config)
     if goal.budget is not None and goal.budget < least:
         raise HeadSteerError(
-            f"--budget={goal.budget:g}: must be at least {np.ceil(least * 1e4) / 1e4:g}, because the embedding of the "
-            "patches and the classifier cannot be cut"
+            f"--budget={goal.budget:g}: cannot be met; the least is {np.ceil(least * 1e4) / 1e4:g}, because the "
+            "embedding of the patches and the classifier cannot be cut"
         )
 
 
