@@ -77,9 +77,18 @@ def load_deployed(directory: str | os.PathLike[str]) -> DeployedModel:
             raise ValueError(error) from None
         images = jax.ShapeDtypeStruct((1, *config.image), np.uint8)
         shape = jax.eval_shape(lambda images: compute_logits(config, params, images), images).shape
-        if shape != (1, len(config.classes)):
-            raise ValueError(f"{shape[1]} logits for {len(config.classes)} classes")
+        if shape != (1, len(config.classes)) or _count_parts(config, params) != (config.heads, config.neurons):
+            raise ValueError("its shapes are not those of config.json")
     return DeployedModel(config, params)
+
+
+def _count_parts(config: DeployedConfig, params: Params) -> tuple[tuple[int, ...], ...]:
+    """Count the heads and the neurons of every layer's weights."""
+    rows = [
+        [len(layer[name]["kernel"]) if "kernel" in layer[name] else 0 for layer in params["layers"]]
+        for name in ("out", "mlp_out")
+    ]
+    return tuple(count // config.head_width for count in rows[0]), tuple(rows[1])
 
 
 def read_description(directory: Path) -> DeployedConfig:
