@@ -23,6 +23,7 @@ from headsteer_jax.config.schema import GATE_KINDS, DataConfig, GateConfig, Mode
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.model.gates import Gates, mask_softmax, threshold, threshold_logit
 from headsteer_jax.model.vit import exact_gelu, predict_class
+from headsteer_jax.runtime.settings import use_own_settings
 
 FORMAT = "HeadSteer deployed model"
 VERSION = 1  # of the files; a change that older readers would misread raises it
@@ -76,7 +77,8 @@ class DeployedModel(NamedTuple):
 
     def apply(self, images_BhwC: jax.Array | np.ndarray) -> jax.Array:
         """Compute the logits [B, C] of uint8 images."""
-        return _compiled_logits(self.config, self.params, jnp.asarray(images_BhwC))
+        with use_own_settings():
+            return _compiled_logits(self.config, self.params, jnp.asarray(images_BhwC))
 
 
 def compute_logits(config: DeployedConfig, params: Params, images_BhwC: jax.Array) -> jax.Array:
