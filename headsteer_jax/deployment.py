@@ -70,8 +70,8 @@ def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: P
     """
     config, dataset = load_run_dataset(read_config(workdir), workdir, data, "--data=PATH")
     everything = np.arange(len(dataset.class_names))
-    kept = labels if len(labels) > 1 else everything  # steered towards one class, the model still tells all apart
-    sources = load_sources(config, dataset, workdir, kept)
+    answered = labels if len(labels) > 1 else everything  # steered towards one class, the model still tells all apart
+    sources = load_sources(config, dataset, workdir, answered)
     if request.dynamic:
         steering = load_steering(config, dataset, workdir, request.strategy, labels) if request.strategy else None
         built = build_dynamic(sources, steering, request.strategy, request.alpha)

@@ -59,35 +59,35 @@ class Sources(NamedTuple):
 class Built(NamedTuple):
     """A deployed model before it is written."""
 
-    what: str  # specialised, gated or steered
+    kind: str  # specialised, gated or steered
     model: DeployedModel
     dense: DeployedModel  # for the same classes
     images: ClassImages
-    about: Mapping[str, Any]  # for the card
+    provenance: Mapping[str, Any]  # for the card
 
 
 def build_specialised(sources: Sources, goal: Goal, distil_steps: int) -> Built:
     """Make a smaller model for the classes, and train it with the dense model as teacher if steps are given."""
     images, config = select_images(sources.dataset, sources.labels), sources.config
     dense = sources.convert(dynamic=False)
-    made = specialise(dense, images, goal, propose_open_heads(sources.gated, images, config.seed), config.seed)
-    model, validation, distilled = made.model, made.validation, False
+    specialised = specialise(dense, images, goal, propose_open_heads(sources.gated, images, config.seed), config.seed)
+    model, validation, distilled = specialised.model, specialised.validation, False
     if distil_steps:
         trained = distil_model(model, dense, images.train, distil_steps, config)
         answers = answer_images(trained, images.validation, "deploy: validation")
         logger.info(f"deploy: validation accuracy {validation.accuracy:.4f}, distilled {answers.accuracy:.4f}")
         distilled = answers.accuracy >= validation.accuracy
         model, validation = (trained, answers) if distilled else (model, validation)
-    about = {
+    provenance = {
         "title": f"{len(sources.labels)} classes of {sources.run}",
         "text": f"A vision transformer cut down to {count_macs(model.config) / count_macs(dense.config):.0%} of the "
         "dense model's multiply-accumulates, for these classes only.",
         "run": sources.run, "what": "specialised",
         "budget": goal.budget, "max_loss": None if goal.budget else goal.max_loss,
         "distil_steps": distil_steps if distilled else 0,
-        "validation": compare_answers(validation, made.whole_validation),
+        "validation": compare_answers(validation, specialised.dense_validation),
     }  # fmt: skip
-    return Built("specialised", model, dense, images, about)
+    return Built("specialised", model, dense, images, provenance)
 
 
 def build_dynamic(sources: Sources, steering: ClassSteering | None, strategy: str, alpha: float) -> Built:
@@ -97,13 +97,13 @@ def build_dynamic(sources: Sources, steering: ClassSteering | None, strategy: st
     if steering is not None:
         model = fold_steering(model, sources.config, steering, alpha)
         text += f" Its gates are steered by the strategy {strategy} with alpha {alpha:g}."
-    what = "gated" if steering is None else "steered"
+    kind = "gated" if steering is None else "steered"
     dense = sources.convert(dynamic=False)
-    about = {
-        "title": f"{len(sources.labels)} classes of {sources.run}, {what}", "text": text, "run": sources.run,
-        "what": what, "strategy": strategy or None, "alpha": None if steering is None else alpha,
+    provenance = {
+        "title": f"{len(sources.labels)} classes of {sources.run}, {kind}", "text": text, "run": sources.run,
+        "what": kind, "strategy": strategy or None, "alpha": None if steering is None else alpha,
     }  # fmt: skip
-    return Built(what, model, dense, images, about)
+    return Built(kind, model, dense, images, provenance)
 
 
 def propose_open_heads(gated: TrainedModel, images: ClassImages, seed: int) -> Proposals:
@@ -144,9 +144,9 @@ def write_deployed(
     write_model(directory, built.model)
     write_formats(built.model, directory)
     answers, dense = (answer_images(model, built.images.test, "deploy: test") for model in (built.model, built.dense))
-    card = make_card(built.model, built.dense, {"test": compare_answers(answers, dense)}, built.about)
+    card = make_card(built.model, built.dense, {"test": compare_answers(answers, dense)}, built.provenance)
     card["share_of_macs"] = measure_share(built.model, sources, built.images.test)
-    speed = compare_speeds(built, sources, {built.what: answers, "dense": dense})
+    speed = compare_speeds(built, sources, {built.kind: answers, "dense": dense})
     write_json(directory / "card.json", card)
     write_json(directory / "speed.json", speed)
     write_bytes(directory / "speed.png", draw_speed(speed))
@@ -167,19 +167,19 @@ def compare_speeds(built: Built, sources: Sources, answers: Mapping[str, Answers
     functions: dict[str, Callable[[jax.Array], Any]] = {
         "dense": make_vit_function(sources.dense, sources.labels, "dense"),
         "gated, masked": make_vit_function(sources.gated, sources.labels, "thresholded"),
-        built.what: make_deployed_function(built.model),
+        built.kind: make_deployed_function(built.model),
     }
     gated = sources.convert(dynamic=True)
     known = dict(answers) | {"gated, masked": answer_images(gated, test, "deploy: gated")}
     shares = {"dense": 1.0, "gated, masked": measure_share(gated, sources, test)}
-    shares[built.what] = measure_share(built.model, sources, test)
+    shares[built.kind] = measure_share(built.model, sources, test)
     images = gather_images(test.images, np.arange(min(SPEED_IMAGES, len(test.labels))))
     speeds = measure_batches(functions, images)
     rows = [
         {"what": name, "share_of_macs": shares[name], "images_per_second": speeds[name], **score_answers(known[name])}
         for name in functions
     ]
-    return {"device": describe_device(), "deployed": built.what, "rows": rows}
+    return {"device": describe_device(), "deployed": built.kind, "rows": rows}
 
 
 def measure_share(model: DeployedModel, sources: Sources, split: Split) -> float:

@@ -89,13 +89,13 @@ def walk_sublayers(model: DeployedModel, images: np.ndarray) -> Iterator[tuple[i
     """Yield every sublayer (layer, 0 or 1) with its features and the residuals that it is added to, in order."""
     config, params = model
     x = [embed_chunk(config, params, chunk) for chunk in cut_into_chunks(config, images)]
-    for layer, own in enumerate(params["layers"]):
+    for layer, layer_params in enumerate(params["layers"]):
         queries = count_queries(config, layer)
         for sublayer in (0, 1):
-            features = [compute_features(config, own, sublayer, chunk, queries) for chunk in x]
+            features = [compute_features(config, layer_params, sublayer, chunk, queries) for chunk in x]
             x = [chunk[:, :queries] for chunk in x] if sublayer else x
             yield layer, sublayer, features, x
-            dense = own[SUBLAYER_PARAMS[sublayer]]
+            dense = layer_params[SUBLAYER_PARAMS[sublayer]]
             x = [add_projection(dense, f, queries, chunk) for f, chunk in zip(features, x, strict=True)]
 
 

@@ -30,21 +30,21 @@ def compare_answers(answers: Answers, dense: Answers) -> dict[str, Any]:
 
 
 def make_card(
-    model: DeployedModel, dense: DeployedModel, scores: Mapping[str, Any], about: Mapping[str, Any]
+    model: DeployedModel, dense: DeployedModel, scores: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make the card of a deployed model.
 
     Args:
       dense: the dense model for the same classes.
       scores: by split, what `compare_answers` returns.
-      about: where the model comes from, and how it was made.
+      provenance: where the model comes from, and how it was made.
     """
     sizes = {
-        name: {"macs": count_macs(of.config), "parameters": count_parameters(of.params)}
-        for name, of in (("deployed", model), ("dense", dense))
+        name: {"macs": count_macs(counted.config), "parameters": count_parameters(counted.params)}
+        for name, counted in (("deployed", model), ("dense", dense))
     }
     return {
-        **about, "classes": list(model.config.classes), **scores, "size": sizes,
+        **provenance, "classes": list(model.config.classes), **scores, "size": sizes,
         "heads": list(model.config.heads), "neurons": list(model.config.neurons),
     }  # fmt: skip
 

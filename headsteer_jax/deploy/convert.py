@@ -75,25 +75,25 @@ def _convert_layer(tree: Mapping[str, Any], dynamic: bool) -> dict[str, Any]:
     return layer
 
 
-class Kept(NamedTuple):
+class KeptParts(NamedTuple):
     """The parts of every layer that stay."""
 
     heads: tuple[np.ndarray, ...]  # by layer, ascending
     neurons: tuple[np.ndarray, ...]  # by layer, ascending
 
 
-def keep_all(config: DeployedConfig) -> Kept:
+def keep_all(config: DeployedConfig) -> KeptParts:
     """Return the choice that cuts nothing."""
-    return Kept(tuple(map(np.arange, config.heads)), tuple(map(np.arange, config.neurons)))
+    return KeptParts(tuple(map(np.arange, config.heads)), tuple(map(np.arange, config.neurons)))
 
 
-def cut_model(model: DeployedModel, kept: Kept) -> DeployedModel:
+def cut_model(model: DeployedModel, parts: KeptParts) -> DeployedModel:
     """Cut the heads and neurons that do not stay out of the weights.
 
     The result computes what the model would compute if the rows of `out` and `mlp_out` that belong to them were 0.
     """
     config, layers = model.config, []
-    for layer, heads, neurons in zip(model.params["layers"], kept.heads, kept.neurons, strict=True):
+    for layer, heads, neurons in zip(model.params["layers"], parts.heads, parts.neurons, strict=True):
         rows = expand_heads(config, heads)
         cut: dict[str, Any] = {"norm1": layer["norm1"], "norm2": layer["norm2"]}
         cut["out"] = {"kernel": np.asarray(layer["out"]["kernel"])[rows], "bias": layer["out"]["bias"]}
@@ -108,7 +108,7 @@ def cut_model(model: DeployedModel, kept: Kept) -> DeployedModel:
         else:
             del cut["norm2"], cut["mlp_out"]["kernel"]
         layers.append(cut)
-    sizes = {"heads": tuple(map(len, kept.heads)), "neurons": tuple(map(len, kept.neurons))}
+    sizes = {"heads": tuple(map(len, parts.heads)), "neurons": tuple(map(len, parts.neurons))}
     params = jax.tree.map(lambda leaf: np.array(leaf, np.float32), model.params | {"layers": layers})
     return DeployedModel(config.model_copy(update=sizes), params)
 

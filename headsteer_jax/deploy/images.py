@@ -47,7 +47,7 @@ def draw_images(split: Split, most: int, seed: int) -> np.ndarray:
 
 
 class Answers(NamedTuple):
-    """What a model answers on the images of a split."""
+    """The answers of a model on the images of a split."""
 
     prediction: np.ndarray  # [B] int32
     cls: np.ndarray  # [B, D] the CLS residual after the last layer

@@ -28,17 +28,17 @@ def order_removals(moments: Moments, kernel_FD: np.ndarray, group: int, step: in
     covariance = moments.covariance()
     damped = covariance + DAMPING * max(np.trace(covariance) / len(covariance), 1e-12) * np.eye(len(covariance))
     inverse, weights = np.linalg.inv(damped), np.asarray(kernel_FD, np.float64).copy()
-    left, order = np.arange(len(weights) // group), list[int]()
-    while len(left):
+    remaining, order = np.arange(len(weights) // group), list[int]()
+    while len(remaining):
         prices = _price_groups(inverse, weights, group)
         going = np.argsort(prices, kind="stable")[:step]
-        order.extend(left[going].tolist())
+        order.extend(remaining[going].tolist())
         places = (going[:, None] * group + np.arange(group)).reshape(-1)
         stay = np.setdiff1d(np.arange(len(weights)), places)
         carried = np.linalg.solve(inverse[np.ix_(places, places)], inverse[places][:, stay])
         weights = weights[stay] - carried.T @ weights[places]
         inverse = inverse[np.ix_(stay, stay)] - inverse[np.ix_(stay, places)] @ carried
-        left = np.delete(left, going)
+        remaining = np.delete(remaining, going)
     return np.array(order)
 
 

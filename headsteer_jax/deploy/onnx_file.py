@@ -92,13 +92,13 @@ def export_onnx(model: DeployedModel, batch: int | None = None) -> bytes:
     size: int | str = "batch" if batch is None else batch
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, [size, *model.config.image])
     answer = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [size, len(model.config.classes)])
-    made = helper.make_model(
+    onnx_model = helper.make_model(
         helper.make_graph(graph.nodes, "headsteer", [images], [answer], graph.initializers),
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="HeadSteer",
     )  # fmt: skip
-    helper.set_model_props(made, {"classes": "\n".join(model.config.classes)})
-    onnx.checker.check_model(made)
-    return bytes(made.SerializeToString())
+    helper.set_model_props(onnx_model, {"classes": "\n".join(model.config.classes)})
+    onnx.checker.check_model(onnx_model)
+    return bytes(onnx_model.SerializeToString())
 
 
 def _preprocess(graph: Graph, model: DeployedModel, images: str) -> str:
@@ -129,8 +129,8 @@ def _embed(graph: Graph, model: DeployedModel, x: str) -> str:
     x = graph.reshape(graph.add("Transpose", x, perm=[0, 2, 4, 3, 5, 1]), 0, side * side, -1)
     x = graph.dense(x, params["patches"])
     count = graph.slice(graph.add("Shape", x), 0, 0, 1)
-    rest = graph.constant(params["prefix"].shape, np.int64)
-    prefix = graph.add("Expand", graph.constant(params["prefix"]), graph.add("Concat", count, rest, axis=0))
+    prefix_shape = graph.constant(params["prefix"].shape, np.int64)
+    prefix = graph.add("Expand", graph.constant(params["prefix"]), graph.add("Concat", count, prefix_shape, axis=0))
     return graph.add("Concat", prefix, x, axis=1)
 
 
@@ -170,9 +170,9 @@ def _attend(graph: Graph, model: DeployedModel, layer: int, x: str, gates: dict[
     parts = []
     for i in range(3):
         width = params["qkv"]["kernel"].shape[1] // 3
-        own = {name: value[..., i * width : (i + 1) * width] for name, value in params["qkv"].items()}
+        dense = {name: value[..., i * width : (i + 1) * width] for name, value in params["qkv"].items()}
         reads = graph.slice(n, 1, 0, 1) if last and i == 0 else n
-        part = graph.reshape(graph.dense(reads, own), 0, 0, -1, K)
+        part = graph.reshape(graph.dense(reads, dense), 0, 0, -1, K)
         parts.append(graph.add("Transpose", part, perm=[0, 2, 3, 1] if i == 1 else [0, 2, 1, 3]))
     q, k, v = parts
     scores = graph.add("Div", graph.add("MatMul", q, k), graph.constant(math.sqrt(K)))

@@ -15,7 +15,7 @@ BATCH = 64
 
 
 class Prediction(NamedTuple):
-    """What a model says of one image file."""
+    """The answer for one image file."""
 
     path: str
     class_name: str = ""

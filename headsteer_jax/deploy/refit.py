@@ -21,14 +21,14 @@ from headsteer_jax.deploy.calibration import (
     sum_moments,
     walk_sublayers,
 )
-from headsteer_jax.deploy.convert import Kept, expand_heads
+from headsteer_jax.deploy.convert import KeptParts, expand_heads
 from headsteer_jax.deploy.model import DeployedModel, normalise
 
 DAMPING = 1e-2
 PENALTIES = (1.0, 0.1, 0.01, 0.001)  # of the classifier's change, from which validation images choose
 
 
-def refit_model(model: DeployedModel, kept: Kept, images: np.ndarray) -> DeployedModel:
+def refit_model(model: DeployedModel, parts: KeptParts, images: np.ndarray) -> DeployedModel:
     """Set to 0 what does not stay, and fit the rest of every projection so that the residuals stay the whole model's.
 
     The sublayers are fitted one after the other, each on the residuals of the model that is cut so far: a later one
@@ -43,16 +43,18 @@ def refit_model(model: DeployedModel, kept: Kept, images: np.ndarray) -> Deploye
     config, params = model
     fitted = [dict(layer) for layer in params["layers"]]
     x = [embed_chunk(config, params, chunk) for chunk in cut_into_chunks(config, images)]
-    for layer, sublayer, features, whole in walk_sublayers(model, images):
+    for layer, sublayer, features, dense_x in walk_sublayers(model, images):
         queries, name = count_queries(config, layer), SUBLAYER_PARAMS[sublayer]
-        stay = kept.neurons[layer] if sublayer else expand_heads(config, kept.heads[layer])
-        own = fitted[layer]
-        wanted = [add_projection(own[name], f, queries, chunk) for f, chunk in zip(features, whole, strict=True)]
-        features = [compute_features(config, own, sublayer, chunk, queries) for chunk in x]
+        stay = parts.neurons[layer] if sublayer else expand_heads(config, parts.heads[layer])
+        layer_params = fitted[layer]
+        targets = [
+            add_projection(layer_params[name], f, queries, chunk) for f, chunk in zip(features, dense_x, strict=True)
+        ]
+        features = [compute_features(config, layer_params, sublayer, chunk, queries) for chunk in x]
         x = [chunk[:, :queries] for chunk in x]
-        missing = [after - chunk for after, chunk in zip(wanted, x, strict=True)]
-        own[name] = fit_projection(sum_moments(features, missing), stay, own[name], DAMPING)
-        x = [add_projection(own[name], f, queries, chunk) for f, chunk in zip(features, x, strict=True)]
+        missing = [after - chunk for after, chunk in zip(targets, x, strict=True)]
+        layer_params[name] = fit_projection(sum_moments(features, missing), stay, layer_params[name], DAMPING)
+        x = [add_projection(layer_params[name], f, queries, chunk) for f, chunk in zip(features, x, strict=True)]
     return DeployedModel(config, params | {"layers": fitted})
 
 

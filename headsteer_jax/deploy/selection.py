@@ -25,7 +25,7 @@ from headsteer_jax.deploy.calibration import (
     sum_moments,
     walk_sublayers,
 )
-from headsteer_jax.deploy.convert import Kept, expand_heads
+from headsteer_jax.deploy.convert import KeptParts, expand_heads
 from headsteer_jax.deploy.cost import count_attention_macs, count_fixed_macs, count_macs, count_mlp_macs
 from headsteer_jax.deploy.importance import order_removals
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel, classify
@@ -69,8 +69,8 @@ def measure_options(
         candidates = list_candidates(model, layer, sublayer, moments)
         if sublayer == 0:
             candidates += [stay for stay in propose_heads(layer) if 0 < len(stay) < model.config.heads[layer]]
-        whole = np.arange((model.config.neurons if sublayer else model.config.heads)[layer])
-        measured = [Option(whole, _count(model.config, layer, sublayer, len(whole)), 0.0)]
+        all_units = np.arange((model.config.neurons if sublayer else model.config.heads)[layer])
+        measured = [Option(all_units, _count(model.config, layer, sublayer, len(all_units)), 0.0)]
         for stay in candidates:
             rise = _measure_rise(model, (layer, sublayer), moments, stay, scored_features, x, log_p)
             measured.append(Option(stay, _count(model.config, layer, sublayer, len(stay)), rise))
@@ -81,8 +81,8 @@ def measure_options(
 
 def list_candidates(model: DeployedModel, layer: int, sublayer: int, moments: Moments) -> list[np.ndarray]:
     """List the sets of heads or neurons that are tried in a sublayer, nested by the order of their prices."""
-    config, own = model.config, model.params["layers"][layer]
-    kernel = own[SUBLAYER_PARAMS[sublayer]]["kernel"]
+    config, layer_params = model.config, model.params["layers"][layer]
+    kernel = layer_params[SUBLAYER_PARAMS[sublayer]]["kernel"]
     if sublayer == 0:
         order = order_removals(moments, kernel, config.head_width, 1)
         return [np.sort(order[gone:]) for gone in range(1, config.heads[layer] + 1)]
@@ -98,7 +98,7 @@ def round_neurons(neurons: float) -> int:
 
 
 def _project_moments(features: Sequence[Chunk], dense: dict[str, np.ndarray]) -> Moments:
-    """Compute the moments of features, where what should be added is their own projection."""
+    """Compute the moments of features, where what should be added is their layer_params projection."""
     moments = sum_moments(features, [jnp.zeros((*f.shape[:2], 1)) for f in features])
     weights = np.concatenate([np.asarray(dense["kernel"], np.float64), np.asarray(dense["bias"], np.float64)[None]])
     return moments._replace(ft=moments.ff @ weights)
@@ -131,8 +131,8 @@ def _measure_rise(
     queries = count_queries(config, layer)
     logits = []
     for f, chunk in zip(features, x, strict=True):
-        rest = add_projection(fitted, f, queries, chunk)
-        logits.append(_classify(config, params, _run_rest(model, layer, sublayer + 1, rest)))
+        residual = add_projection(fitted, f, queries, chunk)
+        logits.append(_classify(config, params, _run_rest(model, layer, sublayer + 1, residual)))
     log_q = jax.nn.log_softmax(jnp.concatenate(logits))
     return float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)))
 
@@ -141,13 +141,13 @@ def _run_rest(model: DeployedModel, layer: int, sublayer: int, x_BTD: Chunk) -> 
     """Run the sublayers from one on: sublayer 2 of a layer is the first of the next."""
     config, params = model
     for number in range(2 * layer + sublayer, 2 * config.depth):
-        own, queries = params["layers"][number // 2], count_queries(config, number // 2)
-        features = compute_features(config, own, number % 2, x_BTD, queries)
-        x_BTD = add_projection(own[SUBLAYER_PARAMS[number % 2]], features, queries, x_BTD)
+        layer_params, queries = params["layers"][number // 2], count_queries(config, number // 2)
+        features = compute_features(config, layer_params, number % 2, x_BTD, queries)
+        x_BTD = add_projection(layer_params[SUBLAYER_PARAMS[number % 2]], features, queries, x_BTD)
     return x_BTD
 
 
-def choose_sizes(config: DeployedConfig, options: Options, budget: float) -> Kept:
+def choose_sizes(config: DeployedConfig, options: Options, budget: float) -> KeptParts:
     """Choose the sizes whose rises of the loss have the smallest sum within a budget.
 
     Args:
@@ -170,7 +170,7 @@ def choose_sizes(config: DeployedConfig, options: Options, budget: float) -> Kep
         picked.append(sublayer[choice[place]].stay)
         place -= costs[choice[place]]
     picked.reverse()
-    return Kept(tuple(picked[0::2]), tuple(picked[1::2]))
+    return KeptParts(tuple(picked[0::2]), tuple(picked[1::2]))
 
 
 def least_budget(config: DeployedConfig) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headsteer_jax.deploy.convert import Kept, cut_model
+from headsteer_jax.deploy.convert import KeptParts, cut_model
 from headsteer_jax.deploy.cost import count_tokens
 from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, draw_images
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
@@ -38,9 +38,9 @@ class Specialised(NamedTuple):
     """A model for some classes."""
 
     model: DeployedModel  # cut
-    whole: DeployedModel  # the dense model, for the same classes
+    dense: DeployedModel  # the dense model, for the same classes
     validation: Answers
-    whole_validation: Answers
+    dense_validation: Answers
 
 
 def check_budget(config: DeployedConfig, goal: Goal) -> None:
@@ -74,50 +74,50 @@ def specialise(
     calibration, scored = (draw_images(images.train, count, seed) for count in (most, SCORED_IMAGES))
     with progress(2 * model.config.depth, "deploy: sizes of the sublayers", "sublayer") as bar:
         options = measure_options(model, calibration, scored, propose_heads, lambda: bar.update(1))
-    whole_validation = answer_images(model, images.validation, "deploy: validation")
+    dense_validation = answer_images(model, images.validation, "deploy: validation")
 
-    def try_budget(budget: float) -> tuple[Kept, DeployedModel, Answers]:
-        kept, fitted, answers = _cut_to_budget(model, images, options, calibration, budget)
+    def try_budget(budget: float) -> tuple[KeptParts, DeployedModel, Answers]:
+        parts, fitted, answers = _cut_to_budget(model, images, options, calibration, budget)
         logger.info(
             f"deploy: budget {budget:.3f}: validation accuracy {answers.accuracy:.4f} "
-            f"(dense {whole_validation.accuracy:.4f})"
+            f"(dense {dense_validation.accuracy:.4f})"
         )
-        return kept, fitted, answers
+        return parts, fitted, answers
 
     if goal.budget is not None:
-        kept, fitted, answers = try_budget(goal.budget)
+        parts, fitted, answers = try_budget(goal.budget)
     else:
-        floor = whole_validation.accuracy - goal.max_loss
-        kept, fitted, answers = _search_budget(model, try_budget, floor)
-    return Specialised(cut_model(fitted, kept), model, answers, whole_validation)
+        floor = dense_validation.accuracy - goal.max_loss
+        parts, fitted, answers = _search_budget(model, try_budget, floor)
+    return Specialised(cut_model(fitted, parts), model, answers, dense_validation)
 
 
 def _cut_to_budget(
     model: DeployedModel, images: ClassImages, options: Options, calibration: np.ndarray, budget: float
-) -> tuple[Kept, DeployedModel, Answers]:
+) -> tuple[KeptParts, DeployedModel, Answers]:
     """Choose the sizes for a budget and refit what stays -> what stays, the model and its answers on validation."""
-    kept = choose_sizes(model.config, options, budget)
-    fitted = refit_model(model, kept, calibration)
+    parts = choose_sizes(model.config, options, budget)
+    fitted = refit_model(model, parts, calibration)
     train, validation = (answer_images(fitted, split, "deploy: answers") for split in (images.train, images.validation))
     fitted = refit_classifier(fitted, (train.cls, images.train.labels), (validation.cls, images.validation.labels))
-    return kept, fitted, answer_images(fitted, images.validation, "deploy: validation")
+    return parts, fitted, answer_images(fitted, images.validation, "deploy: validation")
 
 
 def _search_budget(
-    model: DeployedModel, try_budget: Callable[[float], tuple[Kept, DeployedModel, Answers]], floor: float
-) -> tuple[Kept, DeployedModel, Answers]:
+    model: DeployedModel, try_budget: Callable[[float], tuple[KeptParts, DeployedModel, Answers]], floor: float
+) -> tuple[KeptParts, DeployedModel, Answers]:
     """Find the smallest budget whose model keeps the accuracy on validation, by bisection.
 
     Accuracy need not fall steadily with the budget; then the result keeps it all the same, but may not be the smallest.
     """
     budgets = np.arange(1.0, least_budget(model.config), -BUDGET_STEP)
     low, high = 0, len(budgets)
-    found = try_budget(1.0)
+    best = try_budget(1.0)
     while high - low > 1:
         middle = (low + high) // 2
         tried = try_budget(float(budgets[middle]))
         if tried[2].accuracy >= floor:
-            low, found = middle, tried
+            low, best = middle, tried
         else:
             high = middle
-    return found
+    return best

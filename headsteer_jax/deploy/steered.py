@@ -85,10 +85,12 @@ def fold_steering(model: DeployedModel, config: Config, steering: ClassSteering,
       config: the run's.
     """
     gates, layers = LayerGates(config, config.sae_layer), list(model.params["layers"])
-    own = dict(layers[config.sae_layer]["gates"])
-    kernel_DG = np.asarray(gates.join({kind: np.asarray(own[kind]["kernel"], np.float64) for kind in gates.kinds}))
+    gate_params = dict(layers[config.sae_layer]["gates"])
+    kernel_DG = np.asarray(
+        gates.join({kind: np.asarray(gate_params[kind]["kernel"], np.float64) for kind in gates.kinds})
+    )
     shift = gates.split(shift_logits(steering, kernel_DG, alpha))
     for kind in gates.kinds:
-        own[kind] = own[kind] | {"bias": (own[kind]["bias"] + shift[kind]).astype(np.float32)}
-    layers[config.sae_layer] = layers[config.sae_layer] | {"gates": own}
+        gate_params[kind] = gate_params[kind] | {"bias": (gate_params[kind]["bias"] + shift[kind]).astype(np.float32)}
+    layers[config.sae_layer] = layers[config.sae_layer] | {"gates": gate_params}
     return DeployedModel(model.config, model.params | {"layers": layers})

@@ -10,7 +10,7 @@ from builders import CLASSES, tiny_config, trained_model
 from helpers import environment
 
 from headsteer_jax.config import Config
-from headsteer_jax.deploy.convert import Kept, convert_model, cut_model
+from headsteer_jax.deploy.convert import KeptParts, convert_model, cut_model
 from headsteer_jax.deploy.formats import export_stablehlo, write_formats
 from headsteer_jax.deploy.model import DeployedModel
 from headsteer_jax.deploy.onnx_file import export_onnx
@@ -40,7 +40,7 @@ def cut_some() -> DeployedModel:
     config = config.model_copy(update={"data": data, "model": model})
     whole = convert_model(trained_model(config), NAMES, np.array([1, 4, 6]), (13, 16, 3))
     heads = (np.array([0, 2]), np.zeros(0, int), np.array([1]))
-    return cut_model(whole, Kept(heads, (np.arange(0, 96, 2), np.arange(8), np.zeros(0, int))))
+    return cut_model(whole, KeptParts(heads, (np.arange(0, 96, 2), np.arange(8), np.zeros(0, int))))
 
 
 def make_dynamic(**gate: object) -> DeployedModel:

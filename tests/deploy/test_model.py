@@ -7,7 +7,7 @@ from builders import CLASSES, tiny_config, trained_model
 
 from headsteer_jax.config import Config
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.deploy.convert import Kept, convert_model, cut_model, keep_all
+from headsteer_jax.deploy.convert import KeptParts, convert_model, cut_model, keep_all
 from headsteer_jax.deploy.cost import count_macs, count_parameters
 from headsteer_jax.model.macs import count_dense_macs
 from headsteer_jax.model.vit import TrainedModel
@@ -64,11 +64,11 @@ def test_cut_parts_are_as_if_their_outputs_were_zero() -> None:
     config = tiny_config()
     trained, images = trained_model(config), make_images(config)
     model = convert_model(trained, NAMES, np.arange(CLASSES), images.shape[1:])
-    kept = Kept(
+    kept = KeptParts(
         tuple(map(np.array, ([0, 2], [], [1]))),
         tuple(map(np.array, ([], range(0, 96, 2), range(5)))),
     )
-    kept = Kept(tuple(k.astype(int) for k in kept.heads), tuple(k.astype(int) for k in kept.neurons))
+    kept = KeptParts(tuple(k.astype(int) for k in kept.heads), tuple(k.astype(int) for k in kept.neurons))
     cut = cut_model(model, kept)
     params = jax.tree.map(np.array, trained.params)
     for i in range(3):

@@ -176,11 +176,11 @@ def test_a_specialised_model_keeps_its_promise(model: DeployedModel, images: Cla
     if goal.budget:
         assert share <= goal.budget
     else:
-        assert made.validation.accuracy >= made.whole_validation.accuracy - 0.1
+        assert made.validation.accuracy >= made.dense_validation.accuracy - 0.1
         assert share < 1
     answers = answer_images(made.model, images.validation, "validation")
     np.testing.assert_array_equal(answers.prediction, made.validation.prediction)
-    assert made.whole is model
+    assert made.dense is model
     again = specialise(model, images, goal, lambda layer: [np.array([layer])], seed=0)
     jax.tree.map(np.testing.assert_array_equal, again.model.params, made.model.params)
 

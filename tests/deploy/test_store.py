@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from builders import tiny_config, trained_model
 
-from headsteer_jax.deploy.convert import Kept, convert_model, cut_model
+from headsteer_jax.deploy.convert import KeptParts, convert_model, cut_model
 from headsteer_jax.deploy.model import DeployedModel
 from headsteer_jax.deploy.store import check_output, load_deployed, replace_directory, write_model
 from headsteer_jax.errors import HeadSteerError
@@ -18,7 +18,7 @@ NAMES = tuple("abcdefg")
 @pytest.fixture
 def model() -> DeployedModel:
     whole = convert_model(trained_model(tiny_config()), NAMES, np.array([2, 3]), (8, 9, 1))
-    kept = Kept((np.array([0]), np.array([], int), np.arange(3)), (np.arange(16), np.arange(3), np.array([], int)))
+    kept = KeptParts((np.array([0]), np.array([], int), np.arange(3)), (np.arange(16), np.arange(3), np.array([], int)))
     return cut_model(whole, kept)
 
 
