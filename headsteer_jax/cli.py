@@ -34,6 +34,8 @@ HELP = """Train a gated vision transformer, find concepts with a sparse autoenco
 commands:
   run      train, learn concepts, steer and report (start here)
   export   write a run's model or autoencoders for timm, SAELens or overcomplete
+  deploy   write a smaller model for the classes you see, as safetensors, StableHLO and ONNX
+  predict  predict the classes of image files with a deployed model
   page     write a run's pages again, or a results page for the documentation
   config   show, explain or check a config, or write the reference of all fields
 
@@ -246,6 +248,73 @@ def command_export(arguments: Sequence[str]) -> None:
         print(path)
 
 
+def command_deploy(arguments: Sequence[str]) -> None:
+    """Write a smaller, a gated or a steered model for some classes of a run: `headsteer deploy`."""
+    parser = Parser(
+        "deploy", "Write a model for some classes of a finished run: smaller, or gated with --dynamic or --steer.",
+        "A list of names may also be a JSON list. docs/how-to/deploy.md explains what is written.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="the run's directory")
+    parser.add_argument("--classes", metavar="A,B,...", help="the classes (with --dynamic or --steer: default all)")
+    share: dict[str, Any] = {"type": float, "metavar": "SHARE"}
+    help_loss = "cut as far as validation accuracy falls by at most this much (default: 0.01)"
+    parser.add_argument("--max-loss", help=help_loss, **share)
+    parser.add_argument(
+        "--budget", help="instead: cut to this share of the dense model's multiply-accumulates", **share
+    )
+    help_distil = "then train for so many steps, with the dense model as teacher"
+    parser.add_argument("--distil", type=int, metavar="STEPS", help=help_distil)
+    parser.add_argument("--dynamic", action="store_true", help="deploy the gated model, with its gates")
+    parser.add_argument("--steer", metavar="STRATEGY", help="deploy the gated model, steered towards the classes")
+    parser.add_argument("--alpha", type=float, help="with --steer: the steering strength")
+    parser.add_argument("--output", metavar="DIR", help="where to write (default: deployed/RUN)")
+    parser.add_argument("--data", metavar="PATH", help="the new path of the data, if they have moved since the run")
+    flags = parser.parse_args(list(arguments))
+    _import_jax()
+    _import_matplotlib()
+
+    from headsteer_jax.deploy.request import read_request
+
+    request = read_request(flags)
+    workdir = _workdir(flags.run, "RUN")
+
+    from headsteer_jax.deployment import check_request, deploy_run
+
+    output = Path(expand_path(flags.output or str(Path("deployed") / workdir.name), "--output", buckets=False))
+    labels = check_request(workdir, request, output)
+    _start()
+    deploy_run(workdir, request, labels, output, flags.data)
+    print(output)
+
+
+def command_predict(arguments: Sequence[str]) -> None:
+    """Predict the classes of image files with a deployed model: `headsteer predict`."""
+    parser = Parser("predict", "Predict the classes of image files with a model that headsteer deploy wrote.")
+    parser.add_argument("deployed", metavar="DEPLOYED", help="the directory of the deployed model")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or directories that hold some")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    flags = parser.parse_args(list(arguments))
+    _import_jax()
+
+    from headsteer_jax.deploy.predict import list_images, predict_files
+    from headsteer_jax.deploy.store import load_deployed
+
+    model = load_deployed(flags.deployed)
+    files = list_images([expand_path(image, "IMAGE", buckets=False) for image in flags.images])
+    _start()
+    unread, width = 0, max(len(str(file)) for file in files)
+    for prediction in predict_files(model, files):
+        unread += bool(prediction.error)
+        if flags.json:
+            print(json.dumps(prediction.to_json(), ensure_ascii=False))
+        elif prediction.error:
+            print(f"warning: {prediction.error}", file=sys.stderr)
+        else:
+            print(f"{prediction.path:<{width}}  {prediction.probability:7.1%}  {prediction.class_name}")
+    if unread:
+        raise HeadSteerError(f"{unread} of {len(files)} images could not be read; the others are answered above")
+
+
 def command_page(arguments: Sequence[str]) -> None:
     """Write a run's pages again from what its stages saved: `headsteer page`."""
     parser = Parser("page", "Write the pages of a finished run again, from what its stages saved.")
@@ -317,7 +386,10 @@ def command_config(arguments: Sequence[str]) -> None:
         print(f"{path} = {json.dumps(value)}")
 
 
-COMMANDS = {"run": command_run, "export": command_export, "page": command_page, "config": command_config}
+COMMANDS = {
+    "run": command_run, "export": command_export, "deploy": command_deploy, "predict": command_predict,
+    "page": command_page, "config": command_config,
+}  # fmt: skip
 
 
 def find_config(name: str) -> Path:

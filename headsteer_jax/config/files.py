@@ -94,7 +94,7 @@ def _parse(annotation: Any, text: str) -> Any:
     if get_origin(annotation) is tuple:
         element = get_args(annotation)[0]
         if element is str:
-            return _parse_names(text)
+            return parse_names(text)
         return tuple(_parse(element, part.strip()) for part in text.strip("()[] ").split(",") if part.strip())
     if get_origin(annotation) is Literal:
         value = {str(choice): choice for choice in get_args(annotation)}.get(text, text)
@@ -102,7 +102,7 @@ def _parse(annotation: Any, text: str) -> Any:
     return TypeAdapter(annotation).validate_strings(text)
 
 
-def _parse_names(text: str) -> tuple[str, ...]:
+def parse_names(text: str) -> tuple[str, ...]:
     """Read a list of strings: separated by commas, or a JSON list, whose strings may contain anything.
 
     Raises:
@@ -126,7 +126,7 @@ def format_override(value: Any) -> str:
         return str(value)
     plain = ",".join(map(str, value))
     is_names = any(isinstance(element, str) for element in value)
-    if is_names and (plain.lstrip().startswith("[") or _parse_names(plain) != tuple(value)):
+    if is_names and (plain.lstrip().startswith("[") or parse_names(plain) != tuple(value)):
         return json.dumps(value, ensure_ascii=False)
     return plain
 

@@ -1,0 +1,145 @@
+"""Measures smaller models for ten classes of a run: images a second and accuracy, against the dense model.
+
+    python benchmarks/specialise.py RUN [--budget=0.43] [--steps=300] [--sets=10] [--batch=64] [--rounds=15]
+
+Half of the sets are drawn at random; the others begin with classes that the dataset relates, such as superclasses, and
+are filled up with those whose classifier weights are nearest. Each set gets one model cut to the budget, which is
+measured as it is (`refitted`) and after --steps steps of distillation (`distilled`). The dense model, restricted to the
+same classes, is the baseline: it is the run's own forward pass, as evaluation runs it.
+
+`speedup` is the ratio of medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CPU time of this
+process, which other programs on the machine disturb less. Test images are used once for each model. The last line is
+one JSON object with a row for each set.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from headsteer_jax.cli import _start, _workdir
+from headsteer_jax.data.dataset import gather_images
+from headsteer_jax.deploy.build import Sources, make_deployed_function, make_vit_function, propose_open_heads
+from headsteer_jax.deploy.card import compare_answers
+from headsteer_jax.deploy.cost import count_macs, count_parameters
+from headsteer_jax.deploy.distil import distil_model
+from headsteer_jax.deploy.images import answer_images, select_images
+from headsteer_jax.deploy.specialise import Goal, specialise
+from headsteer_jax.deployment import load_sources
+from headsteer_jax.runs import check_done, load_run_dataset, read_config
+
+SET = 10  # classes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--budget", type=float, default=0.43)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--sets", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    flags = parser.parse_args()
+    workdir = _workdir(flags.run, "RUN")
+    config = read_config(workdir)
+    check_done(config, workdir, "train", "benchmarks/specialise.py")
+    _start()
+    config, dataset = load_run_dataset(config, workdir, None, "")
+    sources = load_sources(config, dataset, workdir, np.arange(len(dataset.class_names)))
+    rows = []
+    for kind, labels in list_sets(sources, flags.sets):
+        rows.append({"set": len(rows), "kind": kind} | measure_set(sources._replace(labels=labels), flags))
+        print(json.dumps(rows[-1]), flush=True)
+    print(json.dumps({"device": jax.devices()[0].device_kind, **summarise_rows(rows), "rows": rows}))
+
+
+def list_sets(sources: Sources, count: int) -> list[tuple[str, np.ndarray]]:
+    """List sets of SET classes: the first half at random, the others of related classes."""
+    rng, classes = np.random.default_rng(0), len(sources.dataset.class_names)
+    sets = [("random", np.sort(rng.choice(classes, SET, replace=False))) for _ in range((count + 1) // 2)]
+    kernel_DC = np.asarray(sources.dense.params["params"]["head"]["kernel"], np.float64)
+    kernel_DC = kernel_DC - kernel_DC.mean(axis=1, keepdims=True)
+    unit_DC = kernel_DC / np.linalg.norm(kernel_DC, axis=0)
+    related = sources.dataset.related if sources.dataset.related is not None else np.zeros((classes, classes), bool)
+    used: set[int] = set()
+    for seed in np.argsort(-related.sum(axis=1), kind="stable"):
+        if len(sets) < count and int(seed) not in used:
+            members = [int(seed), *np.flatnonzero(related[seed]).tolist()][:SET]
+            used |= set(members)
+            while len(members) < SET:
+                nearness_C = unit_DC[:, members].mean(axis=1) @ unit_DC
+                nearness_C[members] = -np.inf
+                members.append(int(np.argmax(nearness_C)))
+            sets.append(("related", np.sort(members)))
+    return sets
+
+
+def measure_set(sources: Sources, flags: argparse.Namespace) -> dict[str, Any]:
+    """Cut a model for one set of classes, and measure it without and with distillation."""
+    images, dense, seed = select_images(sources.dataset, sources.labels), sources.convert(False), sources.config.seed
+    begin = time.perf_counter()
+    proposals = propose_open_heads(sources.gated, images, seed)
+    made = specialise(dense, images, Goal(flags.budget, 0.0), proposals, seed)
+    cut_seconds = time.perf_counter() - begin
+    trained = distil_model(made.model, dense, images.train, flags.steps, sources.config)
+    whole = answer_images(dense, images.test, "dense")
+    models = {"refitted": made.model, "distilled": trained}
+    scores = {name: compare_answers(answer_images(model, images.test, name), whole) for name, model in models.items()}
+    dense_score = scores["refitted"]["dense"]
+    functions = {
+        "dense": make_vit_function(sources.dense, sources.labels, "dense"),
+        "cut": make_deployed_function(made.model),
+    }
+    pixels = gather_images(images.test.images, np.arange(flags.batch) % len(images.test.labels))
+    return {
+        "classes": list(dense.config.classes),
+        "share_of_macs": count_macs(made.model.config) / count_macs(dense.config),
+        "share_of_parameters": count_parameters(made.model.params) / count_parameters(dense.params),
+        "heads": made.model.config.heads, "neurons": made.model.config.neurons,
+        "dense_accuracy": dense_score["accuracy"], "images": dense_score["images"],
+        **time_functions(functions, jax.device_put(pixels), flags.rounds),
+        **{name: {key: score[key] for key in ("accuracy", "gained", "lost", "p")} for name, score in scores.items()},
+        "seconds": {"cutting": cut_seconds, "with_distillation": time.perf_counter() - begin},
+    }  # fmt: skip
+
+
+def time_functions(
+    functions: dict[str, Callable[[jax.Array], Any]], images: jax.Array, rounds: int
+) -> dict[str, float]:
+    """Measure `speedup` and `speedup_cpu` of `cut` over `dense`, in turns."""
+    clock: dict[str, list[float]] = {name: [] for name in functions}
+    cpu: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(function(images))
+            if number:  # the first compiles
+                clock[name].append(time.perf_counter() - begin)
+                cpu[name].append(time.process_time() - begin_cpu)
+    return {
+        "images_per_second": len(images) / median(clock["cut"]),
+        "speedup": median(clock["dense"]) / median(clock["cut"]),
+        "speedup_cpu": median(cpu["dense"]) / median(cpu["cut"]),
+    }
+
+
+def summarise_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarise the sets: the speedups, the mean change of accuracy, and how many sets lost any."""
+    summary: dict[str, Any] = {name: median(row[name] for row in rows) for name in ("speedup", "speedup_cpu")}
+    summary["least_speedup"] = min(row["speedup"] for row in rows)
+    for name in ("refitted", "distilled"):
+        changes = [row[name]["accuracy"] - row["dense_accuracy"] for row in rows]
+        summary[name] = {
+            "change_of_accuracy": float(np.mean(changes)), "no_lower": sum(change >= 0 for change in changes),
+            "significantly_lower": sum(c < 0 and row[name]["p"] < 0.05 for c, row in zip(changes, rows, strict=True)),
+        }  # fmt: skip
+    return summary
+
+
+if __name__ == "__main__":
+    main()

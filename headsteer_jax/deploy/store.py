@@ -1,0 +1,179 @@
+"""Deployed models on disk: a directory with model.safetensors, config.json and what goes with them.
+
+A directory is written beside its place and then moved into it, so that it is complete or not there at all.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from pydantic import ValidationError
+
+from headsteer_jax.config.files import first_fault
+from headsteer_jax.config.paths import expand_path
+from headsteer_jax.deploy.model import FORMAT, VERSION, DeployedConfig, DeployedModel, Params, compute_logits
+from headsteer_jax.errors import HeadSteerError, explain_errors
+from headsteer_jax.runtime.files import write_bytes, write_json
+
+CONFIG, WEIGHTS, CLASSES = "config.json", "model.safetensors", "classes.json"
+# every file that a deployed directory may have; others are the user's
+FILES = (
+    CONFIG, WEIGHTS, CLASSES, "card.json", "card.md", "speed.json", "speed.png", "model.stablehlo", "model.onnx",
+    "model_batch1.onnx",
+)  # fmt: skip
+REDEPLOY = "deploy it again with headsteer deploy"
+
+
+def flatten_params(params: Params) -> dict[str, np.ndarray]:
+    """Name every array of a model's parameters, such as layers.0.qkv.kernel."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+
+
+def unflatten_params(arrays: Mapping[str, np.ndarray]) -> Params:
+    """Build the parameters from the arrays that `flatten_params` named."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
+    layers = tree.get("layers", {})
+    return tree | {"layers": [layers[str(i)] for i in range(len(layers))]}
+
+
+def write_model(directory: Path, model: DeployedModel) -> None:
+    """Write a model's weights, its description and its classes into a directory.
+
+    Raises:
+      HeadSteerError: the disk is full or not writable.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in flatten_params(model.params).items()}
+    write_bytes(directory / WEIGHTS, safetensors.numpy.save(arrays, {"format": "np", "writer": FORMAT}))
+    write_json(directory / CLASSES, list(model.config.classes))
+    write_json(directory / CONFIG, json.loads(model.config.model_dump_json()))
+
+
+def load_deployed(directory: str | os.PathLike[str]) -> DeployedModel:
+    """Load a deployed model: `load_deployed("deployed/cats").apply(images)` computes the logits of uint8 images.
+
+    Raises:
+      HeadSteerError: the directory is none that headsteer deploy wrote, or it is damaged or of another version.
+    """
+    path = Path(expand_path(os.fspath(directory), "load_deployed", buckets=False))
+    config = read_description(path)
+    with explain_errors(path / WEIGHTS, REDEPLOY, "missing or damaged"):
+        try:
+            params = unflatten_params(safetensors.numpy.load_file(path / WEIGHTS))
+        except safetensors.SafetensorError as error:
+            raise ValueError(error) from None
+        images = jax.ShapeDtypeStruct((1, *config.image), np.uint8)
+        shape = jax.eval_shape(lambda images: compute_logits(config, params, images), images).shape
+        if shape != (1, len(config.classes)) or _count_parts(config, params) != (config.heads, config.neurons):
+            raise ValueError("its shapes are not those of config.json")
+    return DeployedModel(config, params)
+
+
+def _count_parts(config: DeployedConfig, params: Params) -> tuple[tuple[int, ...], ...]:
+    """Count the heads and the neurons of every layer's weights."""
+    rows = [
+        [len(layer[name]["kernel"]) if "kernel" in layer[name] else 0 for layer in params["layers"]]
+        for name in ("out", "mlp_out")
+    ]
+    return tuple(count // config.head_width for count in rows[0]), tuple(rows[1])
+
+
+def read_description(directory: Path) -> DeployedConfig:
+    """Read and check the config.json of a deployed directory.
+
+    Raises:
+      HeadSteerError: it is missing, not ours, damaged or of another version.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        missing = f"{path}: no such file" if directory.is_dir() else f"{directory}: no such directory"
+        raise HeadSteerError(f"{missing}; give a directory that headsteer deploy wrote")
+    with explain_errors(path, REDEPLOY, "damaged"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise HeadSteerError(f"{path}: not of a deployed model; give a directory that headsteer deploy wrote")
+        if content.get("version") != VERSION:
+            raise HeadSteerError(
+                f"{path}: version {content.get('version')} of the format, but this HeadSteer reads version {VERSION}; "
+                f"{REDEPLOY}, or install the HeadSteer that wrote it"
+            )
+        try:
+            config = DeployedConfig.model_validate_json(json.dumps(content))
+        except ValidationError as error:
+            raise HeadSteerError(f"{path}: damaged ({first_fault(error)}); {REDEPLOY}") from None
+    if len(config.neurons) != config.depth or config.depth != config.model.depth:
+        raise HeadSteerError(f"{path}: damaged (it does not describe every layer); {REDEPLOY}")
+    return config
+
+
+def check_output(output: Path) -> None:
+    """Check that a deployed model may be written to a directory: it is new, empty, or one that HeadSteer wrote.
+
+    Raises:
+      HeadSteerError: it is something else, or it holds other files as well.
+    """
+    remedy = "choose another --output"
+    with explain_errors(output, remedy):
+        place = next(place for place in (output, *output.parents) if place.exists() or place.is_symlink())
+        if not place.is_dir():
+            raise HeadSteerError(f"{place}: is not a directory; {remedy}")
+        if place != output:
+            return
+        entries = sorted(entry.name for entry in output.iterdir())
+        if not entries:
+            return
+        try:
+            ours = json.loads((output / CONFIG).read_text(encoding="utf-8")).get("format") == FORMAT
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise HeadSteerError(f"{output}: exists, and HeadSteer did not write it; {remedy}")
+        if foreign := [name for name in entries if name not in FILES]:
+            raise HeadSteerError(f"{output / foreign[0]}: HeadSteer did not write it; move it away, or {remedy}")
+
+
+def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
+    """Write a directory completely or not at all: beside its place, and then moved into it.
+
+    Args:
+      output: checked by `check_output`; what it holds is replaced.
+      write: writes all files into the directory that it gets.
+
+    Raises:
+      HeadSteerError: the disk is full or not writable; what was there before is intact.
+    """
+    with explain_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".new", dir=output.parent))
+        try:
+            write(new)
+            new.chmod(0o777 & ~_read_umask())
+            if output.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+                output.replace(old)
+                new.rename(output)
+                shutil.rmtree(old)
+            else:
+                new.rename(output)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _read_umask() -> int:
+    """Read the process's umask: mkdtemp makes directories that no one else may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,103 @@
+"""From a run's directory to a deployed model: everything that can be wrong is found before anything is computed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from headsteer_jax.analysis.sweep_file import read_sweep
+from headsteer_jax.books import read_record
+from headsteer_jax.config.schema import Config
+from headsteer_jax.data.dataset import SPLITS, Dataset, check_classes
+from headsteer_jax.deploy.build import Sources, build_dynamic, build_specialised, write_deployed
+from headsteer_jax.deploy.convert import describe_model
+from headsteer_jax.deploy.formats import write_formats
+from headsteer_jax.deploy.request import Request
+from headsteer_jax.deploy.specialise import check_budget
+from headsteer_jax.deploy.steered import ClassSteering, check_foldable, find_choice
+from headsteer_jax.deploy.store import check_output, replace_directory
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.report.speed import draw_speed
+from headsteer_jax.runs import check_done, count_classes, load_run_dataset, read_config
+from headsteer_jax.runtime.files import Workdir
+from headsteer_jax.sae.autoencoder import encode_split
+from headsteer_jax.sae.store import read_autoencoders
+from headsteer_jax.steer.strategies import latent_statistics
+from headsteer_jax.train.loop import Phase, load_trained
+
+
+def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarray:
+    """Check what was asked against the run, before its data are loaded.
+
+    Returns:
+      The classes by which the model is made, as indices, ascending.
+
+    Raises:
+      HeadSteerError: a stage is missing, a class does not exist or is named twice, the budget cannot be met, steering
+        does not fold, or the output directory is not ours.
+    """
+    config = read_config(workdir)
+    for stage in ("train", "sae", "steer") if request.strategy else ("train",):
+        check_done(config, workdir, stage, "headsteer deploy" + " --steer" * bool(request.strategy))
+    count = count_classes(workdir)
+    data = (read_record(workdir, "train") or {})["data"]
+    names = tuple(data["classes"])
+    check_classes("--classes", request.classes, names)
+    labels = np.array(sorted(map(names.index, request.classes or names)), np.int64)
+    for split in SPLITS:
+        if empty := [names[label] for label in labels if not data[split]["images"][label]]:
+            raise HeadSteerError(f"--classes: {empty[0]!r} has no image in {split}; leave it out")
+    if request.strategy:
+        check_foldable(config, request.alpha)
+        find_choice(read_sweep(workdir / "sweep.nc"), request.strategy, labels)
+    elif not request.dynamic:
+        classes = tuple(names[label] for label in labels)
+        check_budget(describe_model(config, classes, tuple(data["image"])), request.goal)
+    assert count == len(names)
+    check_output(output)
+    return labels
+
+
+def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: Path, data: str | None) -> None:
+    """Make the model that was asked for, and write its directory.
+
+    Args:
+      labels: the classes, as `check_request` returns them.
+      data: the new path of the data, if they have moved since the run.
+
+    Raises:
+      HeadSteerError: the run or its data are damaged, or the disk is full or not writable.
+    """
+    config, dataset = load_run_dataset(read_config(workdir), workdir, data, "--data=PATH")
+    everything = np.arange(len(dataset.class_names))
+    answered = labels if len(labels) > 1 else everything  # steered towards one class, the model still tells all apart
+    sources = load_sources(config, dataset, workdir, answered)
+    if request.dynamic:
+        steering = load_steering(config, dataset, workdir, request.strategy, labels) if request.strategy else None
+        built = build_dynamic(sources, steering, request.strategy, request.alpha)
+    else:
+        built = build_specialised(sources, request.goal, request.distil)
+    replace_directory(output, lambda directory: write_deployed(built, sources, directory, write_formats, draw_speed))
+
+
+def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Sequence[int] | np.ndarray) -> Sources:
+    """Load the models of a run from which a model for some classes is deployed."""
+    dense: Phase = "dense_control" if config.train.dense_control else "dense"
+    if not config.train.dense_control and not config.train.dense.steps:
+        dense = "gated"  # there is no other model; with all gates open it is a dense one
+    models = [load_trained(config, len(dataset.class_names), workdir / "train", phase) for phase in (dense, "gated")]
+    return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels))
+
+
+def load_steering(
+    config: Config, dataset: Dataset, workdir: Workdir, strategy: str, labels: np.ndarray
+) -> ClassSteering:
+    """Load the latents that a strategy changes for some classes, with the run's first autoencoder."""
+    trained = load_trained(config, len(dataset.class_names), workdir / "train")
+    autoencoders, x_train, _ = read_autoencoders(workdir, trained)
+    sae = autoencoders.member(0)
+    statistics = latent_statistics(
+        encode_split(sae, x_train), dataset.train.labels, len(dataset.class_names), np.asarray(sae.decoder)
+    )
+    latents, weights = find_choice(read_sweep(workdir / "sweep.nc"), strategy, labels)
+    return ClassSteering(sae, statistics.strength, latents, weights)
