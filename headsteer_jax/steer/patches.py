@@ -201,8 +201,8 @@ def observe_steered_patches(
     result = run_suffix(trained, split, [setting], alphas, "class: steered patches", GATE_KINDS, following=True)
     gates = {kind: before.copy() for kind, before in unsteered.gates.items()}
     for layer, by_kind in result.gates.items():
-        for kind, g_VANn in by_kind.items():
-            gates[kind][:, layer - config.gate.settings(kind).first_layer] = g_VANn[0, 0]
+        for kind in config.gate.kinds_in(layer):
+            gates[kind][:, layer - config.gate.settings(kind).first_layer] = by_kind[kind][0, 0]
     macs = count_image_macs(config, trained.model.classes, gates)
     return ImageGates(gates, macs, result.predictions[0, 0])
 

@@ -325,7 +325,7 @@ def run_suffix(
     prefix = per_image_program(run_before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     shape = (len(settings), len(alphas), end - begin)
-    gates = {
+    gates: dict[int, dict[str, np.ndarray]] = {
         layer: {kind: np.zeros((*shape, count_gates(model)[kind]), bool) for kind in layer_kinds}
         for layer, layer_kinds in observed.items()
     }
