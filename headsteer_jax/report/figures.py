@@ -73,7 +73,7 @@ def draw_steering(m: ReportData) -> Figure:
         titles["macs"] = f"MACs of layer {layer}"
     for axes, (quantity, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         ends = _draw_curves(m, axes, quantity)
-        set_alpha_axis(axes, m.arrays["alphas"])
+        set_alpha_axis(axes, m.arrays["alphas"], 0.024 if len(titles) == 2 else 0.042)
         set_ticks(axes.yaxis, quantity)
         axes.set_title(f"{title} (test, n = {m.images:,})" if len(titles) == 2 else title)
         heights = spread_labels(ends, 0.065 * float(np.ptp(axes.get_ylim())))

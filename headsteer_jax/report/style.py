@@ -141,11 +141,15 @@ def spread_labels(values: Sequence[float], gap: float) -> list[float]:
     return places[np.argsort(order)].tolist()
 
 
-def set_alpha_axis(axes: Axes, alphas: np.ndarray) -> None:
-    """Scale the alpha axis linearly near 0 and logarithmically beyond, and label the alphas that there is room for."""
+def set_alpha_axis(axes: Axes, alphas: np.ndarray, character: float = 0.024) -> None:
+    """Scale the alpha axis linearly near 0 and logarithmically beyond, and label the alphas that there is room for.
+
+    Args:
+      character: the width of a character in a label, as a share of the axis.
+    """
     unit = np.abs(alphas[alphas != 0]).min() if (alphas != 0).any() else 1.0
     axes.set_xscale("asinh", linear_width=float(unit))
-    character = 0.024 * float(np.ptp(np.arcsinh(alphas / unit)))  # the width of one
+    character *= float(np.ptp(np.arcsinh(alphas / unit)))
     shown: list[float] = []
     ends = (0, alphas[0], alphas[-1])
     for alpha in sorted(alphas.tolist(), key=lambda a: (a not in ends, np.log2(abs(a) or 1) % 1 != 0, -abs(a))):
