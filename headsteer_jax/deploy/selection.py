@@ -25,7 +25,7 @@ from headsteer_jax.deploy.calibration import (
     sum_moments,
     walk_sublayers,
 )
-from headsteer_jax.deploy.convert import KeptParts, expand_heads
+from headsteer_jax.deploy.convert import KeptParts, expand_heads, keep_all
 from headsteer_jax.deploy.cost import count_attention_macs, count_fixed_macs, count_macs, count_mlp_macs
 from headsteer_jax.deploy.importance import order_removals
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel, classify
@@ -154,6 +154,8 @@ def choose_sizes(config: DeployedConfig, options: Options, budget: float) -> Kep
       config: of the model from which nothing is cut.
       budget: the most multiply-accumulates, as a share of that model's.
     """
+    if budget >= 1:
+        return keep_all(config)
     total = count_macs(config)
     most = int(UNITS * (budget - count_fixed_macs(config) / total))
     best, chosen = np.zeros(most + 1), []
