@@ -50,11 +50,11 @@ def plan_pieces(batch: int, tokens: int, prefix: int = 1) -> Pieces:
     """Choose the sizes of the pieces for a batch of B images of T tokens each, of which `prefix` are always kept."""
     rows, step = min(ROWS, batch * tokens), math.ceil(tokens / LENGTHS)
     lengths = (*(t for t in range(step, tokens, step) if t >= prefix), tokens)
-    whole = [min(batch, max(1, rows // t)) for t in lengths]
+    images = [min(batch, max(1, rows // t)) for t in lengths]
     part = math.ceil(rows / ROW_SIZES)
     return Pieces(
         lengths,
-        tuple((b, b // 4 if b >= 4 else b) for b in whole),
+        tuple((b, b // 4 if b >= 4 else b) for b in images),
         tuple(sorted({min(rows, part * count) for count in range(1, ROW_SIZES + 1)})),
     )
 
@@ -71,14 +71,14 @@ class BlockCall(NamedTuple):
 
 
 class KeptTokens(NamedTuple):
-    """Which tokens of each image take part in a sublayer."""
+    """Says which tokens of each image take part in a sublayer."""
 
-    order_BT: jax.Array  # the places of an image's kept tokens, then those of the others, each ascending
-    count_B: jax.Array  # the number of kept tokens; 0 if the image leaves the sublayer out
+    order: jax.Array  # [B, T], the places of an image's kept tokens, then those of the others, each ascending
+    counts: jax.Array  # [B], the number of kept tokens; 0 if the image leaves the sublayer out
 
     def only(self, runs_B: jax.Array) -> "KeptTokens":
         """Leave out the images for which the sublayer is off."""
-        return KeptTokens(self.order_BT, jnp.where(runs_B, self.count_B, 0))
+        return KeptTokens(self.order, jnp.where(runs_B, self.counts, 0))
 
 
 def order_tokens(keep_BT: jax.Array) -> KeptTokens:
@@ -88,7 +88,7 @@ def order_tokens(keep_BT: jax.Array) -> KeptTokens:
 
 
 def attend_kept(
-    call: BlockCall, x_ND: jax.Array, kept: KeptTokens, heads: Gates, pieces: Pieces, queries: int | None
+    call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, heads: Gates, pieces: Pieces, queries: int | None
 ) -> jax.Array:
     """Add the output of attention to the kept tokens, piece by piece.
 
@@ -96,17 +96,17 @@ def attend_kept(
       heads: the gates of the heads, or nothing.
       queries: the number of an image's tokens, from CLS on, that get a result; None: all kept tokens.
     """
-    (B, T), prefix = kept.order_BT.shape, 1 + call.block.model.registers
-    images_B = jnp.argsort(-kept.count_B, stable=True).astype(jnp.int32)
+    (B, T), prefix = tokens.order.shape, 1 + call.block.model.registers
+    images_B = jnp.argsort(-tokens.counts, stable=True).astype(jnp.int32)
     images_B = jnp.pad(images_B, (0, max(b for b, _ in pieces.images)), constant_values=B)
-    total = jnp.sum(kept.count_B > 0, dtype=jnp.int32)
+    total = jnp.sum(tokens.counts > 0, dtype=jnp.int32)
 
     def run_piece(t: int, b: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
         image_b = jax.lax.dynamic_slice(images_B, (begin,), (b,))
         own_b = jnp.minimum(image_b, B - 1)
-        count_b = jnp.where(image_b < B, kept.count_B[own_b], 0)
+        count_b = jnp.where(image_b < B, tokens.counts[own_b], 0)
         kept_bt = jnp.arange(t) < count_b[:, None]
-        rows_bt = own_b[:, None] * T + kept.order_BT[own_b, :t]
+        rows_bt = own_b[:, None] * T + tokens.order[own_b, :t]
         x_btD = x_ND.at[rows_bt].get(mode="clip")
         y_bqHK, v_bqHK = call("heads", x_btD, queries, {"tokens": kept_bt[:, prefix:].astype(jnp.float32)})
         own_heads = {kind: g[own_b] for kind, g in heads.items()}
@@ -115,35 +115,35 @@ def attend_kept(
         return begin + b, x_ND.at[target_bq].set(new_bqD, mode="drop", unique_indices=True)
 
     pairs = list(zip(pieces.tokens, pieces.images, strict=True))
-    sizes = sorted({(t, b) for t, both in pairs for b in both})
+    sizes = sorted({(t, b) for t, choices in pairs for b in choices})
     branches = [functools.partial(run_piece, t, b) for t, b in sizes]
-    branch_of = jnp.asarray([[sizes.index((t, b)) for b in both] for t, both in pairs], jnp.int32)
-    tokens, whole = jnp.asarray(pieces.tokens, jnp.int32), jnp.asarray([b for b, _ in pieces.images], jnp.int32)
+    branch_of = jnp.asarray([[sizes.index((t, b)) for b in choices] for t, choices in pairs], jnp.int32)
+    lengths, images = jnp.asarray(pieces.tokens, jnp.int32), jnp.asarray([b for b, _ in pieces.images], jnp.int32)
 
     def run_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, x_ND = state
-        length = jnp.searchsorted(tokens, kept.count_B[images_B[begin]])  # the first image has the most tokens
-        few = (total - begin < whole[length]).astype(jnp.int32)
+        length = jnp.searchsorted(lengths, tokens.counts[images_B[begin]])  # the first image has the most tokens
+        few = (total - begin < images[length]).astype(jnp.int32)
         return jax.lax.switch(branch_of[length, few], branches, begin, x_ND)
 
     return jax.lax.while_loop(lambda state: state[0] < total, run_next, (jnp.int32(0), x_ND))[1]
 
 
-def feed_forward_kept(call: BlockCall, x_ND: jax.Array, kept: KeptTokens, heads: Gates, pieces: Pieces) -> jax.Array:
+def feed_forward_kept(call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, heads: Gates, pieces: Pieces) -> jax.Array:
     """Add the output of the MLP to the kept tokens, piece by piece.
 
     Args:
       heads: the gates of the heads that gate the MLP's input as well, or nothing.
     """
-    B, T = kept.order_BT.shape
-    end_B = jnp.cumsum(kept.count_B)
+    B, T = tokens.order.shape
+    end_B = jnp.cumsum(tokens.counts)
     total, sizes = end_B[-1], jnp.asarray(pieces.rows, jnp.int32)
 
     def run_piece(r: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
         number_r = begin + jnp.arange(r, dtype=jnp.int32)
         image_r = jnp.minimum(jnp.searchsorted(end_B, number_r, side="right"), B - 1).astype(jnp.int32)
-        place_r = jnp.clip(number_r - (end_B - kept.count_B)[image_r], 0, T - 1)
-        row_r = image_r * T + kept.order_BT[image_r, place_r]
+        place_r = jnp.clip(number_r - (end_B - tokens.counts)[image_r], 0, T - 1)
+        row_r = image_r * T + tokens.order[image_r, place_r]
         own_heads = {kind: g[image_r] for kind, g in heads.items()}
         new_r1D = call("feed_forward", x_ND.at[row_r].get(mode="clip")[:, None], own_heads)
         target_r = jnp.where(number_r < total, row_r, B * T)
@@ -162,7 +162,7 @@ def feed_forward_kept(call: BlockCall, x_ND: jax.Array, kept: KeptTokens, heads:
 def _run_pieces(call: BlockCall, x_BTD: jax.Array, keep_BT: jax.Array, gates: Gates, last: bool) -> jax.Array:
     """Run a block for the kept tokens of the images whose sublayers are on."""
     (B, T, D), dropped = x_BTD.shape, call.block.gate.dropped
-    pieces, kept = plan_pieces(B, T, 1 + call.block.model.registers), order_tokens(keep_BT)
+    pieces, tokens = plan_pieces(B, T, 1 + call.block.model.registers), order_tokens(keep_BT)
     on_B2 = gates["sublayers"] > 0 if "sublayers" in gates else jnp.ones((B, 2), bool)
     heads: Gates = {"heads": gates["heads"]} if "heads" in gates else ALL_OPEN
     attends_B, x_ND = on_B2[:, 0], x_BTD.reshape(B * T, D)
@@ -171,12 +171,12 @@ def _run_pieces(call: BlockCall, x_BTD: jax.Array, keep_BT: jax.Array, gates: Ga
         biased_N = ((on_B2[:, 0] & ~attends_B)[:, None] & keep_BT).reshape(B * T, 1)
         bias_D = call.params["out"]["bias"].astype(call.block.model.dtype)
         x_ND = jax.lax.cond(biased_N.any(), lambda x_ND: x_ND + biased_N * bias_D, lambda x_ND: x_ND, x_ND)
-    x_ND = attend_kept(call, x_ND, kept.only(attends_B), heads, pieces, 1 if last else None)
+    x_ND = attend_kept(call, x_ND, tokens.only(attends_B), heads, pieces, 1 if last else None)
     if last:  # CLS alone is too little work for pieces
         masks = {kind: g for kind, g in gates.items() if kind != "tokens"}
         return call("feed_forward", x_ND.reshape(B, T, D)[:, :1], masks)
     sliced = heads if dropped == "slice" else ALL_OPEN
-    return feed_forward_kept(call, x_ND, kept.only(on_B2[:, 1]), sliced, pieces).reshape(B, T, D)
+    return feed_forward_kept(call, x_ND, tokens.only(on_B2[:, 1]), sliced, pieces).reshape(B, T, D)
 
 
 def run_layer(call: BlockCall, x_BTD: jax.Array, last: bool) -> tuple[jax.Array, dict[str, Any]]:
@@ -198,11 +198,11 @@ def run_layer(call: BlockCall, x_BTD: jax.Array, last: bool) -> tuple[jax.Array,
     if not {"tokens", "sublayers"} & set(gates):
         return run_all(x_BTD), layer_out
     (B, T), prefix = x_BTD.shape[:2], 1 + call.block.model.registers
-    keep_BT = jnp.ones((B, T), bool).at[:, prefix:].set(gates["tokens"] > 0) if "tokens" in gates else jnp.ones((B, T), bool)
-    nothing_dropped = keep_BT.all() & (gates["sublayers"] > 0).all() if "sublayers" in gates else keep_BT.all()
-    x_BTD = jax.lax.cond(
-        nothing_dropped, run_all, lambda x_BTD: _run_pieces(call, x_BTD, keep_BT, gates, last), x_BTD
+    keep_BT = (
+        jnp.ones((B, T), bool).at[:, prefix:].set(gates["tokens"] > 0) if "tokens" in gates else jnp.ones((B, T), bool)
     )
+    nothing_dropped = keep_BT.all() & (gates["sublayers"] > 0).all() if "sublayers" in gates else keep_BT.all()
+    x_BTD = jax.lax.cond(nothing_dropped, run_all, lambda x_BTD: _run_pieces(call, x_BTD, keep_BT, gates, last), x_BTD)
     return x_BTD, layer_out
 
 
@@ -263,12 +263,13 @@ def make_skipping_program(model: ViT) -> Forward:
         for layer in range(alike.start if alike else depth - 1):
             x_BTD = run(x_BTD, layer)
         if alike:
-            own = [params["params"][f"layers_{layer}"] for layer in alike]
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
-            x_BTD, by_layer = jax.lax.scan(
-                lambda x_BTD, own: run_layer(_make_call(model, gate.kinds_in(alike.start), own), x_BTD, False),
-                x_BTD, stacked,
-            )  # fmt: skip
+            params_of_layers = [params["params"][f"layers_{layer}"] for layer in alike]
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params_of_layers)
+
+            def run_alike(x_BTD: jax.Array, layer_params: Any) -> tuple[jax.Array, dict[str, Any]]:
+                return run_layer(_make_call(model, gate.kinds_in(alike.start), layer_params), x_BTD, False)
+
+            x_BTD, by_layer = jax.lax.scan(run_alike, x_BTD, stacked)
             for name, values in by_layer.items():
                 out[name] |= {layer: jax.tree.map(lambda leaf, i=i: leaf[i], values) for i, layer in enumerate(alike)}
         return model.apply(params, run(x_BTD, depth - 1)[:, 0], method="classify"), out
