@@ -93,8 +93,8 @@ def specialise(
         parts, fitted, answers = try_budget(goal.budget)
     else:
         floor = dense_validation.accuracy - goal.max_loss
-        whole = (keep_all(model.config), model, dense_validation)
-        parts, fitted, answers = _search_budget(whole, try_budget, floor)
+        uncut = (keep_all(model.config), model, dense_validation)
+        parts, fitted, answers = _search_budget(uncut, try_budget, floor)
     return Specialised(cut_model(fitted, parts), model, answers, dense_validation)
 
 
@@ -109,16 +109,16 @@ def _cut_to_budget(
     return parts, fitted, answer_images(fitted, images.validation, "deploy: validation")
 
 
-def _search_budget(whole: Candidate, try_budget: Callable[[float], Candidate], floor: float) -> Candidate:
+def _search_budget(uncut: Candidate, try_budget: Callable[[float], Candidate], floor: float) -> Candidate:
     """Find the smallest budget whose model keeps the accuracy on validation, by bisection.
 
     Accuracy need not fall steadily with the budget; then the result keeps it all the same, but may not be the smallest.
 
     Args:
-      whole: the model from which nothing is cut, which is the result if no other keeps the accuracy.
+      uncut: the model from which nothing is cut, which is the result if no other keeps the accuracy.
     """
-    budgets = np.arange(1.0, least_budget(whole[1].config), -BUDGET_STEP)
-    low, high, best = 0, len(budgets), whole
+    budgets = np.arange(1.0, least_budget(uncut[1].config), -BUDGET_STEP)
+    low, high, best = 0, len(budgets), uncut
     while high - low > 1:
         middle = (low + high) // 2
         tried = try_budget(float(budgets[middle]))
