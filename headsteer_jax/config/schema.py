@@ -569,6 +569,11 @@ class MachineConfig(Section):
     sweep_chunk: PositiveInt = 250
     """The largest number of images on a device in one call of a sweep. A few hundred stay in a CPU's cache; a GPU can
     take more."""
+    skip: Literal["auto", "always", "never"] = "auto"
+    """Whether evaluations leave out the tokens and sublayers that closed gates drop, instead of multiplying by zero.
+    auto: on one device, where a cost model predicts that this saves more time than compiling takes. always: on one
+    device, if gate.kinds has tokens or sublayers. never: not at all. Results differ by rounding, so a gate very close
+    to its threshold may fall on the other side. Sweeps and residuals never skip."""
     peak_tflops: NonNegativeFloat = 0.0
     """The peak of a device in TFLOP/s in model.dtype. The log reports the share that training reaches (model FLOPs
     utilisation, MFU). With 0 it follows from the device's name, if that is known (TPU v4 to v6e; A100, L4, H100,

@@ -27,6 +27,8 @@ from headsteer_jax.deploy.steered import ClassSteering, fold_steering
 from headsteer_jax.deploy.store import write_model
 from headsteer_jax.model.compute import measure_compute
 from headsteer_jax.model.passes import make_observer
+from headsteer_jax.model.skip import make_skipping_forward
+from headsteer_jax.model.skip_choice import can_skip
 from headsteer_jax.model.vit import Gating, TrainedModel
 from headsteer_jax.runtime.files import write_bytes, write_json, write_text
 
@@ -169,10 +171,14 @@ def compare_speeds(built: Built, sources: Sources, answers: Mapping[str, Answers
         "gated, masked": make_vit_function(sources.gated, sources.labels, "thresholded"),
         built.kind: make_deployed_function(built.model),
     }
+    if can_skip(sources.config):
+        functions["gated, skipping"] = make_skipping_function(sources.gated, sources.labels)
     gated = sources.convert(dynamic=True)
-    known = dict(answers) | {"gated, masked": answer_images(gated, test, "deploy: gated")}
-    shares = {"dense": 1.0, "gated, masked": measure_share(gated, sources, test)}
+    known: dict[str, Any] = dict(answers) | {"gated, masked": answer_images(gated, test, "deploy: gated")}
+    shares: dict[str, Any] = {"dense": 1.0, "gated, masked": measure_share(gated, sources, test)}
     shares[built.kind] = measure_share(built.model, sources, test)
+    for by_model in (known, shares):  # skipping changes neither the answers nor what is counted
+        by_model["gated, skipping"] = by_model["gated, masked"]
     images = gather_images(test.images, np.arange(min(SPEED_IMAGES, len(test.labels))))
     speeds = measure_batches(functions, images)
     rows = [
@@ -190,14 +196,25 @@ def measure_share(model: DeployedModel, sources: Sources, split: Split) -> float
     return float(measure_compute(sources.config, len(sources.labels), gates)["share"])
 
 
+def restrict_classifier(trained: TrainedModel, labels: Sequence[int] | np.ndarray) -> TrainedModel:
+    """Restrict a model's classifier to some classes."""
+    tree = trained.params["params"]
+    head = {"kernel": tree["head"]["kernel"][:, labels], "bias": tree["head"]["bias"][labels]}
+    return TrainedModel(trained.config, trained.model.clone(classes=len(labels)), {"params": tree | {"head": head}})
+
+
 def make_vit_function(trained: TrainedModel, labels: Sequence[int] | np.ndarray, gating: Gating) -> Any:
     """Make the function from uint8 images to logits [B, C] that evaluation runs, with some classes' classifier."""
-    config, tree = trained.config, trained.params["params"]
-    model = trained.model.clone(classes=len(labels))
-    head = {"kernel": tree["head"]["kernel"][:, labels], "bias": tree["head"]["bias"][labels]}
-    params = {"params": tree | {"head": head}}
+    config, model, params = restrict_classifier(trained, labels)
     run = jax.jit(lambda params, images: model.apply(params, preprocess(images, config.data), gating=gating)[0])
     return lambda images: run(params, images)
+
+
+def make_skipping_function(trained: TrainedModel, labels: Sequence[int] | np.ndarray) -> Any:
+    """Make the function from uint8 images to logits [B, C] that leaves out what the gates drop."""
+    config, model, params = restrict_classifier(trained, labels)
+    forward, prepare = make_skipping_forward(model), jax.jit(lambda images: preprocess(images, config.data))
+    return lambda images: forward(params, prepare(images))[0]
 
 
 def make_deployed_function(model: DeployedModel) -> Any:

@@ -63,8 +63,9 @@ def render_card(card: Mapping[str, Any], speed: Mapping[str, Any], files: Sequen
     low_high = [f"{scores['accuracy']:.1%} ({scores['interval'][0]:.1%} to {scores['interval'][1]:.1%})"
                 for scores in (test["dense"], test)]  # fmt: skip
     lines.append(f"| accuracy on {test['images']} test images | {low_high[0]} | {low_high[1]} |")
-    for name, key in (("multiply-accumulates of an image", "macs"), ("parameters", "parameters")):
-        lines.append(f"| {name} | {size['dense'][key]:,} | {size['deployed'][key]:,} |")
+    macs, numbers = size["dense"]["macs"], (size[model]["parameters"] for model in ("dense", "deployed"))
+    lines.append(f"| multiply-accumulates of an image | {macs:,} | {round(card['share_of_macs'] * macs):,} |")
+    lines.append("| parameters | {:,} | {:,} |".format(*numbers))
     for batch in deployed:
         ratio = deployed[batch] / rows["dense"][batch]
         lines.append(

@@ -66,12 +66,12 @@ def _predict(logits_BC: jax.Array) -> jax.Array:
 
 def answer_images(model: DeployedModel, split: Split, label: str) -> Answers:
     """Run a model on a split; `label` is the name of the work in the progress."""
-    count = len(split.labels)
+    count, params = len(split.labels), jax.device_put(model.params)
     size, parts = min(BATCH, count), []
     with progress(count, label, "image") as bar:
         for begin in range(0, count, size):
             places = np.minimum(np.arange(begin, begin + size), count - 1)  # one shape, so that there is one program
-            logits_BC, cls_BD = _run(model.config, model.params, gather_images(split.images, places))
+            logits_BC, cls_BD = _run(model.config, params, gather_images(split.images, places))
             parts.append((np.asarray(_predict(logits_BC)), np.asarray(cls_BD)))
             bar.update(min(size, count - begin))
     prediction, cls = (np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))

@@ -66,8 +66,6 @@ def _check_together(flags: argparse.Namespace, dynamic: bool) -> None:
     cuts = {"--budget": flags.budget, "--max-loss": flags.max_loss, "--distil": flags.distil}
     for name, value in cuts.items():
         if dynamic and value is not None:
-            raise HeadSteerError(
-                f"{name}: cuts nothing with --dynamic or --steer, which deploy the gated model; leave it out"
-            )
+            raise HeadSteerError(f"{name}: leave it out; --dynamic and --steer deploy the gated model, and cut nothing")
     if (flags.steer is None) != (flags.alpha is None):
         raise HeadSteerError("--steer and --alpha: give both, the strategy and its strength, or neither")

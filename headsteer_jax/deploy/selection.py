@@ -25,7 +25,7 @@ from headsteer_jax.deploy.calibration import (
     sum_moments,
     walk_sublayers,
 )
-from headsteer_jax.deploy.convert import KeptParts, expand_heads
+from headsteer_jax.deploy.convert import KeptParts, expand_heads, keep_all
 from headsteer_jax.deploy.cost import count_attention_macs, count_fixed_macs, count_macs, count_mlp_macs
 from headsteer_jax.deploy.importance import order_removals
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel, classify
@@ -98,7 +98,7 @@ def round_neurons(neurons: float) -> int:
 
 
 def _project_moments(features: Sequence[Chunk], dense: dict[str, np.ndarray]) -> Moments:
-    """Compute the moments of features, where what should be added is their layer_params projection."""
+    """Compute the moments of features, where what should be added is their own projection."""
     moments = sum_moments(features, [jnp.zeros((*f.shape[:2], 1)) for f in features])
     weights = np.concatenate([np.asarray(dense["kernel"], np.float64), np.asarray(dense["bias"], np.float64)[None]])
     return moments._replace(ft=moments.ff @ weights)
@@ -110,7 +110,8 @@ def _count(config: DeployedConfig, layer: int, sublayer: int, size: int) -> int:
 
 def _finish(model: DeployedModel, images: np.ndarray) -> jax.Array:
     """Compute the logits of images, sublayer by sublayer."""
-    *_, (_, _, features, x) = walk_sublayers(model, images)
+    for _, _, features, x in walk_sublayers(model, images):  # noqa: B007
+        pass  # the last one is wanted, and the others need not stay in memory
     dense = model.params["layers"][-1]["mlp_out"]
     x = [add_projection(dense, f, 1, chunk) for f, chunk in zip(features, x, strict=True)]
     return jnp.concatenate([_classify(model.config, model.params, chunk) for chunk in x])
@@ -154,6 +155,8 @@ def choose_sizes(config: DeployedConfig, options: Options, budget: float) -> Kep
       config: of the model from which nothing is cut.
       budget: the most multiply-accumulates, as a share of that model's.
     """
+    if budget >= 1:
+        return keep_all(config)
     total = count_macs(config)
     most = int(UNITS * (budget - count_fixed_macs(config) / total))
     best, chosen = np.zeros(most + 1), []

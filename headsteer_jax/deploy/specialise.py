@@ -9,9 +9,10 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from headsteer_jax.deploy.convert import KeptParts, cut_model
+from headsteer_jax.deploy.convert import KeptParts, cut_model, keep_all
 from headsteer_jax.deploy.cost import count_tokens
 from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, draw_images
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 CALIBRATION_ROWS = 32_768  # tokens of training images from which projections are fitted
 SCORED_IMAGES = 256  # training images on which every size of every sublayer is tried
 BUDGET_STEP = 0.025  # between the budgets that --max-loss tries
+
+
+Candidate = tuple[KeptParts, DeployedModel, Answers]  # what stays, the refitted model, its answers on validation
 
 
 class Goal(NamedTuple):
@@ -70,13 +74,14 @@ def specialise(
       propose_heads: layer -> sets of heads to try beside those that the least-squares order gives.
       seed: draws the training images.
     """
+    model = DeployedModel(model.config, jax.device_put(model.params))
     most = max(1, CALIBRATION_ROWS // count_tokens(model.config))
     calibration, scored = (draw_images(images.train, count, seed) for count in (most, SCORED_IMAGES))
     with progress(2 * model.config.depth, "deploy: sizes of the sublayers", "sublayer") as bar:
         options = measure_options(model, calibration, scored, propose_heads, lambda: bar.update(1))
     dense_validation = answer_images(model, images.validation, "deploy: validation")
 
-    def try_budget(budget: float) -> tuple[KeptParts, DeployedModel, Answers]:
+    def try_budget(budget: float) -> Candidate:
         parts, fitted, answers = _cut_to_budget(model, images, options, calibration, budget)
         logger.info(
             f"deploy: budget {budget:.3f}: validation accuracy {answers.accuracy:.4f} "
@@ -88,13 +93,14 @@ def specialise(
         parts, fitted, answers = try_budget(goal.budget)
     else:
         floor = dense_validation.accuracy - goal.max_loss
-        parts, fitted, answers = _search_budget(model, try_budget, floor)
+        uncut = (keep_all(model.config), model, dense_validation)
+        parts, fitted, answers = _search_budget(uncut, try_budget, floor)
     return Specialised(cut_model(fitted, parts), model, answers, dense_validation)
 
 
 def _cut_to_budget(
     model: DeployedModel, images: ClassImages, options: Options, calibration: np.ndarray, budget: float
-) -> tuple[KeptParts, DeployedModel, Answers]:
+) -> Candidate:
     """Choose the sizes for a budget and refit what stays -> what stays, the model and its answers on validation."""
     parts = choose_sizes(model.config, options, budget)
     fitted = refit_model(model, parts, calibration)
@@ -103,16 +109,16 @@ def _cut_to_budget(
     return parts, fitted, answer_images(fitted, images.validation, "deploy: validation")
 
 
-def _search_budget(
-    model: DeployedModel, try_budget: Callable[[float], tuple[KeptParts, DeployedModel, Answers]], floor: float
-) -> tuple[KeptParts, DeployedModel, Answers]:
+def _search_budget(uncut: Candidate, try_budget: Callable[[float], Candidate], floor: float) -> Candidate:
     """Find the smallest budget whose model keeps the accuracy on validation, by bisection.
 
     Accuracy need not fall steadily with the budget; then the result keeps it all the same, but may not be the smallest.
+
+    Args:
+      uncut: the model from which nothing is cut, which is the result if no other keeps the accuracy.
     """
-    budgets = np.arange(1.0, least_budget(model.config), -BUDGET_STEP)
-    low, high = 0, len(budgets)
-    best = try_budget(1.0)
+    budgets = np.arange(1.0, least_budget(uncut[1].config), -BUDGET_STEP)
+    low, high, best = 0, len(budgets), uncut
     while high - low > 1:
         middle = (low + high) // 2
         tried = try_budget(float(budgets[middle]))

@@ -6,7 +6,6 @@ A directory is written beside its place and then moved into it, so that it is co
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from headsteer_jax.config.paths import expand_path
 from headsteer_jax.deploy.model import FORMAT, VERSION, DeployedConfig, DeployedModel, Params, compute_logits
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.runtime.files import write_bytes, write_json
+from headsteer_jax.runtime.settings import open_devices
 
 CONFIG, WEIGHTS, CLASSES = "config.json", "model.safetensors", "classes.json"
 # every file that a deployed directory may have; others are the user's
@@ -79,7 +79,8 @@ def load_deployed(directory: str | os.PathLike[str]) -> DeployedModel:
         shape = jax.eval_shape(lambda images: compute_logits(config, params, images), images).shape
         if shape != (1, len(config.classes)) or _count_parts(config, params) != (config.heads, config.neurons):
             raise ValueError("its shapes are not those of config.json")
-    return DeployedModel(config, params)
+    open_devices()
+    return DeployedModel(config, jax.device_put(params))
 
 
 def _count_parts(config: DeployedConfig, params: Params) -> tuple[tuple[int, ...], ...]:
@@ -156,24 +157,20 @@ def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
       HeadSteerError: the disk is full or not writable; what was there before is intact.
     """
     with explain_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".new", dir=output.parent))
+        # always the same names, so that nothing of a killed command stays behind
+        new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("new", "old"))
+        if old.exists() and not output.exists():  # the command was killed between its last two steps
+            old.rename(output)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
         try:
             write(new)
-            new.chmod(0o777 & ~_read_umask())
             if output.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-                output.replace(old)
-                new.rename(output)
-                shutil.rmtree(old)
-            else:
-                new.rename(output)
+                output.rename(old)
+            new.rename(output)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def _read_umask() -> int:
-    """Read the process's umask: mkdtemp makes directories that no one else may read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            if old.exists() and not output.exists():
+                old.rename(output)
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)

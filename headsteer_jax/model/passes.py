@@ -4,6 +4,7 @@ Each host takes a share of the images, on a mesh of its own devices; then every 
 """
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,16 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.model.compute import count_image_macs
+from headsteer_jax.model.macs import count_dense_macs
+from headsteer_jax.model.skip import make_skipping_forward
+from headsteer_jax.model.skip_choice import SAMPLE, can_skip, predict_saving
 from headsteer_jax.model.vit import Gating, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
+
+logger = logging.getLogger(__name__)
 
 # While one call waits for its images, or has work for one core only, the other goes on.
 CALLS_IN_FLIGHT = 2
@@ -202,26 +209,56 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
     return [hosts.gather_rows(array) for array in hosts.on_every_process(run_share)]
 
 
+def _choose_skipping(model: ViT, config: Config, program: Program, params: Any, split: Split) -> bool:
+    """Decide whether a pass over a split skips, from the gates of its first images, which the masked program finds."""
+    count, classes = len(split.labels), model.classes
+    if not can_skip(config):
+        return False
+    if config.machine.skip == "always":
+        return True
+    if predict_saving(config, classes, count, 0.0) <= 0:  # not even with all gates closed
+        return False
+    sample = min(SAMPLE, count)
+    images = jax.device_put(gather_images(split.images, np.arange(sample)), batch_sharding(local_mesh()))
+    gates = jax.device_get(program.run(replicate(params), images)[2:])
+    macs = count_image_macs(config, classes, dict(zip(config.gate.kinds, gates, strict=True)))
+    return predict_saving(config, classes, count, float(macs.mean()) / count_dense_macs(config, classes)) > 0
+
+
 def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
     """Make a function `(params, split, label) -> Observed` that runs the model on a split, without augmentation.
 
     The function is made once and called often, so that the forward pass is compiled once. `label` is the name of the
-    work in the progress.
+    work in the progress. With thresholded gates the pass skips what they drop where that is faster; see machine.skip.
 
     Args:
       gating: dense (every head runs) or thresholded (evaluation's gates).
       layer: the layer whose CLS residual is returned.
     """
 
-    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        logits_BC, out = model.apply(params, preprocess(images, config.data), gating=gating)
+    def select(logits_BC: jax.Array, out: dict[str, Any]) -> tuple[jax.Array, ...]:
         gates = (stack_gates(out["gates"], kind) > 0 for kind in config.gate.kinds)
         return predict_class(logits_BC), out["cls"][layer], *gates
 
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return select(*model.apply(params, preprocess(images, config.data), gating=gating))
+
     program = per_image_program(forward, config.train.eval_batch)
+    skip, prepare, finish = make_skipping_forward(model), jax.jit(lambda x: preprocess(x, config.data)), jax.jit(select)
+
+    def forward_skipping(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return finish(*skip(params, prepare(images)))
+
+    said = False
 
     def observe(params: Any, split: Split, label: str) -> Observed:
-        prediction_N, x_ND, *gates = run_over_split(program, params, split, label)
+        nonlocal said
+        skips = gating == "thresholded" and _choose_skipping(model, config, program, params, split)
+        if skips and not said:
+            logger.info(f"{label}: the pass leaves out what the gates drop")
+            said = True
+        chosen = Program(forward_skipping, program.size) if skips else program
+        prediction_N, x_ND, *gates = run_over_split(chosen, params, split, label)
         return Observed(prediction_N, x_ND, dict(zip(config.gate.kinds, gates, strict=True)))
 
     return observe

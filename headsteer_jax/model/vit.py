@@ -127,13 +127,19 @@ class Block(nn.Module):
 
     def finish(self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
         """Compute the block's second half: gate the heads, project, add, apply the MLP, add."""
+        return self.feed_forward(self.add_attention(x_BQD, y_BQHK, v_BQHK, gates), gates)
+
+    def add_attention(
+        self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, gates: Gates = ALL_OPEN
+    ) -> jax.Array:
+        """Gate the heads, project their outputs, and add the result to the residual."""
         if "heads" in gates:
             g_B1H1 = gates["heads"][:, None, :, None].astype(y_BQHK.dtype)
             y_BQHK = y_BQHK * g_B1H1
             if self.gate.dropped == "identity":
                 y_BQHK = y_BQHK + v_BQHK * (1 - g_B1H1)
         added_BQD = _apply_to_rows(self.out, y_BQHK.reshape(x_BQD.shape))
-        return self.feed_forward(x_BQD + self._gate_sublayer(added_BQD, 0, gates), gates)
+        return x_BQD + self._gate_sublayer(added_BQD, 0, gates)
 
     def feed_forward(self, x_BQD: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
         """Add the MLP's output to the residual."""
@@ -240,7 +246,7 @@ class Intervention(NamedTuple):
 NO_INTERVENTIONS: Mapping[int, Intervention] = types.MappingProxyType({})
 
 
-def _decide(
+def decide_gates(
     block: Block, x_BTD: jax.Array, gating: Gating, noise: Gates, intervention: Intervention
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """Compute what a block computes on, its gate logits and its gates by kind; without gates everything runs.
@@ -266,12 +272,12 @@ def _decide(
     return x_BTD, logits, gates | dict(intervention.forced())
 
 
-def _describe_gates(logits: Gates, gates: Gates) -> dict[str, jax.Array]:
+def describe_gates(logits: Gates, gates: Gates) -> dict[str, jax.Array]:
     """Return the gates of a layer for `out`, with those that were left out because everything runs."""
     return {kind: jnp.ones_like(m) for kind, m in logits.items()} | dict(gates)
 
 
-def _run_block(block: Block, x_BTD: jax.Array, gates: Gates, queries: int | None) -> jax.Array:
+def run_block(block: Block, x_BTD: jax.Array, gates: Gates, queries: int | None) -> jax.Array:
     """Run a block with these gates for the first `queries` tokens (None: all)."""
     y_BQHK, v_BQHK = block.heads(x_BTD, queries, gates)
     return block.finish(x_BTD[:, :queries], y_BQHK, v_BQHK, gates)
@@ -330,7 +336,7 @@ class ViT(nn.Module):
         """
         block = self.layers[-1]
         if gates is None:
-            gates = _decide(block, x_BTD, "thresholded", ALL_OPEN, Intervention())[2]
+            gates = decide_gates(block, x_BTD, "thresholded", ALL_OPEN, Intervention())[2]
         y_B1HK, v_B1HK = block.heads(x_BTD, 1, gates)
         return block.contributions(y_B1HK[:, 0], v_B1HK[:, 0])
 
@@ -388,10 +394,10 @@ class ViT(nn.Module):
         own_noise: dict[str, jax.Array] = {
             kind: noise[kind][:, layer - first[kind]] for kind in block.kinds if kind in noise
         }
-        x_BTD, logits, gates = _decide(block, x_BTD, gating, own_noise, intervention)
+        x_BTD, logits, gates = decide_gates(block, x_BTD, gating, own_noise, intervention)
         if logits or gates:
-            layer_out |= {"gate_logits": logits, "gates": _describe_gates(logits, gates)}
-        run = nn.remat(_run_block, static_argnums=(3,)) if self.remat else _run_block
+            layer_out |= {"gate_logits": logits, "gates": describe_gates(logits, gates)}
+        run = nn.remat(run_block, static_argnums=(3,)) if self.remat else run_block
         return run(block, x_BTD, gates, 1 if layer == self.model.depth - 1 else None), layer_out
 
     def _layers_to_scan(self, layers: range) -> range:
@@ -411,8 +417,8 @@ class ViT(nn.Module):
             layer_params, layer_noise = inputs
 
             def run(block: Block) -> tuple[jax.Array, Any]:
-                _, logits, gates = _decide(block, x_BTD, gating, layer_noise, Intervention())
-                return _run_block(block, x_BTD, gates, None), (logits, _describe_gates(logits, gates))
+                _, logits, gates = decide_gates(block, x_BTD, gating, layer_noise, Intervention())
+                return run_block(block, x_BTD, gates, None), (logits, describe_gates(logits, gates))
 
             y_BTD, gate = block.apply({"params": layer_params}, method=run)
             return y_BTD, (x_BTD[:, 0], *gate)

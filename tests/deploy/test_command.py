@@ -157,4 +157,4 @@ def test_runs_that_lack_a_stage_are_refused(finished: FinishedRun, tmp_path: Pat
     config["steer"]["form"] = "replace"
     (run / "config.json").write_text(json.dumps(config))
     flags = ("--classes=42,07", "--steer=class", "--alpha=1")
-    assert "steer/done.json" not in refusal("deploy", run, *flags, cwd=tmp_path)
+    assert "does not belong to this run's config.json" in refusal("deploy", run, *flags, cwd=tmp_path)

@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from builders import blobs, setting, tiny_config, trained_model
+from builders import blobs, setting, steer_config, tiny_config, trained_model
 
 from headsteer_jax.config import Config
 from headsteer_jax.data.augment import preprocess
@@ -21,7 +21,7 @@ from headsteer_jax.deploy.model import DeployedModel
 from headsteer_jax.deploy.refit import refit_classifier, refit_model
 from headsteer_jax.deploy.selection import Option, choose_sizes, least_budget, measure_options
 from headsteer_jax.deploy.specialise import Goal, check_budget, specialise
-from headsteer_jax.deploy.steered import ClassSteering, fold_steering
+from headsteer_jax.deploy.steered import ClassSteering, check_foldable, fold_steering
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Intervention
 from headsteer_jax.steer.steering import apply_steering
@@ -190,6 +190,21 @@ def test_a_budget_below_what_cannot_be_cut_is_refused(model: DeployedModel) -> N
     check_budget(model.config, Goal(least + 1e-4, 0.0))
     with pytest.raises(HeadSteerError, match=f"cannot be met; the least is 0.{int(np.ceil(least * 1e4)):04d}"):
         check_budget(model.config, Goal(least / 2, 0.0))
+
+
+def test_nothing_is_cut_if_every_cut_loses_too_much(model: DeployedModel, images: ClassImages) -> None:
+    made = specialise(model, images, Goal(None, -1.0), lambda layer: [], seed=0)  # more than right is asked for
+    assert made.model.config == model.config
+    np.testing.assert_array_equal(made.model.apply(images.test.images), model.apply(images.test.images))
+
+
+@pytest.mark.parametrize("steer", [{"form": "replace"}, {"mode": "scale"}, {"target": "residual"}])
+def test_steering_that_depends_on_the_image_does_not_fold(steer: dict[str, str]) -> None:
+    check_foldable(steer_config(), 2.0)
+    with pytest.raises(HeadSteerError, match="folds into the gates' biases only with"):
+        check_foldable(steer_config(**steer), 2.0)
+    with pytest.raises(HeadSteerError, match=r"gate\.layer_norm = False"):
+        check_foldable(steer_config(gate={"layer_norm": True}), 2.0)
 
 
 def test_distilling_makes_up_for_what_was_cut(model: DeployedModel, images: ClassImages) -> None:

@@ -1,0 +1,47 @@
+"""Decides whether a pass over a split skips what the gates drop, by a cost model without a clock.
+
+The same config, parameters and images on the same kind of machine always decide alike, so a pass repeats its bits.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from headsteer_jax.config.schema import Config
+from headsteer_jax.model.macs import count_dense_macs
+
+SAMPLE = 64  # images whose gates decide
+
+
+class SkipCosts(NamedTuple):
+    """Holds what the cost model knows of a kind of device."""
+
+    macs_per_second: float  # of the dense model
+    relative_time: float  # of a multiply-accumulate in the skipping pass, over one in the dense model
+    compile_seconds: float  # of the skipping pass, more than of the masked one
+
+
+COSTS = {
+    # Two cores, ViT-S at 65 tokens: rate from benchmarks/train.py, the others from benchmarks/skip.py.
+    "cpu": SkipCosts(3.3e10, 1.2, 60.0),
+    # Estimates, not measurements: half an H100's rate in TF32, and large losses, because loops wait for the device.
+    "gpu": SkipCosts(1e14, 1.5, 120.0),
+    "tpu": SkipCosts(5e13, 1.5, 120.0),
+}
+
+
+def can_skip(config: Config) -> bool:
+    """Return whether a pass may skip: on one device, with gates of sublayers or tokens, unless machine.skip forbids."""
+    skippable = {"sublayers", "tokens"} & set(config.gate.kinds)
+    return bool(skippable) and config.machine.skip != "never" and jax.device_count() == 1
+
+
+def predict_saving(config: Config, classes: int, images: int, share: float) -> float:
+    """Predict the seconds that skipping saves in a pass over images; negative if the masked model is faster.
+
+    Args:
+      share: the images' mean MACs, divided by the dense model's.
+    """
+    costs = COSTS.get(jax.default_backend(), COSTS["gpu"])
+    dense = images * count_dense_macs(config, classes) / costs.macs_per_second
+    return dense * (1 - costs.relative_time * share) - costs.compile_seconds

@@ -1,0 +1,26 @@
+"""The functions whose speeds are compared compute what they are said to compute."""
+
+import numpy as np
+from builders import tiny_config, trained_model
+
+from headsteer_jax.deploy.build import make_deployed_function, make_skipping_function, make_vit_function
+from headsteer_jax.deploy.convert import convert_model
+from headsteer_jax.deploy.speed import measure_batches
+
+
+def test_all_gated_functions_give_the_same_logits_and_have_a_speed() -> None:
+    config, labels = tiny_config(kinds=("heads", "sublayers", "tokens")), np.array([1, 2, 5])
+    trained = trained_model(config, seed=1)
+    deployed = convert_model(trained, tuple("abcdefg"), labels, (8, 8, 1), dynamic=True)
+    functions = {
+        "masked": make_vit_function(trained, labels, "thresholded"),
+        "skipping": make_skipping_function(trained, labels),
+        "deployed": make_deployed_function(deployed),
+    }
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    logits = {name: np.asarray(function(images)) for name, function in functions.items()}
+    assert np.abs(logits["masked"] - make_vit_function(trained, labels, "dense")(images)).max() > 0.01
+    for name in ("skipping", "deployed"):
+        np.testing.assert_allclose(logits[name], logits["masked"], atol=3e-5, rtol=3e-5)
+    speeds = measure_batches(functions, images[:3], batches=(2, 5))
+    assert {name: sorted(by_batch) for name, by_batch in speeds.items()} == {key: ["2", "5"] for key in functions}

@@ -1,0 +1,137 @@
+"""The skipping forward pass: the masked model's logits, gates and residuals, whatever the gates drop."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import tiny_config
+
+from headsteer_jax.config import Config, SublayerGateConfig, TokenGateConfig
+from headsteer_jax.config.schema import GATE_KINDS, GateKind
+from headsteer_jax.model import skip
+from headsteer_jax.model.skip import make_skipping_forward, make_skipping_program, order_tokens, plan_pieces
+from headsteer_jax.model.vit import build_model, stack_gates
+
+CLASSES = 7
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut even small layers into several pieces, of few sizes, because each takes time to compile."""
+    for name, value in (("ROWS", 16), ("LENGTHS", 3), ("ROW_SIZES", 2)):
+        monkeypatch.setattr(skip, name, value)
+
+
+def gated_config(kinds: tuple[GateKind, ...], dropped: str = "zero", patch: int = 2, **model: Any) -> Config:
+    """Make a small config of three layers whose kinds of gates begin in different layers."""
+    gate = {"sublayers": SublayerGateConfig(bias=0.0), "tokens": TokenGateConfig(bias=0.0)}
+    config = tiny_config(kinds=kinds, dropped=dropped, **gate)
+    return config.model_copy(update={"model": config.model.model_copy(update={"patch": patch} | model)})
+
+
+def draw_params(config: Config, gate_bias: float = 0.0) -> Any:
+    """Make random parameters, of which the gates have a bias of this much."""
+    rng, model = np.random.default_rng(0), build_model(config, CLASSES)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        names = [key.key for key in path]
+        mean = 1.0 if names[-1] == "scale" else 0.0
+        if any(name.startswith("decide") for name in names) and names[-1] == "bias":
+            mean = gate_bias
+        return jnp.asarray(mean + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def draw_images(count: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, 8, 8, 1)).astype(np.float32)
+
+
+def assert_same(config: Config, params: Any, images: np.ndarray, **tolerance: float) -> dict[str, Any]:
+    """Compare both forms of the skipping pass with the masked model; returns the masked model's `out`."""
+    model = build_model(config, CLASSES)
+    expected, out = model.apply(params, images, gating="thresholded")
+    tolerance = tolerance or {"rtol": 1e-5, "atol": 1e-5}
+    for forward in (make_skipping_forward(model), jax.jit(make_skipping_program(model))):
+        logits, found = forward(params, images)
+        chex.assert_trees_all_close((logits, found), (expected, out), **tolerance)
+        chex.assert_trees_all_equal(found["gates"], out["gates"])
+        np.testing.assert_array_equal(np.argmax(logits, axis=-1), np.argmax(expected, axis=-1))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dropped", "registers"),
+    [
+        (GATE_KINDS, "zero", 0),
+        (GATE_KINDS, "slice", 2),
+        pytest.param(GATE_KINDS, "identity", 2, marks=pytest.mark.slow),
+        pytest.param(("tokens",), "zero", 0, marks=pytest.mark.slow),
+        pytest.param(("sublayers",), "zero", 1, marks=pytest.mark.slow),
+        pytest.param(("heads", "sublayers"), "zero", 0, marks=pytest.mark.slow),
+        pytest.param(("heads", "tokens"), "identity", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_it_equals_the_masked_model(kinds: tuple[GateKind, ...], dropped: str, registers: int) -> None:
+    config = gated_config(kinds, dropped, registers=registers)
+    out = assert_same(config, draw_params(config), draw_images(9))
+    for kind in kinds:  # the comparison saw open and closed gates
+        assert 0 < np.mean(stack_gates(out["gates"], kind)) < 1
+    if kinds == GATE_KINDS:  # and an image whose attention runs without any head
+        assert any(
+            np.any((gates["sublayers"][:, 0] > 0) & ~np.any(gates["heads"] > 0, axis=1))
+            for gates in out["gates"].values()
+            if "heads" in gates
+        )
+
+
+@pytest.mark.parametrize("bias", [50.0, pytest.param(-50.0, marks=pytest.mark.slow)])
+def test_gates_that_are_all_open_or_all_closed(bias: float) -> None:
+    config = gated_config(GATE_KINDS)
+    out = assert_same(config, draw_params(config, bias), draw_images(5))
+    assert {float(stack_gates(out["gates"], kind).mean()) for kind in GATE_KINDS} == {float(bias > 0)}
+
+
+@pytest.mark.slow
+def test_one_image_and_bfloat16() -> None:
+    config = gated_config(GATE_KINDS)
+    assert_same(config, draw_params(config), draw_images(1))
+    config = gated_config(GATE_KINDS, dtype="bfloat16")
+    assert_same(config, draw_params(config), draw_images(6), rtol=0.05, atol=0.05)
+
+
+def test_pieces_reach_every_length_and_every_row() -> None:
+    for batch, tokens in ((1, 5), (3, 17), (64, 65), (256, 197)):
+        pieces = plan_pieces(batch, tokens)
+        assert pieces.tokens[-1] == tokens
+        assert list(pieces.tokens) == sorted(set(pieces.tokens))
+        assert all(1 <= few <= whole <= batch for whole, few in pieces.images)
+        assert 1 <= pieces.rows[0] <= pieces.rows[-1] <= batch * tokens
+
+
+def test_kept_tokens_come_first_in_their_order() -> None:
+    keep_BT = np.random.default_rng(0).random((6, 9)) < 0.5
+    order_BT, count_B = order_tokens(jnp.asarray(keep_BT))
+    for keep_T, order_T, count in zip(keep_BT, np.asarray(order_BT), np.asarray(count_B), strict=True):
+        assert order_T.tolist() == [*np.flatnonzero(keep_T), *np.flatnonzero(~keep_T)]
+        assert count == keep_T.sum()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_program_lowers_for_accelerators(platform: str) -> None:
+    config = gated_config(GATE_KINDS)
+    traced = jax.jit(make_skipping_program(build_model(config, CLASSES))).trace(draw_params(config), draw_images(4))
+    assert "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_the_program_can_be_exported() -> None:
+    config = gated_config(GATE_KINDS)
+    model, params, images = build_model(config, CLASSES), draw_params(config), draw_images(4)
+    program = make_skipping_program(model)
+    exported = jax.export.export(jax.jit(lambda images: program(params, images)[0]))(images)
+    found = jax.export.deserialize(exported.serialize()).call(images)
+    np.testing.assert_allclose(found, model.apply(params, images, gating="thresholded")[0], rtol=1e-5, atol=1e-5)
