@@ -1,14 +1,17 @@
 """One pass over a split: the same as the model on all images at once, whatever the chunks."""
 
+import jax
 import numpy as np
 import pytest
 from builders import random_params, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headsteer_jax.config import Config, GateConfig, MachineConfig, ModelConfig, SublayerGateConfig, TokenGateConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import LazyImages, Split
 from headsteer_jax.model.passes import make_observer, padded_chunks
+from headsteer_jax.model.skip_choice import can_skip, predict_saving
 from headsteer_jax.model.vit import build_model
 
 
@@ -43,3 +46,32 @@ def test_observed_is_what_the_model_says(gating: str, lazy: bool) -> None:
     np.testing.assert_allclose(seen.x, out["cls"][1], atol=1e-5)
     assert seen.accuracy(labels) == sum(np.argmax(np.asarray(logits), axis=-1) == labels) / 37
     assert gates.all() == (gating == "dense")
+
+
+@pytest.mark.slow
+def test_a_pass_that_skips_observes_the_same() -> None:
+    """One device; several devices use the masked model."""
+    gate = {"sublayers": SublayerGateConfig(bias=0.0), "tokens": TokenGateConfig(bias=0.0)}
+    config = tiny_config(kinds=("heads", "sublayers", "tokens"), **gate)
+    model, params = build_model(config, 7), random_params(config, 7)
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8), rng.integers(0, 7, 20))
+    seen = {}
+    for skip in ("always", "never"):
+        own = config.model_copy(update={"machine": MachineConfig(skip=skip)})
+        assert can_skip(own) == (skip == "always" and jax.device_count() == 1)
+        seen[skip] = make_observer(model, own, "thresholded", 1)(params, split, "test")
+    np.testing.assert_array_equal(seen["always"].prediction, seen["never"].prediction)
+    np.testing.assert_allclose(seen["always"].x, seen["never"].x, rtol=1e-5, atol=1e-5)
+    for kind, gates in seen["never"].gates.items():
+        np.testing.assert_array_equal(seen["always"].gates[kind], gates)
+        assert 0 < gates.mean() < 1
+
+
+def test_small_passes_and_gates_of_heads_alone_never_skip() -> None:
+    assert not can_skip(Config())
+    gated = Config(gate=GateConfig(kinds=("heads", "tokens")))
+    assert predict_saving(gated, 10, 10_000, 0.0) < 0  # the digits: compiling takes longer than the whole pass
+    large = gated.model_copy(update={"model": ModelConfig.of_size("S")})
+    savings = [predict_saving(large, 100, images, share) for images, share in ((10**7, 0.5), (10**7, 0.9), (64, 0.1))]
+    assert savings[0] > 0 > max(savings[1:])

@@ -51,23 +51,24 @@ def draw_images(count: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((count, 8, 8, 1)).astype(np.float32)
 
 
-def assert_same(config: Config, params: Any, images: np.ndarray, **tolerance: float) -> dict[str, Any]:
-    """Compare both forms of the skipping pass with the masked model; returns the masked model's `out`."""
+def assert_same(
+    config: Config, params: Any, images: np.ndarray, *, one_program: bool = False, **tolerance: float
+) -> dict[str, Any]:
+    """Compare a form of the skipping pass with the masked model; returns the masked model's `out`."""
     model = build_model(config, CLASSES)
-    expected, out = model.apply(params, images, gating="thresholded")
-    tolerance = tolerance or {"rtol": 1e-5, "atol": 1e-5}
-    for forward in (make_skipping_forward(model), jax.jit(make_skipping_program(model))):
-        logits, found = forward(params, images)
-        chex.assert_trees_all_close((logits, found), (expected, out), **tolerance)
-        chex.assert_trees_all_equal(found["gates"], out["gates"])
-        np.testing.assert_array_equal(np.argmax(logits, axis=-1), np.argmax(expected, axis=-1))
+    expected, out = jax.jit(lambda params, x: model.apply(params, x, gating="thresholded"))(params, images)
+    forward = jax.jit(make_skipping_program(model)) if one_program else make_skipping_forward(model)
+    logits, found = forward(params, images)
+    chex.assert_trees_all_close((logits, found), (expected, out), **(tolerance or {"rtol": 1e-5, "atol": 1e-5}))
+    chex.assert_trees_all_equal(found["gates"], out["gates"])
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), np.argmax(expected, axis=-1))
     return out
 
 
 @pytest.mark.parametrize(
     ("kinds", "dropped", "registers"),
     [
-        (GATE_KINDS, "zero", 0),
+        pytest.param(GATE_KINDS, "zero", 0, marks=pytest.mark.slow),
         (GATE_KINDS, "slice", 2),
         pytest.param(GATE_KINDS, "identity", 2, marks=pytest.mark.slow),
         pytest.param(("tokens",), "zero", 0, marks=pytest.mark.slow),
@@ -89,7 +90,15 @@ def test_it_equals_the_masked_model(kinds: tuple[GateKind, ...], dropped: str, r
         )
 
 
-@pytest.mark.parametrize("bias", [50.0, pytest.param(-50.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+def test_one_program_equals_the_masked_model() -> None:
+    config = gated_config(GATE_KINDS)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"depth": 4})})  # two layers are a loop
+    assert_same(config, draw_params(config), draw_images(5), one_program=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bias", [50.0, -50.0])
 def test_gates_that_are_all_open_or_all_closed(bias: float) -> None:
     config = gated_config(GATE_KINDS)
     out = assert_same(config, draw_params(config, bias), draw_images(5))
