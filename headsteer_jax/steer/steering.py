@@ -317,10 +317,8 @@ def run_suffix(
     def run_before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         return (model.apply(params, preprocess(images, config.data), layers[0], method="before"),)
 
-    observed: dict[int, list[GateKind]] = {
-        layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)]
-        for layer in (range(layers[0], config.model.depth) if following else layers)
-    }
+    returned = range(layers[0], config.model.depth) if following else layers
+    observed = {layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)] for layer in returned}
     suffix, size = _compile_suffix(trained, params, settings[0], len(alphas), count, observed)
     prefix = per_image_program(run_before, size).run
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
@@ -353,8 +351,10 @@ def run_suffix(
 
     hosts.on_every_process(run_share)
 
-    def gather(values: np.ndarray) -> np.ndarray:
-        return np.moveaxis(hosts.gather_rows(np.moveaxis(values, 2, 0)), 0, 2)
+    gathered = {layer: {kind: _gather_images(g) for kind, g in by_kind.items()} for layer, by_kind in gates.items()}
+    return SuffixResult(gathered, _gather_images(predictions))
 
-    gathered = {layer: {kind: gather(g) for kind, g in by_kind.items()} for layer, by_kind in gates.items()}
-    return SuffixResult(gathered, gather(predictions))
+
+def _gather_images(values: np.ndarray) -> np.ndarray:
+    """Gather every host's share of the images: [V, A, n, ...] -> [V, A, N, ...]."""
+    return np.moveaxis(hosts.gather_rows(np.moveaxis(values, 2, 0)), 0, 2)
