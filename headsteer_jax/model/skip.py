@@ -101,7 +101,7 @@ def attend_kept(
     images_B = jnp.pad(images_B, (0, max(b for b, _ in pieces.images)), constant_values=B)
     total = jnp.sum(tokens.counts > 0, dtype=jnp.int32)
 
-    def run_piece(t: int, b: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compute_piece(t: int, b: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         image_b = jax.lax.dynamic_slice(images_B, (begin,), (b,))
         own_b = jnp.minimum(image_b, B - 1)
         count_b = jnp.where(image_b < B, tokens.counts[own_b], 0)
@@ -112,11 +112,12 @@ def attend_kept(
         own_heads = {kind: g[own_b] for kind, g in heads.items()}
         new_bqD = call("add_attention", x_btD[:, :queries], y_bqHK, v_bqHK, own_heads)
         target_bq = jnp.where(kept_bt, rows_bt, B * T)[:, :queries]
-        return begin + b, x_ND.at[target_bq].set(new_bqD, mode="drop", unique_indices=True)
+        return begin + b, *_fill_up(new_bqD, target_bq, most_rows, B * T)
 
     pairs = list(zip(pieces.tokens, pieces.images, strict=True))
     sizes = sorted({(t, b) for t, choices in pairs for b in choices})
-    branches = [functools.partial(run_piece, t, b) for t, b in sizes]
+    most_rows = max(b * (queries or t) for t, b in sizes)
+    branches = [functools.partial(compute_piece, t, b) for t, b in sizes]
     branch_of = jnp.asarray([[sizes.index((t, b)) for b in choices] for t, choices in pairs], jnp.int32)
     lengths, images = jnp.asarray(pieces.tokens, jnp.int32), jnp.asarray([b for b, _ in pieces.images], jnp.int32)
 
@@ -124,9 +125,23 @@ def attend_kept(
         begin, x_ND = state
         length = jnp.searchsorted(lengths, tokens.counts[images_B[begin]])  # the first image has the most tokens
         few = (total - begin < images[length]).astype(jnp.int32)
-        return jax.lax.switch(branch_of[length, few], branches, begin, x_ND)
+        begin, new_rD, target_r = jax.lax.switch(branch_of[length, few], branches, begin, x_ND)
+        return begin, x_ND.at[target_r].set(new_rD, mode="drop", unique_indices=True)
 
     return jax.lax.while_loop(lambda state: state[0] < total, run_next, (jnp.int32(0), x_ND))[1]
+
+
+def _fill_up(new_rD: jax.Array, target_r: jax.Array, count: int, outside: int) -> tuple[jax.Array, jax.Array]:
+    """Fill up a piece's new rows [..., D] and their places [...] to one number of rows for all sizes of pieces.
+
+    They are written where the loop goes on, because a branch that writes them itself copies the whole residual.
+
+    Args:
+      outside: the place of a row that is not written.
+    """
+    new_rD, target_r = new_rD.reshape(-1, new_rD.shape[-1]), target_r.reshape(-1)
+    missing = count - len(target_r)
+    return jnp.pad(new_rD, ((0, missing), (0, 0))), jnp.pad(target_r, (0, missing), constant_values=outside)
 
 
 def feed_forward_kept(call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, heads: Gates, pieces: Pieces) -> jax.Array:
@@ -139,7 +154,7 @@ def feed_forward_kept(call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, head
     end_B = jnp.cumsum(tokens.counts)
     total, sizes = end_B[-1], jnp.asarray(pieces.rows, jnp.int32)
 
-    def run_piece(r: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compute_piece(r: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, ...]:
         number_r = begin + jnp.arange(r, dtype=jnp.int32)
         image_r = jnp.minimum(jnp.searchsorted(end_B, number_r, side="right"), B - 1).astype(jnp.int32)
         place_r = jnp.clip(number_r - (end_B - tokens.counts)[image_r], 0, T - 1)
@@ -147,14 +162,15 @@ def feed_forward_kept(call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, head
         own_heads = {kind: g[image_r] for kind, g in heads.items()}
         new_r1D = call("feed_forward", x_ND.at[row_r].get(mode="clip")[:, None], own_heads)
         target_r = jnp.where(number_r < total, row_r, B * T)
-        return begin + r, x_ND.at[target_r].set(new_r1D[:, 0], mode="drop", unique_indices=True)
+        return begin + r, *_fill_up(new_r1D, target_r, pieces.rows[-1], B * T)
 
-    branches = [functools.partial(run_piece, r) for r in pieces.rows]
+    branches = [functools.partial(compute_piece, r) for r in pieces.rows]
 
     def run_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, x_ND = state
         size = jnp.minimum(jnp.searchsorted(sizes, total - begin), len(pieces.rows) - 1)
-        return jax.lax.switch(size, branches, begin, x_ND)
+        begin, new_rD, target_r = jax.lax.switch(size, branches, begin, x_ND)
+        return begin, x_ND.at[target_r].set(new_rD, mode="drop", unique_indices=True)
 
     return jax.lax.while_loop(lambda state: state[0] < total, run_next, (jnp.int32(0), x_ND))[1]
 
