@@ -88,7 +88,10 @@ class DataConfig(Section):
     """The largest number of images of each class in the validation split and in the test split. They are drawn with
     the seed, and 0 takes all. For double_digits 0 means 100."""
     crop_padding: NonNegativeInt = 2
-    """The largest shift of a training image in pixels, each way: a random crop of the image padded with zeros."""
+    """The largest shift of a training image in pixels, each way: a random crop of the padded image."""
+    crop_fill: Literal["black", "mirror"] = "black"
+    """What crop_padding pads an image with: black, or the image mirrored at its edges. With gates of tokens choose
+    mirror: gates drop black patches, which other images do not have, so those cost more than training images do."""
     crop_scale: Share = 1.0
     """The smallest share of a training image's area that a random square crop keeps, before it is resized to
     image_size. 1 switches this crop off."""

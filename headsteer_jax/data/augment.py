@@ -45,7 +45,7 @@ def augment(key: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.A
     """Apply the config's random crops, mirroring and RandAugment, drawn for each image independently.
 
     Args:
-      images_BSSC: float32, 0 to 1, like the result. Pixels from outside of an image are black.
+      images_BSSC: float32, 0 to 1, like the result. Pixels from outside of an image are black, but for crop_fill.
     """
 
     def augment_image(key: jax.Array, image_SSC: jax.Array) -> jax.Array:
@@ -54,7 +54,9 @@ def augment(key: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.A
             image_SSC = _random_square(key_scale, image_SSC, config.crop_scale)
         if config.crop_padding:
             margin = (config.crop_padding, config.crop_padding)
-            image_SSC = pix.random_crop(key_shift, jnp.pad(image_SSC, (margin, margin, (0, 0))), image_SSC.shape)
+            mode = "constant" if config.crop_fill == "black" else "symmetric"
+            padded_SSC = jnp.pad(image_SSC, (margin, margin, (0, 0)), mode)
+            image_SSC = pix.random_crop(key_shift, padded_SSC, image_SSC.shape)
         if config.flip:
             image_SSC = pix.random_flip_left_right(key_flip, image_SSC)
         if config.rand_augment_ops:

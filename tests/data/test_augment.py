@@ -142,12 +142,18 @@ def test_augment_stays_in_range(seed: int, channels: int) -> None:
 # crops and mirroring
 
 
-def test_shift_is_one_of_all_shifts_of_the_padded_image() -> None:
+@pytest.mark.parametrize("fill", ["black", "mirror"])
+def test_shift_is_one_of_all_shifts_of_the_padded_image(fill: str) -> None:
     count, padding = 800, 2
     image = pixels(SIDE, SIDE, 3) / np.float32(255)
-    result = augment(jax.random.key(0), jnp.broadcast_to(image, (count, *image.shape)), config(crop_padding=padding))
+    cfg = config(crop_padding=padding, crop_fill=fill)
+    result = augment(jax.random.key(0), jnp.broadcast_to(image, (count, *image.shape)), cfg)
+    places = np.arange(-padding, SIDE + padding)
     padded = np.zeros((SIDE + 2 * padding, SIDE + 2 * padding, 3), np.float32)
     padded[padding:-padding, padding:-padding] = image
+    if fill == "mirror":
+        mirrored = np.where(places < 0, -1 - places, np.where(places >= SIDE, 2 * SIDE - 1 - places, places))
+        padded = image[mirrored][:, mirrored]
     seen = {
         (i, j): int(np.sum(np.all(result == padded[i : i + SIDE, j : j + SIDE], axis=(1, 2, 3))))
         for i in range(2 * padding + 1)
