@@ -9,8 +9,7 @@ sizes, and loops, whose lengths depend on the gates, run only the pieces that ar
 
 The residual stays one array of B T rows, from which a piece gathers its rows and to which it writes them back. An image
 whose attention or MLP is off has no rows there and costs nothing. A layer that drops no token and no sublayer runs the
-ordinary block. The MLP of a ViT-S took 0.9 times as long in pieces of 512 rows, which stay in a CPU's cache, as in one
-product, 1.1 times in pieces of 256 rows, and 1.4 times in pieces of 128 (one core of a busy machine).
+ordinary block. Pieces of 512 rows stay in a CPU's cache; smaller ones were slower per row.
 
 No gate goes to the host: a layer is one program, which also compiles for GPUs and TPUs and can be exported. Closed
 heads are multiplied by zero, because without them attention would save a sixth of the model's work at most, and

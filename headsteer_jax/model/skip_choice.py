@@ -22,9 +22,9 @@ class SkipCosts(NamedTuple):
 
 
 COSTS = {
-    # Two cores, ViT-S at 65 tokens: the rate is that of benchmarks/train.py. With half of the tokens dropped, 64 images
-    # took 1.30 times the CPU time that their MACs allow, and compiling took 53 s, both on a busy machine.
-    "cpu": SkipCosts(3.3e10, 1.3, 60.0),
+    # Two cores, ViT-S at 65 tokens: the rate is that of benchmarks/train.py on a slow machine. With half of the tokens
+    # dropped, benchmarks/skip.py took 1.14 times what their MACs allow; compiling took 20 s on a machine twice as fast.
+    "cpu": SkipCosts(3.3e10, 1.15, 40.0),
     # Estimates, not measurements: a fraction of the vendors' peaks, and large losses, as loops wait for the device.
     "gpu": SkipCosts(1e14, 1.5, 120.0),
     "tpu": SkipCosts(5e13, 1.5, 120.0),
