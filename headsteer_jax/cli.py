@@ -87,7 +87,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        resumes = ": the same command continues from the last checkpoint" if list(arguments[:1]) == ["run"] else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
         return 130
     return 0
 

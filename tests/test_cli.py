@@ -433,6 +433,15 @@ def test_exit_codes(monkeypatch, error, code, text):
     assert text in result.stderr
 
 
+def test_only_a_run_promises_to_continue(monkeypatch):
+    def fail(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "deploy", fail)
+    result = headsteer("deploy")
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
 def test_main_ends_the_process_with_the_exit_code(monkeypatch):
     codes = []
     monkeypatch.setattr(cli, "run_command_line", lambda arguments: {"right": 0, "wrong": 2}[arguments[0]])
