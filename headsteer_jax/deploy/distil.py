@@ -41,6 +41,7 @@ def distil_model(
     run_call = _compile_call(student, teacher, optimizer, config)
     params: Any = jax.tree.map(jnp.asarray, student.params)
     state, key = optimizer.init(params), jax.random.fold_in(jax.random.key(config.seed), 4)
+    before = None  # the loss of the call before: that of the current one would make the host wait for it
     with progress(phase.steps, "deploy: distilling") as bar:
         for call in range(calls):
             rows = range(call * STEPS_PER_CALL, (call + 1) * STEPS_PER_CALL)
@@ -50,7 +51,8 @@ def distil_model(
             params, state, loss = run_call(
                 params, state, teacher.params, jax.random.fold_in(key, call), images, train.labels[indices]
             )
-            bar.update(STEPS_PER_CALL, f"loss {float(loss):.3f}")
+            bar.update(STEPS_PER_CALL, "" if before is None else f"loss {float(before):.3f}")
+            before = loss
     return DeployedModel(student.config, jax.tree.map(np.asarray, params))
 
 

@@ -3,6 +3,7 @@
 Axes: B images, C classes, D width.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
-from headsteer_jax.deploy.model import DeployedModel, compute_gates, compute_logits_and_cls
+from headsteer_jax.deploy.model import DeployedConfig, DeployedModel, Params, compute_gates, compute_logits_and_cls
 from headsteer_jax.model.vit import predict_class
 from headsteer_jax.runtime.progress import progress
 
@@ -59,11 +60,6 @@ class Answers(NamedTuple):
         return float(np.mean(self.right))
 
 
-@jax.jit
-def _predict(logits_BC: jax.Array) -> jax.Array:
-    return predict_class(logits_BC)
-
-
 def answer_images(model: DeployedModel, split: Split, label: str) -> Answers:
     """Run a model on a split; `label` is the name of the work in the progress."""
     count, params = len(split.labels), jax.device_put(model.params)
@@ -71,8 +67,7 @@ def answer_images(model: DeployedModel, split: Split, label: str) -> Answers:
     with progress(count, label, "image") as bar:
         for begin in range(0, count, size):
             places = np.minimum(np.arange(begin, begin + size), count - 1)  # one shape, so that there is one program
-            logits_BC, cls_BD = _run(model.config, params, gather_images(split.images, places))
-            parts.append((np.asarray(_predict(logits_BC)), np.asarray(cls_BD)))
+            parts.append(jax.device_get(_answer(model.config, params, gather_images(split.images, places))))
             bar.update(min(size, count - begin))
     prediction, cls = (np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
     return Answers(prediction, cls, prediction == split.labels)
@@ -91,7 +86,10 @@ def collect_gates(model: DeployedModel, split: Split) -> dict[str, np.ndarray]:
 _run_gates = jax.jit(
     lambda config, params, images: compute_gates(config, params, preprocess(images, config.data)), static_argnums=0
 )
-_run = jax.jit(
-    lambda config, params, images: compute_logits_and_cls(config, params, preprocess(images, config.data)),
-    static_argnums=0,
-)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer(config: DeployedConfig, params: Params, images_BhwC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Compute the predicted classes [B] and the last CLS residuals [B, D]."""
+    logits_BC, cls_BD = compute_logits_and_cls(config, params, preprocess(images_BhwC, config.data))
+    return predict_class(logits_BC), cls_BD

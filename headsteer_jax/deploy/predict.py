@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from headsteer_jax.data.decode import decode_image, readable_suffixes
@@ -67,11 +68,10 @@ def predict_files(model: DeployedModel, files: Sequence[Path]) -> Iterator[Predi
                 images[place] = decode_image(file, str(file), model.config.image, fit=True)
             except HeadSteerError as error:
                 errors[place] = str(error)
-        _, probability_BC = predict(model.config, model.params, images)
-        best = np.argmax(np.asarray(probability_BC), axis=1)
+        best_B, probability_BC = jax.device_get(predict(model.config, model.params, images))
         for place, (file, fault) in enumerate(zip(chunk, errors, strict=True)):
             if fault:
                 yield Prediction(str(file), error=fault)
             else:
-                name = model.config.classes[best[place]]
-                yield Prediction(str(file), name, float(probability_BC[place, best[place]]))
+                name = model.config.classes[best_B[place]]
+                yield Prediction(str(file), name, float(probability_BC[place, best_B[place]]))

@@ -7,6 +7,7 @@ Rises add up roughly, so the sizes of all sublayers within a budget are a knapsa
 Axes: B images, T tokens, D width, F features, G groups (heads or neurons), C classes.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -110,8 +111,7 @@ def _count(config: DeployedConfig, layer: int, sublayer: int, size: int) -> int:
 
 def _finish(model: DeployedModel, images: np.ndarray) -> jax.Array:
     """Compute the logits of images, sublayer by sublayer."""
-    for _, _, features, x in walk_sublayers(model, images):  # noqa: B007
-        pass  # the last one is wanted, and the others need not stay in memory
+    _, _, features, x = deque(walk_sublayers(model, images), maxlen=1)[0]  # the others need not stay in memory
     dense = model.params["layers"][-1]["mlp_out"]
     x = [add_projection(dense, f, 1, chunk) for f, chunk in zip(features, x, strict=True)]
     return jnp.concatenate([_classify(model.config, model.params, chunk) for chunk in x])
