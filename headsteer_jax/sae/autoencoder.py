@@ -10,7 +10,7 @@ Axes: B, N residuals, D width, F latents, K places for active latents, S autoenc
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 
 from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.runtime.settings import use_own_settings_in_thread
 
 
@@ -143,9 +144,9 @@ def keep_top_k(a_BF: jax.Array, k: int | jax.Array, max_k: int | None = None) ->
     return jnp.where(a_BF < jnp.min(best_BK, axis=-1, keepdims=True), 0.0, a_BF)  # NaN stays
 
 
-def compute_pre_activations(sae: SAEWeights, u_BD: jax.Array) -> jax.Array:
+def compute_pre_activations(sae: SAEWeights, u_BD: jax.Array, precision: Any = EXACT) -> jax.Array:
     """Compute a = ReLU(W_e (u - b_d) + b_e), [B, F]."""
-    return jax.nn.relu((u_BD - sae.b_d) @ sae.W_e.T + sae.b_e)
+    return jax.nn.relu(jnp.matmul(u_BD - sae.b_d, sae.W_e.T, precision=precision) + sae.b_e)
 
 
 def encode_scaled(sae: SAEWeights, u_BD: jax.Array, k: int | None) -> jax.Array:
@@ -162,7 +163,7 @@ def encode_scaled(sae: SAEWeights, u_BD: jax.Array, k: int | None) -> jax.Array:
 
 def decode_scaled(sae: SAEWeights, z_BF: jax.Array) -> jax.Array:
     """Decode latents into scaled residuals: u_hat = W_d^T z + b_d, [B, D]."""
-    return z_BF @ sae.W_d + sae.b_d
+    return jnp.matmul(z_BF, sae.W_d, precision=EXACT) + sae.b_d
 
 
 def normalise_rows(W_FD: jax.Array) -> jax.Array:

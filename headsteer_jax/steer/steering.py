@@ -30,6 +30,7 @@ from headsteer_jax.model.passes import (
 from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, count_gates, predict_class
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.steer.gates import LayerGates, gates_to_pattern
@@ -90,7 +91,7 @@ def apply_steering(
     base_BD = x_BD if config.form == "delta" else sae.decode(z_BF)
     s_BS = jnp.asarray(steering.strength)[latents_BS]
     change_BS = steer_latents(z_BS, s_BS, w_BS, jnp.reshape(alpha, (-1, 1)), config.mode) - z_BS
-    return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
+    return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=EXACT)
 
 
 def steer_patches(
@@ -144,8 +145,8 @@ class GateProgram:
             steered_BD = apply_steering(steering, x_BD, class_B, alpha, steer)
             return gates_to_pattern(gates.logits(model, params, steered_BD))
 
-        self._run_rows = jax.jit(pattern)
-        self._run_grid = jax.jit(
+        self.run_rows = jax.jit(pattern)
+        self.run_grid = jax.jit(
             lambda params, steering, x_BD, class_B, alphas_A: jax.lax.map(
                 lambda alpha: pattern(params, steering, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
             )
@@ -160,7 +161,7 @@ class GateProgram:
         if not len(x_RD):
             return np.zeros((len(alphas_A), 0), np.int32)
         parts = [
-            np.asarray(self._run_grid(self._params, steering, x_RD[rows], class_R[rows], alphas_A))
+            np.asarray(self.run_grid(self._params, steering, x_RD[rows], class_R[rows], alphas_A))
             for rows in self._chunks(len(x_RD))
         ]
         return np.concatenate(parts, axis=-1)[:, : len(x_RD)]
@@ -171,7 +172,7 @@ class GateProgram:
         if not len(x_RD):
             return np.zeros(0, np.int32)
         parts = [
-            np.asarray(self._run_rows(self._params, steering, x_RD[rows], class_R[rows], alpha_R[rows]))
+            np.asarray(self.run_rows(self._params, steering, x_RD[rows], class_R[rows], alpha_R[rows]))
             for rows in self._chunks(len(x_RD))
         ]
         return np.concatenate(parts)[: len(x_RD)]
