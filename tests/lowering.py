@@ -1,13 +1,12 @@
-"""What a jitted program becomes on an accelerator: its products with their precision, and its text for TPUs and GPUs."""
+"""What a jitted program becomes on an accelerator: the precision of its products, and its text for TPUs and GPUs."""
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import pytest
-
-from headsteer_jax.model import passes
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 PLATFORMS = ("tpu", "cuda")
@@ -48,16 +47,16 @@ def check_accelerator_text(traced: Any, latents: int) -> None:
         assert not [operands for operands in sorts if re.search(rf"x{latents}x?[if]32", operands)]
 
 
-class Halt(Exception):
+class Halt(Exception):  # noqa: N818
     """Ends a function once it has made its program."""
 
 
 def capture_program(monkeypatch: pytest.MonkeyPatch, module: Any, make: Callable[[], Any]) -> Any:
     """Return the jitted function that `make` passes to the module's `per_image_program`, without running it."""
-    programs = []
+    programs, original = [], module.per_image_program
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        programs.append(passes.per_image_program(*arguments, **options))
+        programs.append(original(*arguments, **options))
         return programs[-1]
 
     def halt(*_: Any, **__: Any) -> None:
@@ -66,9 +65,7 @@ def capture_program(monkeypatch: pytest.MonkeyPatch, module: Any, make: Callable
     with monkeypatch.context() as patch:
         patch.setattr(module, "per_image_program", spy)
         patch.setattr(module, "run_over_split", halt, raising=False)
-        try:
+        with contextlib.suppress(Halt):
             make()
-        except Halt:
-            pass
     (program,) = programs
     return program.run

@@ -10,15 +10,14 @@ import pytest
 from builders import CLASSES, sae_config, setting, steer_config, tiny_config, trained_model
 from lowering import HIGHEST, capture_program, check_accelerator_text, precisions
 
-from headsteer_jax.analysis import layers
 from headsteer_jax.config import Config
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.model import passes
 from headsteer_jax.model.vit import TrainedModel, build_model
-from headsteer_jax.runtime.mesh import members_mesh
+from headsteer_jax.runtime.mesh import local_mesh, members_mesh
 from headsteer_jax.sae import latents, residuals, train
 from headsteer_jax.sae.autoencoder import encode_compiled
-from headsteer_jax.steer import replacement, table
+from headsteer_jax.steer import replacement, suffix, table
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.train.loop import init_state
 from headsteer_jax.train.step import make_training_steps
@@ -112,23 +111,43 @@ def observe(trained: TrainedModel, _: Split) -> Any:
     return passes.make_observer(trained.model, trained.config, "thresholded", trained.config.sae_layer)
 
 
+def cached(patch: pytest.MonkeyPatch, tokens: Any) -> Any:
+    return capture(patch, residuals, lambda trained, _: residuals._make_program(trained, (1, 2), tokens))
+
+
+def tabled(patch: pytest.MonkeyPatch, layer: int) -> Any:
+    return capture(patch, table, lambda trained, _: table.make_table_program(trained), layer=layer)
+
+
+def replaced(trained: TrainedModel, split: Split) -> Any:
+    return replacement.measure_replacement(trained, stacked_autoencoder(), split)
+
+
+def layer_programs() -> list[Any]:
+    """A steered layer in which the alphas part, and one in which they have, inside of the model and as its last."""
+    trained, mesh, steering = made_model(), local_mesh(), setting()
+    programs = []
+    for layer, both in ((1, True), (2, True), (1, False), (2, False)):
+        form = suffix.find_form(trained, layer, parts=both, closed=not both)
+        changed = suffix.LayerSteering(steering, steering) if both or layer == 2 else suffix.NOTHING
+        x, label = jnp.zeros((8 if both else 24, 5, 24)), jnp.zeros(8, jnp.int32)
+        layer_params = trained.params["params"][f"layers_{layer}"]
+        programs.append(suffix.jit_layer(form, mesh).trace(layer_params, changed, jnp.zeros(3), x, label))
+    few = jax.ShapeDtypeStruct((8, 8, 8, 1), np.uint8)
+    programs.append(suffix.jit_embed(trained.model, trained.config.data, mesh).trace(trained.params, few))
+    return [*programs, suffix.jit_classify(trained.model, mesh).trace(trained.params, jnp.zeros((24, 1, 24)))]
+
+
 EXACT_PROGRAMS: dict[str, Callable[[pytest.MonkeyPatch], list[Any]]] = {
     "observer": lambda patch: [capture(patch, passes, observe)],
-    "cache": lambda patch: [
-        capture(patch, residuals, lambda trained, _: residuals._make_program(trained, (1, 2), tokens))
-        for tokens in ("cls", "all")
-    ],
-    "table of the last layer": lambda patch: [capture(patch, table, lambda trained, _: table.make_table_program(trained))],
-    "table of another layer": lambda patch: [
-        capture(patch, table, lambda trained, _: table.make_table_program(trained), layer=1)
-    ],
-    "replacement": lambda patch: [
-        capture(patch, replacement, lambda *given: replacement.measure_replacement(given[0], stacked_autoencoder(), given[1]))
-    ],
-    "all gates closed": lambda patch: [capture(patch, layers, lambda *given: layers.accuracy_all_off(*given, 2))],
+    "cache": lambda patch: [cached(patch, "cls"), cached(patch, "all")],
+    "table of the last layer": lambda patch: [tabled(patch, 2)],
+    "table of another layer": lambda patch: [tabled(patch, 1)],
+    "replacement": lambda patch: [capture(patch, replacement, replaced)],
+    "layers": lambda _: layer_programs(),
     "encode": lambda _: [encode_compiled.trace(setting().sae, jnp.zeros((50, 24)))],
     "gates": lambda _: gate_programs(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EXACT_PROGRAMS)

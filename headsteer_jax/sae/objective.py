@@ -13,7 +13,7 @@ from jax.scipy.stats import norm
 from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.sae import sparse
-from headsteer_jax.sae.autoencoder import SAEWeights, compute_pre_activations, keep_top_k, normalise_rows
+from headsteer_jax.sae.autoencoder import SAEWeights, find_top_values, keep_from, keep_top_k, normalise_rows
 
 # BatchTopK: one residual can have at most so many times k active latents, as room for them is set aside
 BATCH_TOPK_ROOM = 4
@@ -137,6 +137,19 @@ class Codes(NamedTuple):
     threshold: jax.Array  # BatchTopK: the smallest activation that stayed, else 0
 
 
+def _fold_bias(sae: SAEWeights, precision: Any) -> jax.Array:
+    """Fold the decoder's bias into the encoder's, [F]: W_e (u - b_d) + b_e = W_e u + (b_e - W_e b_d).
+
+    So its gradient is a product of a vector and not of the whole batch, which is one of six dense products of a step.
+    """
+    return sae.b_e - jnp.matmul(sae.W_e, sae.b_d, precision=precision)
+
+
+def _compute_pre_activations(sae: SAEWeights, u_BD: jax.Array, precision: Any) -> jax.Array:
+    """Compute a = ReLU(W_e (u - b_d) + b_e), [B, F], for training."""
+    return jax.nn.relu(jnp.matmul(u_BD, sae.W_e.T, precision=precision) + _fold_bias(sae, precision))
+
+
 def _encode_top_k(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, objective: Objective) -> Codes:
     """Encode a batch by TopK or BatchTopK, neither of which needs a penalty."""
     c, max_k, _, use_sparse, precision = objective
@@ -145,12 +158,15 @@ def _encode_top_k(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, objective: Obj
     places = min(BATCH_TOPK_ROOM * max_k, F) if batch_top_k else max_k
     row_k = jnp.minimum(BATCH_TOPK_ROOM * k, F) if batch_top_k else k
     if use_sparse:
-        bias_F = sae.b_e - jnp.matmul(sae.W_e, sae.b_d, precision=precision)
-        z, latents_BK = sparse.encode_top_k(u_BD, sae.W_e, bias_F, row_k, places)
+        z, latents_BK = sparse.encode_top_k(u_BD, sae.W_e, _fold_bias(sae, precision), row_k, places)
+        best = z
     else:
-        z = keep_top_k(compute_pre_activations(sae, u_BD, precision), row_k, places)
-    if batch_top_k:
-        z = jnp.where(z < find_batch_threshold(z, len(u_BD) * k), 0.0, z)  # NaN stays
+        a_BF = _compute_pre_activations(sae, u_BD, precision)
+        best = find_top_values(a_BF, places)
+        z = keep_from(a_BF, best, row_k)
+        best = jnp.where(jnp.arange(best.shape[-1]) < row_k, best, 0.0)
+    if batch_top_k:  # the threshold is searched for among the rows' largest values, which are few
+        z = jnp.where(z < find_batch_threshold(best, len(u_BD) * k), 0.0, z)  # NaN stays
         threshold = jnp.min(jnp.where(z > 0, z, jnp.inf))
     return Codes(z, latents_BK, jnp.zeros(()), threshold)
 
@@ -158,7 +174,7 @@ def _encode_top_k(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, objective: Obj
 def _encode_above_threshold(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, objective: Objective) -> Codes:
     """Encode a batch by JumpReLU or ReLU, whose penalty keeps the latents sparse."""
     c, precision = objective.c, objective.precision
-    z_BF, on_BF = jump_relu(compute_pre_activations(sae, u_BD, precision), sae.threshold, c.bandwidth)
+    z_BF, on_BF = jump_relu(_compute_pre_activations(sae, u_BD, precision), sae.threshold, c.bandwidth)
     if c.activation == "jumprelu":
         penalty = c.l0_weight * (jnp.sum(on_BF) / len(u_BD) / k - 1.0) ** 2
     else:
