@@ -47,7 +47,7 @@ from headsteer_jax.model.vit import (
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.progress import progress
-from headsteer_jax.steer.steering import Steering, apply_steering, steer_patches
+from headsteer_jax.steer.steering import Steering, apply_steering, replicate_once, steer_patches
 
 
 class SuffixSetting(NamedTuple):
@@ -275,15 +275,6 @@ def _choose_size(calls: LayerCalls, steerings: Mapping[int, LayerSteering], alph
         size = max(1, size // 2)
 
 
-def _replicate_once(settings: Sequence[SuffixSetting], layers: Sequence[int]) -> list[dict[int, LayerSteering]]:
-    """Copy what steers each setting to the devices; settings that share an autoencoder share its copy."""
-    steerings_V = [{layer: setting.steerings(layer) for layer in layers} for setting in settings]
-    leaves, structure = jax.tree.flatten(steerings_V)
-    copies = dict(zip(map(id, leaves), leaves, strict=True))
-    copies = dict(zip(copies, replicate(list(copies.values())), strict=True))
-    return jax.tree.unflatten(structure, [copies[id(leaf)] for leaf in leaves])
-
-
 class QueuedCall(NamedTuple):
     """A call whose results are on their way to the host."""
 
@@ -337,7 +328,10 @@ def run_suffix(
       HeadSteerError: the memory budget is too small for one image under one alpha.
     """
     config, layers, count = trained.config, settings[0].layers, len(split.labels)
-    calls, steerings_V = LayerCalls(trained), _replicate_once(settings, layers)
+    calls, steerings_V = (
+        LayerCalls(trained),
+        replicate_once([{layer: setting.steerings(layer) for layer in layers} for setting in settings]),
+    )
     returned = range(layers[0], config.model.depth) if following else layers
     observed = {layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)] for layer in returned}
     at_once, size = _choose_size(calls, steerings_V[0], len(alphas), count)
