@@ -152,6 +152,14 @@ def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.
     return list(filled.reshape(-1, size))
 
 
+def _call_size(program: Program, count: int) -> int:
+    """Return a device's images in a call: on a CPU no more than there are.
+
+    On accelerators every split has calls of one size, because the number of rows decides how products are rounded.
+    """
+    return min(program.size, count) if jax.default_backend() == "cpu" else program.size
+
+
 def stream_split(
     program: Program, params: Any, split: Split, label: str, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[np.ndarray, ...]]:
@@ -167,7 +175,7 @@ def stream_split(
     stop = count if stop is None else stop
     if start >= stop:
         return
-    size = program.size if program.compiled else min(program.size, count)
+    size = program.size if program.compiled else _call_size(program, count)
     first = start // size * size  # the first image of the current call
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
@@ -197,7 +205,7 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
       label: the name of the work in the progress.
     """
     count, params = len(split.labels), replicate(params)
-    size = min(program.size, count)
+    size = _call_size(program, count)
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
 
     def run_share() -> list[np.ndarray]:
