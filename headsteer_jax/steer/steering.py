@@ -173,7 +173,8 @@ class GateProgram:
         alphas_A = np.asarray(alphas_A, np.float32)
         if not len(x_RD):
             return np.zeros((len(alphas_A), 0), np.int32)
-        return self.patterns_of_rows(steering, self.place_rows(x_RD, class_R), alphas_A)[:, : len(x_RD)]
+        chunks = self.place_rows(x_RD, class_R)
+        return self.patterns_of_rows(steering, chunks, alphas_A)[:, : len(x_RD)]
 
     def patterns_at(self, steering: Steering, x_RD: np.ndarray, class_R: np.ndarray, alpha_R: np.ndarray) -> np.ndarray:
         """Compute the [R] int32 patterns of rows that each have an alpha of their own."""
@@ -192,11 +193,11 @@ class GateProgram:
         return [self._place((x_RD[rows], class_R[rows])) for rows in self._chunks(len(x_RD))]
 
     def patterns_of_rows(
-        self, steering: Steering, placed: Sequence[tuple[jax.Array, jax.Array]], alphas_A: np.ndarray
+        self, steering: Steering, chunks: Sequence[tuple[jax.Array, jax.Array]], alphas_A: np.ndarray
     ) -> np.ndarray:
         """Compute the [A, R'] int32 patterns of placed rows under every alpha; the last row fills the last chunk."""
         steering, alphas_A = replicate((steering, np.asarray(alphas_A, np.float32)))
-        calls = [self.run_grid(self._params, steering, x_RD, class_R, alphas_A) for x_RD, class_R in placed]
+        calls = [self.run_grid(self._params, steering, x_RD, class_R, alphas_A) for x_RD, class_R in chunks]
         return np.concatenate(jax.device_get(calls), axis=-1)
 
     def _place(self, arrays: tuple[np.ndarray, ...]) -> Any:

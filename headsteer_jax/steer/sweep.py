@@ -279,9 +279,9 @@ def sweep_by_flips(
 def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, classes: int) -> Iterator[SettingTally]:
     """Tally every setting by the gate itself, and the table."""
     heads, labels, rows = job.rows.gate_logits.shape[1], job.split.labels, job.rows
-    placed, steered = program.place_rows(job.table.x[rows.image], rows.steered_by), replicate_once(job.steered)
+    chunks, steered = program.place_rows(job.table.x[rows.image], rows.steered_by), replicate_once(job.steered)
     for s, g in np.ndindex(len(job.steered), len(job.steered[0])):
-        pattern_AR = program.patterns_of_rows(steered[s][g], placed, alphas)
+        pattern_AR = program.patterns_of_rows(steered[s][g], chunks, alphas)
         tallies = []
         for used_R in job.used:
             used = np.flatnonzero(used_R)
@@ -311,25 +311,23 @@ def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, 
             yield SettingTally(s, g, tallies, None)
 
 
-def leaves_alpha_0_unsteered(config: SteerConfig) -> bool:
-    """Tell whether alpha 0 is the unsteered model; with `clamp`, or with a replaced residual, it is not."""
-    return config.form == "delta" and config.mode != "clamp"
-
-
 def take_unsteered_from_suffix(
     trained: TrainedModel, split: Split, table: Table, steering: Steering, alphas: int
 ) -> Table:
-    """Replace a table's unsteered gates and answers by those of the suffix at alpha 0, with which it is compared.
+    """Replace a table's unsteered gates and answers by those of the suffix at alpha 0, if the suffix is the method.
 
-    On an accelerator another program may round otherwise.
+    Steered answers are compared with them, and on an accelerator another program may round otherwise. With `clamp`, or
+    with a replaced residual, alpha 0 is not the unsteered model, so that the table's stay.
 
     Args:
       alphas: how many the sweep has; as many are computed here, so that the program is the same.
     """
-    layer = trained.config.sae_layer
+    config, layer = trained.config, trained.config.sae_layer
+    if choose_method(config) != "suffix" or config.steer.form == "replace" or config.steer.mode == "clamp":
+        return table
     setting = SuffixSetting({layer: steering}, np.zeros(len(split.labels), np.int64))
     result = run_suffix(trained, split, [setting], np.zeros(alphas), "alpha 0")
-    gates_NG = LayerGates(trained.config, layer).join({kind: g[0, 0] for kind, g in result.gates[layer].items()})
+    gates_NG = LayerGates(config, layer).join({kind: g[0, 0] for kind, g in result.gates[layer].items()})
     pattern_N = (gates_NG @ (1 << np.arange(gates_NG.shape[1]))).astype(table.pattern.dtype)
     return table._replace(pattern=pattern_N, prediction=result.predictions[0, 0])
 
@@ -509,9 +507,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     results: dict[str, SplitResult] = {}
     steps: dict[str, dict[str, StepFunction]] = {}
     for name, split in splits.items():
-        table = tables[name]
-        if choose_method(config) == "suffix" and leaves_alpha_0_unsteered(config.steer):
-            table = take_unsteered_from_suffix(trained, split, table, chosen.steered[0][0], len(alphas))
+        table = take_unsteered_from_suffix(trained, split, tables[name], chosen.steered[0][0], len(alphas))
         steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
         linear = choose_method(config) == "flips"
         size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
