@@ -20,7 +20,7 @@ Axes: as in `vit.py`; b images and t tokens of a piece of attention, r rows of a
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from headsteer_jax.model.vit import ALL_OPEN, Block, Intervention, ViT, decide_g
 VALUES = 393_216  # of a piece's widest intermediate: 1.5 MB in float32, which a core's cache holds
 LENGTHS = 12  # a piece of attention is filled up to a multiple of T / LENGTHS tokens
 PARTS = 4  # the last piece may be this many times smaller than the others
+
+SMALLEST = 40e6  # multiply-accumulates of a layer for the batch, with which pieces are worth their loops
 
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
@@ -54,6 +56,12 @@ def plan_pieces(model: ModelConfig, batch: int, tokens: int) -> Pieces:
         tuple((t, (b, b // PARTS) if b >= PARTS else (b,)) for t, b in zip(lengths, images, strict=True)),
         tuple(sorted({math.ceil(most * part / PARTS) for part in range(1, PARTS + 1)}, reverse=True)),
     )
+
+
+def is_worthwhile(model: ModelConfig, batch: int, tokens: int) -> bool:
+    """Return whether a layer has so much work for a batch that pieces can save more than their loops take."""
+    width, hidden = model.width, round(model.mlp_ratio * model.width)
+    return batch * tokens * (4 * width**2 + 2 * width * hidden + 2 * tokens * width) >= SMALLEST
 
 
 class BlockCall(NamedTuple):
@@ -211,8 +219,10 @@ def make_skipping_forward(model: ViT) -> Forward:
 
     It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
     gates of all layers are computed. The host calls one compiled program a layer, with the layer's parameters as an
-    argument, so that layers that are alike share a program. A program is compiled once for each size of batch.
+    argument, so that layers that are alike share a program. A program is compiled once for each size of batch. A batch
+    of too little work runs the masked model.
     """
+    run_masked = jax.jit(functools.partial(model.apply, gating="thresholded"))
     embed = jax.jit(functools.partial(model.apply, method="embed"))
     classify = jax.jit(lambda params, x_BTD: model.apply(params, x_BTD[:, 0], method="classify"))
 
@@ -223,6 +233,9 @@ def make_skipping_forward(model: ViT) -> Forward:
         return run_layer(_make_call(model, kinds, layer_params), x_BTD, last)
 
     def forward(params: Any, images_BHWC: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        tokens = model.positions_count + model.model.registers
+        if not is_worthwhile(model.model, len(images_BHWC), tokens):
+            return cast(tuple[jax.Array, dict[str, Any]], run_masked(params, images_BHWC))
         x_BTD = embed(params, images_BHWC)
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
         for layer in range(model.model.depth):

@@ -12,7 +12,14 @@ from builders import tiny_config
 from headsteer_jax.config import Config, ModelConfig, SublayerGateConfig, TokenGateConfig
 from headsteer_jax.config.schema import GATE_KINDS, GateKind
 from headsteer_jax.model import skip
-from headsteer_jax.model.skip import list_rows, make_skipping_forward, make_skipping_program, plan_pieces, run_loops
+from headsteer_jax.model.skip import (
+    is_worthwhile,
+    list_rows,
+    make_skipping_forward,
+    make_skipping_program,
+    plan_pieces,
+    run_loops,
+)
 from headsteer_jax.model.vit import build_model, stack_gates
 
 CLASSES = 7
@@ -21,7 +28,7 @@ CLASSES = 7
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small layers into several pieces, of few sizes, because each takes time to compile."""
-    for name, value in (("VALUES", 16 * 4 * tiny_config().model.width), ("LENGTHS", 3), ("PARTS", 2)):
+    for name, value in (("VALUES", 16 * 4 * tiny_config().model.width), ("LENGTHS", 3), ("PARTS", 2), ("SMALLEST", 0)):
         monkeypatch.setattr(skip, name, value)
 
 
@@ -111,6 +118,15 @@ def test_one_image_and_bfloat16() -> None:
     assert_same(config, draw_params(config), draw_images(1))
     config = gated_config(GATE_KINDS, dtype="bfloat16")
     assert_same(config, draw_params(config), draw_images(6), rtol=0.05, atol=0.05)
+
+
+def test_a_batch_of_too_little_work_runs_the_masked_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert not is_worthwhile(ModelConfig(), 1, 26)
+    assert is_worthwhile(ModelConfig(), 250, 26)
+    assert is_worthwhile(ModelConfig.of_size("S"), 1, 65)
+    config = gated_config(GATE_KINDS)
+    assert_same(config, draw_params(config), draw_images(2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("small", [True, False])
