@@ -16,7 +16,7 @@ The dense and the skipping pass take turns, and times are medians without compil
 dense model, its ceiling (dense MACs / gated MACs), share_of_gain = (speedup - 1) / (ceiling - 1), the predictions and
 gates that differ from the masked model's, the largest difference of a logit over the largest logit, the seconds of the
 dense pass, and those of the skipping pass's first call, which compiles. --masked times the masked model, too. The last
-line printed is one JSON object. On two cores a call for one number of tokens and one batch takes at most 280 s.
+line printed is one JSON object.
 """
 
 import argparse
