@@ -29,8 +29,8 @@ from headsteer_jax.config.schema import GateKind, ModelConfig
 from headsteer_jax.model.gates import Gates
 from headsteer_jax.model.vit import ALL_OPEN, Block, Intervention, ViT, decide_gates, describe_gates, run_block
 
-# Of a piece's widest intermediate: 1.5 MB in float32, which a core's cache holds. A ViT-S's MLP ran at 217 GFLOP/s on
-# pieces of this size, 256 rows, and at 156 on 512 rows.
+# Of a piece's widest intermediate: 1.5 MB in float32, which a core's cache holds. A ViT-S's MLP ran at 216 GFLOP/s on
+# pieces of this size, 256 rows, and at 155 on 512 rows.
 VALUES = 393_216
 LENGTHS = 8  # a piece of attention is filled up to a multiple of T / LENGTHS tokens
 PARTS = 4  # the last piece may be this many times smaller than the others
@@ -80,7 +80,7 @@ class BlockCall(NamedTuple):
 class KeptRows(NamedTuple):
     """Lists the rows of the residual that take part in a sublayer, image by image."""
 
-    rows: jax.Array  # [N + T], ascending; filled up with N
+    numbers: jax.Array  # [N + T], ascending; filled up with N
     begin: jax.Array  # [B + 1], where an image's rows begin in the list; the last is the number of rows
     counts: jax.Array  # [B + 1], the number of an image's rows; the last is 0
 
@@ -122,7 +122,7 @@ def run_loops(
 
 
 def attend_kept(
-    call: BlockCall, x_ND: jax.Array, kept: KeptRows, heads: Gates, pieces: Pieces, queries: int | None
+    call: BlockCall, x_ND: jax.Array, kept_rows: KeptRows, heads: Gates, pieces: Pieces, queries: int | None
 ) -> jax.Array:
     """Add the output of attention to the kept tokens, piece by piece.
 
@@ -130,15 +130,15 @@ def attend_kept(
       heads: the gates of the heads, or nothing.
       queries: the number of an image's tokens, from CLS on, that get a result; None: all kept tokens.
     """
-    B, N, prefix = len(kept.counts) - 1, len(x_ND), 1 + call.block.model.registers
+    B, N, prefix = len(kept_rows.counts) - 1, len(x_ND), 1 + call.block.model.registers
     most = max(sizes[0] for _, sizes in pieces.attention)
-    images = jnp.pad(jnp.argsort(-kept.counts[:-1], stable=True).astype(jnp.int32), (0, most), constant_values=B)
+    images = jnp.pad(jnp.argsort(-kept_rows.counts[:-1], stable=True).astype(jnp.int32), (0, most), constant_values=B)
 
     def run_piece(t: int, b: int, state: State) -> State:
         begin, x_ND = state
         image_b = jax.lax.dynamic_slice(images, (begin,), (b,))
-        kept_bt = jnp.arange(t) < kept.counts[image_b][:, None]
-        row_bt = kept.rows[kept.begin[image_b][:, None] + jnp.arange(t)]
+        kept_bt = jnp.arange(t) < kept_rows.counts[image_b][:, None]
+        row_bt = kept_rows.numbers[kept_rows.begin[image_b][:, None] + jnp.arange(t)]
         x_btD = x_ND.at[row_bt].get(mode="clip")
         y_bqHK, v_bqHK = call("heads", x_btD, queries, {"tokens": kept_bt[:, prefix:].astype(jnp.float32)})
         own_heads = {kind: g.at[image_b].get(mode="clip") for kind, g in heads.items()}
@@ -146,22 +146,22 @@ def attend_kept(
         target_bq = jnp.where(kept_bt, row_bt, N)[:, :queries]
         return begin + b, x_ND.at[target_bq].set(new_bqD, mode="drop", unique_indices=True)
 
-    state, total = (jnp.int32(0), x_ND), jnp.sum(kept.counts > 0, dtype=jnp.int32)
+    state, total = (jnp.int32(0), x_ND), jnp.sum(kept_rows.counts > 0, dtype=jnp.int32)
     shorter = (*(t for t, _ in pieces.attention[1:]), 0)
     for (t, sizes), next_t in zip(pieces.attention, shorter, strict=True):
-        end = jnp.sum(kept.counts > next_t, dtype=jnp.int32)  # of the images that are longer than the next length
+        end = jnp.sum(kept_rows.counts > next_t, dtype=jnp.int32)  # of the images that are longer than the next length
         state = run_loops(functools.partial(run_piece, t), sizes, total, end, state)
     return state[1]
 
 
-def feed_forward_kept(call: BlockCall, x_ND: jax.Array, kept: KeptRows, heads: Gates, pieces: Pieces) -> jax.Array:
+def feed_forward_kept(call: BlockCall, x_ND: jax.Array, kept_rows: KeptRows, heads: Gates, pieces: Pieces) -> jax.Array:
     """Add the output of the MLP to the kept tokens, piece by piece.
 
     Args:
       heads: the gates of the heads that gate the MLP's input as well, or nothing.
     """
-    N, T, total = len(x_ND), len(x_ND) // (len(kept.counts) - 1), kept.begin[-1]
-    rows = jnp.pad(kept.rows, (0, pieces.mlp[0]), constant_values=N)
+    N, T, total = len(x_ND), len(x_ND) // (len(kept_rows.counts) - 1), kept_rows.begin[-1]
+    rows = jnp.pad(kept_rows.numbers, (0, pieces.mlp[0]), constant_values=N)
 
     def run_piece(r: int, state: State) -> State:
         begin, x_ND = state

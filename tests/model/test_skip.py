@@ -147,12 +147,12 @@ def test_pieces_hold_every_image_and_every_row(small: bool, monkeypatch: pytest.
 
 def test_rows_of_kept_tokens_are_listed_image_by_image() -> None:
     keep_BT = np.random.default_rng(0).random((6, 9)) < 0.5
-    kept = list_rows(jnp.asarray(keep_BT))
+    kept_rows = list_rows(jnp.asarray(keep_BT))
     expected = np.flatnonzero(keep_BT)
-    assert np.asarray(kept.rows).tolist() == [*expected, *[54] * (54 + 9 - len(expected))]
+    assert np.asarray(kept_rows.numbers).tolist() == [*expected, *[54] * (54 + 9 - len(expected))]
     counts = keep_BT.sum(axis=1).tolist()
-    assert np.asarray(kept.counts).tolist() == [*counts, 0]
-    assert np.asarray(kept.begin).tolist() == [0, *np.cumsum(counts)]
+    assert np.asarray(kept_rows.counts).tolist() == [*counts, 0]
+    assert np.asarray(kept_rows.begin).tolist() == [0, *np.cumsum(counts)]
 
 
 def test_loops_do_everything_with_as_few_pieces_as_hold_it() -> None:
