@@ -1,6 +1,7 @@
 """Measures how much of what gates drop is saved in time: the skipping forward pass against the dense and masked models.
 
-    python benchmarks/skip.py [--tokens=65,197] [--batches=1,64,256] [--gates=tokens,all,open] [--repeats=5] [--run=DIR]
+    python benchmarks/skip.py [--tokens=65,197] [--batch=1,64,256] [--kinds=tokens,all,open] [--repeats=5]
+    python benchmarks/skip.py --run=DIR [--batch=...] [--images=N]
 
 The model is a ViT-S on generated images: 32x32 with 4x4 patches make 65 tokens, 224x224 with 16x16 patches make 197.
 Its gates read the model's own residuals through random weights, and their biases are set so that the gates drop what a
@@ -8,12 +9,14 @@ row says, by different amounts from image to image:
 - tokens: half of the patches;
 - all: patches, sublayers and heads, so that the multiply-accumulates (MACs) are about half of the dense model's;
 - open: gates of all kinds that drop nothing, which shows what deciding costs.
---run=DIR measures a finished run's gated model on images of its test split instead.
+--run=DIR measures a trained run's gated model instead: one row for each batch of its test split, and one for the whole
+split (or its first N images) from uint8 images to predictions, as evaluations pass over it (`make_observer`).
 
-The dense, masked and skipping passes take turns, and times are medians without compilation. A row has the speedup over
-the dense model, its ceiling (dense MACs / gated MACs), share_of_gain = (speedup - 1) / (ceiling - 1), masked (the
-masked model's speedup), the predictions and gates that differ from the masked model's, the largest difference of a
-logit over the largest logit, and the seconds of compiling. The last line printed is one JSON object.
+The dense and the skipping pass take turns, and times are medians without compilation. A row has the speedup over the
+dense model, its ceiling (dense MACs / gated MACs), share_of_gain = (speedup - 1) / (ceiling - 1), the predictions and
+gates that differ from the masked model's, the largest difference of a logit over the largest logit, the seconds of the
+dense pass, and those of the skipping pass's first call, which compiles. --masked times the masked model, too. The last
+line printed is one JSON object.
 """
 
 import argparse
@@ -30,12 +33,15 @@ import numpy as np
 from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig
 from headsteer_jax.config.schema import GATE_KINDS
 from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import gather_images
+from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.model.compute import count_image_macs
 from headsteer_jax.model.macs import count_dense_macs
+from headsteer_jax.model.passes import Observed, make_observer
 from headsteer_jax.model.skip import make_skipping_forward
 from headsteer_jax.model.vit import TrainedModel, build_model, stack_gates
-from headsteer_jax.runs import load_run
+from headsteer_jax.runs import load_run_dataset, read_config
+from headsteer_jax.runtime.files import Workdir
+from headsteer_jax.train.loop import load_trained
 
 CLASSES = 100
 IMAGES = {17: (32, 8), 65: (32, 4), 197: (224, 16)}  # tokens -> side of the image, side of a patch
@@ -96,57 +102,106 @@ def take_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[
     return {name: float(np.median(values)) for name, values in times.items()}, first
 
 
-def measure(what: str, trained: TrainedModel, images: jax.Array, repeats: int) -> dict[str, Any]:
-    """Measure one row."""
+def describe_row(
+    what: str, trained: TrainedModel, images: int, seconds: dict[str, float], gates: Any
+) -> dict[str, Any]:
+    """Make a row of the seconds of the passes and of the masked model's gates."""
+    config, classes = trained.config, trained.model.classes
+    ceiling = count_dense_macs(config, classes) / float(count_image_macs(config, classes, gates).mean())
+    speedup = seconds["dense"] / seconds["skipping"]
+    row = {"what": what, "tokens": 1 + (config.data.image_size // config.model.patch) ** 2, "batch": images}
+    row |= {"speedup": round(speedup, 3), "ceiling": round(ceiling, 3)}
+    row["share_of_gain"] = round((speedup - 1) / (ceiling - 1), 3) if ceiling > 1.01 else None
+    row["usage"] = {kind: round(float(g.mean()), 3) for kind, g in gates.items()}
+    if "masked" in seconds:
+        row["masked"] = round(seconds["dense"] / seconds["masked"], 3)
+    return row | {"dense_seconds": round(seconds["dense"], 4)}
+
+
+def measure(what: str, trained: TrainedModel, images: jax.Array, repeats: int, masked_too: bool) -> dict[str, Any]:
+    """Measure one batch."""
     config, model, params = trained
-    classes = model.classes
     dense = jax.jit(lambda params, x: model.apply(params, x, gating="dense")[0])
     masked = jax.jit(lambda params, x: model.apply(params, x, gating="thresholded"))
     skipping = make_skipping_forward(model)
     expected, out = masked(params, images)
-    gates: dict[str, np.ndarray] = {kind: np.asarray(stack_gates(out["gates"], kind)) > 0 for kind in config.gate.kinds}
-    calls = {"dense": dense, "masked": masked, "skipping": skipping}
+    gates = {kind: np.asarray(stack_gates(out["gates"], kind)) > 0 for kind in config.gate.kinds}
+    calls = {"dense": dense, "skipping": skipping} | ({"masked": masked} if masked_too else {})
     seconds, first = take_turns({name: lambda f=f: f(params, images) for name, f in calls.items()}, repeats)
     logits, found = skipping(params, images)
-    differing = {kind: np.asarray(stack_gates(found["gates"], kind) > 0) != gates[kind] for kind in gates}
-    ceiling = count_dense_macs(config, classes) / float(count_image_macs(config, classes, gates).mean())
-    speedup = seconds["dense"] / seconds["skipping"]
-    row = {"what": what, "tokens": 1 + (config.data.image_size // config.model.patch) ** 2, "batch": len(images)}
-    row |= {"speedup": round(speedup, 3), "ceiling": round(ceiling, 3)}
-    row["share_of_gain"] = round((speedup - 1) / (ceiling - 1), 3) if ceiling > 1.01 else None
+    differing = [np.asarray(stack_gates(found["gates"], kind) > 0) != gates[kind] for kind in gates]
+    row = describe_row(what, trained, len(images), seconds, gates)
     row["differing"] = int((jnp.argmax(logits, -1) != jnp.argmax(expected, -1)).sum())
-    row["differing_gates"] = int(sum(d.sum() for d in differing.values()))
+    row["differing_gates"] = int(sum(d.sum() for d in differing))
     row["logit_error"] = float(jnp.abs(logits - expected).max() / jnp.abs(expected).max())
-    row |= {"masked": round(seconds["dense"] / seconds["masked"], 3), "dense_seconds": round(seconds["dense"], 4)}
     row["first_call_seconds"] = round(first["skipping"], 1)
-    row["usage"] = {kind: round(float(g.mean()), 3) for kind, g in gates.items()}
     print(json.dumps(row), flush=True)
     return row
+
+
+def measure_split(trained: TrainedModel, split: Split, repeats: int) -> dict[str, Any]:
+    """Measure passes over a split from uint8 images to predictions."""
+    config, model, params = trained
+    machine = {skip: config.machine.model_copy(update={"skip": skip}) for skip in ("always", "never")}
+    configs = {skip: config.model_copy(update={"machine": own}) for skip, own in machine.items()}
+    observers = {
+        "dense": make_observer(model, configs["never"], "dense", config.model.depth - 1),
+        "masked": make_observer(model, configs["never"], "thresholded", config.model.depth - 1),
+        "skipping": make_observer(model, configs["always"], "thresholded", config.model.depth - 1),
+    }
+    seen: dict[str, Observed] = {}
+
+    def observe(name: str) -> None:
+        seen[name] = observers[name](params, split, name)
+
+    observe("masked")
+    seconds, _ = take_turns({name: lambda name=name: observe(name) for name in ("dense", "skipping")}, repeats)
+    expected, found = seen["masked"], seen["skipping"]
+    row = describe_row("run, test split", trained, config.train.eval_batch, seconds, expected.gates)
+    row |= {"images": len(split.labels), "images_per_second": round(len(split.labels) / seconds["skipping"], 1)}
+    row["accuracy"] = {name: round(observed.accuracy(split.labels), 4) for name, observed in seen.items()}
+    row["differing"] = int((found.prediction != expected.prediction).sum())
+    row["differing_gates"] = int(sum((found.gates[kind] != g).sum() for kind, g in expected.gates.items()))
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def measure_run(directory: Path, batches: list[int], flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure a run's gated model on its test split."""
+    workdir = Workdir(directory)
+    config, dataset = load_run_dataset(read_config(workdir), workdir, None, "--config.data.path of headsteer run")
+    trained, test = load_trained(config, len(dataset.class_names), workdir / "train"), dataset.test
+    rows = []
+    for batch in batches:
+        x = gather_images(test.images, np.arange(min(batch, len(test.labels))))
+        rows.append(measure("run", trained, preprocess(jnp.asarray(x), config.data), flags.repeats, flags.masked))
+    part = np.arange(min(flags.images or len(test.labels), len(test.labels)))
+    split = Split(gather_images(test.images, part), test.labels[part])
+    return [*rows, measure_split(trained, split, flags.repeats)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="65,197")
-    parser.add_argument("--batches", default="1,64,256")
-    parser.add_argument("--gates", default="tokens,all,open", help=f"of {', '.join(GATES)}")
+    parser.add_argument("--batch", default="1,64,256")
+    parser.add_argument("--kinds", default="tokens,all,open", help=f"of {', '.join(GATES)}")
     parser.add_argument("--size", default="S", help="of the ViT: Ti, S or B")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--run", type=Path, help="the workdir of a finished run")
+    parser.add_argument("--masked", action="store_true", help="time the masked model, too")
+    parser.add_argument("--run", type=Path, help="the workdir of a run whose stage train is done")
+    parser.add_argument("--images", type=int, default=0, help="of the run's test split; 0: all")
     flags = parser.parse_args()
-    batches = [int(batch) for batch in flags.batches.split(",")]
+    batches = [int(batch) for batch in flags.batch.split(",") if batch]
     rows = []
     if flags.run:
-        run = load_run(flags.run)
-        for batch in batches:
-            test = gather_images(run.dataset.test.images, np.arange(min(batch, len(run.dataset.test.labels))))
-            rows.append(measure("run", run.trained, preprocess(jnp.asarray(test), run.config.data), flags.repeats))
+        rows = measure_run(flags.run, batches, flags)
     else:
         for tokens in map(int, flags.tokens.split(",")):
-            for name in flags.gates.split(","):
+            for name in flags.kinds.split(","):
                 trained = make_model(make_config(tokens, tuple(GATES[name]), flags.size), GATES[name])
                 for batch in batches:
                     images = make_images(trained.config, batch)
-                    rows.append(measure(name, trained, images, flags.repeats))
+                    rows.append(measure(name, trained, images, flags.repeats, flags.masked))
     print(json.dumps({"benchmark": "skip", "device": jax.devices()[0].device_kind, "rows": rows}))
 
 

@@ -34,7 +34,7 @@ def test_every_part_of_the_visit_to_an_accelerator_runs(parts: str, finished: Fi
 
 @pytest.mark.slow
 def test_the_benchmark_of_skipping_runs() -> None:
-    command = [sys.executable, BENCHMARKS / "skip.py", "--tokens=17", "--batches=2", "--gates=all", "--repeats=1"]
+    command = [sys.executable, BENCHMARKS / "skip.py", "--tokens=17", "--batch=2", "--kinds=all", "--repeats=1"]
     result = subprocess.run([*command, "--size=Ti"], env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout.splitlines()[-1])["rows"]

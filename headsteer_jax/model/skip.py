@@ -1,15 +1,14 @@
 """A forward pass that leaves out what thresholded gates drop, with the results of the masked model.
 
 XLA's shapes are static, but the number of kept tokens is not. So the work of a layer is cut into pieces of a few static
-sizes, and loops, whose lengths depend on the gates, run only the pieces that are needed:
+sizes, and each size has a loop that runs as many of its pieces as the gates require:
 
 - Attention takes groups of images. The images whose attention runs are sorted by their kept tokens. A piece takes the
   next few of them with their kept tokens only, filled up to one of a few lengths, and masks the keys that fill it up.
 - The MLP takes rows. The kept tokens of all images whose MLP runs are one list of rows, which is cut into pieces.
 
-The residual stays one array of B T rows, from which a piece gathers its rows and to which it writes them back. An image
-whose attention or MLP is off has no rows there and costs nothing. A layer that drops no token and no sublayer runs the
-ordinary block. Pieces of 512 rows stay in a CPU's cache; smaller ones were slower per row.
+The residual stays one array of N = B T rows, which the loops carry and change in place: a piece gathers its rows and
+writes them back. An image whose attention or MLP is off has no rows there and costs nothing.
 
 No gate goes to the host: a layer is one program, which also compiles for GPUs and TPUs and can be exported. Closed
 heads are multiplied by zero, because without them attention would save a sixth of the model's work at most, and
@@ -21,41 +20,50 @@ Axes: as in `vit.py`; b images and t tokens of a piece of attention, r rows of a
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from headsteer_jax.config.schema import GateKind
+from headsteer_jax.config.schema import GateKind, ModelConfig
 from headsteer_jax.model.gates import Gates
 from headsteer_jax.model.vit import ALL_OPEN, Block, Intervention, ViT, decide_gates, describe_gates, run_block
 
-ROWS = 512  # of a whole piece
-LENGTHS = 12  # a piece of attention is filled up to a multiple of T / LENGTHS tokens
-ROW_SIZES = 4  # the last piece of the MLP may be this many times smaller
+# Of a piece's widest intermediate: 1.5 MB in float32, which a core's cache holds. A ViT-S's MLP ran at 216 GFLOP/s on
+# pieces of this size, 256 rows, and at 155 on 512 rows.
+VALUES = 393_216
+LENGTHS = 8  # a piece of attention is filled up to a multiple of T / LENGTHS tokens
+PARTS = 4  # the last piece may be this many times smaller than the others
+
+SMALLEST = 40e6  # multiply-accumulates of a layer for the batch, with which pieces are worth their loops
 
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
 class Pieces(NamedTuple):
-    """The static sizes of the pieces into which a layer's work is cut."""
+    """The static sizes of the pieces into which a layer's work is cut, the largest first."""
 
-    tokens: tuple[int, ...]  # t, ascending; the last is T
-    images: tuple[tuple[int, int], ...]  # for each t, b of a whole piece and of one when few images are left
-    rows: tuple[int, ...]  # r, ascending
+    attention: tuple[tuple[int, tuple[int, ...]], ...]  # each t with its b
+    mlp: tuple[int, ...]  # r
 
 
-def plan_pieces(batch: int, tokens: int, prefix: int = 1) -> Pieces:
-    """Choose the sizes of the pieces for a batch of B images of T tokens each, of which `prefix` are always kept."""
-    rows, step = min(ROWS, batch * tokens), math.ceil(tokens / LENGTHS)
-    lengths = (*(t for t in range(step, tokens, step) if t >= prefix), tokens)
-    images = [min(batch, max(1, rows // t)) for t in lengths]
-    part = math.ceil(rows / ROW_SIZES)
+def plan_pieces(model: ModelConfig, batch: int, tokens: int) -> Pieces:
+    """Choose the sizes of the pieces for a batch of B images of T tokens each."""
+    step, shortest = math.ceil(tokens / LENGTHS), 1 + model.registers
+    rows = VALUES / max(4 * model.width, round(model.mlp_ratio * model.width))
+    lengths = sorted({tokens, *(t for t in range(step, tokens, step) if t >= shortest)}, reverse=True)
+    images = [min(batch, max(1, round(rows / t))) for t in lengths]
+    most = min(batch * tokens, max(1, round(rows)))
     return Pieces(
-        lengths,
-        tuple((b, b // 4 if b >= 4 else b) for b in images),
-        tuple(sorted({min(rows, part * count) for count in range(1, ROW_SIZES + 1)})),
+        tuple((t, (b, b // PARTS) if b >= PARTS else (b,)) for t, b in zip(lengths, images, strict=True)),
+        tuple(sorted({math.ceil(most * part / PARTS) for part in range(1, PARTS + 1)}, reverse=True)),
     )
+
+
+def is_worthwhile(model: ModelConfig, batch: int, tokens: int) -> bool:
+    """Return whether a layer has so much work for a batch that pieces can save more than their loops take."""
+    width, hidden = model.width, round(model.mlp_ratio * model.width)
+    return batch * tokens * (4 * width**2 + 2 * width * hidden + 2 * tokens * width) >= SMALLEST
 
 
 class BlockCall(NamedTuple):
@@ -69,25 +77,52 @@ class BlockCall(NamedTuple):
         return self.block.apply({"params": self.params}, *args, method=method)
 
 
-class KeptTokens(NamedTuple):
-    """Says which tokens of each image take part in a sublayer."""
+class KeptRows(NamedTuple):
+    """Lists the rows of the residual that take part in a sublayer, image by image."""
 
-    order: jax.Array  # [B, T], the places of an image's kept tokens, then those of the others, each ascending
-    counts: jax.Array  # [B], the number of kept tokens; 0 if the image leaves the sublayer out
-
-    def only(self, runs_B: jax.Array) -> "KeptTokens":
-        """Leave out the images for which the sublayer is off."""
-        return KeptTokens(self.order, jnp.where(runs_B, self.counts, 0))
+    numbers: jax.Array  # [N + T], ascending; filled up with N
+    begin: jax.Array  # [B + 1], where an image's rows begin in the list; the last is the number of rows
+    counts: jax.Array  # [B + 1], the number of an image's rows; the last is 0
 
 
-def order_tokens(keep_BT: jax.Array) -> KeptTokens:
-    """Sort each image's tokens by whether they are kept."""
-    order_BT = jnp.argsort(~keep_BT, axis=1, stable=True).astype(jnp.int32)
-    return KeptTokens(order_BT, keep_BT.sum(axis=1, dtype=jnp.int32))
+def list_rows(keep_BT: jax.Array) -> KeptRows:
+    """List the rows of the kept tokens."""
+    B, T = keep_BT.shape
+    count_B = keep_BT.sum(axis=1, dtype=jnp.int32)
+    begin = jnp.pad(jnp.cumsum(count_B), (1, 0))
+    place_BT = begin[:-1, None] + jnp.cumsum(keep_BT, axis=1, dtype=jnp.int32) - 1
+    place_N = jnp.where(keep_BT, place_BT, B * T + T).reshape(-1)
+    rows = jnp.full(B * T + T, B * T, jnp.int32).at[place_N].set(jnp.arange(B * T, dtype=jnp.int32), mode="drop")
+    return KeptRows(rows, begin, jnp.pad(count_B, (0, 1)))
+
+
+State = tuple[jax.Array, jax.Array]  # what is done, and the residual x_ND
+
+
+def run_loops(
+    run_piece: Callable[[int, State], State], sizes: tuple[int, ...], total: jax.Array, end: jax.Array, state: State
+) -> State:
+    """Run pieces of these sizes, the largest first, until all before `end` is done.
+
+    A size has a loop, which runs while the next smaller size would not hold the rest. A branch for each size would be
+    slower: XLA's CPU compiler uses one core for a branch's elementwise work, and a branch that writes copies the
+    residual.
+
+    Args:
+      run_piece: does the next piece of a size.
+      total: what there is to do in all; the pieces may go on from `end` to it.
+    """
+    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+
+        def is_needed(state: State, smaller: int = smaller) -> jax.Array:
+            return (state[0] < end) & (total - state[0] > smaller)
+
+        state = jax.lax.while_loop(is_needed, functools.partial(run_piece, size), state)
+    return state
 
 
 def attend_kept(
-    call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, heads: Gates, pieces: Pieces, queries: int | None
+    call: BlockCall, x_ND: jax.Array, kept_rows: KeptRows, heads: Gates, pieces: Pieces, queries: int | None
 ) -> jax.Array:
     """Add the output of attention to the kept tokens, piece by piece.
 
@@ -95,89 +130,53 @@ def attend_kept(
       heads: the gates of the heads, or nothing.
       queries: the number of an image's tokens, from CLS on, that get a result; None: all kept tokens.
     """
-    (B, T), prefix = tokens.order.shape, 1 + call.block.model.registers
-    images_B = jnp.argsort(-tokens.counts, stable=True).astype(jnp.int32)
-    images_B = jnp.pad(images_B, (0, max(b for b, _ in pieces.images)), constant_values=B)
-    total = jnp.sum(tokens.counts > 0, dtype=jnp.int32)
+    B, N, prefix = len(kept_rows.counts) - 1, len(x_ND), 1 + call.block.model.registers
+    most = max(sizes[0] for _, sizes in pieces.attention)
+    images = jnp.pad(jnp.argsort(-kept_rows.counts[:-1], stable=True).astype(jnp.int32), (0, most), constant_values=B)
 
-    def compute_piece(t: int, b: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, ...]:
-        image_b = jax.lax.dynamic_slice(images_B, (begin,), (b,))
-        own_b = jnp.minimum(image_b, B - 1)
-        count_b = jnp.where(image_b < B, tokens.counts[own_b], 0)
-        kept_bt = jnp.arange(t) < count_b[:, None]
-        rows_bt = own_b[:, None] * T + tokens.order[own_b, :t]
-        x_btD = x_ND.at[rows_bt].get(mode="clip")
-        y_bqHK, v_bqHK = call("heads", x_btD, queries, {"tokens": kept_bt[:, prefix:].astype(jnp.float32)})
-        own_heads = {kind: g[own_b] for kind, g in heads.items()}
-        new_bqD = call("add_attention", x_btD[:, :queries], y_bqHK, v_bqHK, own_heads)
-        target_bq = jnp.where(kept_bt, rows_bt, B * T)[:, :queries]
-        return begin + b, *_fill_up(new_bqD, target_bq, most_rows, B * T)
-
-    pairs = list(zip(pieces.tokens, pieces.images, strict=True))
-    sizes = sorted({(t, b) for t, choices in pairs for b in choices})
-    most_rows = max(b * (queries or t) for t, b in sizes)
-    branches = [functools.partial(compute_piece, t, b) for t, b in sizes]
-    branch_of = jnp.asarray([[sizes.index((t, b)) for b in choices] for t, choices in pairs], jnp.int32)
-    lengths, images = jnp.asarray(pieces.tokens, jnp.int32), jnp.asarray([b for b, _ in pieces.images], jnp.int32)
-
-    def run_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def run_piece(t: int, b: int, state: State) -> State:
         begin, x_ND = state
-        length = jnp.searchsorted(lengths, tokens.counts[images_B[begin]])  # the first image has the most tokens
-        few = (total - begin < images[length]).astype(jnp.int32)
-        begin, new_rD, target_r = jax.lax.switch(branch_of[length, few], branches, begin, x_ND)
-        return begin, x_ND.at[target_r].set(new_rD, mode="drop", unique_indices=True)
+        image_b = jax.lax.dynamic_slice(images, (begin,), (b,))
+        kept_bt = jnp.arange(t) < kept_rows.counts[image_b][:, None]
+        row_bt = kept_rows.numbers[kept_rows.begin[image_b][:, None] + jnp.arange(t)]
+        x_btD = x_ND.at[row_bt].get(mode="clip")
+        y_bqHK, v_bqHK = call("heads", x_btD, queries, {"tokens": kept_bt[:, prefix:].astype(jnp.float32)})
+        own_heads = {kind: g.at[image_b].get(mode="clip") for kind, g in heads.items()}
+        new_bqD = call("add_attention", x_btD[:, :queries], y_bqHK, v_bqHK, own_heads)
+        target_bq = jnp.where(kept_bt, row_bt, N)[:, :queries]
+        return begin + b, x_ND.at[target_bq].set(new_bqD, mode="drop", unique_indices=True)
 
-    return jax.lax.while_loop(lambda state: state[0] < total, run_next, (jnp.int32(0), x_ND))[1]
-
-
-def _fill_up(new_rD: jax.Array, target_r: jax.Array, count: int, outside: int) -> tuple[jax.Array, jax.Array]:
-    """Fill up a piece's new rows [..., D] and their places [...] to one number of rows for all sizes of pieces.
-
-    They are written where the loop goes on, because a branch that writes them itself copies the whole residual.
-
-    Args:
-      outside: the place of a row that is not written.
-    """
-    new_rD, target_r = new_rD.reshape(-1, new_rD.shape[-1]), target_r.reshape(-1)
-    missing = count - len(target_r)
-    return jnp.pad(new_rD, ((0, missing), (0, 0))), jnp.pad(target_r, (0, missing), constant_values=outside)
+    state, total = (jnp.int32(0), x_ND), jnp.sum(kept_rows.counts > 0, dtype=jnp.int32)
+    shorter = (*(t for t, _ in pieces.attention[1:]), 0)
+    for (t, sizes), next_t in zip(pieces.attention, shorter, strict=True):
+        end = jnp.sum(kept_rows.counts > next_t, dtype=jnp.int32)  # of the images that are longer than the next length
+        state = run_loops(functools.partial(run_piece, t), sizes, total, end, state)
+    return state[1]
 
 
-def feed_forward_kept(call: BlockCall, x_ND: jax.Array, tokens: KeptTokens, heads: Gates, pieces: Pieces) -> jax.Array:
+def feed_forward_kept(call: BlockCall, x_ND: jax.Array, kept_rows: KeptRows, heads: Gates, pieces: Pieces) -> jax.Array:
     """Add the output of the MLP to the kept tokens, piece by piece.
 
     Args:
       heads: the gates of the heads that gate the MLP's input as well, or nothing.
     """
-    B, T = tokens.order.shape
-    end_B = jnp.cumsum(tokens.counts)
-    total, sizes = end_B[-1], jnp.asarray(pieces.rows, jnp.int32)
+    N, T, total = len(x_ND), len(x_ND) // (len(kept_rows.counts) - 1), kept_rows.begin[-1]
+    rows = jnp.pad(kept_rows.numbers, (0, pieces.mlp[0]), constant_values=N)
 
-    def compute_piece(r: int, begin: jax.Array, x_ND: jax.Array) -> tuple[jax.Array, ...]:
-        number_r = begin + jnp.arange(r, dtype=jnp.int32)
-        image_r = jnp.minimum(jnp.searchsorted(end_B, number_r, side="right"), B - 1).astype(jnp.int32)
-        place_r = jnp.clip(number_r - (end_B - tokens.counts)[image_r], 0, T - 1)
-        row_r = image_r * T + tokens.order[image_r, place_r]
-        own_heads = {kind: g[image_r] for kind, g in heads.items()}
-        new_r1D = call("feed_forward", x_ND.at[row_r].get(mode="clip")[:, None], own_heads)
-        target_r = jnp.where(number_r < total, row_r, B * T)
-        return begin + r, *_fill_up(new_r1D, target_r, pieces.rows[-1], B * T)
-
-    branches = [functools.partial(compute_piece, r) for r in pieces.rows]
-
-    def run_next(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def run_piece(r: int, state: State) -> State:
         begin, x_ND = state
-        size = jnp.minimum(jnp.searchsorted(sizes, total - begin), len(pieces.rows) - 1)
-        begin, new_rD, target_r = jax.lax.switch(size, branches, begin, x_ND)
-        return begin, x_ND.at[target_r].set(new_rD, mode="drop", unique_indices=True)
+        row_r = jax.lax.dynamic_slice(rows, (begin,), (r,))
+        own_heads = {kind: g.at[row_r // T].get(mode="clip") for kind, g in heads.items()}
+        new_r1D = call("feed_forward", x_ND.at[row_r].get(mode="clip")[:, None], own_heads)
+        return begin + r, x_ND.at[row_r].set(new_r1D[:, 0], mode="drop", unique_indices=True)
 
-    return jax.lax.while_loop(lambda state: state[0] < total, run_next, (jnp.int32(0), x_ND))[1]
+    return run_loops(run_piece, pieces.mlp, total, total, (jnp.int32(0), x_ND))[1]
 
 
 def _run_pieces(call: BlockCall, x_BTD: jax.Array, keep_BT: jax.Array, gates: Gates, last: bool) -> jax.Array:
     """Run a block for the kept tokens of the images whose sublayers are on."""
     (B, T, D), dropped = x_BTD.shape, call.block.gate.dropped
-    pieces, tokens = plan_pieces(B, T, 1 + call.block.model.registers), order_tokens(keep_BT)
+    pieces = plan_pieces(call.block.model, B, T)
     on_B2 = gates["sublayers"] > 0 if "sublayers" in gates else jnp.ones((B, 2), bool)
     heads: Gates = {"heads": gates["heads"]} if "heads" in gates else ALL_OPEN
     attends_B, x_ND = on_B2[:, 0], x_BTD.reshape(B * T, D)
@@ -186,12 +185,12 @@ def _run_pieces(call: BlockCall, x_BTD: jax.Array, keep_BT: jax.Array, gates: Ga
         biased_N = ((on_B2[:, 0] & ~attends_B)[:, None] & keep_BT).reshape(B * T, 1)
         bias_D = call.params["out"]["bias"].astype(call.block.model.dtype)
         x_ND = jax.lax.cond(biased_N.any(), lambda x_ND: x_ND + biased_N * bias_D, lambda x_ND: x_ND, x_ND)
-    x_ND = attend_kept(call, x_ND, tokens.only(attends_B), heads, pieces, 1 if last else None)
+    x_ND = attend_kept(call, x_ND, list_rows(keep_BT & attends_B[:, None]), heads, pieces, 1 if last else None)
     if last:  # CLS alone is too little work for pieces
         masks = {kind: g for kind, g in gates.items() if kind != "tokens"}
         return call("feed_forward", x_ND.reshape(B, T, D)[:, :1], masks)
     sliced = heads if dropped == "slice" else ALL_OPEN
-    return feed_forward_kept(call, x_ND, tokens.only(on_B2[:, 1]), sliced, pieces).reshape(B, T, D)
+    return feed_forward_kept(call, x_ND, list_rows(keep_BT & on_B2[:, 1:]), sliced, pieces).reshape(B, T, D)
 
 
 def run_layer(call: BlockCall, x_BTD: jax.Array, last: bool) -> tuple[jax.Array, dict[str, Any]]:
@@ -205,20 +204,12 @@ def run_layer(call: BlockCall, x_BTD: jax.Array, last: bool) -> tuple[jax.Array,
     layer_out: dict[str, Any] = {"cls": x_BTD[:, 0]}
     if gates:
         layer_out |= {"gate_logits": logits, "gates": describe_gates(logits, gates)}
-    heads: Gates = {"heads": gates["heads"]} if "heads" in gates else ALL_OPEN
-
-    def run_all(x_BTD: jax.Array) -> jax.Array:
-        return call(lambda block: run_block(block, x_BTD, heads, 1 if last else None))
-
     if not {"tokens", "sublayers"} & set(gates):
-        return run_all(x_BTD), layer_out
-    (B, T), prefix = x_BTD.shape[:2], 1 + call.block.model.registers
-    keep_BT = (
-        jnp.ones((B, T), bool).at[:, prefix:].set(gates["tokens"] > 0) if "tokens" in gates else jnp.ones((B, T), bool)
-    )
-    nothing_dropped = keep_BT.all() & (gates["sublayers"] > 0).all() if "sublayers" in gates else keep_BT.all()
-    x_BTD = jax.lax.cond(nothing_dropped, run_all, lambda x_BTD: _run_pieces(call, x_BTD, keep_BT, gates, last), x_BTD)
-    return x_BTD, layer_out
+        return call(lambda block: run_block(block, x_BTD, gates, 1 if last else None)), layer_out
+    keep_BT = jnp.ones(x_BTD.shape[:2], bool)
+    if "tokens" in gates:
+        keep_BT = keep_BT.at[:, 1 + call.block.model.registers :].set(gates["tokens"] > 0)
+    return _run_pieces(call, x_BTD, keep_BT, gates, last), layer_out
 
 
 def _make_call(model: ViT, kinds: tuple[GateKind, ...], layer_params: Any) -> BlockCall:
@@ -230,8 +221,10 @@ def make_skipping_forward(model: ViT) -> Forward:
 
     It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
     gates of all layers are computed. The host calls one compiled program a layer, with the layer's parameters as an
-    argument, so that layers that are alike share a program. A program is compiled once for each size of batch.
+    argument, so that layers that are alike share a program. A program is compiled once for each size of batch. A batch
+    of too little work runs the masked model.
     """
+    run_masked = jax.jit(functools.partial(model.apply, gating="thresholded"))
     embed = jax.jit(functools.partial(model.apply, method="embed"))
     classify = jax.jit(lambda params, x_BTD: model.apply(params, x_BTD[:, 0], method="classify"))
 
@@ -242,6 +235,9 @@ def make_skipping_forward(model: ViT) -> Forward:
         return run_layer(_make_call(model, kinds, layer_params), x_BTD, last)
 
     def forward(params: Any, images_BHWC: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        tokens = model.positions_count + model.model.registers
+        if not is_worthwhile(model.model, len(images_BHWC), tokens):
+            return cast(tuple[jax.Array, dict[str, Any]], run_masked(params, images_BHWC))
         x_BTD = embed(params, images_BHWC)
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
         for layer in range(model.model.depth):

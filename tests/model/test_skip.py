@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 from builders import tiny_config
 
-from headsteer_jax.config import Config, SublayerGateConfig, TokenGateConfig
+from headsteer_jax.config import Config, ModelConfig, SublayerGateConfig, TokenGateConfig
 from headsteer_jax.config.schema import GATE_KINDS, GateKind
 from headsteer_jax.model import skip
-from headsteer_jax.model.skip import make_skipping_forward, make_skipping_program, order_tokens, plan_pieces
+from headsteer_jax.model.skip import (
+    is_worthwhile,
+    list_rows,
+    make_skipping_forward,
+    make_skipping_program,
+    plan_pieces,
+    run_loops,
+)
 from headsteer_jax.model.vit import build_model, stack_gates
 
 CLASSES = 7
@@ -21,7 +28,7 @@ CLASSES = 7
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small layers into several pieces, of few sizes, because each takes time to compile."""
-    for name, value in (("ROWS", 16), ("LENGTHS", 3), ("ROW_SIZES", 2)):
+    for name, value in (("VALUES", 16 * 4 * tiny_config().model.width), ("LENGTHS", 3), ("PARTS", 2), ("SMALLEST", 0)):
         monkeypatch.setattr(skip, name, value)
 
 
@@ -113,21 +120,52 @@ def test_one_image_and_bfloat16() -> None:
     assert_same(config, draw_params(config), draw_images(6), rtol=0.05, atol=0.05)
 
 
-def test_pieces_reach_every_length_and_every_row() -> None:
-    for batch, tokens in ((1, 5), (3, 17), (64, 65), (256, 197)):
-        pieces = plan_pieces(batch, tokens)
-        assert pieces.tokens[-1] == tokens
-        assert list(pieces.tokens) == sorted(set(pieces.tokens))
-        assert all(1 <= few <= whole <= batch for whole, few in pieces.images)
-        assert 1 <= pieces.rows[0] <= pieces.rows[-1] <= batch * tokens
+def test_a_batch_of_too_little_work_runs_the_masked_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert not is_worthwhile(ModelConfig(), 1, 26)
+    assert is_worthwhile(ModelConfig(), 250, 26)
+    assert is_worthwhile(ModelConfig.of_size("S"), 1, 65)
+    config = gated_config(GATE_KINDS)
+    assert_same(config, draw_params(config), draw_images(2), rtol=0, atol=0)
 
 
-def test_kept_tokens_come_first_in_their_order() -> None:
+@pytest.mark.parametrize("small", [True, False])
+def test_pieces_hold_every_image_and_every_row(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not small:
+        monkeypatch.undo()
+    for model in (ModelConfig(), ModelConfig.of_size("S", registers=2)):
+        for batch, tokens in ((1, 5), (3, 17), (64, 65), (256, 197)):
+            pieces = plan_pieces(model, batch, tokens)
+            lengths = [t for t, _ in pieces.attention]
+            assert lengths[0] == tokens
+            assert lengths[-1] >= 1 + model.registers
+            for sizes in (lengths, pieces.mlp, *(images for _, images in pieces.attention)):
+                assert list(sizes) == sorted(set(sizes), reverse=True)
+            assert all(1 <= b <= batch for _, images in pieces.attention for b in images)
+            assert 1 <= pieces.mlp[-1] <= pieces.mlp[0] <= batch * tokens
+
+
+def test_rows_of_kept_tokens_are_listed_image_by_image() -> None:
     keep_BT = np.random.default_rng(0).random((6, 9)) < 0.5
-    order_BT, count_B = order_tokens(jnp.asarray(keep_BT))
-    for keep_T, order_T, count in zip(keep_BT, np.asarray(order_BT), np.asarray(count_B), strict=True):
-        assert order_T.tolist() == [*np.flatnonzero(keep_T), *np.flatnonzero(~keep_T)]
-        assert count == keep_T.sum()
+    kept_rows = list_rows(jnp.asarray(keep_BT))
+    expected = np.flatnonzero(keep_BT)
+    assert np.asarray(kept_rows.numbers).tolist() == [*expected, *[54] * (54 + 9 - len(expected))]
+    counts = keep_BT.sum(axis=1).tolist()
+    assert np.asarray(kept_rows.counts).tolist() == [*counts, 0]
+    assert np.asarray(kept_rows.begin).tolist() == [0, *np.cumsum(counts)]
+
+
+def test_loops_do_everything_with_as_few_pieces_as_hold_it() -> None:
+    sizes, done = (8, 4, 2), []
+    for total in range(20):
+        run = lambda size, state: (state[0] + size, state[1].at[sizes.index(size)].add(1))  # noqa: E731
+        begin, counts = run_loops(run, sizes, jnp.int32(total), jnp.int32(total), (jnp.int32(0), jnp.zeros(3, int)))
+        done.append((int(begin), counts.tolist()))
+    assert done[0] == (0, [0, 0, 0])
+    assert done[1] == (2, [0, 0, 1])
+    assert done[5] == (8, [1, 0, 0])
+    assert done[11] == (12, [1, 1, 0])
+    assert all(total <= begin < total + 4 for total, (begin, _) in enumerate(done))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
