@@ -388,7 +388,7 @@ def _has_data_path(workdir: Workdir, path: str) -> bool:
 
 def _load_checked_dataset(config: Config) -> Dataset:
     """Load the dataset on every host, and check that all hosts have the same one and that it suits the config."""
-    dataset = hosts.on_every_process(lambda: load_dataset(config.data, config.seed, config.machine.image_memory))
+    dataset = hosts.on_every_process(lambda: load_dataset(config.data, config.data_seed, config.machine.image_memory))
     hosts.check_equal({"the data": hosts.on_every_process(lambda: hash_data(dataset))})
     check_dataset(config, dataset)
     return dataset

@@ -116,6 +116,17 @@ def to_arrays(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
     return arrays | {names[str(name)]: dataset[name].values for name in dataset.coords if name in names}
 
 
+def to_result(arrays: Mapping[str, np.ndarray]) -> SweepResult:
+    """Make a sweep's result again from the arrays of its file; its exact functions of alpha are not in the file."""
+    splits = {
+        name: SplitResult(**{part.name: arrays[f"{name}_{part.name}"] for part in fields(SplitResult)})
+        for name in ("validation", "test")
+    }
+    names = {name: tuple(arrays[name].tolist()) for name in ("strategies", "class_names", "gates")}
+    rest = [field.name for field in fields(SweepResult) if field.name not in {*splits, *names, "steps"}]
+    return SweepResult(**{name: arrays.get(name) for name in rest}, **names, **splits, steps={})
+
+
 def write_sweep(path: AnyPath, dataset: xarray.Dataset) -> None:
     """Write a dataset as netCDF.
 
