@@ -37,7 +37,7 @@ class Measure(NamedTuple):
 
 
 class RunMeasures(NamedTuple):
-    """What a study takes from one run."""
+    """The part of one run that a study takes."""
 
     seed: int
     metrics: dict[str, Measure]
@@ -152,8 +152,8 @@ def pool_seeds(
         error, freedom = estimate_error(values, resampled)
         centre, spread = means_R.mean(), means_R.std(ddof=1)
         upper = (1 + confidence) / 2
-        wanted = stats.t.ppf(upper, freedom) * error / stats.norm.ppf(upper)
-        ends = centre + (ends - centre) * wanted / spread if spread > TINY else np.full(2, mean)
+        half = stats.t.ppf(upper, freedom) * error / stats.norm.ppf(upper)
+        ends = centre + (ends - centre) * half / spread if spread > TINY else np.full(2, mean)
     return Pooled(mean, to_float_list(ends))
 
 
@@ -241,7 +241,7 @@ def _pool_claim(text: str, runs: Sequence[RunMeasures], config: Config) -> dict[
         ]
         row |= {"value": pooled[0].mean, "interval": pooled[0].interval}
         lowest = zip(pooled, judged[0]["conditions"], strict=True)
-        row["pooled_holds"] = all(each.interval and each.interval[0] >= rule.least for each, rule in lowest)
+        row["pooled_holds"] = all(pool.interval and pool.interval[0] >= rule.least for pool, rule in lowest)
     elif judged:
         row |= _pool_intervals(judged, config.steer.confidence)
     return row | {"by_seed": by_seed}
