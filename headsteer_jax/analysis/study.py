@@ -222,8 +222,8 @@ def _pool_claim(text: str, runs: Sequence[RunMeasures], config: Config) -> dict[
 
     Returns:
       `holds`: the number of seeds that hold it, of `seeds`; `judged`: of how many it could be judged. `value` and
-      `interval`, pooled over the latter; `pooled_holds`: does the claim hold for them. None: it has no value, or no
-      conditions that resampled images could decide.
+      `interval`, pooled over the latter, and `least`, which they must exceed; `pooled_holds`: does the claim hold for
+      them. None: it has no value, or no conditions that resampled images could decide.
     """
     by_seed = [
         {"seed": run.seed} | {name: claim[name] for name in ("value", "interval", "holds")}
@@ -233,13 +233,13 @@ def _pool_claim(text: str, runs: Sequence[RunMeasures], config: Config) -> dict[
     ]
     judged = [claim for run in runs for claim in run.claims if name_claim(claim) == text and claim["value"] is not None]
     row: dict[str, Any] = {"claim": text, "holds": sum(bool(entry["holds"]) for entry in by_seed), "seeds": len(runs)}
-    row |= {"judged": len(judged), "value": None, "interval": None, "pooled_holds": None}
+    row |= {"judged": len(judged), "value": None, "interval": None, "least": 0.0, "pooled_holds": None}
     if judged and all(claim["conditions"] for claim in judged):
         pooled = [
             _pool_condition([claim["conditions"][place] for claim in judged], config)
             for place in range(len(judged[0]["conditions"]))
         ]
-        row |= {"value": pooled[0].mean, "interval": pooled[0].interval}
+        row |= {"value": pooled[0].mean, "interval": pooled[0].interval, "least": judged[0]["conditions"][0].least}
         lowest = zip(pooled, judged[0]["conditions"], strict=True)
         row["pooled_holds"] = all(pool.interval and pool.interval[0] >= rule.least for pool, rule in lowest)
     elif judged:

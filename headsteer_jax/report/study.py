@@ -28,6 +28,7 @@ from headsteer_jax.runtime.files import make_directory, write_bytes, write_json,
 
 Row = Mapping[str, Any]
 
+NARROW = 0.01  # the least half-width of a forest plot
 NONE = "\N{EN DASH}"
 
 LABELS = {
@@ -94,11 +95,11 @@ def draw_claims(claims: Sequence[Row]) -> Figure | None:
 
 def _draw_forest(axes: Axes, claim: Row) -> None:
     """Draw one claim: filled dots hold it, hollow ones do not; the diamond is pooled."""
-    axes.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.axvline(claim["least"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     by_seed = claim["by_seed"]
     for place, row in enumerate(by_seed):
         if row["value"] is None:
-            axes.text(0, place, " not reached", color=MUTED, fontsize=8, va="center")
+            axes.text(claim["least"], place, " not reached", color=MUTED, fontsize=8, va="center")
             continue
         face = INK if row["holds"] else "white"
         axes.plot(row["interval"], [place, place], color=INK, linewidth=1.2)
@@ -110,6 +111,9 @@ def _draw_forest(axes: Axes, claim: Row) -> None:
     axes.set_ylim(len(by_seed) + 0.6, -0.6)
     axes.tick_params("y", length=0)
     axes.grid(False, axis="y")
+    low, high = axes.get_xlim()
+    if high - low < NARROW:  # all values are the same: no digits of rounding errors on the axis
+        axes.set_xlim(claim["value"] - NARROW, claim["value"] + NARROW)
     set_ticks(axes.xaxis, "usage", 5)
     title = textwrap.fill(claim["claim"], 62)
     axes.set_title(f"{title}\nholds on {claim['holds']} of {claim['seeds']} seeds", fontsize=8.5)
