@@ -26,6 +26,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.steer.results import BY_LABEL, BY_PREDICTION, SweepResult
 
 RESAMPLINGS = 2000  # of the seeds of metrics that have no images
+SHARES = ("usage", "accuracy", "dead_fraction", "gate_agreement")  # metrics from 0 to 1 end so
 TINY = 1e-12  # a standard deviation below this is rounding
 
 
@@ -202,6 +203,8 @@ def _pool_metric(name: str, runs: Sequence[RunMeasures], config: Config) -> dict
     resampled = None if any(row is None for row in rows) else np.stack([row for row in rows if row is not None])
     values = [measure.value for measure in measured.values()]
     pooled = pool_seeds(values, resampled, config.steer.confidence, _study_rng(config))
+    if pooled.interval and name.endswith(SHARES):
+        pooled = pooled._replace(interval=to_float_list(np.clip(pooled.interval, 0, 1)))
     return {
         "metric": name,
         "mean": pooled.mean,
