@@ -23,6 +23,11 @@ class Condition(NamedTuple):
     value: float
     resampled: np.ndarray  # [R]; NaN where a resampling does not have it
     least: float = 0.0
+    inclusive: bool = False  # the bound itself will do
+
+    def allows(self, low: float) -> bool:
+        """Say whether an interval that begins here lies on the claimed side."""
+        return low >= self.least if self.inclusive else low > self.least
 
 
 def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, config: Config) -> list[Claim]:
@@ -61,8 +66,8 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
         "accuracy_change": result["accuracy"] - unsteered["accuracy"],
         "holds": -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.tolerance,
         "conditions": (
-            Condition(saving, before_R.usage - steered_R.usage, steer.saving),
-            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.tolerance),
+            Condition(saving, before_R.usage - steered_R.usage, steer.saving, inclusive=True),
+            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.tolerance, inclusive=True),
         ),
     }
 
@@ -175,8 +180,8 @@ def claim_compute(
         "fixed_pattern": None if fixed is None else float(right_NP[:, fixed].mean()),
         "holds": bool(holds and lead_ci[0] > 0),
         "conditions": (
-            Condition((unsteered["macs"] - row["macs"]) / dense, saved_R, least),
-            Condition(row["accuracy"] - unsteered["accuracy"], change_R, -tolerance),
+            Condition((unsteered["macs"] - row["macs"]) / dense, saved_R, least, inclusive=True),
+            Condition(row["accuracy"] - unsteered["accuracy"], change_R, -tolerance, inclusive=True),
             Condition(float((steered_N - random_N).mean()), lead_R),
         ),
     }

@@ -225,7 +225,7 @@ def _pool_claim(text: str, runs: Sequence[RunMeasures], config: Config) -> dict[
 
     Returns:
       `holds`: the number of seeds that hold it, of `seeds`; `judged`: of how many it could be judged. `value` and
-      `interval`, pooled over the latter, and `least`, which they must exceed; `pooled_holds`: does the claim hold for
+      `interval`, pooled over the latter, and `least`, the bound that they must reach; `pooled_holds`: does the claim hold for
       them. None: it has no value, or no conditions that resampled images could decide.
     """
     by_seed = [
@@ -243,8 +243,8 @@ def _pool_claim(text: str, runs: Sequence[RunMeasures], config: Config) -> dict[
             for place in range(len(judged[0]["conditions"]))
         ]
         row |= {"value": pooled[0].mean, "interval": pooled[0].interval, "least": judged[0]["conditions"][0].least}
-        lowest = zip(pooled, judged[0]["conditions"], strict=True)
-        row["pooled_holds"] = all(pool.interval and pool.interval[0] >= rule.least for pool, rule in lowest)
+        rules = zip(pooled, judged[0]["conditions"], strict=True)
+        row["pooled_holds"] = all(pool.interval is not None and rule.allows(pool.interval[0]) for pool, rule in rules)
     elif judged:
         row |= _pool_intervals(judged, config.steer.confidence)
     return row | {"by_seed": by_seed}
