@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
@@ -185,10 +185,9 @@ def command_run(arguments: Sequence[str]) -> None:
     _import_matplotlib()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
-    from headsteer_jax.stages import STAGES, run_stages
+    from headsteer_jax.stages import parse_stages, run_stages
 
-    default = tuple(name for name, stage in STAGES.items() if stage.by_default)
-    names = default if flags.stages is None else _parse_stages(flags.stages, STAGES)
+    names = parse_stages(flags.stages)
     workdir = _workdir(flags.workdir or str(Path("runs") / Path(flags.config).stem))
     hosts.start(flags.distributed, flags.distributed_timeout)
     _start()
@@ -232,16 +231,20 @@ def command_study(arguments: Sequence[str]) -> int:
     _import_matplotlib()
     import jax
 
+    from headsteer_jax.runtime import hosts
     from headsteer_jax.runtime.jobs import divide_accelerators
     from headsteer_jax.runtime.progress import show_log
-    from headsteer_jax.stages import STAGES
+    from headsteer_jax.stages import parse_stages
     from headsteer_jax.study import Request, parse_grid, parse_seeds, run_study
 
-    default = tuple(name for name, stage in STAGES.items() if stage.by_default)
     request = Request(
         flags.config, path, overrides, parse_seeds(flags.seeds), parse_grid(flags.grid),
-        default if flags.stages is None else _parse_stages(flags.stages, STAGES), flags.overwrite,
+        parse_stages(flags.stages), flags.overwrite,
     )  # fmt: skip
+    if variable := hosts.find_cluster():
+        raise HeadSteerError(
+            f"{variable}: a study is started by one process alone; start it once, or unset the variable"
+        )
     workdir = _workdir(flags.workdir or str(Path("studies") / Path(flags.config).stem))
     environments = divide_accelerators(flags.jobs)
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the runs'
@@ -252,19 +255,6 @@ def command_study(arguments: Sequence[str]) -> int:
     if (page := workdir / "study.html").exists():
         print(page)
     return int(bool(failed))
-
-
-def _parse_stages(text: str, stages: Collection[str]) -> tuple[str, ...]:
-    """Read the names of stages.
-
-    Raises:
-      HeadSteerError: there is no stage of a name.
-    """
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in stages:
-            raise HeadSteerError(f"--stages={text}: there is no stage {name!r}; choose from {', '.join(stages)}")
-    return names
 
 
 def command_export(arguments: Sequence[str]) -> None:

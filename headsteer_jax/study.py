@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path as LocalPath
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from headsteer_jax.report.study import write_study
 from headsteer_jax.runtime.files import Workdir, is_in_bucket, make_directory, read_json
 from headsteer_jax.runtime.jobs import Job, Outcome, Process, Starter, run_jobs
 from headsteer_jax.runtime.lock import hold_lock
-from headsteer_jax.stages import STAGES
+from headsteer_jax.stages import STAGES, parse_stages
 from headsteer_jax.steer.strategies import find_strategy
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Request:
         words = ["headsteer", "study", self.config_name, f"--seeds={','.join(map(str, self.seeds))}"]
         words += [f"--config.{path}={text}" for path, text in self.overrides.items()]
         words += [f"--grid={path}={_separator(path).join(texts)}" for path, texts in self.grid.items()]
-        if self.stages != tuple(name for name, stage in STAGES.items() if stage.by_default):
+        if self.stages != parse_stages(None):
             words.append(f"--stages={','.join(self.stages)}")
         return shlex.join([*words, f"--workdir={workdir}"])
 
@@ -208,10 +209,8 @@ def check_study_directory(directory: Path, config: Config) -> None:
     check_workdir(config, Workdir(directory), [])
     study = directory / "study.json"
     if study.exists():
-        with explain_errors(study):
-            content = read_json(study)
-        if not isinstance(content, dict) or not {"settings", "runs", "claims"} <= content.keys():
-            raise HeadSteerError(f"{study}: exists, and no study wrote it; choose another --workdir")
+        if read_settings(study) is None:
+            raise HeadSteerError(f"{study}: damaged, or no study wrote it; choose another --workdir")
         return
     with explain_errors(directory):
         names = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
@@ -222,15 +221,25 @@ def check_study_directory(directory: Path, config: Config) -> None:
         )
 
 
+def read_settings(study: Path) -> dict[str, Any] | None:
+    """Read `settings` of a study.json; None if it has none."""
+    with suppress(HeadSteerError, KeyError, TypeError):
+        settings = read_json(study)["settings"]
+        if isinstance(settings["fields"], dict) and isinstance(settings["grid"], dict):
+            return dict(settings)
+    return None
+
+
 def _check_settings(request: Request, directory: Path, runs: Sequence[StudyRun]) -> None:
     """Check that a study that was begun in the directory had the same config and the same fields in its grid."""
-    if not (directory / "study.json").exists():
+    before, now = read_settings(directory / "study.json"), describe_settings(request, directory, runs)
+    if before is None:
         return
-    before, now = read_json(directory / "study.json")["settings"], describe_settings(request, directory, runs)
-    change = describe_field_changes(before["fields"], now["fields"])
-    if not change and sorted(before["grid"]) != sorted(now["grid"]):
+    if sorted(before["grid"]) != sorted(now["grid"]):
         names = [", ".join(settings["grid"]) or "no fields" for settings in (before, now)]
         change = f"its grid was over {names[0]}, now {names[1]}"
+    else:
+        change = describe_field_changes(before["fields"], now["fields"])
     if change:
         raise HeadSteerError(
             f"{directory}: this study was made with other settings: {change}; choose another --workdir"
@@ -313,7 +322,7 @@ def run_study(
     make_directory(directory)
     state = State()
     with hold_lock(directory), explain_errors(directory):
-        waiting = {run.name for run in unfinished}
+        waiting, seconds = {run.name for run in unfinished}, list[float]()
         for run in runs:
             if run.name not in waiting:
                 logger.info(f"{run.name}: finished before")
@@ -322,7 +331,11 @@ def run_study(
 
         def finish(job: Job, outcome: Outcome) -> None:
             waiting.discard(job.name)
+            seconds.append(outcome.seconds)
             remaining = f"{len(waiting)} of {len(runs)} runs left"
+            if waiting:
+                rounds = max(1.0, len(waiting) / len(environments))
+                remaining += f", about {rounds * sum(seconds) / len(seconds) / 60:.0f} min"
             if outcome.code:
                 state.errors[job.name] = describe_failure(outcome)
                 logger.warning(f"{job.name}: failed ({state.errors[job.name]}); {remaining}")

@@ -143,7 +143,7 @@ def test_runs_of_other_data_or_settings_are_refused(finished: FinishedRun, tmp_p
     changed = Request(
         str(finished.config), finished.config, {"gate.target": "0.5"}, (0, 1), {}, ALL_STAGES
     )  # fmt: skip
-    with pytest.raises(HeadSteerError, match=r"other settings: config.gate.target was 0.8, now 0.5; choose another"):
+    with pytest.raises(HeadSteerError, match=r"other settings: config.gate.target was 0.75, now 0.5; choose another"):
         run_study(changed, epath.Path(tmp_path / "s"), [{}])
     file = tmp_path / "s" / "seed_1" / "train" / "done.json"
     record = json.loads(file.read_text())
@@ -197,6 +197,18 @@ def test_mistakes_are_one_line_and_nothing_is_written(flags: list[str], text: st
     assert result.stderr.count("\n") == 1
     assert text in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_with_a_failed_run_ends_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headsteer_jax.study.run_study", lambda *arguments: ["seed_1"])
+    result = headsteer("study", "double_digits", "--seeds=0-1", f"--workdir={tmp_path / 's'}", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "1 runs failed: seed_1; the same command tries them again
+"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    result = headsteer("study", "double_digits", "--seeds=0-1", f"--workdir={tmp_path / 's'}", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "SLURM_STEP_NUM_TASKS=2: a study is started by one process alone" in result.stderr
 
 
 class Running:

@@ -225,8 +225,8 @@ def _pool_claim(text: str, runs: Sequence[RunMeasures], config: Config) -> dict[
 
     Returns:
       `holds`: the number of seeds that hold it, of `seeds`; `judged`: of how many it could be judged. `value` and
-      `interval`, pooled over the latter, and `least`, the bound that they must reach; `pooled_holds`: does the claim hold for
-      them. None: it has no value, or no conditions that resampled images could decide.
+      `interval`, pooled over the latter, and `least`, the bound that they must reach; `pooled_holds`: does the claim
+      hold for them. None: it has no value, or no conditions that resampled images could decide.
     """
     by_seed = [
         {"seed": run.seed} | {name: claim[name] for name in ("value", "interval", "holds")}
