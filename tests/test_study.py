@@ -203,8 +203,7 @@ def test_a_study_with_a_failed_run_ends_with_exit_code_1(tmp_path: Path, monkeyp
     monkeypatch.setattr("headsteer_jax.study.run_study", lambda *arguments: ["seed_1"])
     result = headsteer("study", "double_digits", "--seeds=0-1", f"--workdir={tmp_path / 's'}", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "1 runs failed: seed_1; the same command tries them again
-"
+    assert result.stderr == "1 runs failed: seed_1; the same command tries them again\n"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     result = headsteer("study", "double_digits", "--seeds=0-1", f"--workdir={tmp_path / 's'}", cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
