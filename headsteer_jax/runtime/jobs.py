@@ -22,6 +22,13 @@ from headsteer_jax.runtime import preemption
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+PACKAGE = str(Path(__file__).resolve().parents[2])
+# -P and this start the copy of the package that runs here, installed or not, whatever the current directory holds
+START = f"""import sys
+if {PACKAGE!r} not in sys.path:
+    sys.path.insert(0, {PACKAGE!r})
+from headsteer_jax.cli import main
+main()"""
 MEMORY_SHARE = 0.9  # of a GPU that several processes share
 GPUS = Path("/proc/driver/nvidia/gpus")
 TPU_CHIPS = ("accel[0-9]*", "vfio/[0-9]*")  # in /dev, of older and newer hosts
@@ -62,11 +69,8 @@ class Process:
     """A job in a process of its own, in a session of its own, so that Ctrl-C does not reach it directly."""
 
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
-        package = str(Path(__file__).parents[2])  # the copy that runs here, which need not be installed
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "headsteer_jax", *job.arguments],
-            env=os.environ | {"PYTHONPATH": path} | dict(environment),
+            [sys.executable, "-P", "-c", START, *job.arguments], env=os.environ | dict(environment),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._job, self._last_line, self._began = job, "", time.monotonic()
