@@ -7,6 +7,7 @@ of the grid if there is one. Runs that are finished are kept; those that were cu
 import itertools
 import json
 import logging
+import math
 import re
 import shlex
 import signal
@@ -21,7 +22,7 @@ from etils.epath import Path
 from headsteer_jax.analysis.study import RunMeasures, measure_run, summarise_seeds
 from headsteer_jax.analysis.sweep_file import read_sweep, to_arrays
 from headsteer_jax.books import PLACES, describe_field_changes, is_done, plan_stages, read_inputs, read_record
-from headsteer_jax.config.files import flatten, list_fields, load_config
+from headsteer_jax.config.files import flatten, format_override, list_fields, load_config
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import describe_data_change
 from headsteer_jax.data.sources import check_source, load_dataset
@@ -55,7 +56,7 @@ class Request:
 
     def format_command(self, workdir: str) -> str:
         """Format the command that asks for this."""
-        words = ["headsteer", "study", self.config_name, f"--seeds={','.join(map(str, self.seeds))}"]
+        words = ["headsteer", "study", self.config_name, f"--seeds={format_seeds(self.seeds)}"]
         words += [f"--config.{path}={text}" for path, text in self.overrides.items()]
         words += [f"--grid={path}={_separator(path).join(texts)}" for path, texts in self.grid.items()]
         if self.stages != parse_stages(None):
@@ -102,6 +103,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Format training seeds as the command line reads them: as a range if they are one."""
+    if len(seeds) > 1 and list(seeds) == [*range(seeds[0], seeds[-1] + 1)]:
+        return f"{seeds[0]}-{seeds[-1]}"
+    return ",".join(map(str, seeds))
+
+
 def _separator(path: str) -> str:
     """Return what separates values of a field in a grid: a semicolon if the field is itself a list with commas."""
     kinds = {name: str(annotation) for name, annotation, _ in list_fields()}
@@ -140,20 +148,19 @@ def plan_runs(request: Request, directory: Path) -> list[StudyRun]:
     for path in request.grid:
         if path in request.overrides:
             raise HeadSteerError(f"--grid={path}: config.{path} is set by --config.{path} too; leave one of them out")
-    if (count := len(request.seeds) * _count_cells(request.grid)) > MOST_RUNS:
+    if (count := len(request.seeds) * math.prod(map(len, request.grid.values()))) > MOST_RUNS:
         raise HeadSteerError(f"--grid: {count} runs are more than {MOST_RUNS}; give fewer values or seeds")
     runs: list[StudyRun] = []
-    cells: dict[str, str] = {}
+    cells: dict[str, str] = {}  # the directory of each and its config
     for values in itertools.product(*request.grid.values()):
         chosen = dict(zip(request.grid, values, strict=True))
-        cell = ",".join(f"{path}={value}" for path, value in chosen.items())
-        folder = re.sub(r"[^\w.=,;+-]", "_", cell)
         base = load_config(request.config_path, {**request.overrides, **chosen})
-        content = json.dumps(flatten(base))
-        for other, known in cells.items():
-            if known == content or re.sub(r"[^\w.=,;+-]", "_", other) == folder:
-                raise HeadSteerError(f"--grid: {cell} and {other} are the same; give every value once")
-        cells[cell] = content
+        fields = flatten(base)
+        cell = ",".join(f"{path}={format_override(fields[path])}" for path in chosen)  # 0.4 is also 0.40
+        folder, content = re.sub(r"[^\w.=,;+-]", "_", cell), json.dumps(fields)
+        if folder in cells or content in cells.values():
+            raise HeadSteerError(f"--grid: two settings are the same, {cell}; give every value once")
+        cells[folder] = content
         for seed in request.seeds:
             overrides = {**request.overrides, **chosen, "seed": str(seed)}
             if seed != base.seed and base.data.seed == -1:
@@ -162,14 +169,6 @@ def plan_runs(request: Request, directory: Path) -> list[StudyRun]:
             config = load_config(request.config_path, overrides)
             runs.append(StudyRun(cell, seed, name, Workdir(directory / name), config, overrides))
     return runs
-
-
-def _count_cells(grid: Mapping[str, Sequence[str]]) -> int:
-    """Count the cells of a grid; one if it has no fields."""
-    count = 1
-    for values in grid.values():
-        count *= len(values)
-    return count
 
 
 def check_study(request: Request, directory: Path, runs: Sequence[StudyRun]) -> list[StudyRun]:

@@ -18,7 +18,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import jobs
 from headsteer_jax.runtime.jobs import Job, Outcome, Process, divide_accelerators, run_jobs
 from headsteer_jax.stages import STAGES
-from headsteer_jax.study import Request, describe_failure, parse_grid, parse_seeds, plan_runs, run_study
+from headsteer_jax.study import Request, describe_failure, format_seeds, parse_grid, parse_seeds, plan_runs, run_study
 
 ALL_STAGES = tuple(name for name, stage in STAGES.items() if stage.by_default)
 
@@ -86,6 +86,7 @@ def run(
 @pytest.mark.parametrize(("text", "seeds"), [("0-4", (0, 1, 2, 3, 4)), ("7", (7,)), ("0, 2,5-6", (0, 2, 5, 6))])
 def test_seeds_are_ranges_and_lists(text: str, seeds: tuple[int, ...]) -> None:
     assert parse_seeds(text) == seeds
+    assert parse_seeds(format_seeds(seeds)) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a", "4-0", "-1", "1.5", "0--2", "0,,1", "0-1-2", "0-99999", "0-2,1"])
@@ -175,7 +176,7 @@ def test_a_run_is_no_study(finished: FinishedRun) -> None:
     [
         (["--seeds=0-1", "--grid=gate.bugdet=0.4"], "there is no such field; did you mean config.gate.budget?"),
         (["--seeds=0-1", "--grid=gate.budget=0.4,2"], "config.gate.budget = '2'"),
-        (["--seeds=0-1", "--grid=gate.budget=0.4,0.40"], "are the same"),
+        (["--seeds=0-1", "--grid=gate.budget=0.4,0.40"], "two settings are the same"),
         (["--seeds=0-1", "--grid=gate.budget=0.4", "--grid=gate.budget=0.5"], "has a grid already"),
         (["--seeds=0-1", "--grid=gate.budget=0.4", "--config.gate.budget=0.5"], "leave one of them out"),
         (["--seeds=0-1", "--grid=seed=1,2"], "those of --seeds"),
@@ -283,7 +284,7 @@ def test_the_command_repeats_the_study() -> None:
     path = find_config("double_digits")
     asked = Request("double_digits", path, {"sae.k": "8"}, (0, 1), {"steer.alphas": ("0,1", "0,2")}, ALL_STAGES)
     assert asked.format_command("studies/a b") == (
-        "headsteer study double_digits --seeds=0,1 --config.sae.k=8 '--grid=steer.alphas=0,1;0,2' "
+        "headsteer study double_digits --seeds=0-1 --config.sae.k=8 '--grid=steer.alphas=0,1;0,2' "
         "'--workdir=studies/a b'"
     )
 
