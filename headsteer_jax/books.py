@@ -403,7 +403,7 @@ def _explain_difference(before: Mapping[str, Any], now: Mapping[str, Any], stage
         return f"another version of HeadSteer made it: its record has format {version}, not {FORMAT}"
     defaults = flatten(Config())  # a field that an older version did not have: its default computes what that did
     added = {path: defaults[path] for path in now["config"] if path in defaults}
-    if difference := _describe_field_changes(added | before["config"], now["config"]):
+    if difference := describe_field_changes(added | before["config"], now["config"]):
         return difference
     if before["data"] and now["data"] and (change := describe_data_change(before["data"], now["data"])):
         return f"the data have changed: {change}"
@@ -419,10 +419,10 @@ def _describe_file_change(field: str, before: Mapping[str, str], now: Mapping[st
     if before["hash"] and now["hash"]:
         changed = before["hash"] != now["hash"]
         return f"config.{field}: the content of {now['path']} has changed" if changed else ""
-    return _describe_field_changes({field: before["path"]}, {field: now["path"]})
+    return describe_field_changes({field: before["path"]}, {field: now["path"]})
 
 
-def _describe_field_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def describe_field_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the fields that differ; an empty string if none does."""
     missing = object()
     return "; ".join(

@@ -1,7 +1,8 @@
 """The command line: its commands and their flags, and how the program ends.
 
 The exit code is 0 on success, 2 after one line that says what is wrong, 75 if SIGTERM stopped the program (the same
-command then continues), 130 if Ctrl-C did, and 1 after an unexpected error, with a traceback.
+command then continues), 130 if Ctrl-C did, and 1 after an unexpected error, with a traceback, or if a run of a study
+failed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ HELP = """Train a gated vision transformer, find concepts with a sparse autoenco
 
 commands:
   run      train, learn concepts, steer and report (start here)
+  study    run an experiment with several training seeds, and report on all of them
   export   write a run's model or autoencoders for timm, SAELens or overcomplete
   deploy   write a smaller model for the classes you see, as safetensors, StableHLO and ONNX
   predict  predict the classes of image files with a deployed model
@@ -71,7 +73,7 @@ def run_command_line(arguments: Sequence[str]) -> int:
             print(__version__)
         elif name in COMMANDS:
             with explain_errors(f"headsteer {name}"):
-                COMMANDS[name](command_arguments)
+                return COMMANDS[name](command_arguments) or 0
         else:
             raise HeadSteerError(f"{name}: no such command; choose from {', '.join(COMMANDS)}")
     except HeadSteerError as error:
@@ -87,7 +89,11 @@ def run_command_line(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         return 1
     except KeyboardInterrupt:
-        resumes = ": the same command continues from the last checkpoint" if list(arguments[:1]) == ["run"] else ""
+        resumes = (
+            ": the same command continues from the last checkpoint"
+            if arguments and arguments[0] in ("run", "study")
+            else ""
+        )
         print(f"interrupted{resumes}", file=sys.stderr)
         return 130
     return 0
@@ -179,15 +185,9 @@ def command_run(arguments: Sequence[str]) -> None:
     _import_matplotlib()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
-    from headsteer_jax.stages import STAGES, run_stages
+    from headsteer_jax.stages import parse_stages, run_stages
 
-    default = [name for name, stage in STAGES.items() if stage.by_default]
-    names = default if flags.stages is None else flags.stages.split(",")
-    for name in names:
-        if name not in STAGES:
-            raise HeadSteerError(
-                f"--stages={flags.stages}: there is no stage {name!r}; choose from {', '.join(STAGES)}"
-            )
+    names = parse_stages(flags.stages)
     workdir = _workdir(flags.workdir or str(Path("runs") / Path(flags.config).stem))
     hosts.start(flags.distributed, flags.distributed_timeout)
     _start()
@@ -195,10 +195,66 @@ def command_run(arguments: Sequence[str]) -> None:
     hosts.check_equal(
         {f"--{name}": json.dumps(value) for name, value in vars(flags).items() if name not in per_process}
     )
-    run_stages(config, workdir, tuple(names), flags.overwrite)
+    run_stages(config, workdir, names, flags.overwrite)
     report = workdir / "report.html"
     if hosts.is_first_process() and report.exists():
         print(report)
+
+
+def command_study(arguments: Sequence[str]) -> int:
+    """Run an experiment with several training seeds and report on all of them: `headsteer study`.
+
+    Returns:
+      The exit code: 1 if a run failed.
+    """
+    parser = Parser(
+        "study", "Run an experiment with several training seeds, each in a process of its own, and report on all.",
+        "The runs are in DIR/seed_0 and so on; with a grid, in DIR/FIELD=VALUE/seed_0. Finished runs are kept, and\n"
+        "interrupted ones continue. All of them have the data of the config's own seed.",
+        "headsteer study CONFIG --seeds=0-4 [flags] [--config.FIELD=VALUE ...]",
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help="a shipped config's name, or a file")
+    parser.add_argument("--seeds", required=True, metavar="0-4", help="training seeds: a range or a list")
+    parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
+    help_grid = "the values of a field (a;b for lists); repeated: every combination"
+    parser.add_argument("--grid", action="append", default=[], metavar="FIELD=A,B", help=help_grid)
+    parser.add_argument("--stages", metavar="A,B", help="the stages of each run, as of headsteer run")
+    parser.add_argument("--workdir", metavar="DIR", help="where everything is written (default: studies/NAME)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="compute stages again whose settings or data changed")
+    flags, overrides = parser.parse_with_overrides(arguments)
+    if not 1 <= flags.jobs <= 256:
+        raise HeadSteerError(f"--jobs={flags.jobs}: must be 1 to 256")
+    path = find_config(flags.config, "CONFIG")
+    _import_from_here()
+    _import_jax()
+    _import_matplotlib()
+    import jax
+
+    from headsteer_jax.runtime import hosts
+    from headsteer_jax.runtime.jobs import divide_accelerators
+    from headsteer_jax.runtime.progress import show_log
+    from headsteer_jax.stages import parse_stages
+    from headsteer_jax.study import Request, parse_grid, parse_seeds, run_study
+
+    request = Request(
+        flags.config, path, overrides, parse_seeds(flags.seeds), parse_grid(flags.grid),
+        parse_stages(flags.stages), flags.overwrite,
+    )  # fmt: skip
+    if variable := hosts.find_cluster():
+        raise HeadSteerError(
+            f"{variable}: a study is started by one process alone; start it once, or unset the variable"
+        )
+    workdir = _workdir(flags.workdir or str(Path("studies") / Path(flags.config).stem))
+    environments = divide_accelerators(flags.jobs)
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are the runs'
+    show_log()
+    failed = run_study(request, workdir.path, environments)
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
+    if (page := workdir / "study.html").exists():
+        print(page)
+    return int(bool(failed))
 
 
 def command_export(arguments: Sequence[str]) -> None:
@@ -387,26 +443,26 @@ def command_config(arguments: Sequence[str]) -> None:
         print(f"{path} = {json.dumps(value)}")
 
 
-COMMANDS = {
-    "run": command_run, "export": command_export, "deploy": command_deploy, "predict": command_predict,
-    "page": command_page, "config": command_config,
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "run": command_run, "study": command_study, "export": command_export, "deploy": command_deploy,
+    "predict": command_predict, "page": command_page, "config": command_config,
 }  # fmt: skip
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, flag: str = "--config") -> Path:
     """Find a config: a file at this path, else a shipped config of this name (`double_digits`, also with `.py`).
 
     Raises:
       HeadSteerError: there is neither.
     """
-    path = Path(expand_path(name, "--config", buckets=False))
+    path = Path(expand_path(name, flag, buckets=False))
     if path.is_file():
         return path
     shipped = _shipped_configs()
     stem = Path(name).name.removesuffix(".py")
     if stem in shipped and name in (stem, f"{stem}.py", f"configs/{stem}.py"):
         return shipped[stem]
-    raise HeadSteerError(f"--config={name}: no such file; the shipped configs are {', '.join(sorted(shipped))}")
+    raise HeadSteerError(f"{flag}={name}: no such file; the shipped configs are {', '.join(sorted(shipped))}")
 
 
 def _shipped_configs() -> dict[str, Path]:

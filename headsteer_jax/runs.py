@@ -175,7 +175,7 @@ def load_run_dataset(
         dataset = data
     else:
         try:
-            dataset = load_dataset(config.data, config.seed, config.machine.image_memory)
+            dataset = load_dataset(config.data, config.data_seed, config.machine.image_memory)
         except HeadSteerError as error:
             raise HeadSteerError(f"{error}; if the data have moved, use {remedy}") from None
     record = read_record(workdir, "train")

@@ -300,6 +300,20 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
+def parse_stages(names: str | None) -> tuple[str, ...]:
+    """Parse the flag --stages; None stands for the stages that run by default.
+
+    Raises:
+      HeadSteerError: there is no such stage.
+    """
+    if names is None:
+        return tuple(name for name, stage in STAGES.items() if stage.by_default)
+    for name in names.split(","):
+        if name not in STAGES:
+            raise HeadSteerError(f"--stages={names}: there is no stage {name!r}; choose from {', '.join(STAGES)}")
+    return tuple(names.split(","))
+
+
 def run_stages(config: Config, workdir: Workdir, names: tuple[str, ...], overwrite: bool) -> None:
     """Run the named stages in order, each unless it is done.
 
@@ -388,7 +402,7 @@ def _has_data_path(workdir: Workdir, path: str) -> bool:
 
 def _load_checked_dataset(config: Config) -> Dataset:
     """Load the dataset on every host, and check that all hosts have the same one and that it suits the config."""
-    dataset = hosts.on_every_process(lambda: load_dataset(config.data, config.seed, config.machine.image_memory))
+    dataset = hosts.on_every_process(lambda: load_dataset(config.data, config.data_seed, config.machine.image_memory))
     hosts.check_equal({"the data": hosts.on_every_process(lambda: hash_data(dataset))})
     check_dataset(config, dataset)
     return dataset

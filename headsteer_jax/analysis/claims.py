@@ -3,45 +3,72 @@
 Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, P gate patterns, R resamplings.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from headsteer_jax.analysis.scores import Curves, Scores
 from headsteer_jax.analysis.stats import accuracy_at_usage, to_float_list
-from headsteer_jax.config.schema import SteerConfig
+from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.results import BY_LABEL, SweepResult
 from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 
-Claim = dict[str, Any]  # claim, value, interval, holds, and further figures of some claims
+Claim = dict[str, Any]  # claim, value, interval, holds, conditions, and further figures of some claims
 
 
-def judge_claims(summary: dict[str, Any], scores: Scores, steer: SteerConfig) -> list[Claim]:
-    """Judge every claim of [LH26] that the sweep can decide, for the strategy `class`.
+class Condition(NamedTuple):
+    """A quantity that must lie above a bound if a claim is to hold; the first of a claim is its value."""
+
+    value: float
+    resampled: np.ndarray  # [R]; NaN where a resampling does not have it
+    least: float = 0.0
+    inclusive: bool = False  # the bound itself will do
+
+    def allows(self, low: float) -> bool:
+        """Say whether an interval that begins here lies on the claimed side."""
+        return low >= self.least if self.inclusive else low > self.least
+
+
+def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, config: Config) -> list[Claim]:
+    """Judge every claim of [LH26] that the sweep can decide, for the strategy `class`, and those about compute.
 
     Args:
       summary: the numbers of summary.json that are there so far.
+
+    Returns:
+      The claims. Those that resampled images decide also have `conditions`, which a study of several runs needs.
     """
-    claims: list[Claim | None] = [claim_saving(summary, steer)]
+    claims: list[Claim | None] = [claim_saving(summary, scores, config.steer)]
     claims += [claim_control(name, scores) for name in scores.names if name in ("global", "random", "matched_random")]
     claims.append(claim_subsets(summary, scores))
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
     claims.append(claim_related("latents", summary["overlap"]))
     claims.append(claim_related("heads", summary["overlap"].get("heads", {}).get("after", {})))
+    gates = LayerGates(config, config.sae_layer)
+    if "sublayers" in gates.kinds and gates.fits_table:
+        aimed = [name for name in ("class", "gate_aligned") if name in scores.names]
+        claims += [claim_compute(name, summary, result, scores, gates) for name in aimed]
     return [claim for claim in claims if claim is not None]
 
 
-def claim_saving(summary: dict[str, Any], steer: SteerConfig) -> Claim:
+def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) -> Claim:
     """Judge whether class steering lowers usage at little cost of accuracy."""
-    result, unsteered = summary["steering"]["class"], summary["steering"]["unsteered"]
+    result, unsteered, g = summary["steering"]["class"], summary["steering"]["unsteered"], scores.names.index("class")
+    steered_R = scores.resampled.select(slice(None), g, BY_LABEL, scores.chosen[g, BY_LABEL])
+    before_R = scores.resampled_unsteered
+    saving, change = unsteered["usage"] - result["usage"], result["accuracy"] - unsteered["accuracy"]
     return {
         "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.tolerance:g} of accuracy",
         "value": unsteered["usage"] - result["usage"],
         "interval": sorted(-value for value in result["usage_change_ci"]),
         "accuracy_change": result["accuracy"] - unsteered["accuracy"],
         "holds": -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.tolerance,
+        "conditions": (
+            Condition(saving, before_R.usage - steered_R.usage, steer.saving, inclusive=True),
+            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.tolerance, inclusive=True),
+        ),
     }
 
 
@@ -78,20 +105,26 @@ def claim_control(control: str, scores: Scores) -> Claim:
         _gap_at_equal_usage(Curves(*class_path), Curves(*control_path))
         for class_path, control_path in zip(class_R, control_R, strict=True)
     ]
-    ci = to_float_list(scores.interval(np.array([gap[1] for gap in gaps if gap is not None])))
-    return {"claim": text, "usage": gap[0], "value": gap[1], "interval": ci, "holds": ci[0] > 0}
+    gap_R = np.array([np.nan if gap is None else gap[1] for gap in gaps])
+    ci = to_float_list(scores.interval(gap_R[~np.isnan(gap_R)]))
+    conditions = (Condition(gap[1], gap_R),)
+    return {
+        "claim": text, "usage": gap[0], "value": gap[1], "interval": ci, "holds": ci[0] > 0, "conditions": conditions
+    }  # fmt: skip
 
 
 def claim_subsets(summary: dict[str, Any], scores: Scores) -> Claim:
     """Judge whether random head subsets are less accurate than class steering at its usage."""
     result, sizes, g = summary["steering"]["class"], summary["last_layer"]["by_size"], scores.names.index("class")
     subset = float(np.interp(result["usage"], [row["usage"] for row in sizes], [row["random"] for row in sizes]))
-    ci = to_float_list(scores.interval(scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]] - subset))
+    lead_R = scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]] - subset
+    ci = to_float_list(scores.interval(lead_R))
     return {
         "claim": "at the usage of class steering, random head subsets are less accurate",
         "value": result["accuracy"] - subset,
         "interval": ci,
         "holds": ci[0] > 0,
+        "conditions": (Condition(result["accuracy"] - subset, lead_R),),
     }
 
 
@@ -105,6 +138,7 @@ def claim_front(summary: dict[str, Any]) -> Claim | None:
         "value": lowest,
         "interval": ci,
         "holds": ci[0] > 0,
+        "conditions": (Condition(lowest, summary["fronts"]["lowest_resampled"]),),
     }
 
 
@@ -126,12 +160,16 @@ def claim_compute(
     pattern_SN = patterns_of_bits(test.gates[g, :, BY_LABEL, a], len(test.labels))
     steered_N = unpack_bits(test.right[g, :, BY_LABEL, a], len(test.labels)).mean(axis=0)
     random_N = _average_alike(right_NP, pattern_SN, gates)
-    lead_ci = to_float_list(scores.interval(scores.weights @ (steered_N - random_N) / len(test.labels)))
+    lead_R = scores.weights @ (steered_N - random_N) / len(test.labels)
+    lead_ci = to_float_list(scores.interval(lead_R))
     affordable = np.flatnonzero(gates.mean_macs(result.subset, test.kept_patches) <= row["macs"] + 0.5)
     right_on_validation = (result.validation.table[:, affordable] == result.validation.labels[:, None]).mean(axis=0)
     fixed = affordable[np.argmax(right_on_validation)] if len(affordable) else None
     saved_ci = sorted(-end / dense for end in row["macs_change_ci"])
-    holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -gates.config.steer.tolerance
+    tolerance, place = gates.config.steer.tolerance, (slice(None), g, BY_LABEL, a)
+    saved_R = (scores.macs.resampled_unsteered - scores.macs.resampled[place]) / dense
+    change_R = scores.resampled.accuracy[place] - scores.resampled_unsteered.accuracy
+    holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -tolerance
     return {
         "claim": f"{name} steering lowers the layer's MACs by at least {least:.0%} of the dense layer's at no loss",
         "value": (unsteered["macs"] - row["macs"]) / dense,
@@ -141,6 +179,11 @@ def claim_compute(
         "lead_over_random_ci": lead_ci,
         "fixed_pattern": None if fixed is None else float(right_NP[:, fixed].mean()),
         "holds": bool(holds and lead_ci[0] > 0),
+        "conditions": (
+            Condition((unsteered["macs"] - row["macs"]) / dense, saved_R, least, inclusive=True),
+            Condition(row["accuracy"] - unsteered["accuracy"], change_R, -tolerance, inclusive=True),
+            Condition(float((steered_N - random_N).mean()), lead_R),
+        ),
     }
 
 
@@ -168,11 +211,13 @@ def claim_suppression(summary: dict[str, Any], scores: Scores) -> Claim | None:
     a = int(np.argmax(np.where(alphas < 0, scores.validation.usage[g, BY_LABEL], -1.0)))
     change_R = scores.resampled.usage[:, g, BY_LABEL, a] - scores.resampled_unsteered.usage
     ci = to_float_list(scores.interval(change_R))
+    change = float(scores.test.usage[g, BY_LABEL, a] - summary["steering"]["unsteered"]["usage"])
     return {
         "claim": f"suppression (alpha {alphas[a]:g}, of those below 0 the highest on validation) raises usage",
-        "value": float(scores.test.usage[g, BY_LABEL, a] - summary["steering"]["unsteered"]["usage"]),
+        "value": change,
         "interval": ci,
         "holds": ci[0] > 0,
+        "conditions": (Condition(change, change_R),),
     }
 
 

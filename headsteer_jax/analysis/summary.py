@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headsteer_jax.analysis.claims import claim_compute, judge_claims
+from headsteer_jax.analysis.claims import judge_claims
 from headsteer_jax.analysis.scores import Curves, Scores, class_curves, score_settings, unsteered_by_class
 from headsteer_jax.analysis.stats import (
     LabelledTable,
@@ -194,13 +194,12 @@ def _judge_class_steering(
         g = names.index("class")
         a = int(scores.chosen[g, BY_LABEL])
         summary["overlap"]["heads"] = _related_heads(result.test, g, a, result.related, steer, rng)
-    if "gate_aligned" in names and (fronts := _compare_fronts(scores)):
+    if "gate_aligned" in names and (fronts := compare_fronts(scores)):
         summary["fronts"] = fronts
-    summary["claims"] = judge_claims(summary, scores, steer)
-    gates = LayerGates(config, config.sae_layer)
-    if "sublayers" in gates.kinds and gates.fits_table:
-        aimed = [name for name in ("class", "gate_aligned") if name in names]
-        summary["claims"] += [claim_compute(name, summary, result, scores, gates) for name in aimed]
+    summary["claims"] = judge_claims(summary, result, scores, config)
+    for claim in summary["claims"]:
+        claim.pop("conditions", None)
+    summary.get("fronts", {}).pop("lowest_resampled", None)
 
 
 def _score_exact(best: float, validation: StepFunction, test: StepFunction, steer: SteerConfig) -> dict[str, Any]:
@@ -364,12 +363,13 @@ def _summarise_group(result: SweepResult, g: int, a: int, table: list[dict[str, 
     }  # fmt: skip
 
 
-def _compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
+def compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
     """Compare the fronts of `gate_aligned` and of [LH26]'s `class` at each usage that both reach, for alphas >= 0.
 
     Returns:
       The best accuracies at or below each usage. `lowest_difference`: where gate_aligned is least ahead, with its
-      interval. None if the fronts have no usage in common.
+      interval and `lowest_resampled`, [R] with NaN where a resampling has no usage in common. None if the fronts have
+      no usage in common.
     """
     rising, usage, confidence = scores.rising, scores.test.usage[:, BY_LABEL], scores.confidence
     rows = [scores.names.index("class"), scores.names.index("gate_aligned")]
@@ -383,16 +383,19 @@ def _compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
     reached_L = np.isfinite(difference_R).any(axis=0)  # a resampling may use more, and not come down to a level
     levels, by_class, aligned = levels[reached_L], by_class[reached_L], aligned[reached_L]
     difference_R = difference_R[:, reached_L]
-    inner_R = difference_R[:, 1:][np.isfinite(difference_R[:, 1:]).any(axis=1)]  # the lowest level is an edge
-    if not len(inner_R):
+    compared_R = np.isfinite(difference_R[:, 1:]).any(axis=1)  # the lowest level is an edge
+    if not compared_R.any():
         return None
+    lowest_R = np.full(len(difference_R), np.nan)
+    lowest_R[compared_R] = np.nanmin(difference_R[compared_R, 1:], axis=1)
     return {
         "usage": to_float_list(levels),
         "class": to_float_list(by_class),
         "gate_aligned": to_float_list(aligned),
         "difference_ci": np.nanquantile(difference_R, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).T.tolist(),
         "lowest_difference": float(np.min(aligned - by_class)),
-        "lowest_difference_ci": to_float_list(scores.interval(np.nanmin(inner_R, axis=1))),
+        "lowest_difference_ci": to_float_list(scores.interval(lowest_R[compared_R])),
+        "lowest_resampled": lowest_R,
     }
 
 

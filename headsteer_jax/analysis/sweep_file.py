@@ -3,6 +3,7 @@
 import io
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import xarray
@@ -114,6 +115,17 @@ def to_arrays(dataset: xarray.Dataset) -> dict[str, np.ndarray]:
     names = {dimension: name for name, dimension in COORDINATES.items()}
     arrays = {str(name): dataset[name].values for name in dataset.data_vars}
     return arrays | {names[str(name)]: dataset[name].values for name in dataset.coords if name in names}
+
+
+def to_result(arrays: Mapping[str, np.ndarray]) -> SweepResult:
+    """Make a sweep's result again from the arrays of its file; its exact functions of alpha are not in the file."""
+    content: dict[str, Any] = {
+        name: SplitResult(**{part.name: arrays[f"{name}_{part.name}"] for part in fields(SplitResult)})
+        for name in ("validation", "test")
+    }
+    content |= {name: tuple(arrays[name].tolist()) for name in ("strategies", "class_names", "gates")}
+    content |= {"steps": {}}
+    return SweepResult(**{field.name: arrays.get(field.name) for field in fields(SweepResult)} | content)
 
 
 def write_sweep(path: AnyPath, dataset: xarray.Dataset) -> None:

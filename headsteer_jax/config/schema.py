@@ -56,6 +56,9 @@ class DataConfig(Section):
     """The kind of dataset, a name in headsteer_jax.data.sources.SOURCES. double_digits: two handwritten digits on a
     canvas, from scikit-learn. tfds: a dataset of TensorFlow Datasets. folder: images in PATH/SPLIT/CLASS/. npz: one
     file with train_images, train_labels, test_images, test_labels and, optionally, class_names."""
+    seed: Annotated[int, Field(ge=-1, le=2**32 - 1)] = -1
+    """The seed that draws the splits and their images, if it differs from the experiment's: models of several seeds can
+    then have the same data, as those of a study have. -1 means the experiment's seed."""
     name: str = ""
     """The name of a TensorFlow dataset, such as cifar100. Only the source tfds needs it."""
     path: str = ""
@@ -613,6 +616,11 @@ class Config(Section):
     front: FrontConfig = FrontConfig()
     report: ReportConfig = ReportConfig()
     machine: MachineConfig = MachineConfig()
+
+    @property
+    def data_seed(self) -> int:
+        """Return the seed that draws the splits and their images."""
+        return self.seed if self.data.seed == -1 else self.data.seed
 
     @property
     def sae_layer(self) -> int:

@@ -4,7 +4,6 @@ Every function `draw_...` takes the run's ReportData, `m`, and returns a figure,
 Letters of axes: G strategies, S seeds, Y ways to name the class, A alphas, C classes, H heads, F latents.
 """
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from headsteer_jax.report.style import (
     TILE,
     ReportData,
     apply_style,
+    encode_figure,
     format_number,
     remove_frame,
     select_series,
@@ -642,11 +642,4 @@ def render_figure(m: ReportData, name: str) -> dict[str, bytes] | None:
     """Render one figure as PNG and SVG; return None if this run has nothing for it."""
     with apply_style():
         figure = FIGURES[name](m)
-        if figure is None:
-            return None
-        files = {}
-        for kind, metadata in (("png", {}), ("svg", {"Date": None, "Creator": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=m.config.report.dpi, metadata=metadata)
-            files[kind] = buffer.getvalue()
-        return files
+        return None if figure is None else encode_figure(figure, m.config.report.dpi)

@@ -3,7 +3,7 @@
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from headsteer_jax.report.style import format_heads, format_number, format_signed
 
@@ -14,9 +14,14 @@ def render_template(template: str, /, **values: Any) -> str:
     In HTML, values are escaped. A name that the template uses and `values` lacks is an error.
     """
     environment = Environment(
-        autoescape=".html." in template, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FunctionLoader(_read_template), autoescape=".html." in template, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {"number": format_number, "signed": format_signed, "heads": format_heads}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    text = resources.files(__package__).joinpath(f"templates/{template}").read_text("utf-8")
-    return environment.from_string(text).render(**values)
+    return environment.get_template(template).render(**values)
+
+
+def _read_template(name: str) -> str:
+    """Read a template, or a part that templates include, by its file name."""
+    return resources.files(__package__).joinpath(f"templates/{name}").read_text("utf-8")

@@ -1,5 +1,6 @@
 """The style of the figures: the colours, fonts, axes and labels that all of them share."""
 
+import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from headsteer_jax.config.schema import Config
@@ -77,9 +79,7 @@ class ReportData(NamedTuple):
     @property
     def colours(self) -> dict[str, str]:
         """Give each strategy a colour, in the order of the config."""
-        names = [str(name) for name in self.arrays["strategies"]]
-        more = iter(MORE_COLOURS * len(names))
-        return {name: COLOURS.get(name) or next(more) for name in names}
+        return assign_colours([str(name) for name in self.arrays["strategies"]])
 
     @property
     def main(self) -> str:
@@ -101,6 +101,22 @@ class ReportData(NamedTuple):
     def images(self) -> int:
         """Count the test images that were steered."""
         return int(self.arrays["test_count"].sum())
+
+
+def assign_colours(names: Sequence[str]) -> dict[str, str]:
+    """Give each strategy a colour, by name."""
+    more = iter(MORE_COLOURS * len(names))
+    return {name: COLOURS.get(name) or next(more) for name in names}
+
+
+def encode_figure(figure: Figure, dpi: int) -> dict[str, bytes]:
+    """Encode a figure as PNG and SVG, by kind; the same figure has the same bytes."""
+    files = {}
+    for kind, metadata in (("png", {}), ("svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+        files[kind] = buffer.getvalue()
+    return files
 
 
 def select_series(rows: list[dict[str, Any]], phase: str, key: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -51,7 +51,7 @@ def start(cluster: str, timeout: int) -> None:
       HeadSteerError: the text has none of these forms, or there is no cluster.
     """
     if not cluster:
-        variable = _find_cluster()
+        variable = find_cluster()
         if not variable:
             return
         cluster, culprit, remedy = "auto", f"{variable} counts several processes", "; unset it to run alone"
@@ -77,7 +77,7 @@ def start(cluster: str, timeout: int) -> None:
         timer.cancel()
 
 
-def _find_cluster() -> str:
+def find_cluster() -> str:
     """Find a variable of CLUSTERS that counts several processes -> NAME=VALUE; an empty string if there is none.
 
     An empty variable is ignored. So is one that is not a number, with a warning: if there are several processes after
