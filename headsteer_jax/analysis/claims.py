@@ -17,14 +17,20 @@ from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 Claim = dict[str, Any]  # claim, value, interval, holds, and further figures of some claims
 
 
+# strategies that class steering is compared with at equal usage: [LH26]'s controls, and directions without autoencoder
+CONTROLS = ("global", "random", "matched_random", "random_direction", "mean_difference", "probe")
+
+
 def judge_claims(summary: dict[str, Any], scores: Scores, steer: SteerConfig) -> list[Claim]:
-    """Judge every claim of [LH26] that the sweep can decide, for the strategy `class`.
+    """Judge every claim of [LH26] that the sweep can decide, for the strategy `class`, and what the autoencoder adds.
 
     Args:
       summary: the numbers of summary.json that are there so far.
     """
     claims: list[Claim | None] = [claim_saving(summary, steer)]
-    claims += [claim_control(name, scores) for name in scores.names if name in ("global", "random", "matched_random")]
+    claims += [claim_control(name, scores) for name in scores.names if name in CONTROLS]
+    if {"gate_aligned", "gate_bias"} <= set(scores.names):
+        claims.append(claim_control("gate_bias", scores, "gate_aligned"))
     claims.append(claim_subsets(summary, scores))
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
@@ -58,13 +64,13 @@ def _gap_at_equal_usage(first: Curves, second: Curves) -> tuple[float, float] | 
     return float(level), accuracies[0] - accuracies[1]
 
 
-def claim_control(control: str, scores: Scores) -> Claim:
-    """Judge whether a control strategy is less accurate than class steering at equal usage.
+def claim_control(control: str, scores: Scores, method: str = "class") -> Claim:
+    """Judge whether a control strategy is less accurate than steering by another one at equal usage.
 
     It is not judged if one of the two does not lower usage at all.
     """
-    text = f"at equal usage, {control} is less accurate than class steering"
-    g, other, rising = scores.names.index("class"), scores.names.index(control), scores.rising
+    text = f"at equal usage, {control} is less accurate than {method} steering"
+    g, other, rising = scores.names.index(method), scores.names.index(control), scores.rising
     up_to_chosen = rising[: scores.chosen[g, BY_LABEL] - scores.zero + 1]
     gap = _gap_at_equal_usage(
         scores.test.select(g, BY_LABEL, up_to_chosen),
@@ -72,11 +78,11 @@ def claim_control(control: str, scores: Scores) -> Claim:
     )
     if gap is None:
         return {"claim": text, "value": None, "interval": None, "holds": None}
-    class_R = zip(*scores.resampled.select(slice(None), g, BY_LABEL, up_to_chosen), strict=True)
+    method_R = zip(*scores.resampled.select(slice(None), g, BY_LABEL, up_to_chosen), strict=True)
     control_R = zip(*scores.resampled.select(slice(None), other, BY_LABEL, rising), strict=True)
     gaps = [
-        _gap_at_equal_usage(Curves(*class_path), Curves(*control_path))
-        for class_path, control_path in zip(class_R, control_R, strict=True)
+        _gap_at_equal_usage(Curves(*method_path), Curves(*control_path))
+        for method_path, control_path in zip(method_R, control_R, strict=True)
     ]
     ci = to_float_list(scores.interval(np.array([gap[1] for gap in gaps if gap is not None])))
     return {"claim": text, "usage": gap[0], "value": gap[1], "interval": ci, "holds": ci[0] > 0}
