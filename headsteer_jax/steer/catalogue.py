@@ -11,9 +11,15 @@ import numpy as np
 
 from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.steer.by_image import ImageStrategy, image_latents, image_random_directions
+from headsteer_jax.steer.by_image import (
+    ImageStrategy,
+    guessed_bias_directions,
+    image_latents,
+    image_random_directions,
+)
 from headsteer_jax.steer.directions import (
     gate_bias_directions,
+    global_bias_directions,
     mean_difference_directions,
     probe_directions,
     random_bias_directions,
@@ -47,8 +53,10 @@ STRATEGIES: dict[str, Strategy | ImageStrategy] = {
     "random_direction": random_directions,
     "gate_bias": gate_bias_directions,
     "random_bias": random_bias_directions,
+    "global_bias": global_bias_directions,
     "image_latents": ImageStrategy(image_latents),
     "image_random": ImageStrategy(image_random_directions),
+    "guessed_bias": ImageStrategy(guessed_bias_directions),
 }
 
 

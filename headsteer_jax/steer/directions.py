@@ -27,7 +27,7 @@ def mean_difference_directions(stats: LatentStatistics, config: SteerConfig, rng
 
     Turner et al. 2023, arXiv:2308.10248, add such differences of means to language models.
     """
-    x_ND, labels, _ = _residuals(stats)
+    x_ND, labels, _ = residuals_of(stats)
     members_CN = (labels == np.arange(len(stats.class_frequency))[:, None]).astype(np.float64)
     counts_C1 = members_CN.sum(axis=1, keepdims=True)
     sums_CD = members_CN @ x_ND.astype(np.float64)
@@ -40,7 +40,7 @@ def probe_directions(stats: LatentStatistics, config: SteerConfig, rng: np.rando
 
     It is the classifier's row of weights for the class less the mean of all rows.
     """
-    probe = fit_probe(_residuals(stats))
+    probe = fit_probe(residuals_of(stats))
     return _as_far_as_class(probe.coef_ - probe.coef_.mean(axis=0), stats, config, rng)
 
 
@@ -71,11 +71,22 @@ def gate_bias_directions(stats: LatentStatistics, config: SteerConfig, rng: np.r
     It is a bias for each class on the gate's logits, fitted to the answers under every gate pattern: what
     `gate_aligned` would reach if every push were a sum of latents.
     """
-    gate_DH = _residuals(stats).gate.astype(np.float64)
+    gate_DH = residuals_of(stats).gate.astype(np.float64)
     push_CH = np.stack(
         [wanted_push(stats.outcomes, label, config, stats.cost) for label in range(len(stats.class_frequency))]
     )
     return wrap_directions(np.linalg.lstsq(gate_DH.T, push_CH.T)[0].T)
+
+
+def global_bias_directions(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """Choose one direction for all images, fitted as that of `gate_bias` but to all classes at once.
+
+    It needs no label: what it saves, a lower target of usage in training might have saved.
+    """
+    gate_DH = residuals_of(stats).gate.astype(np.float64)
+    together = tuple(part._replace(labels=np.zeros_like(part.labels)) for part in stats.outcomes)
+    push_H = wanted_push(together, 0, config, stats.cost)
+    return wrap_directions(np.tile(np.linalg.lstsq(gate_DH.T, push_H)[0], (len(stats.class_frequency), 1)))
 
 
 def random_bias_directions(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
@@ -87,7 +98,7 @@ def random_bias_directions(stats: LatentStatistics, config: SteerConfig, rng: np
     return wrap_directions(drawn_CD * (length_C / np.linalg.norm(drawn_CD, axis=1))[:, None])
 
 
-def _residuals(stats: LatentStatistics) -> Residuals:
+def residuals_of(stats: LatentStatistics) -> Residuals:
     """Return the training images' residuals, which the sweep provides."""
     assert stats.residuals is not None, "directions are made from residuals"
     return stats.residuals

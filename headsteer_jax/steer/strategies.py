@@ -63,6 +63,14 @@ def concatenate_choices(choices: Sequence[Choice]) -> Choice:
     return Choice(np.concatenate(latents), np.concatenate(weights), rows)
 
 
+def merge_choices(choices: Sequence[Choice], number_N: np.ndarray) -> Choice:
+    """Take row n from the choice number_N[n], for every n."""
+    latents, weights, directions = zip(*choices, strict=True)
+    rows = np.arange(len(number_N))
+    merged = None if directions[0] is None else np.stack(directions)[number_N, rows]
+    return Choice(np.stack(latents)[number_N, rows], np.stack(weights)[number_N, rows], merged)
+
+
 def latent_statistics(
     z_NF: np.ndarray, labels: np.ndarray, classes: int, decoder_FD: np.ndarray, gate_DH: np.ndarray | None = None,
     outcomes: tuple[Outcomes, ...] = (), class_names: tuple[str, ...] = (),

@@ -29,9 +29,9 @@ from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
-from headsteer_jax.steer.by_image import ImageStrategy
+from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals, guessed_bias_directions
 from headsteer_jax.steer.catalogue import find_strategy
-from headsteer_jax.steer.directions import gate_bias_directions, random_bias_directions
+from headsteer_jax.steer.directions import gate_bias_directions, global_bias_directions, random_bias_directions
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
@@ -45,6 +45,7 @@ from headsteer_jax.steer.strategies import (
     gate_aligned_latents,
     latent_overlap,
     latent_statistics,
+    merge_choices,
 )
 from headsteer_jax.steer.table import (
     Outcomes,
@@ -70,7 +71,11 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["flips", "gates", "suffix"]
 Strategies = Mapping[str, Strategy | ImageStrategy]
-USING_OUTCOMES = (gate_aligned_latents, gate_bias_directions, random_bias_directions)
+# strategies that look at the answers of training images under every pattern
+USING_OUTCOMES = (
+    gate_aligned_latents, gate_bias_directions, random_bias_directions, global_bias_directions,
+    ImageStrategy(guessed_bias_directions),
+)  # fmt: skip
 # the module of a block that decides each kind of gates that reads the CLS residual
 DECIDED_BY = {"heads": "decide", "sublayers": "decide_sublayers"}
 
@@ -396,17 +401,25 @@ def _choose_latents(
 
 def _choose_by_image(
     steered: list[list[Steering]], strategies: Strategies, statistics: Sequence[LatentStatistics], x_ND: np.ndarray,
-    config: Config,
+    config: Config, fold_N: np.ndarray | None = None,
 ) -> list[list[Steering]]:  # fmt: skip
-    """Let the strategies that choose for each image do so on one split; the other choices stay as they are."""
+    """Let the strategies that choose for each image do so on one split; the other choices stay as they are.
+
+    Args:
+      fold_N: of validation, the half to which each image belongs; its choice is made without that half.
+    """
     steered = [list(by_strategy) for by_strategy in steered]
-    numbers = [g for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy)]
-    for s, stats in enumerate(statistics if numbers else ()):
-        z_NF = csr_array(encode_split(steered[s][0].sae, x_ND, chunk=1000))
-        for g, choose in enumerate(strategies.values()):
-            if isinstance(choose, ImageStrategy):
-                rng = np.random.default_rng([config.seed, 3, s, g])
-                steered[s][g] = steered[s][g]._replace(choice=choose.choose(z_NF, stats, config.steer, rng))
+    chosen = {g: choose for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy)}
+    for s, stats in enumerate(statistics if chosen else ()):
+        images = ReadResiduals(x_ND, csr_array(encode_split(steered[s][0].sae, x_ND, chunk=1000)))
+        versions = [stats] if fold_N is None else [_without_fold(stats, fold_N, fold) for fold in (0, 1)]
+        for g, choose in chosen.items():
+            rngs = (np.random.default_rng([config.seed, 3, s, g]) for _ in versions)
+            parts = [
+                choose.choose(images, version, config.steer, rng) for version, rng in zip(versions, rngs, strict=True)
+            ]
+            choice = parts[0] if fold_N is None else merge_choices(parts, fold_N)
+            steered[s][g] = steered[s][g]._replace(choice=choice)
     return steered
 
 
@@ -524,7 +537,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
         linear = choose_method(config) == "flips"
         size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
-        steered = _choose_by_image(steered, strategies, chosen.statistics, table.x, config)
+        halves = fold_N if name == "validation" else None
+        steered = _choose_by_image(steered, strategies, chosen.statistics, table.x, config, halves)
         job = make_split_sweep(name, split, table, steered, offset, size_NH, by_image)
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:

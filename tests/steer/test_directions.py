@@ -6,7 +6,7 @@ from scipy.sparse import csr_array
 
 from headsteer_jax.config import SteerConfig
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.steer.by_image import image_latents, image_random_directions
+from headsteer_jax.steer.by_image import ReadResiduals, guessed_bias_directions, image_latents, image_random_directions
 from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
 from headsteer_jax.steer.directions import fit_probe
 from headsteer_jax.steer.flips import Rows, find_flips, gate_effect
@@ -107,7 +107,7 @@ def test_image_latents_are_its_own_strongest() -> None:
     z = np.where(rng.random((9, F)) < 0.3, rng.exponential(1, (9, F)), 0)
     z[0] = 0
     highest = SteerConfig(latents=4, max_frequency=float(np.sort(stats.frequency)[-3]))
-    found = image_latents(csr_array(z), stats, highest, rng)
+    found = image_latents(ReadResiduals(np.zeros((9, D)), csr_array(z)), stats, highest, rng)
     for n in range(9):
         allowed = [j for j in range(F) if z[n, j] > 0 and 0 < stats.frequency[j] <= highest.max_frequency]
         wanted = sorted(allowed, key=lambda j: -z[n, j] / stats.strength[j])[:4]
@@ -120,12 +120,34 @@ def test_image_latents_are_its_own_strongest() -> None:
 def test_random_directions_of_images_move_as_far_as_their_latents() -> None:
     stats, rng = made(5), np.random.default_rng(5)
     z = csr_array(np.where(rng.random((9, F)) < 0.5, rng.exponential(1, (9, F)), 0))
-    own, control = image_latents(z, stats, CONFIG, rng), image_random_directions(z, stats, CONFIG, rng)
+    images = ReadResiduals(np.zeros((9, D)), z)
+    own, control = image_latents(images, stats, CONFIG, rng), image_random_directions(images, stats, CONFIG, rng)
     for n in range(9):
         moved = sum(
             w * stats.strength[j] * stats.decoder[j] for j, w in zip(own.latents[n], own.weights[n], strict=True)
         )
         assert np.linalg.norm(control.directions[n]) == pytest.approx(np.linalg.norm(moved), rel=1e-5)
+
+
+def test_a_guess_mixes_the_biases_of_classes() -> None:
+    """Where the guess is certain it is one class's bias; halfway between two class means, it is their mean."""
+    stats = made(8)
+    x, labels, _ = stats.residuals
+    means = np.stack([x[labels == label].mean(axis=0) for label in range(C)])
+    middle = (means[0] + means[1]) / 2
+    images = ReadResiduals(np.stack([*means, middle]), csr_array(np.zeros((C + 1, F))))
+    found = guessed_bias_directions(images, stats, CONFIG, np.random.default_rng(0)).directions
+    biases = direction("gate_bias", stats)
+    np.testing.assert_allclose(found[:C], biases, atol=0.05 * np.abs(biases).max())
+    np.testing.assert_allclose(found[C], (biases[0] + biases[1]) / 2, atol=0.05 * np.abs(biases).max())
+
+
+def test_a_global_bias_is_the_same_for_all_classes_and_fits_them_together() -> None:
+    stats = made(9)
+    found = direction("global_bias", stats)
+    assert (found == found[0]).all()
+    together = tuple(part._replace(labels=np.zeros(N, int)) for part in stats.outcomes)
+    np.testing.assert_allclose(found[0] @ stats.residuals.gate, wanted_push(together, 0, CONFIG), atol=1e-5)
 
 
 def test_flips_along_a_direction_are_where_the_gate_logits_change_sign() -> None:
