@@ -54,9 +54,10 @@ from headsteer_jax.sae import train as sae_train
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_split, fit_scaling, scale_input
 from headsteer_jax.sae.objective import init_weights
 from headsteer_jax.sae.residuals import ResidualsInMemory
+from headsteer_jax.steer.catalogue import find_strategy
 from headsteer_jax.steer.gates import pattern_to_gates
 from headsteer_jax.steer.steering import Steering, apply_steering
-from headsteer_jax.steer.strategies import Choice, find_strategy
+from headsteer_jax.steer.strategies import Choice
 from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 from headsteer_jax.steer.sweep import run_sweep, sweep_by_flips
 from headsteer_jax.steer.table import compile_table_program, fill_table

@@ -33,15 +33,11 @@ from headsteer_jax.model.vit import Intervention, TrainedModel
 from headsteer_jax.runs import Run, load_run
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import encode_split
+from headsteer_jax.steer.catalogue import find_strategy, per_class_strategy
 from headsteer_jax.steer.flips import gate_effect
 from headsteer_jax.steer.gates import gates_to_pattern
 from headsteer_jax.steer.steering import GateProgram, Steering, apply_steering
-from headsteer_jax.steer.strategies import (
-    LatentStatistics,
-    find_strategy,
-    latent_statistics,
-    per_class_strategy,
-)
+from headsteer_jax.steer.strategies import LatentStatistics, latent_statistics
 from headsteer_jax.steer.sweep import SplitSweep, make_split_sweep, sweep_by_flips, sweep_by_gates
 from headsteer_jax.steer.table import Table, compile_table_program, fill_table
 from headsteer_jax.steer.tally import unpack_bits

@@ -481,7 +481,7 @@ def _check_names(config: Config) -> None:
     """
     _import_jax()
     from headsteer_jax.data.sources import check_source
-    from headsteer_jax.steer.strategies import find_strategy
+    from headsteer_jax.steer.catalogue import find_strategy
 
     _import_from_here()
     check_source(config.data)

@@ -32,8 +32,10 @@ from headsteer_jax.runtime.staging import locate_complete
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
+from headsteer_jax.steer.by_image import ImageStrategy
+from headsteer_jax.steer.catalogue import ClassStrategy, find_strategy, per_class_strategy
 from headsteer_jax.steer.results import SweepResult
-from headsteer_jax.steer.strategies import ClassStrategy, Strategy, find_strategy, per_class_strategy
+from headsteer_jax.steer.strategies import Strategy
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation, run_sweep
 from headsteer_jax.steer.tally import StepFunction
 
@@ -63,8 +65,8 @@ class Run(RunData):
 
         Args:
           strategies: names of built-in strategies, or `module:function`; or a mapping from names of your choice to
-            these, or to functions `(latent statistics, class) -> latents, weights`. A random strategy under two names
-            is drawn twice.
+            these, or to functions `(latent statistics, class) -> latents, weights` or `-> direction`. A random
+            strategy under two names is drawn twice.
           steer: fields of config.steer to change, for instance `alphas`.
 
         Returns:
@@ -123,7 +125,7 @@ class Run(RunData):
 Strategies = str | Sequence[str] | Mapping[str, str | ClassStrategy]
 
 
-def _resolve_strategy(choose: "str | Callable[..., Any]", name: str) -> Strategy:
+def _resolve_strategy(choose: "str | Callable[..., Any]", name: str) -> "Strategy | ImageStrategy":
     """Find a strategy by its name, or adapt a user's function."""
     return find_strategy(choose) if isinstance(choose, str) else per_class_strategy(choose, name)
 

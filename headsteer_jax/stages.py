@@ -66,9 +66,9 @@ from headsteer_jax.sae.residuals import (
 )
 from headsteer_jax.sae.store import RunData, read_autoencoders, write_autoencoders
 from headsteer_jax.sae.train import seed_members, train_members
+from headsteer_jax.steer.catalogue import find_strategy
 from headsteer_jax.steer.patches import observe_steered_patches, steers_patches, sweep_patches
 from headsteer_jax.steer.replacement import measure_replacement
-from headsteer_jax.steer.strategies import find_strategy
 from headsteer_jax.steer.sweep import gate_jacobian, run_sweep, select_classes
 from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, load_trained, train_model
 

@@ -33,7 +33,7 @@ from headsteer_jax.runtime.files import Workdir, is_in_bucket, make_directory, r
 from headsteer_jax.runtime.jobs import Job, Outcome, Process, Starter, run_jobs
 from headsteer_jax.runtime.lock import hold_lock
 from headsteer_jax.stages import STAGES, parse_stages
-from headsteer_jax.steer.strategies import find_strategy
+from headsteer_jax.steer.catalogue import find_strategy
 
 logger = logging.getLogger(__name__)
 

@@ -130,17 +130,27 @@ def trained_model(config: Config, classes: int = CLASSES, seed: int = 0) -> Trai
 
 
 def split_sweep(config: Config, split: Split, weights: tuple[float, float]) -> tuple[SplitSweep, TrainedModel, list]:
-    """Two autoencoders, two strategies of different width, on a split of which some predictions are wrong."""
+    """Two autoencoders and four strategies, on a split of which some predictions are wrong.
+
+    Two strategies choose latents, of different number; one has directions, and one chooses latents for each image.
+    """
     trained = trained_model(config)
     table = fill_table(compile_table_program(trained, split), trained.params, split, "table")
     steered = []
     for seed in (0, 10):
         first, other = setting(seed, weights), setting(seed + 1, weights)
-        second = Steering(first.sae, other.strength, Choice(*(part[:, :2] for part in other.choice)))
-        steered.append([first, second])
+        second = Steering(first.sae, other.strength, Choice(other.choice.latents[:, :2], other.choice.weights[:, :2]))
+        rng = np.random.default_rng(seed)
+        classes, width = len(first.choice.latents), config.model.width
+        none = np.zeros((classes, 0))
+        directions = rng.standard_normal((classes, width)).astype(np.float32)
+        third = first._replace(choice=Choice(none.astype(np.int32), none.astype(np.float32), directions))
+        by_image = rng.permuted(np.arange(len(split.labels)) % classes)
+        fourth = first._replace(choice=Choice(first.choice.latents[by_image], first.choice.weights[by_image]))
+        steered.append([first, second, third, fourth])
     kernel = gate_jacobian(trained, table.x)
     effects = [gate_effect(row[0].sae.decoder, kernel, 3) for row in steered]
     size = bound_logits(trained, table.x)
     labels = np.where(np.arange(90) % 3, table.prediction, split.labels).astype(np.int32)  # some right, some wrong
-    job = make_split_sweep("test", Split(split.images, labels), table, steered, 0, np.asarray(size))
+    job = make_split_sweep("test", Split(split.images, labels), table, steered, 0, np.asarray(size), frozenset({3}))
     return job, trained, effects

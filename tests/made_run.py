@@ -109,6 +109,7 @@ def made_sweep(
         related=related_CC if related else None,
         latents=chosen,
         weights=np.ones(chosen.shape, np.float32),
+        directions=None,
         frequency=frequency,
         class_frequency=np.clip(frequency[0] * rng.exponential(2, (classes, latents)), 0, 1).astype(np.float32),
         top_images=rng.integers(0, 6 * classes, (latents, 5)).astype(np.int32),

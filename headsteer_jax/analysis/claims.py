@@ -17,6 +17,10 @@ from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 Claim = dict[str, Any]  # claim, value, interval, holds, conditions, and further figures of some claims
 
 
+# strategies that class steering is compared with at equal usage: [LH26]'s controls, and directions without autoencoder
+CONTROLS = ("global", "random", "matched_random", "random_direction", "mean_difference", "probe")
+
+
 class Condition(NamedTuple):
     """A quantity that must lie above a bound if a claim is to hold; the first of a claim is its value."""
 
@@ -31,7 +35,7 @@ class Condition(NamedTuple):
 
 
 def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, config: Config) -> list[Claim]:
-    """Judge every claim of [LH26] that the sweep can decide, for the strategy `class`, and those about compute.
+    """Judge every claim of [LH26] that the sweep can decide, for `class`, what the autoencoder adds, and the compute.
 
     Args:
       summary: the numbers of summary.json that are there so far.
@@ -40,7 +44,9 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
       The claims. Those that resampled images decide also have `conditions`, which a study of several runs needs.
     """
     claims: list[Claim | None] = [claim_saving(summary, scores, config.steer)]
-    claims += [claim_control(name, scores) for name in scores.names if name in ("global", "random", "matched_random")]
+    claims += [claim_control(name, scores) for name in scores.names if name in CONTROLS]
+    if {"gate_aligned", "gate_bias"} <= set(scores.names):
+        claims.append(claim_control("gate_bias", scores, "gate_aligned"))
     claims.append(claim_subsets(summary, scores))
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
@@ -85,13 +91,13 @@ def _gap_at_equal_usage(first: Curves, second: Curves) -> tuple[float, float] | 
     return float(level), accuracies[0] - accuracies[1]
 
 
-def claim_control(control: str, scores: Scores) -> Claim:
-    """Judge whether a control strategy is less accurate than class steering at equal usage.
+def claim_control(control: str, scores: Scores, method: str = "class") -> Claim:
+    """Judge whether a control strategy is less accurate than steering by another one at equal usage.
 
     It is not judged if one of the two does not lower usage at all.
     """
-    text = f"at equal usage, {control} is less accurate than class steering"
-    g, other, rising = scores.names.index("class"), scores.names.index(control), scores.rising
+    text = f"at equal usage, {control} is less accurate than {method} steering"
+    g, other, rising = scores.names.index(method), scores.names.index(control), scores.rising
     up_to_chosen = rising[: scores.chosen[g, BY_LABEL] - scores.zero + 1]
     gap = _gap_at_equal_usage(
         scores.test.select(g, BY_LABEL, up_to_chosen),
@@ -99,11 +105,11 @@ def claim_control(control: str, scores: Scores) -> Claim:
     )
     if gap is None:
         return {"claim": text, "value": None, "interval": None, "holds": None}
-    class_R = zip(*scores.resampled.select(slice(None), g, BY_LABEL, up_to_chosen), strict=True)
+    method_R = zip(*scores.resampled.select(slice(None), g, BY_LABEL, up_to_chosen), strict=True)
     control_R = zip(*scores.resampled.select(slice(None), other, BY_LABEL, rising), strict=True)
     gaps = [
-        _gap_at_equal_usage(Curves(*class_path), Curves(*control_path))
-        for class_path, control_path in zip(class_R, control_R, strict=True)
+        _gap_at_equal_usage(Curves(*method_path), Curves(*control_path))
+        for method_path, control_path in zip(method_R, control_R, strict=True)
     ]
     gap_R = np.array([np.nan if gap is None else gap[1] for gap in gaps])
     ci = to_float_list(scores.interval(gap_R[~np.isnan(gap_R)]))

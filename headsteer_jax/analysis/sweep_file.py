@@ -19,6 +19,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "related": ("class", "other_class"),
     "latents": ("strategy", "seed", "class", "place"),
     "weights": ("strategy", "seed", "class", "place"),
+    "directions": ("strategy", "seed", "class", "width"),
     "SPLIT_labels": ("SPLIT_image",),
     "SPLIT_count": ("class",),
     "SPLIT_pattern": ("SPLIT_image",),

@@ -450,7 +450,7 @@ class SteerConfig(Section):
     """Steering: the latents that are changed, how they are changed, and by how much."""
 
     strategies: tuple[str, ...] = ("class", "global", "random", "matched_random", "gate_aligned")
-    """The strategies that choose latents: names in headsteer_jax.steer.strategies.STRATEGIES, or `module:function` for
+    """The strategies that choose latents: names in headsteer_jax.steer.catalogue.STRATEGIES, or `module:function` for
     a function of your own. It is called with the latents' statistics and the index of a class, and returns the latents
     and their weights."""
     latents: PositiveInt = 16

@@ -4,9 +4,10 @@ With `add` in the `delta` form and no LayerNorm in the gate, steering moves imag
 
     m_h(alpha) = m_h + sum_j (max(z_j + alpha a_j, 0) - z_j) (d_j W)_h,    a_j = w_j s_j,
 
-which is affine but for one kink for each active latent, where the latent reaches 0 and stays there. Its roots are in
-closed form, and nothing changes between two of them. So accuracy and usage are step functions of alpha on the whole
-real line, and a grid of any length costs one sorted look-up for each flip.
+which is affine but for one kink for each active latent, where the latent reaches 0 and stays there; a direction v moves
+them by alpha v W on both sides of 0. The roots are in closed form, and nothing changes between two of them. So accuracy
+and usage are step functions of alpha on the whole real line, and a grid of any length costs one sorted look-up for each
+flip.
 
 Axes: N images, R rows (an image with the class that steers it), C classes, S chosen latents, F latents, H heads,
 E flips, M entries (an active latent of a row, or an interval of doubt), K kinks of a row, Q heads of rows that may
@@ -37,6 +38,15 @@ class GateEffect(NamedTuple):
     logits: np.ndarray  # [F, H] float64, decoder row times gate weights
     size: np.ndarray  # [F, H] the same of absolute values: bounds the rounding of the product
     slack: float  # relative rounding error of a gate logit
+    gate: np.ndarray  # [D, H] float64 the gate's weights
+
+    def of_directions(self, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
+        """Compute the effect of the classes' directions [C, H], and of absolute values; 0 without directions."""
+        if choice.directions is None:
+            none_CH = np.zeros((len(choice.latents), self.gate.shape[1]))
+            return none_CH, none_CH
+        v_CD = choice.directions.astype(np.float64)
+        return v_CD @ self.gate, np.abs(v_CD) @ np.abs(self.gate)
 
 
 def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int, platform: str = "cpu") -> GateEffect:
@@ -52,7 +62,7 @@ def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int, platf
     decoder_FD, gate_DH = np.asarray(decoder_FD, np.float64), np.asarray(gate_DH, np.float64)
     roundoffs = np.sqrt(decoder_FD.shape[1] + latents) + EXACT_PRODUCT_ROUNDOFFS.get(platform, 0)
     slack = roundoffs * UNIT_ROUNDOFF
-    return GateEffect(decoder_FD @ gate_DH, np.abs(decoder_FD) @ np.abs(gate_DH), float(slack))
+    return GateEffect(decoder_FD @ gate_DH, np.abs(decoder_FD) @ np.abs(gate_DH), float(slack), gate_DH)
 
 
 class Rows(NamedTuple):
@@ -99,7 +109,8 @@ def find_flips(rows: Rows, choice: Choice, strength_F: np.ndarray, effect: GateE
     """Find all flips of all rows, over the whole real line."""
     a_CS = np.asarray(choice.weights, np.float64) * np.asarray(strength_F, np.float64)[choice.latents]
     effect_CSH = effect.logits[choice.latents]
-    reach_CH = np.einsum("CS,CSH->CH", np.abs(a_CS), effect.size[choice.latents])
+    direction_CH, size_CH = effect.of_directions(choice)
+    reach_CH = np.einsum("CS,CSH->CH", np.abs(a_CS), effect.size[choice.latents]) + size_CH
     place_CF = np.full((len(a_CS), len(effect.logits)), -1, np.int16)  # of a latent in its class's choice
     np.put_along_axis(place_CF, choice.latents, np.arange(a_CS.shape[1], dtype=np.int16)[None], axis=1)
     row, latent, z = rows.active
@@ -110,7 +121,7 @@ def find_flips(rows: Rows, choice: Choice, strength_F: np.ndarray, effect: GateE
 
     flips: list[Flips] = []
     for sign in (1.0, -1.0):
-        rise_CH = np.einsum("CS,CSH->CH", np.maximum(sign * a_CS, 0), effect_CSH)
+        rise_CH = np.einsum("CS,CSH->CH", np.maximum(sign * a_CS, 0), effect_CSH) + sign * direction_CH
         ray = Ray(sign, rise_CH, reach_CH, effect.slack)
         falls = np.flatnonzero(sign * a < 0)
         kinked = np.zeros(len(rows.image), bool)

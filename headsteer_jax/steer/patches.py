@@ -235,9 +235,9 @@ def sweep_patches(
         name: _sweep_split(trained, split, steered, alphas, find_own(split), f"{name}: every patch setting")
         for name, split in splits.items()
     }
-    latents, weights = (
-        np.stack([np.stack([steering.choice[part] for steering in by_seed]) for by_seed in steered]) for part in (0, 1)
-    )
+    choices = [[steering.choice for steering in by_seed] for by_seed in steered]
+    latents = np.array([[choice.latents for choice in by_seed] for by_seed in choices])
+    weights = np.array([[choice.weights for choice in by_seed] for by_seed in choices])
     patches = (config.data.image_size // config.model.patch) ** 2
     return PatchSweep(
         tuple(PATCH_STRATEGIES), alphas, patches, latents, weights, result["validation"], result["test"], steered[0][0]

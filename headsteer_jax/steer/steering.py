@@ -30,7 +30,7 @@ Mode = Literal["add", "scale", "clamp", "ablate"]
 
 
 class Steering(NamedTuple):
-    """One layer's autoencoder and the latents that are changed in it."""
+    """One layer's autoencoder and the latents that are changed in it, or directions that need no autoencoder."""
 
     sae: Autoencoder
     strength: np.ndarray  # [F] mean activation where a latent fires
@@ -65,15 +65,18 @@ def steer_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.
 def apply_steering(
     steering: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array, config: SteerConfig
 ) -> jax.Array:
-    """Change a residual through the chosen latents: [B, D] -> x' [B, D].
+    """Change a residual through the chosen latents, or along a direction: [B, D] -> x' [B, D].
 
-    delta: x' = x + decode(z') - decode(z), so that alpha 0 gives x bit for bit; replace: x' = decode(z').
+    delta: x' = x + decode(z') - decode(z), so that alpha 0 gives x bit for bit; replace: x' = decode(z'). A direction v
+    needs no autoencoder: x' = x + alpha v.
 
     Args:
       class_B: the class by which each image is steered.
       alpha: one for all images, or [B].
     """
     sae, choice = steering.sae, steering.choice
+    if choice.directions is not None:
+        return x_BD + jnp.reshape(alpha, (-1, 1)) * jnp.asarray(choice.directions)[class_B]
     z_BF = sae.encode(x_BD)
     latents_BS, w_BS = jnp.asarray(choice.latents)[class_B], jnp.asarray(choice.weights)[class_B]
     z_BS = jnp.take_along_axis(z_BF, latents_BS, axis=1)

@@ -1,15 +1,14 @@
 """Strategies: which latents are changed. A strategy chooses some for each class, from how they fire on the train split.
 
-A strategy is a function `(statistics, config, rng) -> Choice`; STRATEGIES lists the built-in ones. A user's strategy is
-simpler, `(statistics, class) -> latents, weights`, and is given by its import path; `per_class_strategy` adapts it.
+A strategy is a function `(statistics, config, rng) -> Choice`. `catalogue.py` lists them by name, `directions.py` has
+those that need no autoencoder.
 
 Axes: C classes, E eligible latents, F latents, S chosen latents, D width, H gates of the steered layer (its heads, then
 attention and the MLP, as far as it gates them), N images, P = 2^H gate patterns (bit h is gate h).
 """
 
-import pkgutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -32,17 +31,44 @@ class LatentStatistics(NamedTuple):
     outcomes: tuple[Outcomes, ...] = ()  # of training images (steer.evidence of each class), and of validation
     class_names: tuple[str, ...] = ()
     cost: np.ndarray = NO_COST  # [P] what each pattern costs, as a share; empty: the share of gates that are open
+    related: np.ndarray | None = None  # [C, C] bool: do two classes share a superclass; None: the dataset has none
+    residuals: "Residuals | None" = None  # of the training images, for directions
+
+
+class Residuals(NamedTuple):
+    """The training images' residuals, from which directions are made, and the gate that reads them."""
+
+    x: np.ndarray  # [N, D]
+    labels: np.ndarray  # [N]
+    gate: np.ndarray  # [D, H] its weights; with a LayerNorm before them, its derivative at the mean residual
 
 
 class Choice(NamedTuple):
-    """The latents that a strategy changes in images of each class, and how strongly next to each other."""
+    """What a strategy changes in images of each class: latents, and how strongly next to each other, or a direction."""
 
     latents: np.ndarray  # [C, S] int32
     weights: np.ndarray  # [C, S] float32; alpha is multiplied by it
+    # [C, D] float32 in the residual's units, added to it alpha times, whatever steer.mode and steer.form are; there are
+    # no latents then. None: latents are changed
+    directions: np.ndarray | None = None
 
 
 Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice]
-ClassStrategy = Callable[[LatentStatistics, int], tuple[Any, Any]]  # -> [S] latents, [S] weights of one class
+
+
+def concatenate_choices(choices: Sequence[Choice]) -> Choice:
+    """Put the rows of several choices of one strategy behind each other."""
+    latents, weights, directions = zip(*choices, strict=True)
+    rows = None if directions[0] is None else np.concatenate(directions)
+    return Choice(np.concatenate(latents), np.concatenate(weights), rows)
+
+
+def merge_choices(choices: Sequence[Choice], number_N: np.ndarray) -> Choice:
+    """Take row n from the choice number_N[n], for every n."""
+    latents, weights, directions = zip(*choices, strict=True)
+    rows = np.arange(len(number_N))
+    merged = None if directions[0] is None else np.stack(directions)[number_N, rows]
+    return Choice(np.stack(latents)[number_N, rows], np.stack(weights)[number_N, rows], merged)
 
 
 def latent_statistics(
@@ -97,6 +123,24 @@ def _most_frequent(frequency_CF: np.ndarray, eligible: np.ndarray, count: int) -
 def class_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """Choose the latents that fire most often on the class's training images: [LH26], per-class."""
     latents = _most_frequent(stats.class_frequency, _eligible(stats, config), config.latents)
+    return Choice(latents, np.ones(latents.shape, np.float32))
+
+
+def superclass_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """Choose the latents that fire most often on training images of the class and of the classes related to it.
+
+    Each class counts as much as the others. A class without relatives gets what `class_frequent_latents` gives it.
+
+    Raises:
+      HeadSteerError: the dataset has no superclasses.
+    """
+    if stats.related is None:
+        raise HeadSteerError(
+            "config.steer.strategies: 'superclass' needs superclasses; name them in data.related, or leave it out"
+        )
+    member_CC = stats.related | np.eye(len(stats.related), dtype=bool)
+    frequency_CF = member_CC @ stats.class_frequency / member_CC.sum(axis=1, keepdims=True)
+    latents = _most_frequent(frequency_CF, _eligible(stats, config), config.latents)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
@@ -243,102 +287,6 @@ def wanted_heads(
                     best, value = wish, other
         if value == before:
             return best
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "class": class_frequent_latents,
-    "global": global_frequent_latents,
-    "random": random_latents,
-    "matched_random": matched_random_latents,
-    "gate_aligned": gate_aligned_latents,
-}
-
-
-def find_strategy(name: str) -> Strategy:
-    """Find a strategy: one of ours by its name, or a user's by its import path, `module:function`.
-
-    Raises:
-      HeadSteerError: the name is not known, or the path leads to nothing that can be called.
-    """
-    if name in STRATEGIES:
-        return STRATEGIES[name]
-    if ":" not in name:
-        raise HeadSteerError(
-            f"config.steer.strategies: there is no {name!r}; choose from {', '.join(STRATEGIES)}, or module:function"
-        )
-    try:
-        function = pkgutil.resolve_name(name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise HeadSteerError(f"config.steer.strategies: {name!r} cannot be imported: {error}") from error
-    if not callable(function):
-        raise HeadSteerError(f"config.steer.strategies: {name!r} is not a function")
-    return per_class_strategy(function, name)
-
-
-def per_class_strategy(function: ClassStrategy, name: str) -> Strategy:
-    """Make a strategy that asks a user's function about every class.
-
-    Its errors name the strategy, the class and what the function returned: latents that do not exist or occur twice,
-    weights that are not finite, or arrays that do not all have the same length.
-    """
-
-    def choose_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-        latents_CS: list[np.ndarray] = []
-        weights_CS: list[np.ndarray] = []
-        returned = [function(stats, label) for label in range(len(stats.class_frequency))]
-        for label, pair in enumerate(returned):
-            class_name = f" ({stats.class_names[label]!r})" if stats.class_names else ""
-            source = f"strategy {name!r}, class {label}{class_name}"
-            latents, weights = _read_pair(pair, source)
-            length = len(latents_CS[0]) if latents_CS else latents.size
-            _check_pair(latents, weights, length, len(stats.frequency), source)
-            latents_CS.append(latents.astype(np.int32))
-            weights_CS.append(weights)
-        return Choice(np.stack(latents_CS), np.stack(weights_CS))
-
-    return choose_latents
-
-
-def _read_pair(pair: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read what a user's function returned as int64 latents and float32 weights.
-
-    Raises:
-      HeadSteerError: it is no pair, or not of integers and numbers; `source` names the function and the class.
-    """
-    try:
-        latents, weights = (np.asarray(part) for part in pair)
-        latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
-        return latents, weights.astype(np.float32)  # as they are used: what overflows is infinite
-    except (TypeError, ValueError):
-        raise HeadSteerError(
-            f"{source}: it must return two arrays, of latents (integers) and of weights (numbers)"
-        ) from None
-
-
-def _check_pair(latents: np.ndarray, weights: np.ndarray, length: int, count: int, source: str) -> None:
-    """Check one class's latents and weights.
-
-    Args:
-      length: how many there must be, as for the first class.
-      count: of latents that exist.
-      source: names the strategy and the class in errors.
-
-    Raises:
-      HeadSteerError: they are not of that length, a latent does not exist or occurs twice, or a weight is not finite.
-    """
-    if latents.shape != (length,) or weights.shape != (length,) or not length:
-        raise HeadSteerError(
-            f"{source}: latents of shape {latents.shape} and weights of shape {weights.shape}; both must have "
-            "the same length, at least 1 and the same for every class"
-        )
-    if latents.min() < 0 or latents.max() >= count:
-        unknown = latents[(latents < 0) | (latents >= count)][0]
-        raise HeadSteerError(f"{source}: there is no latent {unknown}; choose from 0 to {count - 1}")
-    if len(np.unique(latents)) < length:
-        twice = next(latent for latent in latents if (latents == latent).sum() > 1)
-        raise HeadSteerError(f"{source}: latent {twice} is chosen twice; each may be chosen once")
-    if not np.isfinite(weights).all():
-        raise HeadSteerError(f"{source}: a weight is {weights[~np.isfinite(weights)][0]}; it must be a finite number")
 
 
 def latent_overlap(a_CS: np.ndarray, b_CS: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse import vstack
+from scipy.sparse import csr_array, vstack
 
 from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.data.dataset import Split, check_classes
@@ -29,6 +29,9 @@ from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_chunks, encode_split, row_slices
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
+from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals, guessed_bias_directions
+from headsteer_jax.steer.catalogue import find_strategy
+from headsteer_jax.steer.directions import gate_bias_directions, global_bias_directions, random_bias_directions
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
@@ -36,11 +39,13 @@ from headsteer_jax.steer.steering import GateProgram, Steering, replicate_once
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
+    Residuals,
     Strategy,
-    find_strategy,
+    concatenate_choices,
     gate_aligned_latents,
     latent_overlap,
     latent_statistics,
+    merge_choices,
 )
 from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 from headsteer_jax.steer.table import (
@@ -66,6 +71,12 @@ from headsteer_jax.steer.tally import (
 logger = logging.getLogger(__name__)
 
 Method = Literal["flips", "gates", "suffix"]
+Strategies = Mapping[str, Strategy | ImageStrategy]
+# strategies that look at the answers of training images under every pattern
+USING_OUTCOMES = (
+    gate_aligned_latents, gate_bias_directions, random_bias_directions, global_bias_directions,
+    ImageStrategy(guessed_bias_directions),
+)  # fmt: skip
 # the module of a block that decides each kind of gates that reads the CLS residual
 DECIDED_BY = {"heads": "decide", "sublayers": "decide_sublayers"}
 
@@ -189,9 +200,16 @@ class SplitSweep(NamedTuple):
     rows: Rows  # each image by its label, then by its predicted class where that is another one
     used: tuple[np.ndarray, np.ndarray]  # [R] bool: the rows of each way to name the class, one for each image
     steered: list[list[Steering]]  # [S][G]
+    by_image: frozenset[int]  # the strategies G whose choices have a row for each image
 
-    def class_of(self, y: int) -> np.ndarray:
-        """Return the row of the choices that steers each image, [N]."""
+    def rows_of(self, g: int) -> Rows:
+        """Return the rows with the row of the strategy's choices that steers each."""
+        return self.rows._replace(steered_by=self.rows.image) if g in self.by_image else self.rows
+
+    def class_of(self, y: int, g: int) -> np.ndarray:
+        """Return the row of the strategy's choices that steers each image, [N]."""
+        if g in self.by_image:
+            return np.arange(len(self.split.labels))
         used = np.flatnonzero(self.used[y])
         steered_by = np.empty(len(self.split.labels), np.int64)
         steered_by[self.rows.image[used]] = self.rows.steered_by[used]
@@ -209,14 +227,16 @@ class SplitSweep(NamedTuple):
 
 
 def make_split_sweep(
-    name: str, split: Split, table: Table, steered: list[list[Steering]], offset: np.ndarray | int, size_NH: np.ndarray
-) -> SplitSweep:
+    name: str, split: Split, table: Table, steered: list[list[Steering]], offset: np.ndarray | int, size_NH: np.ndarray,
+    by_image: frozenset[int] = frozenset(),
+) -> SplitSweep:  # fmt: skip
     """Prepare a split for the sweep.
 
     Args:
       name: of the split.
       offset: added to each image's class: the row of the choices that steers it.
       size_NH: |x| |W| + |b|.
+      by_image: the strategies whose choices have a row for each image.
     """
     count, labels = len(split.labels), split.labels
     other = np.flatnonzero(table.prediction != labels)
@@ -227,14 +247,19 @@ def make_split_sweep(
     predicted[:count] = table.prediction == labels
     none = np.zeros(0, np.int64)
     rows = Rows(image, steered_by, table.gate_logits[image], size_NH[image], (none, none, none))
-    return SplitSweep(name, split, table, rows, (true, predicted), steered)
+    return SplitSweep(name, split, table, rows, (true, predicted), steered, by_image)
+
+
+def encode_sparse(sae: Autoencoder, x_ND: np.ndarray) -> csr_array:
+    """Encode residuals [N, D] as latents [N, F] of which few are not 0."""
+    return vstack([z_BF for _, z_BF in encode_chunks(sae, row_slices(x_ND, 1000), 1000)], format="csr")
 
 
 def find_active_latents(
     sae: Autoencoder, x_ND: np.ndarray, image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the row, latent and activation wherever a latent is active in one of the rows; rows ascend."""
-    z_RF = vstack([z_BF for _, z_BF in encode_chunks(sae, row_slices(x_ND, 1000), 1000)], format="csr")[image]
+    z_RF = encode_sparse(sae, x_ND)[image]
     return np.repeat(np.arange(len(image)), np.diff(z_RF.indptr)), z_RF.indices, z_RF.data
 
 
@@ -252,23 +277,20 @@ def sweep_by_flips(
 ) -> Iterator[SettingTally]:
     """Tally every setting by the closed form; the model itself decides what lies within float32's rounding."""
     outcomes = job.outcomes
-    rows = [
-        job.rows._replace(active=find_active_latents(by_strategy[0].sae, job.table.x, job.rows.image))
-        for by_strategy in job.steered
-    ]
+    active = [find_active_latents(by_strategy[0].sae, job.table.x, job.rows.image) for by_strategy in job.steered]
 
     on_devices = replicate_once(job.steered)
 
     def tally_setting(setting: tuple[int, int]) -> SettingTally:
         s, g = setting
-        steering = job.steered[s][g]
-        flips = find_flips(rows[s], steering.choice, steering.strength, effects[s])
+        steering, rows = job.steered[s][g], job.rows_of(g)._replace(active=active[s])
+        flips = find_flips(rows, steering.choice, steering.strength, effects[s])
         grid = place_on_grid(flips, alphas)
         decided = program.patterns_at(
-            on_devices[s][g], job.table.x[job.rows.image[grid.unsure_row]], job.rows.steered_by[grid.unsure_row],
+            on_devices[s][g], job.table.x[rows.image[grid.unsure_row]], rows.steered_by[grid.unsure_row],
             alphas[grid.unsure_place],
         )  # fmt: skip
-        tallies = [tally_flips(grid, decided, rows[s], used, outcomes, alphas, classes) for used in job.used]
+        tallies = [tally_flips(grid, decided, rows, used, outcomes, alphas, classes) for used in job.used]
         return SettingTally(s, g, tallies, flips)
 
     settings = list(np.ndindex(len(job.steered), len(job.steered[0])))
@@ -278,10 +300,12 @@ def sweep_by_flips(
 
 def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, classes: int) -> Iterator[SettingTally]:
     """Tally every setting by the gate itself, and the table."""
-    heads, labels, rows = job.rows.gate_logits.shape[1], job.split.labels, job.rows
-    chunks, steered = program.place_rows(job.table.x[rows.image], rows.steered_by), replicate_once(job.steered)
+    heads, labels = job.rows.gate_logits.shape[1], job.split.labels
+    x_RD, steered = job.table.x[job.rows.image], replicate_once(job.steered)
+    chunks = [program.place_rows(x_RD, steered_by) for steered_by in (job.rows.steered_by, job.rows.image)]
     for s, g in np.ndindex(len(job.steered), len(job.steered[0])):
-        pattern_AR = program.patterns_of_rows(steered[s][g], chunks, alphas)
+        rows = job.rows_of(g)
+        pattern_AR = program.patterns_of_rows(steered[s][g], chunks[g in job.by_image], alphas)
         tallies = []
         for used_R in job.used:
             used = np.flatnonzero(used_R)
@@ -295,12 +319,11 @@ def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, cl
 def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, classes: int) -> Iterator[SettingTally]:
     """Tally every setting by the layers from the steered one on."""
     labels, ways, layer = job.split.labels, range(len(NAMED_BY)), trained.config.sae_layer
-    by_class = [job.class_of(y) for y in ways]
-    strategies = range(len(job.steered[0]))
-    widths = {g: job.steered[0][g].choice.latents.shape[1] for g in strategies}
-    for width in sorted(set(widths.values())):  # programs differ by the number of latents
-        pairs = [(s, g) for s in range(len(job.steered)) for g in strategies if widths[g] == width]
-        settings = [SuffixSetting({layer: job.steered[s][g]}, by_class[y]) for s, g in pairs for y in ways]
+    # programs differ by the shapes of the choices
+    shapes = {g: jax.tree.map(np.shape, job.steered[0][g].choice) for g in range(len(job.steered[0]))}
+    for shape in dict.fromkeys(shapes.values()):
+        pairs = [(s, g) for s in range(len(job.steered)) for g in shapes if shapes[g] == shape]
+        settings = [SuffixSetting({layer: job.steered[s][g]}, job.class_of(y, g)) for s, g in pairs for y in ways]
         result = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
         gates = LayerGates(trained.config, layer).join(result.gates[layer])
         for number, (s, g) in enumerate(pairs):
@@ -351,6 +374,7 @@ class ChosenLatents(NamedTuple):
 
     steered: list[list[Steering]]  # [S][G]
     crossed: list[list[Steering]]  # [S][G] for validation: 2 C rows of choices, each made without one half of it
+    statistics: list[LatentStatistics]  # [S]
     effects: list[GateEffect]  # [S]
     frequency: np.ndarray  # [S, F]
     class_frequency: np.ndarray  # [C, F] of the first seed, as the next two
@@ -359,10 +383,9 @@ class ChosenLatents(NamedTuple):
 
 
 def _choose_latents(
-    run: RunData, strategies: Mapping[str, Strategy], evidence: tuple[Outcomes, ...], cost_P: np.ndarray,
-    fold_N: np.ndarray,
-) -> ChosenLatents:  # fmt: skip
-    """Let every strategy choose latents of every seed's autoencoder.
+    run: RunData, strategies: Strategies, evidence: tuple[Outcomes, ...], cost_P: np.ndarray, fold_N: np.ndarray
+) -> ChosenLatents:
+    """Let every strategy choose latents of every seed's autoencoder, except those that choose for each image.
 
     Args:
       evidence: what gate_aligned looks at.
@@ -371,31 +394,64 @@ def _choose_latents(
     """
     config, dataset, classes = run.trained.config, run.dataset, len(run.dataset.class_names)
     gate_DH = gate_jacobian(run.trained, run.x_train)
+    residuals = Residuals(run.x_train, dataset.train.labels, gate_DH)
+    no_choice = Choice(np.zeros((classes, 0), np.int32), np.zeros((classes, 0), np.float32))
     steered: list[list[Steering]] = []
     crossed: list[list[Steering]] = []
-    effects, frequencies = [], []
+    effects, frequencies, statistics = [], [], []
     for seed in range(config.sae.seeds):
         sae = run.autoencoders.member(seed)
         z_NF = encode_split(sae, run.x_train)
         stats = latent_statistics(
             z_NF, dataset.train.labels, classes, sae.decoder, gate_DH, evidence, dataset.class_names
-        )._replace(cost=cost_P)
+        )._replace(cost=cost_P, related=dataset.related, residuals=residuals)
         if seed == 0:
             class_frequency = stats.class_frequency.astype(np.float32)
             top_images, top_activations = _top_images(z_NF, INSPECTED_IMAGES)
         versions = [stats, *(_without_fold(stats, fold_N, fold) for fold in (0, 1))]
         steered.append([])
         crossed.append([])
+        statistics.append(stats)
         for number, choose in enumerate(strategies.values()):
+            if isinstance(choose, ImageStrategy):
+                steered[-1].append(Steering(sae, stats.strength, no_choice))
+                crossed[-1].append(Steering(sae, stats.strength, no_choice))
+                continue
             rngs = (np.random.default_rng([config.seed, 3, seed, number]) for _ in versions)
             choice, *halves = (choose(version, config.steer, rng) for version, rng in zip(versions, rngs, strict=True))
-            crossed_choice = Choice(*(np.concatenate(part) for part in zip(*halves, strict=True)))
+            crossed_choice = concatenate_choices(halves)
             steered[-1].append(Steering(sae, stats.strength, choice))
             crossed[-1].append(Steering(sae, stats.strength, crossed_choice))
         width = max(steering.choice.latents.shape[1] for steering in steered[-1])
         effects.append(gate_effect(sae.decoder, gate_DH, width, jax.default_backend()))
         frequencies.append(stats.frequency)
-    return ChosenLatents(steered, crossed, effects, np.stack(frequencies), class_frequency, top_images, top_activations)
+    return ChosenLatents(
+        steered, crossed, statistics, effects, np.stack(frequencies), class_frequency, top_images, top_activations
+    )
+
+
+def _choose_by_image(
+    steered: list[list[Steering]], strategies: Strategies, statistics: Sequence[LatentStatistics], x_ND: np.ndarray,
+    config: Config, fold_N: np.ndarray | None = None,
+) -> list[list[Steering]]:  # fmt: skip
+    """Let the strategies that choose for each image do so on one split; the other choices stay as they are.
+
+    Args:
+      fold_N: of validation, the half to which each image belongs; its choice is made without that half.
+    """
+    steered = [list(by_strategy) for by_strategy in steered]
+    chosen = {g: choose for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy)}
+    for s, stats in enumerate(statistics if chosen else ()):
+        images = ReadResiduals(x_ND, encode_sparse(steered[s][0].sae, x_ND))
+        versions = [stats] if fold_N is None else [_without_fold(stats, fold_N, fold) for fold in (0, 1)]
+        for g, choose in chosen.items():
+            rngs = (np.random.default_rng([config.seed, 3, s, g]) for _ in versions)
+            parts = [
+                choose.choose(images, version, config.steer, rng) for version, rng in zip(versions, rngs, strict=True)
+            ]
+            choice = parts[0] if fold_N is None else merge_choices(parts, fold_N)
+            steered[s][g] = steered[s][g]._replace(choice=choice)
+    return steered
 
 
 def bound_logits(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
@@ -475,7 +531,7 @@ def _sweep_split(
     return result, steps
 
 
-def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
+def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     """Run the whole sweep.
 
     Args:
@@ -495,7 +551,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         name: fill_table(program, trained.params, split, f"{name}: every gate pattern")
         for name, split in splits.items()
     }
-    aligned = any(strategy is gate_aligned_latents for strategy in strategies.values())
+    aligned = any(strategy in USING_OUTCOMES for strategy in strategies.values())
     validation = tables["validation"].outcomes(splits["validation"].labels)
     fold_N = _halve_each_class(splits["validation"].labels)
     cost_P = _price_patterns(config, tables["validation"])
@@ -506,16 +562,19 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     evaluate = _make_evaluator(trained, alphas, chosen.effects, classes)
     results: dict[str, SplitResult] = {}
     steps: dict[str, dict[str, StepFunction]] = {}
+    by_image = frozenset(g for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy))
     for name, split in splits.items():
         table = take_unsteered_from_suffix(trained, split, tables[name], chosen.steered[0][0], len(alphas))
         steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
         linear = choose_method(config) == "flips"
         size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
-        job = make_split_sweep(name, split, table, steered, offset, size_NH)
+        halves = fold_N if name == "validation" else None
+        steered = _choose_by_image(steered, strategies, chosen.statistics, table.x, config, halves)
+        job = make_split_sweep(name, split, table, steered, offset, size_NH, by_image)
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:
             steps[name] = dict(zip(strategies, by_strategy, strict=True))
-    latents = _stack_choices(chosen.steered, 0, fill=-1)
+    latents = _stack_choices(chosen.steered, "latents", fill=-1)
     by_name = dict(zip(strategies, latents, strict=True))
     return SweepResult(
         strategies=tuple(strategies),
@@ -525,7 +584,8 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
         subset=list_patterns(config),
         related=dataset.related,
         latents=latents,
-        weights=_stack_choices(chosen.steered, 1, fill=0),
+        weights=_stack_choices(chosen.steered, "weights", fill=0),
+        directions=_stack_directions(chosen.steered),
         frequency=chosen.frequency,
         class_frequency=chosen.class_frequency,
         top_images=chosen.top_images,
@@ -561,17 +621,24 @@ def gate_jacobian(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
     return np.asarray(gate(jnp.asarray(x_ND.mean(axis=0, dtype=np.float64), jnp.float32))).T
 
 
-def _stack_choices(steered: Sequence[Sequence[Steering]], part: int, fill: float) -> np.ndarray:
-    """Stack one part of all choices, [G, S, C, L]; strategies that choose fewer latents are filled up.
+def _stack_directions(steered: Sequence[Sequence[Steering]]) -> np.ndarray | None:
+    """Stack the directions of all choices, [G, S, C, D], 0 where latents are changed; None if all change latents."""
+    found = [steering.choice.directions for by_strategy in steered for steering in by_strategy]
+    shape = next((np.shape(directions) for directions in found if directions is not None), None)
+    if shape is None:
+        return None
+    filled = [np.zeros(shape, np.float32) if directions is None else directions for directions in found]
+    return np.stack(filled).reshape(len(steered), -1, *shape).swapaxes(0, 1)
 
-    Args:
-      part: 0 for the latents, 1 for the weights.
-    """
-    most = max(steering.choice.latents.shape[1] for steering in steered[0])
 
-    def pad(values_CS: np.ndarray) -> np.ndarray:
-        return np.pad(values_CS, ((0, 0), (0, most - values_CS.shape[1])), constant_values=fill)
-
-    return np.stack(
-        [np.stack([pad(steering.choice[part]) for steering in by_strategy]) for by_strategy in steered], axis=1
-    )
+def _stack_choices(
+    steered: Sequence[Sequence[Steering]], part: Literal["latents", "weights"], fill: float
+) -> np.ndarray:
+    """Stack one part of all choices, [G, S, C, L]; strategies that choose fewer latents are filled up."""
+    parts = [[getattr(steering.choice, part) for steering in by_strategy] for by_strategy in steered]
+    most = max(values_CS.shape[1] for values_CS in parts[0])
+    padded = [
+        [np.pad(values_CS, ((0, 0), (0, most - values_CS.shape[1])), constant_values=fill) for values_CS in by_strategy]
+        for by_strategy in parts
+    ]
+    return np.array(padded).swapaxes(0, 1)

@@ -9,13 +9,11 @@ from hypothesis import strategies as st
 
 from headsteer_jax.config import SteerConfig
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.catalogue import STRATEGIES, find_strategy, per_class_strategy
 from headsteer_jax.steer.strategies import (
-    STRATEGIES,
     LatentStatistics,
-    find_strategy,
     latent_overlap,
     latent_statistics,
-    per_class_strategy,
     random_latents,
     shift_norm,
     wanted_heads,

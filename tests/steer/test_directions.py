@@ -1,0 +1,206 @@
+"""Directions and choices for each image, against loops in plain Python and planted answers."""
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+
+from headsteer_jax.config import SteerConfig
+from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.by_image import ReadResiduals, guessed_bias_directions, image_latents, image_random_directions
+from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
+from headsteer_jax.steer.directions import fit_probe
+from headsteer_jax.steer.flips import Rows, find_flips, gate_effect
+from headsteer_jax.steer.strategies import (
+    Choice,
+    LatentStatistics,
+    Residuals,
+    class_frequent_latents,
+    latent_statistics,
+    wanted_push,
+)
+from headsteer_jax.steer.table import Outcomes
+
+N, F, C, D, H = 120, 20, 4, 6, 3
+CONFIG = SteerConfig(latents=4)
+
+
+def made(seed: int = 0) -> LatentStatistics:
+    """Statistics with residuals whose classes lie around random centres, and outcomes under every pattern."""
+    rng = np.random.default_rng(seed)
+    z = np.maximum(rng.standard_normal((N, F)), 0).astype(np.float32)
+    labels = rng.permutation(np.arange(N) % C)
+    x = (rng.standard_normal((C, D))[labels] + rng.normal(0, 0.3, (N, D))).astype(np.float32)
+    gate = rng.standard_normal((D, H)).astype(np.float32)
+    logits = rng.normal(1, 1, (N, H)).astype(np.float32)
+    outcomes = Outcomes(labels, logits, rng.random((N, 2**H)) < 0.7, (logits > 0) @ (1 << np.arange(H)))
+    stats = latent_statistics(z, labels, C, rng.standard_normal((F, D)).astype(np.float32), gate, (outcomes, outcomes))
+    return stats._replace(residuals=Residuals(x, labels, gate))
+
+
+def direction(name: str, stats: LatentStatistics, seed: int = 0) -> np.ndarray:
+    choice = STRATEGIES[name](stats, CONFIG, np.random.default_rng(seed))
+    assert choice.latents.shape == choice.weights.shape == (C, 0)
+    assert choice.directions.dtype == np.float32
+    return choice.directions.astype(np.float64)
+
+
+def class_shift(stats: LatentStatistics, label: int) -> float:
+    """How far the latents of `class` move the residual at alpha 1."""
+    own = class_frequent_latents(stats, CONFIG, np.random.default_rng(0)).latents[label]
+    return float(np.linalg.norm(sum(stats.strength[j] * stats.decoder[j] for j in own)))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_mean_difference_is_the_class_mean_less_the_others() -> None:
+    stats = made()
+    x, labels, _ = stats.residuals
+    found = direction("mean_difference", stats)
+    for label in range(C):
+        wanted = x[labels == label].mean(axis=0) - x[labels != label].mean(axis=0)
+        assert cosine(found[label], wanted) == pytest.approx(1, abs=1e-6)
+
+
+def test_probe_finds_the_planted_direction() -> None:
+    """Two classes that differ along one axis, with much more noise along another one."""
+    rng, labels = np.random.default_rng(0), np.arange(N) % 2
+    x = rng.normal(0, 0.2, (N, D))
+    x[:, 0] += 2.0 * labels
+    x[:, 1] = rng.normal(0, 10, N)
+    probe = fit_probe(Residuals(x.astype(np.float32), labels, np.zeros((D, H))))
+    assert probe.coef_.shape == (2, D)
+    assert cosine(probe.coef_[1] - probe.coef_[0], np.eye(D)[0]) > 0.9
+    logits = x @ probe.coef_.T + probe.intercept_
+    assert (logits.argmax(axis=1) == labels).mean() > 0.98
+
+
+@pytest.mark.parametrize("name", ["mean_difference", "probe", "random_direction"])
+def test_directions_move_as_far_as_the_latents_of_class(name: str) -> None:
+    stats = made(1)
+    found = direction(name, stats)
+    for label in range(C):
+        assert np.linalg.norm(found[label]) == pytest.approx(class_shift(stats, label), rel=1e-5)
+
+
+def test_gate_bias_pushes_the_gate_exactly_and_is_the_shortest_that_does() -> None:
+    stats = made(2)
+    found, gate = direction("gate_bias", stats), stats.residuals.gate.astype(np.float64)
+    pushes = np.stack([wanted_push(stats.outcomes, label, CONFIG) for label in range(C)])
+    assert np.abs(pushes).max() > 0.1
+    np.testing.assert_allclose(found @ gate, pushes, atol=1e-5)
+    null_DK = np.linalg.svd(gate.T)[2][H:].T  # what the gate does not see
+    np.testing.assert_allclose(found @ null_DK, 0, atol=1e-5)
+
+
+def test_random_bias_is_as_long_as_gate_bias_and_follows_the_generator() -> None:
+    stats = made(3)
+    found, fitted = direction("random_bias", stats), direction("gate_bias", stats)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(fitted, axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(found, direction("random_bias", stats))
+    assert not np.allclose(found, direction("random_bias", stats, seed=1))
+
+
+def test_image_latents_are_its_own_strongest() -> None:
+    stats, rng = made(4), np.random.default_rng(4)
+    z = np.where(rng.random((9, F)) < 0.3, rng.exponential(1, (9, F)), 0)
+    z[0] = 0
+    highest = SteerConfig(latents=4, max_frequency=float(np.sort(stats.frequency)[-3]))
+    found = image_latents(ReadResiduals(np.zeros((9, D)), csr_array(z)), stats, highest, rng)
+    for n in range(9):
+        allowed = [j for j in range(F) if z[n, j] > 0 and 0 < stats.frequency[j] <= highest.max_frequency]
+        wanted = sorted(allowed, key=lambda j: -z[n, j] / stats.strength[j])[:4]
+        amplified = found.latents[n][found.weights[n] > 0]
+        assert amplified.tolist() == wanted
+        assert len(set(found.latents[n].tolist())) == 4
+    assert not found.weights[0].any()
+
+
+def test_random_directions_of_images_move_as_far_as_their_latents() -> None:
+    stats, rng = made(5), np.random.default_rng(5)
+    z = csr_array(np.where(rng.random((9, F)) < 0.5, rng.exponential(1, (9, F)), 0))
+    images = ReadResiduals(np.zeros((9, D)), z)
+    own, control = image_latents(images, stats, CONFIG, rng), image_random_directions(images, stats, CONFIG, rng)
+    for n in range(9):
+        moved = sum(
+            w * stats.strength[j] * stats.decoder[j] for j, w in zip(own.latents[n], own.weights[n], strict=True)
+        )
+        assert np.linalg.norm(control.directions[n]) == pytest.approx(np.linalg.norm(moved), rel=1e-5)
+
+
+def test_a_guess_mixes_the_biases_of_classes() -> None:
+    """Where the guess is certain it is one class's bias; halfway between two class means, it is their mean."""
+    stats = made(8)
+    x, labels, _ = stats.residuals
+    means = np.stack([x[labels == label].mean(axis=0) for label in range(C)])
+    middle = (means[0] + means[1]) / 2
+    images = ReadResiduals(np.stack([*means, middle]), csr_array(np.zeros((C + 1, F))))
+    found = guessed_bias_directions(images, stats, CONFIG, np.random.default_rng(0)).directions
+    biases = direction("gate_bias", stats)
+    np.testing.assert_allclose(found[:C], biases, atol=0.05 * np.abs(biases).max())
+    np.testing.assert_allclose(found[C], (biases[0] + biases[1]) / 2, atol=0.05 * np.abs(biases).max())
+
+
+def test_a_global_bias_is_the_same_for_all_classes_and_fits_them_together() -> None:
+    stats = made(9)
+    found = direction("global_bias", stats)
+    assert (found == found[0]).all()
+    together = tuple(part._replace(labels=np.zeros(N, int)) for part in stats.outcomes)
+    np.testing.assert_allclose(found[0] @ stats.residuals.gate, wanted_push(together, 0, CONFIG), atol=1e-5)
+
+
+def test_flips_along_a_direction_are_where_the_gate_logits_change_sign() -> None:
+    rng = np.random.default_rng(6)
+    x, gate, v = rng.standard_normal((30, D)), rng.standard_normal((D, H)), rng.standard_normal((C, D))
+    labels = rng.integers(0, C, 30)
+    rows = Rows(np.arange(30), labels, x @ gate, np.abs(x) @ np.abs(gate), (np.zeros(0, int),) * 2 + (np.zeros(0),))
+    none = np.zeros((C, 0))
+    choice = Choice(none.astype(np.int32), none.astype(np.float32), v.astype(np.float32))
+    flips = find_flips(rows, choice, np.ones(F), gate_effect(rng.standard_normal((F, D)), gate, 4))
+    assert len(flips.alpha) > 60
+    for alpha in (-7.0, -1.0, -0.1, 0.1, 1.0, 7.0):
+        on = x @ gate > 0
+        passed = (flips.alpha * np.sign(alpha) > 0) & (np.abs(flips.alpha) <= abs(alpha))
+        on[flips.row[passed], flips.head[passed]] ^= True
+        np.testing.assert_array_equal(on, (x + alpha * v.astype(np.float32)[labels]) @ gate > 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (np.ones(D + 1), ["width 7", "has 6"]),
+        (np.zeros(D), ["zero"]),
+        (np.full(D, np.nan), ["nan", "finite"]),
+        (np.full(D, 1e300), ["inf"]),
+        (np.array(["a"] * D), ["must be numbers"]),
+    ],
+)
+def test_a_direction_that_cannot_be_used_is_named(answer: np.ndarray, words: list[str]) -> None:
+    with pytest.raises(HeadSteerError) as caught:
+        per_class_strategy(lambda stats, label: answer, "mine")(made(), CONFIG, np.random.default_rng(0))
+    for word in ("'mine'", "class 0", *words):
+        assert word in str(caught.value)
+
+
+def test_a_user_may_give_directions_but_not_both() -> None:
+    stats = made()
+    choice = per_class_strategy(lambda stats, label: np.eye(D)[label], "mine")(stats, CONFIG, np.random.default_rng(0))
+    np.testing.assert_array_equal(choice.directions, np.eye(D)[:C])
+    mixed = per_class_strategy(lambda stats, label: np.eye(D)[label] if label else ([1], [1.0]), "mine")
+    with pytest.raises(HeadSteerError, match="same for every class"):
+        mixed(stats, CONFIG, np.random.default_rng(0))
+
+
+def test_superclasses_share_their_latents() -> None:
+    stats = made(7)
+    with pytest.raises(HeadSteerError, match="superclasses"):
+        STRATEGIES["superclass"](stats, CONFIG, np.random.default_rng(0))
+    related = np.eye(C, dtype=bool)
+    related[0, 1] = related[1, 0] = True
+    found = STRATEGIES["superclass"](stats._replace(related=related), CONFIG, np.random.default_rng(0)).latents
+    joint = (stats.class_frequency[0] + stats.class_frequency[1]) / 2
+    for label in (0, 1):
+        assert found[label].tolist() == sorted(range(F), key=lambda j: (-joint[j], j))[:4]
+    own = class_frequent_latents(stats, CONFIG, np.random.default_rng(0)).latents
+    np.testing.assert_array_equal(found[2:], own[2:])
