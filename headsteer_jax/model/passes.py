@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
@@ -24,7 +24,7 @@ from headsteer_jax.model.skip import make_skipping_forward
 from headsteer_jax.model.skip_choice import SAMPLE, can_skip, predict_saving
 from headsteer_jax.model.vit import Gating, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
+from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, local_mesh, replicated_sharding
 from headsteer_jax.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,10 @@ class Program(NamedTuple):
     size: int
     compiled: bool = False  # for exactly this size, so that a smaller split is filled up to it
 
+    def size_for(self, count: int) -> int:
+        """Return the number of images that each device has in a call on a split of `count` images."""
+        return self.size if self.compiled else min(self.size, count)
+
 
 def replicate(tree: Any) -> Any:
     """Copy a pytree of arrays to each of this host's devices."""
@@ -68,7 +72,9 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec()))
 
 
-def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
+def per_image_program(
+    function: PerImageFunction, size: int, *, arrays: int = 1, fixed: int = 1, mesh: Mesh | None = None
+) -> Program:
     """Make a program for all devices of this host of a function that computes each image independently.
 
     Args:
@@ -77,10 +83,11 @@ def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1,
       size: B on each device.
       arrays: the number of the function's arrays.
       fixed: the number of its pytrees.
+      mesh: the devices; None: `local_mesh()`.
     """
     spec = ([PartitionSpec()] * fixed) + ([PartitionSpec("data")] * arrays)
     sharded = jax.shard_map(
-        function, mesh=local_mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
+        function, mesh=mesh or local_mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
     )
     return Program(jax.jit(sharded), size)
 
@@ -120,20 +127,28 @@ def memory_error(fit: CompiledFit, memory: int, item: str) -> HeadSteerError:
     )
 
 
-def compile_program_within_memory(program: Program, params: Any, split: Split, memory: int) -> Program:
+def describe_call(params: Any, split: Split, size: int, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """Describe the arguments of a call of a program on a split's images, with `size` of them on each device."""
+    images = jax.ShapeDtypeStruct((size * mesh.size, *split.images.shape[1:]), np.uint8, sharding=batch_sharding(mesh))
+    return describe_arrays(params, replicated_sharding(mesh)), images
+
+
+def compile_program_within_memory(
+    program: Program, params: Any, split: Split, memory: int, mesh: Mesh | None = None
+) -> Program:
     """Compile a program for a split's images, with as many in a call as fit a memory budget, at most program.size.
 
     Args:
+      params: the parameters, or arrays' descriptions.
       memory: see `compile_within_memory`.
+      mesh: the program's; None: `local_mesh()`.
 
     Raises:
       HeadSteerError: not even one image fits.
     """
 
     def compile_for(size: int) -> Any:
-        shape = (size * jax.local_device_count(), *split.images.shape[1:])
-        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=batch_sharding(local_mesh()))
-        return program.run.lower(replicate(params), images).compile()
+        return program.run.lower(*describe_call(params, split, size, mesh or local_mesh())).compile()
 
     fit = compile_within_memory(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS_IN_FLIGHT)
     if not fit.size:
@@ -167,7 +182,7 @@ def stream_split(
     stop = count if stop is None else stop
     if start >= stop:
         return
-    size = program.size if program.compiled else min(program.size, count)
+    size = program.size_for(count)
     first = start // size * size  # the first image of the current call
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
@@ -225,6 +240,30 @@ def _choose_skipping(model: ViT, config: Config, program: Program, params: Any, 
     return predict_saving(config, classes, count, float(macs.mean()) / count_dense_macs(config, classes)) > 0
 
 
+def _select_observed(config: Config, layer: int) -> Callable[[jax.Array, dict[str, Any]], tuple[jax.Array, ...]]:
+    """Make the function (logits, out) -> predictions, CLS residuals of a layer, and the gates of each kind."""
+
+    def select(logits_BC: jax.Array, out: dict[str, Any]) -> tuple[jax.Array, ...]:
+        gates = (stack_gates(out["gates"], kind) > 0 for kind in config.gate.kinds)
+        return predict_class(logits_BC), out["cls"][layer], *gates
+
+    return select
+
+
+def make_observer_program(model: ViT, config: Config, gating: Gating, layer: int, mesh: Mesh | None = None) -> Program:
+    """Make the program of `make_observer`, which computes every token: images -> predictions, residuals, gates.
+
+    Args:
+      mesh: the devices; None: `local_mesh()`.
+    """
+    select = _select_observed(config, layer)
+
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return select(*model.apply(params, preprocess(images, config.data), gating=gating))
+
+    return per_image_program(forward, config.train.eval_batch, mesh=mesh)
+
+
 def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
     """Make a function `(params, split, label) -> Observed` that runs the model on a split, without augmentation.
 
@@ -235,15 +274,8 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
       gating: dense (every head runs) or thresholded (evaluation's gates).
       layer: the layer whose CLS residual is returned.
     """
-
-    def select(logits_BC: jax.Array, out: dict[str, Any]) -> tuple[jax.Array, ...]:
-        gates = (stack_gates(out["gates"], kind) > 0 for kind in config.gate.kinds)
-        return predict_class(logits_BC), out["cls"][layer], *gates
-
-    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        return select(*model.apply(params, preprocess(images, config.data), gating=gating))
-
-    program = per_image_program(forward, config.train.eval_batch)
+    program = make_observer_program(model, config, gating, layer)
+    select = _select_observed(config, layer)
     skip, prepare, finish = make_skipping_forward(model), jax.jit(lambda x: preprocess(x, config.data)), jax.jit(select)
 
     def forward_skipping(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
