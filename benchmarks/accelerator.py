@@ -51,8 +51,9 @@ from headsteer_jax.sae.autoencoder import Autoencoder, encode_split, fit_scaling
 from headsteer_jax.sae.objective import init_weights
 from headsteer_jax.sae.residuals import ResidualsInMemory
 from headsteer_jax.steer.gates import pattern_to_gates
-from headsteer_jax.steer.steering import Steering, SuffixSetting, apply_steering, run_suffix
+from headsteer_jax.steer.steering import Steering, apply_steering
 from headsteer_jax.steer.strategies import Choice, find_strategy
+from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 from headsteer_jax.steer.sweep import run_sweep, sweep_by_flips
 from headsteer_jax.steer.table import compile_table_program, fill_table
 from headsteer_jax.steer.tally import unpack_bits

@@ -10,41 +10,28 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
 from headsteer_jax.config.schema import GATE_KINDS, Config
-from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, hash_data
-from headsteer_jax.model.passes import per_image_program, run_over_split
-from headsteer_jax.model.vit import Intervention, TrainedModel, predict_class
+from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.metrics import measure_health
 from headsteer_jax.sae.residuals import Residuals, ResidualSelection, load_all, load_or_compute_residuals
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.gates import LayerGates
-from headsteer_jax.steer.steering import Steering, SuffixSetting, run_suffix
+from headsteer_jax.steer.steering import Steering
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
+from headsteer_jax.steer.suffix import SuffixSetting, predict_without_gates, run_suffix
 
 logger = logging.getLogger(__name__)
 
 
 def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
     """Compute the accuracy when one layer's gates that read its CLS residual are all closed."""
-    config = trained.config
-    gates = LayerGates(config, layer)
-
-    def run(params: Any, images: jax.Array) -> tuple[jax.Array]:
-        closed = {layer: Intervention(gates=gates.split(jnp.zeros((len(images), gates.count))))}
-        logits_BC, _ = trained.model.apply(params, preprocess(images, config.data), interventions=closed)
-        return (predict_class(logits_BC),)
-
-    program = per_image_program(run, config.train.eval_batch)
-    (prediction_N,) = run_over_split(program, trained.params, split, f"layer {layer} off")
-    return float(np.mean(prediction_N == split.labels))
+    return float(np.mean(predict_without_gates(trained, split, layer, f"layer {layer} off") == split.labels))
 
 
 def _first_of_each_class(split: Split, per_class: int) -> Split:

@@ -129,7 +129,8 @@ class ModelConfig(Section):
     """The form of GELU: exact (by erf) for the checkpoints of timm and Hugging Face, tanh for the original JAX
     checkpoints."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type in which matrix products are computed. Parameters, LayerNorm, softmax, gates and logits stay float32."""
+    """The type in which training computes matrix products. Parameters, LayerNorm, softmax, gates and logits stay
+    float32, and so does everything in evaluation and steering, where answers are compared."""
     registers: NonNegativeInt = 0
     """The number of register tokens between CLS and the patches, which have no positions (arXiv:2309.16588). DINOv2's
     `reg4` files have 4. The distillation token of DeiT's distilled files counts as one."""

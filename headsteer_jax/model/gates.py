@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from headsteer_jax.config.schema import GateConfig, GateSettings
+from headsteer_jax.runtime.precision import EXACT
 
 SUBLAYERS = ("attention", "mlp")  # in the order of the gates of a block's sublayers
 
@@ -37,7 +38,7 @@ class Gate(nn.Module):
             self.count,
             kernel_init=nn.initializers.truncated_normal(0.02),
             bias_init=nn.initializers.constant(self.settings.bias),
-            precision=jax.lax.Precision.HIGHEST,  # a decision must not turn on an accelerator's rounding
+            precision=EXACT,  # in training, too: a decision must not turn on an accelerator's rounding
             name="linear",
         )(x_BD)
         return m_BH - threshold_logit(self.settings) if self.settings.threshold != 0.5 else m_BH

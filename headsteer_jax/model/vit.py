@@ -35,6 +35,7 @@ from headsteer_jax.model.gates import (
     straight_through,
     threshold,
 )
+from headsteer_jax.runtime.precision import EXACT, training_precision
 
 Gating = Literal["dense", "sampled", "thresholded"]
 ALL_OPEN: Gates = types.MappingProxyType({})
@@ -49,6 +50,7 @@ class Patches(nn.Module):
     patch: int
     width: int  # D
     dtype: jnp.dtype
+    precision: Any
 
     @nn.compact  # type: ignore[untyped-decorator]  # mypy reads flax as Any
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
@@ -59,7 +61,8 @@ class Patches(nn.Module):
         bias_D = self.param("bias", nn.initializers.zeros, (self.width,))
         windows = images_BHWC[:, : rows * p, : columns * p].reshape(B, rows, p, columns, p, channels)
         pixels_NP = windows.transpose(0, 1, 3, 2, 4, 5).reshape(B * rows * columns, -1).astype(self.dtype)
-        x_ND = pixels_NP @ kernel_ppCD.reshape(-1, self.width).astype(self.dtype) + bias_D.astype(self.dtype)
+        kernel_PD = kernel_ppCD.reshape(-1, self.width).astype(self.dtype)
+        x_ND = jnp.matmul(pixels_NP, kernel_PD, precision=self.precision) + bias_D.astype(self.dtype)
         return x_ND.reshape(B, rows * columns, self.width)
 
 
@@ -72,12 +75,13 @@ class Block(nn.Module):
     model: ModelConfig
     gate: GateConfig
     kinds: tuple[GateKind, ...]  # the kinds of gates that this layer decides
+    precision: Any = EXACT  # of the products
 
     def setup(self) -> None:
         """Make the submodules."""
         m = self.model
         dtype = jnp.dtype(m.dtype)
-        dense = {"dtype": dtype, "kernel_init": nn.initializers.xavier_uniform()}
+        dense = {"dtype": dtype, "precision": self.precision, "kernel_init": nn.initializers.xavier_uniform()}
         self.norm1 = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
         self.query, self.key, self.value, self.out = (nn.Dense(m.width, **dense) for _ in range(4))
         self.norm2 = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
@@ -116,13 +120,14 @@ class Block(nn.Module):
         n_BTD = self.norm1(x_BTD)
         q_BQHK = self._split(_apply_to_rows(self.query, n_BTD[:, :queries]))
         k_BTHK, v_BTHK = self._split(_apply_to_rows(self.key, n_BTD)), self._split(_apply_to_rows(self.value, n_BTD))
-        scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK) / (q_BQHK.shape[-1] ** 0.5)
-        scores_BHQT = scores_BHQT.astype(jnp.float32)
+        scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK, precision=self.precision)
+        scores_BHQT = (scores_BHQT / (q_BQHK.shape[-1] ** 0.5)).astype(jnp.float32)
         if "tokens" in gates:
             weights_BHQT = mask_softmax(scores_BHQT, self._keep(gates["tokens"]))
         else:
             weights_BHQT = nn.softmax(scores_BHQT)
-        y_BQHK = jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT.astype(v_BTHK.dtype), v_BTHK)
+        weights_BHQT = weights_BHQT.astype(v_BTHK.dtype)
+        y_BQHK = jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK, precision=self.precision)
         return y_BQHK, v_BTHK[:, :queries]
 
     def finish(self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
@@ -174,7 +179,7 @@ class Block(nn.Module):
         kernel_HKD = kernel_HKD.astype(y_BHK.dtype).astype(jnp.float32)  # rounded as `finish` rounds it
         identity = self.gate.dropped == "identity"
         part_BHD, passed_BHD = (
-            jnp.einsum("BHK,HKD->BHD", heads_BHK.astype(jnp.float32), kernel_HKD)
+            jnp.einsum("BHK,HKD->BHD", heads_BHK.astype(jnp.float32), kernel_HKD, precision=EXACT)
             for heads_BHK in (y_BHK, v_BHK if identity else jnp.zeros_like(v_BHK))
         )
         return passed_BHD.sum(axis=1), part_BHD - passed_BHD
@@ -284,7 +289,11 @@ def run_block(block: Block, x_BTD: jax.Array, gates: Gates, queries: int | None)
 
 
 class ViT(nn.Module):
-    """A vision transformer for C classes."""
+    """A vision transformer for C classes.
+
+    By default its products are exact float32, so that gates and answers do not depend on the program or the batch in
+    which an image is computed, on an accelerator either. `training_form` makes the model of a training step.
+    """
 
     model: ModelConfig
     gate: GateConfig
@@ -292,18 +301,19 @@ class ViT(nn.Module):
     positions_count: int  # CLS and the patches: T less the registers
     scan: bool = False  # compile one block and loop over the layers that are alike
     remat: bool = False  # compute a block's intermediates again in the backward pass
+    precision: Any = EXACT  # of the products
 
     def setup(self) -> None:
         """Make the submodules and the parameters."""
         m = self.model
-        self.patches = Patches(m.patch, m.width, jnp.dtype(m.dtype))
+        self.patches = Patches(m.patch, m.width, jnp.dtype(m.dtype), self.precision)
         self.cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, m.width))
         self.positions = self.param("positions", lambda key: sin_cos_positions(self.positions_count, m.width))
         if m.registers:
             self.registers = self.param("registers", nn.initializers.normal(0.02), (1, m.registers, m.width))
-        self.layers = [Block(m, self.gate, self.gate.kinds_in(layer)) for layer in range(m.depth)]
+        self.layers = [Block(m, self.gate, self.gate.kinds_in(layer), self.precision) for layer in range(m.depth)]
         self.norm = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
-        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02))
+        self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02), precision=self.precision)
 
     def embed(self, images_BHWC: jax.Array) -> jax.Array:
         """Compute the residual that enters layer 0: [B, height, width, channels] normalised images -> [B, T, D]."""
@@ -411,7 +421,7 @@ class ViT(nn.Module):
     ) -> tuple[jax.Array, dict[str, dict[int, Any]]]:
         """Run layers that are alike as one loop over their stacked parameters -> as `blocks` returns."""
         params = [self.layers[layer].variables["params"] for layer in layers]
-        block = Block(self.model, self.gate, self.gate.kinds_in(layers.start), parent=None)
+        block = Block(self.model, self.gate, self.gate.kinds_in(layers.start), self.precision, parent=None)
 
         def run_layer(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             layer_params, layer_noise = inputs
@@ -459,9 +469,18 @@ def fingerprint_params(params: Any) -> str:
 
 
 def build_model(config: Config, classes: int) -> ViT:
-    """Build the model of a config for a number of classes."""
+    """Build the model of a config for a number of classes, which computes in float32 whatever the training uses."""
     grid, machine = config.data.image_size // config.model.patch, config.machine
-    return ViT(config.model, config.gate, classes, 1 + grid**2, scan=machine.scan_layers, remat=machine.remat)
+    exact = config.model.model_copy(update={"dtype": "float32"})
+    return ViT(exact, config.gate, classes, 1 + grid**2, scan=machine.scan_layers, remat=machine.remat)
+
+
+def training_form(model: ViT, config: Config) -> ViT:
+    """Make the form of a model that training steps run: in config.model.dtype, with products as fast as the device's.
+
+    A step need not give the bits of another program; the model that is evaluated and steered must.
+    """
+    return model.clone(model=config.model, precision=training_precision())
 
 
 class TrainedModel(NamedTuple):

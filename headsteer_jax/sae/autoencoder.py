@@ -8,6 +8,7 @@ as they are in the model; training works on the bare weights and the scaled inpu
 Axes: B, N residuals, D width, F latents, K places for active latents, S autoencoders.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.runtime.settings import use_own_settings_in_thread
 
 
@@ -121,6 +123,27 @@ def unscale_output(scaling: Scaling, u_BD: jax.Array) -> jax.Array:
     return u_BD / scaling.scale + scaling.mean
 
 
+@functools.cache
+def _make_top_values(count: int) -> Callable[[jax.Array], jax.Array]:
+    """Make the function that finds the `count` largest values of each row: [B, F] -> [B, count], descending."""
+
+    @jax.custom_batching.custom_vmap
+    def find(a_BF: jax.Array) -> jax.Array:
+        return jax.lax.top_k(a_BF, count)[0]
+
+    @find.def_vmap
+    def find_of_members(size: int, is_batched: list[bool], a_SBF: jax.Array) -> tuple[jax.Array, bool]:
+        # all members' rows as one matrix: a TPU has a unit for that, but sorts every row of an array of three axes
+        return find(a_SBF.reshape(-1, a_SBF.shape[-1])).reshape(*a_SBF.shape[:-1], count), True
+
+    return find
+
+
+def find_top_values(a_BF: jax.Array, count: int) -> jax.Array:
+    """Find the `count` largest values of each row, without a gradient: [B, F] -> [B, K], descending."""
+    return _make_top_values(min(count, a_BF.shape[-1]))(jax.lax.stop_gradient(a_BF))
+
+
 def keep_top_k(a_BF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
     """Keep the k largest values of each row and set the others to 0 (TopK).
 
@@ -137,7 +160,11 @@ def keep_top_k(a_BF: jax.Array, k: int | jax.Array, max_k: int | None = None) ->
         if k >= a_BF.shape[-1]:
             return a_BF
     assert max_k is not None
-    best_BK = jax.lax.top_k(jax.lax.stop_gradient(a_BF), min(max_k, a_BF.shape[-1]))[0]
+    return keep_from(a_BF, find_top_values(a_BF, max_k), k)
+
+
+def keep_from(a_BF: jax.Array, best_BK: jax.Array, k: int | jax.Array) -> jax.Array:
+    """Keep the values from the k-th of each row's largest ones on, and set the others to 0."""
     best_BK = jnp.where(jnp.arange(best_BK.shape[-1]) < k, best_BK, jnp.inf)
     # the minimum of the k, not the last of them: XLA's CPU compiler would turn that slice into a sort of the whole row
     return jnp.where(a_BF < jnp.min(best_BK, axis=-1, keepdims=True), 0.0, a_BF)  # NaN stays
@@ -145,7 +172,7 @@ def keep_top_k(a_BF: jax.Array, k: int | jax.Array, max_k: int | None = None) ->
 
 def compute_pre_activations(sae: SAEWeights, u_BD: jax.Array) -> jax.Array:
     """Compute a = ReLU(W_e (u - b_d) + b_e), [B, F]."""
-    return jax.nn.relu((u_BD - sae.b_d) @ sae.W_e.T + sae.b_e)
+    return jax.nn.relu(jnp.matmul(u_BD - sae.b_d, sae.W_e.T, precision=EXACT) + sae.b_e)
 
 
 def encode_scaled(sae: SAEWeights, u_BD: jax.Array, k: int | None) -> jax.Array:
@@ -162,7 +189,7 @@ def encode_scaled(sae: SAEWeights, u_BD: jax.Array, k: int | None) -> jax.Array:
 
 def decode_scaled(sae: SAEWeights, z_BF: jax.Array) -> jax.Array:
     """Decode latents into scaled residuals: u_hat = W_d^T z + b_d, [B, D]."""
-    return z_BF @ sae.W_d + sae.b_d
+    return jnp.matmul(z_BF, sae.W_d, precision=EXACT) + sae.b_d
 
 
 def normalise_rows(W_FD: jax.Array) -> jax.Array:

@@ -4,15 +4,16 @@ Axes: B, N residuals, D width, F latents, K places for active latents, M dead la
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
 from headsteer_jax.config.schema import SAEConfig
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.sae import sparse
-from headsteer_jax.sae.autoencoder import SAEWeights, compute_pre_activations, keep_top_k, normalise_rows
+from headsteer_jax.sae.autoencoder import SAEWeights, find_top_values, keep_from, keep_top_k, normalise_rows
 
 # BatchTopK: one residual can have at most so many times k active latents, as room for them is set aside
 BATCH_TOPK_ROOM = 4
@@ -93,7 +94,9 @@ class StepMetrics(NamedTuple):
     threshold: jax.Array  # BatchTopK: the smallest activation that stayed
 
 
-def aux_k_loss(sae: SAEWeights, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array, k_aux: int) -> jax.Array:
+def aux_k_loss(
+    sae: SAEWeights, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array, k_aux: int, precision: Any = EXACT
+) -> jax.Array:
     """Compute AuxK [TopK, A.2]: the top k_aux of the dead latents reconstruct the error of the living ones.
 
     The error e = u - u_hat is detached, its reconstruction has no decoder bias, and the loss is relative to e's
@@ -102,8 +105,10 @@ def aux_k_loss(sae: SAEWeights, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: ja
     """
     e_BD = jax.lax.stop_gradient(u_BD - u_hat_BD)
     dead_M, index_M = jax.lax.top_k(dead_F.astype(jnp.float32), min(2 * k_aux, dead_F.shape[0]))
-    a_BM = jax.nn.relu((u_BD - jax.lax.stop_gradient(sae.b_d)) @ sae.W_e[index_M].T + sae.b_e[index_M])
-    e_hat_BD = keep_top_k(a_BM * dead_M, min(k_aux, len(index_M))) @ sae.W_d[index_M]
+    u_centred_BD = u_BD - jax.lax.stop_gradient(sae.b_d)
+    a_BM = jax.nn.relu(jnp.matmul(u_centred_BD, sae.W_e[index_M].T, precision=precision) + sae.b_e[index_M])
+    z_BM = keep_top_k(a_BM * dead_M, min(k_aux, len(index_M)))
+    e_hat_BD = jnp.matmul(z_BM, sae.W_d[index_M], precision=precision)
     variance = jnp.sum((e_BD - e_BD.mean(axis=0)) ** 2)
     return jnp.where(jnp.any(dead_F), jnp.sum((e_BD - e_hat_BD) ** 2) / jnp.maximum(variance, 1e-12), 0.0)
 
@@ -120,6 +125,7 @@ class Objective(NamedTuple):
     max_k: int  # the largest k that a training step can have
     k_aux: int  # latents of AuxK; 0: without it
     use_sparse: bool  # TopK and BatchTopK by `sparse`, which must be available: the same but for rounding
+    precision: Any = EXACT  # of the products
 
 
 class Codes(NamedTuple):
@@ -131,31 +137,49 @@ class Codes(NamedTuple):
     threshold: jax.Array  # BatchTopK: the smallest activation that stayed, else 0
 
 
+def _fold_bias(sae: SAEWeights, precision: Any) -> jax.Array:
+    """Fold the decoder's bias into the encoder's, [F]: W_e (u - b_d) + b_e = W_e u + (b_e - W_e b_d).
+
+    So its gradient is a product of a vector and not of the whole batch, which is one of six dense products of a step.
+    """
+    return sae.b_e - jnp.matmul(sae.W_e, sae.b_d, precision=precision)
+
+
+def _compute_pre_activations(sae: SAEWeights, u_BD: jax.Array, precision: Any) -> jax.Array:
+    """Compute a = ReLU(W_e (u - b_d) + b_e), [B, F], for training."""
+    return jax.nn.relu(jnp.matmul(u_BD, sae.W_e.T, precision=precision) + _fold_bias(sae, precision))
+
+
 def _encode_top_k(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, objective: Objective) -> Codes:
     """Encode a batch by TopK or BatchTopK, neither of which needs a penalty."""
-    c, max_k, _, use_sparse = objective
+    c, max_k, _, use_sparse, precision = objective
     F, latents_BK, threshold = len(sae.b_e), None, jnp.zeros(())
     batch_top_k = c.activation == "batch_topk"
     places = min(BATCH_TOPK_ROOM * max_k, F) if batch_top_k else max_k
     row_k = jnp.minimum(BATCH_TOPK_ROOM * k, F) if batch_top_k else k
     if use_sparse:
-        z, latents_BK = sparse.encode_top_k(u_BD, sae.W_e, sae.b_e - sae.W_e @ sae.b_d, row_k, places)
+        z, latents_BK = sparse.encode_top_k(u_BD, sae.W_e, _fold_bias(sae, precision), row_k, places)
+        best = z
     else:
-        z = keep_top_k(compute_pre_activations(sae, u_BD), row_k, places)
-    if batch_top_k:
-        z = jnp.where(z < find_batch_threshold(z, len(u_BD) * k), 0.0, z)  # NaN stays
+        a_BF = _compute_pre_activations(sae, u_BD, precision)
+        best = find_top_values(a_BF, places)
+        z = keep_from(a_BF, best, row_k)
+        best = jnp.where(jnp.arange(best.shape[-1]) < row_k, best, 0.0)
+    if batch_top_k:  # the threshold is searched for among the rows' largest values, which are few
+        z = jnp.where(z < find_batch_threshold(best, len(u_BD) * k), 0.0, z)  # NaN stays
         threshold = jnp.min(jnp.where(z > 0, z, jnp.inf))
     return Codes(z, latents_BK, jnp.zeros(()), threshold)
 
 
-def _encode_above_threshold(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, c: SAEConfig) -> Codes:
+def _encode_above_threshold(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, objective: Objective) -> Codes:
     """Encode a batch by JumpReLU or ReLU, whose penalty keeps the latents sparse."""
-    z_BF, on_BF = jump_relu(compute_pre_activations(sae, u_BD), sae.threshold, c.bandwidth)
+    c, precision = objective.c, objective.precision
+    z_BF, on_BF = jump_relu(_compute_pre_activations(sae, u_BD, precision), sae.threshold, c.bandwidth)
     if c.activation == "jumprelu":
         penalty = c.l0_weight * (jnp.sum(on_BF) / len(u_BD) / k - 1.0) ** 2
     else:
         length_F = jnp.linalg.norm(sae.W_d, axis=1)
-        penalty = c.l1_weight * jnp.mean(z_BF @ length_F) / u_BD.shape[1] ** 0.5
+        penalty = c.l1_weight * jnp.mean(jnp.matmul(z_BF, length_F, precision=precision)) / u_BD.shape[1] ** 0.5
     return Codes(z_BF, None, penalty, jnp.zeros(()))
 
 
@@ -179,7 +203,7 @@ def autoencoder_loss(
     if c.activation in ("topk", "batch_topk"):
         z, latents_BK, penalty, threshold = _encode_top_k(sae, u_BD, k, objective)
     else:
-        z, latents_BK, penalty, threshold = _encode_above_threshold(sae, u_BD, k, c)
+        z, latents_BK, penalty, threshold = _encode_above_threshold(sae, u_BD, k, objective)
 
     error, u_hat_BD, begin = jnp.zeros(()), jnp.broadcast_to(sae.b_d, u_BD.shape), 0
     lengths = prefix_lengths(c, F)
@@ -188,12 +212,13 @@ def autoencoder_loss(
             inside = z if len(lengths) == 1 else jnp.where((latents_BK >= begin) & (latents_BK < end), z, 0.0)
             u_hat_BD = u_hat_BD + sparse.sum_weighted_rows(inside, latents_BK, sae.W_d)
         else:
-            u_hat_BD = u_hat_BD + z[:, begin:end] @ sae.W_d[begin:end]
+            part_BD = jnp.matmul(z[:, begin:end], sae.W_d[begin:end], precision=objective.precision)
+            u_hat_BD = u_hat_BD + part_BD
         last, begin = jnp.sum((u_BD - u_hat_BD) ** 2), end
         error += last / len(lengths)
     total = error / jnp.sum((u_BD - u_BD.mean(axis=0)) ** 2) + penalty
     if objective.k_aux:
-        total += c.aux_weight * aux_k_loss(sae, u_BD, u_hat_BD, dead_F, objective.k_aux)
+        total += c.aux_weight * aux_k_loss(sae, u_BD, u_hat_BD, dead_F, objective.k_aux, objective.precision)
     if latents_BK is None:
         fired_F = jnp.sum(z > 0, axis=0, dtype=jnp.float32)
     else:

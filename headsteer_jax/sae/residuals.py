@@ -236,7 +236,8 @@ def fingerprint_ingredients(trained: TrainedModel, split: Split) -> dict[str, An
     return {
         "format": CACHE_FORMAT,
         "model": fingerprint_params(trained.params),
-        "config.model": config.model.model_dump(exclude={"pretrained", "pretrained_head"}),
+        "config.model": config.model.model_dump(exclude={"pretrained", "pretrained_head"})
+        | {"dtype": "float32"},  # in which residuals are computed, whatever the training's type
         "config.gate": _describe_gates(config.gate),
         "config.data": config.data.model_dump(include={"image_size", "channels", "mean", "std"}),
         "images": pixels,

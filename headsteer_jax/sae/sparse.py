@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from headsteer_jax.runtime.compiled import cache_dir, processor_flags
+from headsteer_jax.runtime.precision import EXACT
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def encode_top_k(
 
 
 def _encode_top_k_fwd(u_BD, W_FD, bias_F, k, max_k):  # type: ignore[no-untyped-def]
-    a_BF = u_BD @ W_FD.T
+    a_BF = jnp.matmul(u_BD, W_FD.T, precision=EXACT)
     values_BK, latents_BK = _ffi_call("top_k", ((len(u_BD), max_k),) * 2, a_BF, bias_F, jnp.asarray(k, jnp.int32))
     return (values_BK, latents_BK), (u_BD, W_FD, values_BK, latents_BK)
 

@@ -23,6 +23,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.checkpoint import Checkpoints
 from headsteer_jax.runtime.mesh import members_mesh, place, replicated_sharding
+from headsteer_jax.runtime.precision import training_precision
 from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae import sparse
@@ -102,11 +103,12 @@ class TrainingPlan(NamedTuple):
     seed: int  # of the orders of the data
 
 
-def _make_plan(c: SAEConfig, members: Members, D: int, steps_per_epoch: int, seed: int) -> TrainingPlan:
+def _make_plan(c: SAEConfig, members: Members, D: int, steps_per_epoch: int, seed: int, platform: str) -> TrainingPlan:
     max_k = max(int(members.k.max()), c.k_start)
     k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
     dead_window = min(max(1, round(c.dead_window * steps_per_epoch)), 2**31 - 1)
-    objective = Objective(c, max_k, k_aux, use_sparse=sparse.is_available())
+    use_sparse = platform == "cpu" and sparse.is_available()
+    objective = Objective(c, max_k, k_aux, use_sparse, training_precision())
     return TrainingPlan(c, c.epochs * steps_per_epoch, dead_window, objective, seed)
 
 
@@ -176,10 +178,10 @@ def _train_epoch(
     return state._replace(epoch=state.epoch + 1), jax.tree.map(lambda values: values.mean(axis=0), curves)
 
 
-def make_epoch_program(
-    c: SAEConfig, members: Members, D: int, steps_per_epoch: int, seed: int, mesh: Mesh | None = None
-) -> Callable[..., Any]:
-    """Make `(state, u [G, D], part, epochs=n) -> (state, curves [n, S])`: n epochs over these residuals in one call.
+def jit_epochs(
+    c: SAEConfig, members: Members, D: int, steps_per_epoch: int, seed: int, mesh: Mesh, platform: str = ""
+) -> Any:
+    """Make the jitted `(state, members, u [G, D], part, epochs=n) -> (state, curves [n, S])`, which donates the state.
 
     In every epoch each member draws an order of the residuals from its key, fold_in of (seed, order, epoch, part).
     Residuals that do not fill a batch are left out of that epoch.
@@ -190,10 +192,10 @@ def make_epoch_program(
       D: width.
       steps_per_epoch: of all parts together.
       seed: of the orders.
-      mesh: `members_mesh`, which is the default.
+      mesh: `members_mesh`, perhaps of devices that this machine does not have.
+      platform: for which the program is lowered, if it is not the mesh's.
     """
-    mesh = mesh or members_mesh(len(members.k), MachineConfig())
-    plan = _make_plan(c, members, D, steps_per_epoch, seed)
+    plan = _make_plan(c, members, D, steps_per_epoch, seed, platform or mesh.devices.flat[0].platform)
 
     def run(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
         return jax.lax.scan(lambda state, _: _train_epoch(state, members, u_GD, part, plan), state, None, length=epochs)
@@ -211,7 +213,19 @@ def make_epoch_program(
             in_specs=(specs, sharded, replicated, replicated), out_specs=(specs, curve_spec),
         )(state, members, u_GD, part)  # fmt: skip
 
-    placed_members = place(members, Members(*[NamedSharding(mesh, sharded)] * 4))
+    return program
+
+
+def make_epoch_program(
+    c: SAEConfig, members: Members, D: int, steps_per_epoch: int, seed: int, mesh: Mesh | None = None
+) -> Callable[..., Any]:
+    """Make `(state, u [G, D], part, epochs=n) -> (state, curves [n, S])`: n epochs over these residuals in one call.
+
+    The arguments are those of `jit_epochs`; the mesh is by default that of all devices.
+    """
+    mesh = mesh or members_mesh(len(members.k), MachineConfig())
+    program = jit_epochs(c, members, D, steps_per_epoch, seed, mesh)
+    placed_members = place(members, Members(*[NamedSharding(mesh, PartitionSpec("member"))] * 4))
 
     def run_epochs(state: SAEState, u_GD: jax.Array, part: int = 0, epochs: int = 1) -> Any:
         with jax.set_mesh(mesh):

@@ -25,8 +25,9 @@ from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
 from headsteer_jax.sae.residuals import StoredResiduals, Tokens
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.gates import LayerGates
-from headsteer_jax.steer.steering import Steering, SuffixResult, SuffixSetting, run_suffix, steer_latents
+from headsteer_jax.steer.steering import Steering, steer_latents
 from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.suffix import SuffixResult, SuffixSetting, run_suffix
 
 PATCHES_OF_A_CLASS = 5000  # the most training patches of each class that the choice of latents looks at
 CLOSEST = 10  # latents of similar frequency, of which the control draws one

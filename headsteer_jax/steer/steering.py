@@ -2,35 +2,21 @@
 
 Under the *policy* target steering changes one layer's gates and nothing else: `GateProgram` gives the gates, and the
 table (`table.py`) the answers. Under the *residual* target, with several steered layers, with steered patches or with
-more heads than a table can hold, the layers from the first steered one on run for every setting: `run_suffix`.
+more heads than a table can hold, the layers from the first steered one on run for every setting (`suffix.py`).
 
 Axes: B, N images, P patches, R rows (an image with the class that steers it), D width, F latents, S chosen latents, G
-gates of a layer that read its CLS residual, V settings, A alphas, C classes.
+gates of a layer that read its CLS residual, A alphas, C classes.
 """
 
-import types
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.config.schema import GateKind, SteerConfig
-from headsteer_jax.data.augment import preprocess
-from headsteer_jax.data.dataset import Split, gather_images
-from headsteer_jax.model.passes import (
-    CompiledFit,
-    compile_within_memory,
-    memory_error,
-    padded_chunks,
-    per_image_program,
-    replicate,
-)
-from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, count_gates, predict_class
-from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
-from headsteer_jax.runtime.progress import progress
+from headsteer_jax.config.schema import SteerConfig
+from headsteer_jax.model.vit import Intervention, TrainedModel, ViT
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.steer.gates import LayerGates, gates_to_pattern
 from headsteer_jax.steer.strategies import Choice
@@ -90,7 +76,7 @@ def apply_steering(
     base_BD = x_BD if config.form == "delta" else sae.decode(z_BF)
     s_BS = jnp.asarray(steering.strength)[latents_BS]
     change_BS = steer_latents(z_BS, s_BS, w_BS, jnp.reshape(alpha, (-1, 1)), config.mode) - z_BS
-    return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=jax.lax.Precision.HIGHEST)
+    return base_BD + jnp.einsum("BS,BSD->BD", change_BS, rows_BSD, precision=EXACT)
 
 
 def steer_patches(
@@ -100,10 +86,11 @@ def steer_patches(
 
     Args:
       class_B: the class by which each image is steered.
-      alpha: one for all images.
+      alpha: one for all images, or [B].
     """
     B, P, D = x_BPD.shape
     config = config.model_copy(update={"mode": config.patch_mode})
+    alpha = jnp.repeat(alpha, P) if jnp.ndim(alpha) else alpha
     return apply_steering(steering, x_BPD.reshape(B * P, D), jnp.repeat(class_B, P), alpha, config).reshape(B, P, D)
 
 
@@ -144,8 +131,8 @@ class GateProgram:
             steered_BD = apply_steering(steering, x_BD, class_B, alpha, steer)
             return gates_to_pattern(gates.logits(model, params, steered_BD))
 
-        self._run_rows = jax.jit(pattern)
-        self._run_grid = jax.jit(
+        self.run_rows = jax.jit(pattern)
+        self.run_grid = jax.jit(
             lambda params, steering, x_BD, class_B, alphas_A: jax.lax.map(
                 lambda alpha: pattern(params, steering, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
             )
@@ -160,7 +147,7 @@ class GateProgram:
         if not len(x_RD):
             return np.zeros((len(alphas_A), 0), np.int32)
         parts = [
-            np.asarray(self._run_grid(self._params, steering, x_RD[rows], class_R[rows], alphas_A))
+            np.asarray(self.run_grid(self._params, steering, x_RD[rows], class_R[rows], alphas_A))
             for rows in self._chunks(len(x_RD))
         ]
         return np.concatenate(parts, axis=-1)[:, : len(x_RD)]
@@ -171,7 +158,7 @@ class GateProgram:
         if not len(x_RD):
             return np.zeros(0, np.int32)
         parts = [
-            np.asarray(self._run_rows(self._params, steering, x_RD[rows], class_R[rows], alpha_R[rows]))
+            np.asarray(self.run_rows(self._params, steering, x_RD[rows], class_R[rows], alpha_R[rows]))
             for rows in self._chunks(len(x_RD))
         ]
         return np.concatenate(parts)[: len(x_RD)]
@@ -180,181 +167,3 @@ class GateProgram:
         """Cut `count` rows into chunks of one size, so that there is one program; the last row fills the last chunk."""
         size = self._chunk
         return [np.minimum(np.arange(begin, begin + size), count - 1) for begin in range(0, count, size)]
-
-
-class SuffixSetting(NamedTuple):
-    """Steered layers: their CLS residual is changed, the residuals of their patches, or both."""
-
-    steered: Mapping[int, Steering]  # by layer: of the CLS residual
-    steered_by: np.ndarray  # [N] the class that steers each image
-    patches: Mapping[int, Steering] = types.MappingProxyType({})  # by layer: of every patch's residual
-
-    @property
-    def steerings(self) -> tuple[dict[int, Steering], dict[int, Steering]]:
-        """The steerings of the CLS residual and of the patches, as a pytree."""
-        return dict(self.steered), dict(self.patches)
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers in which anything is steered, ascending."""
-        return sorted({*self.steered, *self.patches})
-
-
-class SuffixResult(NamedTuple):
-    """The gates and the answers of every setting under every alpha."""
-
-    gates: dict[int, dict[str, np.ndarray]]  # by layer and kind, [V, A, N, n] bool
-    predictions: np.ndarray  # [V, A, N] int32
-
-
-Observed = Mapping[int, Sequence[GateKind]]  # the kinds of gates that are returned, by layer
-
-
-def _steered_suffix(trained: TrainedModel, layers: Sequence[int], observed: Observed) -> Callable[..., tuple[Any, ...]]:
-    """Build the function that runs the layers from the first steered one on, under several alphas as a vmap.
-
-    Args:
-      layers: those that are steered, ascending.
-      observed: the gates that it returns.
-    """
-    config, model = trained.config, trained.model
-
-    def run_suffix_layers(
-        params: Any,
-        steerings: tuple[dict[int, Steering], ...],
-        alphas_A: jax.Array,
-        x_BTD: jax.Array,
-        class_B: jax.Array,
-    ) -> tuple[Any, ...]:
-        def run_alpha(alpha: jax.Array) -> tuple[Any, jax.Array]:
-            def read_steered(apply: Callable[..., jax.Array], by_layer: dict[int, Steering], layer: int) -> Any:
-                if layer not in by_layer:
-                    return None
-                return lambda x: apply(by_layer[layer], x, class_B, alpha, config.steer)
-
-            changes = {
-                layer: Intervention(
-                    gate_input=read_steered(apply_steering, steerings[0], layer),
-                    token_input=read_steered(steer_patches, steerings[1], layer),
-                    steer_residual=config.steer.target == "residual",
-                )
-                for layer in layers
-            }
-
-            def run_blocks(m: ViT) -> tuple[jax.Array, Any]:
-                last_BTD, out = m.blocks(x_BTD, layers[0], interventions=changes)
-                return predict_class(m.classify(last_BTD[:, 0])), out["gates"]
-
-            prediction_B, gates = model.apply(params, method=run_blocks)
-            outputs = {layer: {kind: gates[layer][kind] > 0 for kind in kinds} for layer, kinds in observed.items()}
-            return outputs, prediction_B
-
-        return jax.vmap(run_alpha, out_axes=1)(alphas_A)
-
-    return run_suffix_layers
-
-
-def _compile_suffix(
-    trained: TrainedModel, params: Any, setting: SuffixSetting, alphas: int, images: int, observed: Observed
-) -> tuple[CompiledFit, int]:
-    """Compile the suffix for as many alphas at once as fit the memory budget, and fewer images if not one alpha fits.
-
-    Args:
-      params: the model's parameters on every device.
-      setting: one of those that are to be run.
-      alphas: how many there are.
-      images: how many there are.
-      observed: the gates that the program returns.
-
-    Returns:
-      The program for a number of alphas, and the number of images of a device in a call.
-
-    Raises:
-      HeadSteerError: the budget is too small for one image under one alpha.
-    """
-    config, model = trained.config, trained.model
-    tokens, memory = model.positions_count + model.model.registers, config.machine.sweep_memory
-    size = min(config.machine.sweep_chunk, images)
-    program = per_image_program(_steered_suffix(trained, setting.layers, observed), size, arrays=2, fixed=3).run
-    sharding = batch_sharding(local_mesh())
-    while True:
-        batch = size * jax.local_device_count()
-
-        def compile_for(at_once: int, batch: int = batch) -> Any:
-            x_BTD = jax.ShapeDtypeStruct((batch, tokens, config.model.width), jnp.float32, sharding=sharding)
-            class_B = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding)
-            alphas_A = replicate(np.zeros(at_once, np.float32))
-            return program.lower(params, replicate(setting.steerings), alphas_A, x_BTD, class_B).compile()
-
-        fit = compile_within_memory(compile_for, alphas, memory)
-        if fit.size:
-            return fit, size
-        if size == 1:
-            raise memory_error(fit, memory, "one image under one alpha")
-        size = max(1, size // 2)
-
-
-def run_suffix(
-    trained: TrainedModel, split: Split, settings: Sequence[SuffixSetting], alphas: np.ndarray, description: str,
-    kinds: Sequence[GateKind] = ("heads", "sublayers"), *, following: bool = False,
-) -> SuffixResult:  # fmt: skip
-    """Run the layers from the first steered one on for every setting and alpha; the layers before it run once.
-
-    Alphas are a vmap, as many at once as fit config.machine.sweep_memory.
-
-    Args:
-      settings: the same layers are steered in each.
-      description: names the work in the progress bar.
-      kinds: of the gates that are returned, as far as a layer has them.
-      following: return the gates of all layers from the first steered one on, and not of the steered ones alone.
-
-    Raises:
-      HeadSteerError: the memory budget is too small for one image under one alpha.
-    """
-    config, model, params = trained.config, trained.model, replicate(trained.params)
-    layers, count = settings[0].layers, len(split.labels)
-
-    def run_before(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        return (model.apply(params, preprocess(images, config.data), layers[0], method="before"),)
-
-    returned = range(layers[0], config.model.depth) if following else layers
-    observed = {layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)] for layer in returned}
-    suffix, size = _compile_suffix(trained, params, settings[0], len(alphas), count, observed)
-    prefix = per_image_program(run_before, size).run
-    begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
-    shape = (len(settings), len(alphas), end - begin)
-    gates: dict[int, dict[str, np.ndarray]] = {
-        layer: {kind: np.zeros((*shape, count_gates(model)[kind]), bool) for kind in layer_kinds}
-        for layer, layer_kinds in observed.items()
-    }
-    predictions = np.zeros(shape, np.int32)
-    steered_V = [replicate(setting.steerings) for setting in settings]
-
-    def run_share() -> None:
-        """Fill this host's share of the gates and predictions."""
-        with progress(len(settings) * (end - begin), description, "image") as bar:
-            for indices in padded_chunks(begin, end, size, jax.local_device_count()):
-                (x_BTD,) = prefix(params, gather_images(split.images, indices))
-                filled = min(len(indices), end - indices[0])  # the rest of the chunk is padding
-                place = slice(indices[0] - begin, indices[0] - begin + filled)
-                for v, setting in enumerate(settings):
-                    class_B = jax.device_put(setting.steered_by[indices].astype(np.int32), batch_sharding(local_mesh()))
-                    for first in range(0, len(alphas), suffix.size):
-                        part_A = np.minimum(np.arange(first, first + suffix.size), len(alphas) - 1)
-                        alphas_A = replicate(np.asarray(alphas, np.float32)[part_A])
-                        outputs, answers = jax.device_get(suffix.run(params, steered_V[v], alphas_A, x_BTD, class_B))
-                        for layer, by_kind in gates.items():
-                            for kind, values in by_kind.items():
-                                values[v, part_A, place] = np.moveaxis(outputs[layer][kind][:filled], 1, 0)
-                        predictions[v, part_A, place] = answers[:filled].T
-                    bar.update(filled)
-
-    hosts.on_every_process(run_share)
-
-    gathered = {layer: {kind: _gather_images(g) for kind, g in by_kind.items()} for layer, by_kind in gates.items()}
-    return SuffixResult(gathered, _gather_images(predictions))
-
-
-def _gather_images(values: np.ndarray) -> np.ndarray:
-    """Gather every host's share of the images: [V, A, n, ...] -> [V, A, N, ...]."""
-    return np.moveaxis(hosts.gather_rows(np.moveaxis(values, 2, 0)), 0, 2)

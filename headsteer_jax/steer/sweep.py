@@ -32,7 +32,7 @@ from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
-from headsteer_jax.steer.steering import GateProgram, Steering, SuffixSetting, run_suffix
+from headsteer_jax.steer.steering import GateProgram, Steering
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
@@ -42,6 +42,7 @@ from headsteer_jax.steer.strategies import (
     latent_overlap,
     latent_statistics,
 )
+from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 from headsteer_jax.steer.table import (
     Outcomes,
     Table,

@@ -19,6 +19,7 @@ from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.model.passes import Program, compile_program_within_memory, per_image_program, run_over_split
 from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.steer.gates import LayerGates, force_gates, gates_to_pattern
 
 ROWS_PER_PRODUCT = 2048  # rows of the products that fill the table: more leave a CPU's cache
@@ -62,7 +63,7 @@ def predict_under_patterns(
             def sum_contributions(g_G: jax.Array) -> jax.Array:
                 by_kind = {kind: g[None] for kind, g in gates.split(g_G).items()}
                 g_H = by_kind["heads"][0] if "heads" in by_kind else jnp.ones(model.model.heads)
-                sum_BD = jnp.einsum("H,BHD->BD", g_H, contribution_BHD, precision=jax.lax.Precision.HIGHEST)
+                sum_BD = jnp.einsum("H,BHD->BD", g_H, contribution_BHD, precision=EXACT)
                 return predict_class(m.last_logits(x_BTD[:, 0], always_BD + sum_BD, by_kind))
 
             return jax.lax.map(sum_contributions, gates_PG, batch_size=max(1, ROWS_PER_PRODUCT // count))
@@ -115,12 +116,8 @@ class Table(NamedTuple):
         return Outcomes(labels, self.gate_logits, self.answers == labels[:, None], self.pattern.astype(np.int64))
 
 
-def compile_table_program(trained: TrainedModel, split: Split) -> Program:
-    """Compile the pass that fills a table, within the memory budget, for images like a split's.
-
-    Raises:
-      HeadSteerError: the budget is too small for one image.
-    """
+def make_table_program(trained: TrainedModel) -> Program:
+    """Make the pass that fills a table, for as many images as a call may have."""
     config, model = trained.config, trained.model
     gates, listed_P = LayerGates(config, config.sae_layer), jnp.asarray(list_patterns(config), jnp.int32)
 
@@ -137,7 +134,16 @@ def compile_table_program(trained: TrainedModel, split: Split) -> Program:
         patches_B = count_kept_patches(model, params, x_BTD, gates.layer)
         return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, patches_B
 
-    program = per_image_program(run, config.machine.sweep_chunk)
+    return per_image_program(run, config.machine.sweep_chunk)
+
+
+def compile_table_program(trained: TrainedModel, split: Split) -> Program:
+    """Compile the pass that fills a table, within the memory budget, for images like a split's.
+
+    Raises:
+      HeadSteerError: the budget is too small for one image.
+    """
+    program, config = make_table_program(trained), trained.config
     return compile_program_within_memory(program, trained.params, split, config.machine.sweep_memory)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from headsteer_jax.config.schema import Config, PhaseConfig
 from headsteer_jax.data.augment import augment_and_normalise, mixup
 from headsteer_jax.model.gates import Gates, anneal_noise
-from headsteer_jax.model.vit import ViT, draw_noise
+from headsteer_jax.model.vit import ViT, draw_noise, training_form
 from headsteer_jax.runtime import mesh
 from headsteer_jax.train.losses import follow_teacher, has_teacher, limit_usage
 
@@ -202,6 +202,7 @@ def make_training_steps(
       A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]). If gates are
       sampled and the config has a teacher, its parameters are a fourth argument, which is kept.
     """
+    model = training_form(model, config)
     tx, gradient = make_optimizer(config, phase), _make_gradient(model, config, _choose_layout(shardings))
     teachers = int(gated and has_teacher(config.gate))
 

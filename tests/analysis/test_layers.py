@@ -14,7 +14,8 @@ from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.sae.autoencoder import SAEWeights
-from headsteer_jax.steer.steering import Steering, SuffixSetting, run_suffix
+from headsteer_jax.steer.steering import Steering
+from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 
 
 def config_of(**steer: object) -> Config:

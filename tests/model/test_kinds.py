@@ -13,7 +13,7 @@ from builders import tiny_config
 
 from headsteer_jax.config import Config, MachineConfig, SublayerGateConfig, TokenGateConfig
 from headsteer_jax.config.schema import GATE_KINDS, GateKind
-from headsteer_jax.model.vit import Intervention, build_model, draw_noise, stack_gates
+from headsteer_jax.model.vit import Intervention, build_model, draw_noise, stack_gates, training_form
 
 ALL = GATE_KINDS
 SUBSETS: list[tuple[GateKind, ...]] = [kinds for size in (1, 2, 3) for kinds in itertools.combinations(ALL, size)]
@@ -157,7 +157,8 @@ def test_open_gates_are_the_dense_model_bit_for_bit(dropped: str, dtype: str) ->
     """All kinds together, and each by itself, in every layer, whether or not the layer decides it."""
     config = gated_config(ALL, dropped, registers=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    model, params, images = build_model(config, CLASSES), random_params(config, CLASSES), normal(0, 4, 8, 8, 1)
+    model, params = training_form(build_model(config, CLASSES), config), random_params(config, CLASSES)
+    images = normal(0, 4, 8, 8, 1)
 
     @jax.jit
     def run(params: Any, gates: Any) -> Any:

@@ -537,7 +537,6 @@ def test_any_image_and_label_counts(split: Split, seed: int) -> None:
         ("gate", {"first_layer": 2}),
         ("gate", {"layer_norm": True}),
         ("model", {"gelu": "tanh"}),
-        ("model", {"dtype": "bfloat16"}),
         ("model", {"layer_norm_epsilon": 1e-5}),
     ],
 )
@@ -552,6 +551,7 @@ def test_settings_of_the_forward_pass_count(split: Split, section: str, fields: 
         ("data", {"flip": True}),
         ("gate", {"temperature": 5.0}),
         ("model", {"pretrained": "x.npz"}),
+        ("model", {"dtype": "bfloat16"}),  # of training; residuals are computed in float32
         ("train", {"eval_batch": 3}),
         ("sae", {"k": 3}),
     ],

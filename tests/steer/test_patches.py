@@ -23,7 +23,7 @@ from headsteer_jax.steer.patches import (
     observe_steered_patches,
     steers_patches,
 )
-from headsteer_jax.steer.steering import SuffixResult, SuffixSetting, run_suffix
+from headsteer_jax.steer.suffix import SuffixResult, SuffixSetting, run_suffix
 
 KINDS = ("heads", "sublayers", "tokens")
 

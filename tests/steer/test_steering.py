@@ -16,6 +16,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Intervention, TrainedModel, build_model
 from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer import steering as steer
+from headsteer_jax.steer import suffix
 from headsteer_jax.steer.gates import gates_to_pattern
 
 
@@ -76,8 +77,10 @@ def test_run_suffix_is_the_plain_model(split, layer, target, memory):
     model, params = trained.model, trained.params
     layer = layer % 3
     alphas, other = np.array([-2.0, 0.0, 1.0, 4.0, 9.0]), (split.labels + 1) % CLASSES
-    settings = [steer.SuffixSetting({layer: setting(seed)}, labels) for seed, labels in ((0, split.labels), (1, other))]
-    found = steer.run_suffix(trained, split, settings, alphas, "test")
+    settings = [
+        suffix.SuffixSetting({layer: setting(seed)}, labels) for seed, labels in ((0, split.labels), (1, other))
+    ]
+    found = suffix.run_suffix(trained, split, settings, alphas, "test")
     gates, predictions = found.gates[layer]["heads"], found.predictions
     images = split.images / np.float32(255)
 
@@ -113,8 +116,8 @@ def test_a_budget_that_one_image_does_not_fit_is_one_line(split):
     with pytest.raises(
         HeadSteerError, match=r"^config\.machine\.sweep_memory = 1: too small, because one image under one alpha needs"
     ):
-        steer.run_suffix(
-            TrainedModel(config, model, params), split, [steer.SuffixSetting({1: setting()}, split.labels)],
+        suffix.run_suffix(
+            TrainedModel(config, model, params), split, [suffix.SuffixSetting({1: setting()}, split.labels)],
             np.ones(1), "test",
         )  # fmt: skip
 

@@ -96,18 +96,10 @@ def test_table_is_the_model_under_every_pattern_of_several_kinds(split, kinds, l
     assert len(kinds) < 3 or len(np.unique(found.kept_patches)) > 1
 
 
-def test_contributions_of_a_bfloat16_model(split):
-    """Each head's contribution is summed in float32, and rounded where the model itself rounds."""
-    config = config_of(dtype="bfloat16")
-    model, params, found = filled(config, split)
-    images = split.images / np.float32(255)
-    forward = jax.jit(lambda p, i, g: model.apply(p, i, interventions={2: vit.Intervention(g)})[0])
-    agree = []
-    for pattern in range(8):
-        gates = np.broadcast_to(pattern_to_gates(np.array(pattern), 3), (90, 3)).astype(np.float32)
-        logits = np.asarray(forward(params, images, gates))
-        agree.append(found.answers[:, pattern] == logits.argmax(axis=1))
-    assert np.mean(agree) > 0.99
+def test_a_model_that_trains_in_bfloat16_is_steered_in_float32(split):
+    """With bfloat16, answers would depend on the program that computes them."""
+    (_, _, trained_so), (_, _, plain) = filled(config_of(dtype="bfloat16"), split), filled(config_of(), split)
+    chex.assert_trees_all_equal(trained_so, plain)
 
 
 @pytest.mark.parametrize("memory", [1, 2])
