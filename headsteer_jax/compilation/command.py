@@ -13,7 +13,8 @@ from headsteer_jax.compilation.listing import (
     to_record,
 )
 from headsteer_jax.compilation.outcome import Outcome, compile_programs
-from headsteer_jax.compilation.programs import describe_experiment, list_programs
+from headsteer_jax.compilation.planned import describe_experiment
+from headsteer_jax.compilation.programs import list_programs
 from headsteer_jax.compilation.topology import Machine
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset

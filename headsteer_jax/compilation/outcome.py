@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from headsteer_jax.compilation.hlo import summarise_program
+from headsteer_jax.compilation.planned import PlannedProgram
 from headsteer_jax.compilation.products import count_product_flops
-from headsteer_jax.compilation.programs import PlannedProgram
 from headsteer_jax.compilation.topology import Machine
 from headsteer_jax.errors import HeadSteerError
 

@@ -110,7 +110,13 @@ def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: 
     """
     size = most
     while True:
-        compiled = compile_for(size)
+        try:
+            compiled = compile_for(size)
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what exceeds the device's memory
+            if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
+                raise
+            size //= 2
+            continue
         plan = compiled.memory_analysis()
         needed = calls * (plan.temp_size_in_bytes + plan.output_size_in_bytes)
         if needed <= memory * 2**20:
