@@ -121,4 +121,4 @@ def describe_weights_of_one(config: Config) -> SAEWeights:
     """Describe the weights of one autoencoder."""
     state = describe_weights(config, Members(*(column[:1] for column in seed_members(config.sae))), config.sae.batch)
     weights: Any = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.sae)
-    return weights  # type: ignore[no-any-return]
+    return weights

@@ -14,6 +14,7 @@ from headsteer_jax.data.dataset import Split
 from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, replicated_sharding
 from headsteer_jax.sae.autoencoder import Autoencoder, Scaling
 from headsteer_jax.steer.patches import PATCH_STRATEGIES, steers_patches
+from headsteer_jax.steer.results import NAMED_BY
 from headsteer_jax.steer.steering import Steering
 from headsteer_jax.steer.strategies import Choice
 from headsteer_jax.steer.suffix import (
@@ -28,7 +29,6 @@ from headsteer_jax.steer.suffix import (
 )
 from headsteer_jax.steer.sweep import choose_method, make_alpha_grid
 from headsteer_jax.steer.table import compile_table_program, make_table_program
-from headsteer_jax.steer.results import NAMED_BY
 
 SWEEP_REMEDIES = ("a smaller config.machine.sweep_memory", "a smaller config.machine.sweep_chunk")
 
