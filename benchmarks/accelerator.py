@@ -1,28 +1,31 @@
-"""Checks results and measures speed on an accelerator: training, the autoencoders and the sweep, in one visit or two.
+"""Checks results and measures speed on an accelerator: training, the autoencoders, the sweep and skipping.
 
-    headsteer run --workdir=runs/cpu          # on a CPU, beforehand
-    python benchmarks/accelerator.py --run=runs/cpu --out=DIR --parts=1,3      # a first visit
-    python benchmarks/accelerator.py --run=runs/cpu --out=DIR2 --parts=2,4     # a second one
+    python benchmarks/accelerator.py --out=DIR
+    python benchmarks/accelerator.py --out=DIR --parts=1 --run=runs/cpu    # a run that a CPU made, as well
 
-There are four parts. Each runs without the others, and its error, if any, is in the results:
-1. The run's sweep is made again and compared with the stored one, gate by gate and answer by answer. The active latents
-   of its first autoencoder, and a training step of each kind, are compared with this process's CPU.
+There are five parts. Each runs without the others, and its error, if any, is in the results:
+1. A CPU, in a process of its own, computes the goldens of a generated model: gates, answers under every pattern, flips,
+   steered gates by the table and by the suffix, active latents, and the first training step of the transformer and of
+   the autoencoders. This process computes the same from the same parameters, and counts what differs. With --run the
+   run's sweep is made again and compared with the stored one.
 2. A ViT-S is trained in bfloat16, dense and gated: images a second, and the share of the maker's peak (MFU).
 3. Four autoencoders with 384 -> 3,072 latents are trained on 45,000 generated residuals.
-4. A ViT-S is swept on generated images, next to one plain forward pass and `run_suffix`: times, and what differs.
+4. A ViT-S is swept on generated images, next to one plain forward pass and `run_suffix`: times, and what differs. The
+   model computes with exact products, as always in a sweep, and then with bfloat16 and the device's own float32.
+5. A ViT-S whose gates drop about half of its patches runs with them masked and skipped: images a second, what differs.
 
-On an H200, part 1 took 165 s without the sweep with `highest`, part 3 took 33 s and part 4 113 s, and XLA's autotuning
-alone took 120 s for the six programs of part 2. Six minutes are too short for all four parts. A part that is late
-leaves out what matters less, and no part begins after LATE seconds. No network is needed. Products of float32 are
-computed as JAX does by default (TF32 on a GPU) and with `highest`; --products chooses for part 1. Times are medians and
-exclude compilation. DIR gets results.json and results.md. The last line printed is one JSON object. With --small
-everything takes a minute or two on a CPU.
+Everything is meant to fit into eight minutes on one GPU: a part that is late leaves out what matters less, and no part
+begins after LATE seconds. No network is needed. Training products of float32 are computed as JAX does by default (TF32
+on a GPU) and with `highest`; --products chooses for part 1. Times are medians and exclude compilation. DIR gets
+results.json and results.md. The last line printed is one JSON object. With --small everything takes a minute or two on
+a CPU.
 """
 
 import argparse
 import concurrent.futures
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,7 +46,8 @@ from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
 from headsteer_jax.model.macs import count_open_macs, peak_tflops
 from headsteer_jax.model.passes import padded_chunks
-from headsteer_jax.model.vit import TrainedModel, build_model
+from headsteer_jax.model.skip import make_skipping_forward
+from headsteer_jax.model.vit import TrainedModel, build_model, stack_gates, training_form
 from headsteer_jax.runs import Run, load_run
 from headsteer_jax.runtime.mesh import place, replicated_sharding
 from headsteer_jax.sae import train as sae_train
@@ -62,9 +66,10 @@ from headsteer_jax.train.step import make_training_steps
 
 Arrays = dict[str, np.ndarray]
 BEGAN = time.perf_counter()
-SECONDS = {1: 180, 2: 270, 3: 120, 4: 160}  # what each part may take before it leaves out what matters less
+SECONDS = {1: 100, 2: 180, 3: 60, 4: 100, 5: 40}  # what each part may take before it leaves out what matters less
 PRECISIONS = ("default", "highest")  # of float32 products
-LATE = 300  # seconds after the start, when no part and nothing optional begins
+GOLDEN_STRATEGIES = 4  # of those that the goldens steer by
+LATE = 420  # seconds after the start, when no part and nothing optional begins
 SHAPES = ((32, 8, (1024, 4096)), (32, 4, (512, 1024)), (224, 16, (256, 512)))  # image side, patch, batches
 
 
@@ -111,21 +116,114 @@ def set_precision(precision: str) -> None:
 
 
 def correctness(part: Part, args: argparse.Namespace) -> None:
-    """Compare the run's sweep, latents and training steps on this device with the CPU's."""
+    """Compare with a CPU's goldens and, if there is a run, with its sweep, latents and training steps."""
+    compare_with_goldens(part, args)
+    if args.run:
+        compare_with_run(part, args)
+
+
+def golden_run(small: bool) -> Run:
+    """Generate the model and the images of the goldens, the same in every process but for rounding."""
+    run = generate_run("exact", True)
+    config = change_sections(
+        run.config, train={"batch": 64}, sae={"batch": 256, "epochs": 1}, model={} if small else {"depth": 6}
+    )
+    return run if small else generate_run("exact", True, config)
+
+
+def golden_figures(run: Run, choices: list[Choice] | None = None) -> tuple[Arrays, list[Choice]]:
+    """Compute what is compared: arrays of integers and bools, which must not differ, and of floats.
+
+    Args:
+      choices: of latents, which are steered in place of those that strategies choose here.
+
+    Returns:
+      The arrays by name, and the strategies' choices.
+    """
+    config, trained, split = run.config, run.trained, run.dataset.test
+    bench = sweep_benchmark.Bench(run, memory=1024)
+    chosen = [steering.choice for steering in bench.steered[:GOLDEN_STRATEGIES]]
+    bench.steered = [bench.steered[0]._replace(choice=choice) for choice in choices or chosen]
+    table, alphas = bench.table(split), sweep_benchmark.alpha_grid(41)
+    arrays: Arrays = {f"table {name}": values for name, values in table._asdict().items()}
+    job = bench.job(split, table)
+    for setting in sweep_by_flips(job, alphas, bench.gates, bench.effects, bench.classes):
+        name = f"strategy {setting.strategy}"
+        arrays |= {f"{name} gates": setting.tallies[0].gates, f"{name} right": setting.tallies[0].right}
+        arrays[f"{name} flips"] = np.sort(setting.flips.alpha)[:: len(setting.flips.alpha) // 100 + 1]
+    settings = [SuffixSetting({config.sae_layer: bench.steered[0]}, split.labels)]
+    suffix = run_suffix(trained, split, settings, alphas[::10], "suffix")
+    arrays |= {"suffix gates": suffix.gates[config.sae_layer]["heads"], "suffix answers": suffix.predictions}
+    arrays |= {f"chosen latents {i}": np.sort(choice.latents, axis=-1) for i, choice in enumerate(chosen)}
+    return arrays | {"latents": encode_split(run.autoencoder(0), run.x_train) > 0}, chosen
+
+
+def golden_state(run: Run) -> tuple[Any, ...]:
+    """Collect the arrays that rounding decides and that both processes must share."""
+    return run.trained.params, run.autoencoders.weights, run.autoencoders.scaling, run.x_train
+
+
+def write_goldens(file: Path, small: bool) -> None:
+    """Write the shared arrays, the figures and the training steps of this process's device."""
+    run = golden_run(small)
+    arrays = {f"state {i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(golden_state(run)))}
+    for name, step in STEPS.items():
+        before, after, numbers = step(run, jax.devices()[0])
+        leaves = jax.tree.leaves((before, after, numbers))
+        arrays |= {f"{name} {i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    figures, chosen = golden_figures(run)
+    for i, choice in enumerate(chosen):
+        arrays |= {f"choice {i} {name}": values for name, values in choice._asdict().items()}
+    np.savez(file, **arrays, **figures)
+
+
+def compare_with_goldens(part: Part, args: argparse.Namespace) -> None:
+    """Let a CPU make the goldens, and compare figures and training steps of this device with them."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "goldens.npz"
+        command = [sys.executable, __file__, f"--goldens={file}", f"--out={directory}", *["--small"] * part.small]
+        subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
+        goldens = dict(np.load(file))
+    part.note("goldens_s", round(part.seconds(), 1))
+    run = golden_run(part.small)
+    state = golden_state(run)
+    leaves = [goldens[f"state {i}"] for i in range(len(jax.tree.leaves(state)))]
+    params, weights, scaling, x_ND = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    autoencoders = Autoencoder(weights, scaling, run.autoencoders.k)
+    run = Run(run.trained._replace(params=params), run.dataset, autoencoders, x_ND)
+    numbers = range(sum(name.startswith("choice ") for name in goldens) // len(Choice._fields))
+    choices = [Choice(*(goldens[f"choice {i} {name}"] for name in Choice._fields)) for i in numbers]
+    for name, found in golden_figures(run, choices)[0].items():
+        expected = goldens[name]
+        if found.shape != expected.shape:
+            part.note(name, f"{found.shape}, not {expected.shape}")
+        elif found.dtype.kind == "f":
+            part.note(name, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        else:
+            differ = np.bitwise_count(found ^ expected) if found.dtype == np.uint8 else found != expected
+            part.note(name, [found.size * (8 if found.dtype == np.uint8 else 1), int(differ.sum())])
+    for precision in args.products:
+        set_precision(precision)
+        for name, step in STEPS.items():
+            here = step(run, jax.devices()[0])
+            leaves = [goldens[f"{name} {i}"] for i in range(len(jax.tree.leaves(here)))]
+            part.note(f"{name}, {precision}", compare_steps(here, jax.tree.unflatten(jax.tree.structure(here), leaves)))
+
+
+def compare_with_run(part: Part, args: argparse.Namespace) -> None:
+    """Compare a run's sweep, latents and training steps on this device with the CPU's."""
     run, stored = load_run(args.run), to_arrays(read_sweep(Path(args.run) / "sweep.nc"))
     names = run.config.steer.strategies[: 1 if part.small else None]
     part.note("run", {"dtype": run.config.model.dtype, "strategies": " ".join(names)})
+    part.note("sweep", compare_sweeps(run, stored, names))
+    device, host = jax.devices()[0], jax.devices("cpu")[0]
+    references, active_NF = {name: step(run, host) for name, step in STEPS.items()}, active_latents(run, host)
+    differ_N = (active_latents(run, device) != active_NF).any(axis=-1)
+    part.note("rows of other latents", [differ_N.size, int(differ_N.sum())])
     for precision in args.products:
         set_precision(precision)
-        part.note(f"sweep, {precision}", compare_sweeps(run, stored, names))
-    device, host, steps = jax.devices()[0], jax.devices("cpu")[0], {"sae_step": sae_step, "vit_step": vit_step}
-    references, active_NF = {name: step(run, host) for name, step in steps.items()}, active_latents(run, host)
-    for precision in args.products:
-        set_precision(precision)
-        differ_N = (active_latents(run, device) != active_NF).any(axis=-1)
-        part.note(f"rows of other latents, {precision}", [differ_N.size, int(differ_N.sum())])
-        for name, step in steps.items():
-            part.note(f"{name}, {precision}", compare_steps(step(run, device), references[name]))
+        for name, step in STEPS.items():
+            part.note(f"run's {name}, {precision}", compare_steps(step(run, device), references[name]))
 
 
 def compare_sweeps(run: Run, stored: Arrays, names: tuple[str, ...]) -> dict[str, Any]:
@@ -227,6 +325,9 @@ def sae_step(run: Run, device: jax.Device) -> Step:
     state = sae_train.state_from_checkpoint(before, count, mesh)
     after, curves = epoch(state, place(u_BD, replicated_sharding(mesh)))
     return before.sae, jax.device_get(after.sae), {"mse": float(np.mean(jax.device_get(curves["mse"])))}
+
+
+STEPS: dict[str, Callable[[Run, jax.Device], Step]] = {"sae_step": sae_step, "vit_step": vit_step}
 
 
 def compare_steps(step: Step, reference: Step) -> dict[str, float]:
@@ -334,24 +435,29 @@ def autoencoders(part: Part, args: argparse.Namespace) -> None:
 
 def sweeps(part: Part, args: argparse.Namespace) -> None:
     """Sweep with each kind of arithmetic; those that matter most come first."""
-    kinds = [("float32", "default"), ("bfloat16", "default"), ("float32", "highest")]
-    for dtype, precision in kinds[:1] if part.small else kinds:
+    for products in ("exact",) if part.small else ("exact", "bfloat16", "float32"):
         if "rows" in part.figures and not part.early(0.65):
             break
-        row: dict[str, Any] = {"dtype": dtype, "products": precision}
-        set_precision(precision)
+        row: dict[str, Any] = {"products": products}
         try:
-            measure_sweep(generate_run(dtype, part.small), row, part.small)
+            measure_sweep(generate_run(products, part.small), row, part.small)
         except Exception as error:
             row["error"] = repr(error)[:600]
         part.note("rows", row)
 
 
-def generate_run(dtype: str, small: bool) -> Run:
-    """Build a ViT-S that was never trained, whose gates and answers differ from image to image all the same."""
-    config = our_config("S", 8 if small else 4, 128, dtype)
-    config = change_sections(
-        config, model={"depth": 2} if small else {}, gate={"bias": 0.0}, sae={"seeds": 1, "control": False},
+def generate_run(products: str, small: bool, config: Config | None = None) -> Run:
+    """Build a ViT-S that was never trained, whose gates and answers differ from image to image all the same.
+
+    Args:
+      products: exact, as in every sweep; or as training with float32 or bfloat16 computes them.
+      small: few layers, images and classes.
+      config: instead of that of a ViT-S.
+    """
+    exact = products == "exact"
+    config = config or change_sections(
+        our_config("S", 8 if small else 4, 128, "float32" if exact else products),
+        model={"depth": 2} if small else {}, gate={"bias": 0.0}, sae={"seeds": 1, "control": False},
         machine={"sweep_chunk": 100 if small else 1000},
     )  # fmt: skip
     rng, classes = np.random.default_rng(0), 10 if small else CLASSES
@@ -375,6 +481,7 @@ def generate_run(dtype: str, small: bool) -> Run:
     scaling = fit_scaling(ResidualsInMemory(x_ND).chunks, config.sae)
     weights = init_weights(jax.random.key(1), scale_input(scaling, x_ND), config.sae, config.latents)
     seeds = Autoencoder(jax.tree.map(lambda leaf: leaf[None], weights), scaling, config.sae.inference_k)
+    model = model if exact else training_form(model, config)
     return Run(TrainedModel(config, model, params), dataset, seeds, x_ND)
 
 
@@ -452,17 +559,68 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {1: correctness, 2: training_speed, 3: autoencoders, 4: sweeps}
+def skipping(part: Part, args: argparse.Namespace) -> None:
+    """Measure a pass that skips what gates drop against one that masks it, and against the dense model."""
+    sizes = ((32, 8, 4),) if part.small else ((32, 4, 256), (224, 16, 64))
+    for side, patch, batch in sizes:
+        if "rows" in part.figures and not part.early():
+            break
+        row: dict[str, Any] = {"tokens": 1 + (side // patch) ** 2, "batch": batch}
+        try:
+            row |= measure_skipping(side, patch, batch, part.small)
+        except Exception as error:  # for instance out of memory: the other sizes go on
+            row["error"] = repr(error)[:600]
+        part.note("rows", row)
+
+
+def measure_skipping(side: int, patch: int, batch: int, small: bool) -> dict[str, Any]:
+    """Measure one size on generated images; the gates of each layer drop the half of its patches of lowest logits."""
+    config = change_sections(our_config("S", patch, batch, "float32"), data={"image_size": side})
+    gate = config.gate.model_copy(update={"kinds": ("tokens",)})
+    config = change_sections(config, model={"depth": 2} if small else {}).model_copy(update={"gate": gate})
+    model, rng = build_model(config, CLASSES), np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((batch, side, side, 3)), jnp.float32)
+    params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0), images[:1]))
+    logits = jax.jit(lambda params: model.apply(params, images, gating="thresholded")[1]["gate_logits"])
+    for layer in range(gate.settings("tokens").first_layer, config.model.depth):  # each layer reads the earlier ones
+        linear = params["params"][f"layers_{layer}"]["decide_tokens"]["linear"]
+        linear["kernel"] = rng.standard_normal(linear["kernel"].shape).astype(np.float32)
+        linear["bias"] -= np.median(logits(params)[layer]["tokens"]).astype(np.float32)
+    params = jax.device_put(params)
+    passes = {
+        "dense": jax.jit(lambda params, images: model.apply(params, images, gating="dense")),
+        "masked": jax.jit(lambda params, images: model.apply(params, images, gating="thresholded")),
+        "skipping": make_skipping_forward(model),
+    }
+    row: dict[str, Any] = {}
+    found = {}
+    for name, run in passes.items():
+        row[f"{name}_first_s"], found[name] = time_call(lambda run=run: run(params, images))
+        seconds = median_seconds(lambda run=run: run(params, images), 2 if small else 10)
+        row[f"{name}_images_per_second"] = round(batch / seconds, 1)
+    masked, skipped = found["masked"], found["skipping"]
+    gates = [stack_gates(out["gates"], "tokens") > 0 for _, out in (masked, skipped)]
+    row["kept"] = float(gates[0].mean())
+    row["differing gates"] = [gates[0].size, int((gates[0] != gates[1]).sum())]
+    differing = jnp.argmax(masked[0], axis=-1) != jnp.argmax(skipped[0], axis=-1)
+    return row | {"differing answers": [batch, int(differing.sum())]}
+
+
+PARTS = {1: correctness, 2: training_speed, 3: autoencoders, 4: sweeps, 5: skipping}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="runs/double_digits", help="a finished run that a CPU made, for part 1")
+    parser.add_argument("--run", default="", help="a finished run that a CPU made, for part 1")
+    parser.add_argument("--goldens", type=Path, help="write the goldens of part 1 to this file, and nothing else")
     parser.add_argument("--out", type=Path, required=True, help="a directory for the results")
     parser.add_argument("--parts", type=lambda text: [int(n) for n in text.split(",")], default=list(PARTS))
     parser.add_argument("--products", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of float32, in part 1")
     parser.add_argument("--small", action="store_true", help="everything in a minute or two on a CPU")
     args = parser.parse_args()
+    if args.goldens:
+        write_goldens(args.goldens, args.small)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="headsteer-compiled-"))
     device = jax.devices()[0]

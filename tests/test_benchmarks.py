@@ -21,7 +21,7 @@ def test_they_find_what_they_import() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["1", "2", "3,4"])
+@pytest.mark.parametrize("parts", ["1", "2", "3,4", "5"])
 def test_every_part_of_the_visit_to_an_accelerator_runs(parts: str, finished: FinishedRun, tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / "accelerator.py", "--small", f"--parts={parts}", f"--out={tmp_path}"]
     command.append(f"--run={finished.workdir}")

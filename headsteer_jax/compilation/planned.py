@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, Split
-from headsteer_jax.model.passes import Program, describe_call
+from headsteer_jax.model.passes import Program, choose_call_size, describe_call
 from headsteer_jax.model.vit import TrainedModel, build_model
 from headsteer_jax.runtime.mesh import check_batch, local_mesh, training_mesh
 from headsteer_jax.train.loop import abstract_params
@@ -83,7 +83,8 @@ def plan_pass(
       macs: that an image needs; None: not known.
       params: the program's first argument; None: the model's parameters.
     """
-    size, devices = program.size_for(len(split.labels)), experiment.host
+    devices = experiment.host
+    size = choose_call_size(program, len(split.labels), devices.devices.flat[0].platform)
     params = experiment.trained.params if params is None else params
 
     def trace() -> jax.stages.Traced:

@@ -60,10 +60,6 @@ class Program(NamedTuple):
     size: int
     compiled: bool = False  # for exactly this size, so that a smaller split is filled up to it
 
-    def size_for(self, count: int) -> int:
-        """Return the number of images that each device has in a call on a split of `count` images."""
-        return self.size if self.compiled else min(self.size, count)
-
 
 def replicate(tree: Any) -> Any:
     """Copy a pytree of arrays to each of this host's devices."""
@@ -173,6 +169,18 @@ def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.
     return list(filled.reshape(-1, size))
 
 
+def choose_call_size(program: Program, count: int, platform: str) -> int:
+    """Choose a device's images in a call: on a CPU no more than there are.
+
+    On accelerators every split has calls of one size, because the number of rows decides how products are rounded.
+
+    Args:
+      count: the images of the split.
+      platform: of the devices.
+    """
+    return min(program.size, count) if platform == "cpu" and not program.compiled else program.size
+
+
 def stream_split(
     program: Program, params: Any, split: Split, label: str, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[np.ndarray, ...]]:
@@ -188,7 +196,7 @@ def stream_split(
     stop = count if stop is None else stop
     if start >= stop:
         return
-    size = program.size_for(count)
+    size = choose_call_size(program, count, jax.default_backend())
     first = start // size * size  # the first image of the current call
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
@@ -218,7 +226,7 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
       label: the name of the work in the progress.
     """
     count, params = len(split.labels), replicate(params)
-    size = min(program.size, count)
+    size = choose_call_size(program, count, jax.default_backend())
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
 
     def run_share() -> list[np.ndarray]:

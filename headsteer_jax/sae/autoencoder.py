@@ -9,6 +9,7 @@ Axes: B, N residuals, D width, F latents, K places for active latents, S autoenc
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,11 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.sparse import csr_array
 
 from headsteer_jax.config.schema import SAEConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.runtime.settings import use_own_settings_in_thread
+
+ROWS_AT_ONCE = 4096  # residuals that are encoded at once
 
 
 class SAEWeights(NamedTuple):
@@ -197,15 +201,53 @@ def normalise_rows(W_FD: jax.Array) -> jax.Array:
     return W_FD / jnp.linalg.norm(W_FD, axis=-1, keepdims=True)
 
 
-def encode_split(sae: Autoencoder, x_ND: np.ndarray, chunk: int = 4096) -> np.ndarray:
+def encode_split(sae: Autoencoder, x_ND: np.ndarray, chunk: int = ROWS_AT_ONCE) -> np.ndarray:
     """Encode the residuals of a whole split, `chunk` of them at a time: [N, D] -> [N, F] float32."""
-    return np.concatenate([z_BF for _, z_BF in encode_chunks(sae, row_slices(x_ND, chunk))])
+    return np.concatenate([z_BF.toarray() for _, z_BF in encode_chunks(sae, row_slices(x_ND, chunk), chunk)])
 
 
-def encode_chunks(sae: Autoencoder, chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encode residuals chunk by chunk: yield each [B, D] with its latents, [B, F] float32."""
+def encode_chunks(
+    sae: Autoencoder, chunks: Iterable[np.ndarray], size: int = ROWS_AT_ONCE
+) -> Iterator[tuple[np.ndarray, csr_array]]:
+    """Encode residuals chunk by chunk: yield each [B, D] with its latents, [B, F] float32 of which few are not 0.
+
+    Of TopK only the k values of each row and their places leave the device, and the next chunk is encoded meanwhile.
+
+    Args:
+      size: the largest B. On accelerators shorter chunks are filled up to it, so that one program encodes every row:
+        there the tiles, and so the rounding, depend on the number of rows.
+    """
+    fill_up = jax.default_backend() != "cpu"
+    waiting: deque[tuple[np.ndarray, tuple[jax.Array, ...]]] = deque()
     for x_BD in chunks:
-        yield x_BD, np.asarray(encode_compiled(sae, x_BD))
+        padding = max(0, size - len(x_BD)) if fill_up else 0
+        waiting.append((x_BD, _find_codes(sae, np.pad(x_BD, ((0, padding), (0, 0))))))
+        if len(waiting) > 1:
+            yield _fetch_codes(sae, *waiting.popleft())
+    for call in waiting:
+        yield _fetch_codes(sae, *call)
+
+
+@jax.jit
+def _find_codes(sae: Autoencoder, x_BD: jax.Array) -> tuple[jax.Array, ...]:
+    """Encode residuals: TopK's values and latents, [B, K] each; for other autoencoders all latents, [B, F]."""
+    if sae.k is None or sae.k >= len(sae.weights.b_e):
+        return (sae.encode(x_BD),)
+    a_BF = compute_pre_activations(sae.weights, scale_input(sae.scaling, x_BD))
+    return tuple(jax.lax.top_k(a_BF, sae.k))
+
+
+def _fetch_codes(sae: Autoencoder, x_BD: np.ndarray, codes: tuple[jax.Array, ...]) -> tuple[np.ndarray, csr_array]:
+    """Fetch the results of `_find_codes` for the rows of x."""
+    values, *latents = (np.asarray(part)[: len(x_BD)] for part in codes)
+    if not latents:
+        return x_BD, csr_array(values)
+    order_BK = np.argsort(latents[0], axis=1)
+    values_BK, latents_BK = (np.take_along_axis(part, order_BK, axis=1) for part in (values, latents[0]))
+    active_BK = values_BK != 0
+    begins = np.concatenate([[0], np.cumsum(active_BK.sum(axis=1))])
+    shape = len(x_BD), len(sae.weights.b_e)
+    return x_BD, csr_array((values_BK[active_BK], latents_BK[active_BK], begins), shape=shape)
 
 
 def row_slices(x_ND: np.ndarray, rows: int) -> Iterator[np.ndarray]:

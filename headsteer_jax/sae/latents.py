@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headsteer_jax.sae.autoencoder import Autoencoder, encode_compiled, row_slices
+from headsteer_jax.sae.autoencoder import ROWS_AT_ONCE, Autoencoder, encode_compiled, row_slices
 from headsteer_jax.sae.metrics import class_selectivity, nearest_cosines
 from headsteer_jax.sae.residuals import LabelledResiduals
 
 Arrays = dict[str, np.ndarray]
 
-ROWS_AT_ONCE = 4096  # residuals encoded at once
 INSPECTED_IMAGES = 16  # top images that are stored for each latent; pages show config.report.top_images of them
 
 

@@ -33,8 +33,8 @@ def measure_health(sae: Autoencoder, chunks: Iterable[np.ndarray]) -> Health:
     error, squares, total_D, count = 0.0, 0.0, np.zeros(len(b_d)), 0
     fired_F = np.zeros(len(W_d), np.int64)
     parts = (x_BD for x_nD in chunks for x_BD in np.array_split(x_nD, -(-len(x_nD) // 4096)))
-    for x_BD, dense_BF in encode_chunks(sae, parts):
-        z_BF, u_BD = csr_array(dense_BF), np.asarray(scale_input(sae.scaling, x_BD), np.float64)
+    for x_BD, z_BF in encode_chunks(sae, parts):
+        u_BD = np.asarray(scale_input(sae.scaling, x_BD), np.float64)
         error += np.sum((u_BD - (z_BF.astype(np.float64) @ W_d + b_d)) ** 2)
         squares, total_D, count = squares + np.sum(u_BD**2), total_D + u_BD.sum(axis=0), count + len(u_BD)
         fired_F += np.bincount(z_BF.indices, minlength=len(W_d))
@@ -66,7 +66,7 @@ def mean_activation_by_class(sae: Autoencoder, x_ND: np.ndarray, labels: np.ndar
     for (_, z_BF), labels_B in zip(encode_chunks(sae, row_slices(x_ND, 4096)), label_chunks, strict=True):
         member_CB = csr_array((np.ones(len(labels_B)), (labels_B, np.arange(len(labels_B)))),
                               shape=(classes, len(labels_B)))  # fmt: skip
-        sums_CF += (member_CB @ csr_array(z_BF)).toarray()
+        sums_CF += (member_CB @ z_BF).toarray()
     return sums_CF / np.maximum(counts_C, 1)[:, None]
 
 

@@ -44,6 +44,7 @@ SAMPLED_IMAGES = 16  # of a split that is not in memory, which are decoded for t
 SHARD_BYTES = 32 * 2**20
 BLOCKS_PER_SHARD = 32  # or a few more
 CALL_BYTES = 256 * 2**20  # bytes that one call of the model may return; two calls are in flight
+WRITES_UNDER_WAY = 2  # shards that are being written while the next ones are computed
 RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "4s"}  # for a bucket; the defaults take minutes
 CONNECT_SECONDS = 60  # seconds for a bucket's first answer
 
@@ -379,11 +380,22 @@ def _write_shards(trained: TrainedModel, selection: ResidualSelection, files: _C
         logger.info(f"{selection.description}: resuming from image {start}")
     program = make_residual_program(trained, selection.layers, selection.tokens)
     calls = stream_split(program, trained.params, selection.split, selection.description, start, stop)
-    for first, last, parts in _regroup_into_shards(calls, start, layout.shard, stop):
-        with explain_errors(files.root.name, **WRITE_FAULT):  # meanwhile the model computes the next calls
-            writes = [array[first:last].write(part) for array, part in zip(arrays, parts, strict=True)]
-            for write in writes:
+    under_way: deque[list[Any]] = deque()  # meanwhile the model computes the next calls
+
+    def finish_oldest() -> None:
+        with explain_errors(files.root.name, **WRITE_FAULT):
+            for write in under_way.popleft():
                 write.result()
+
+    try:
+        for first, last, parts in _regroup_into_shards(calls, start, layout.shard, stop):
+            with explain_errors(files.root.name, **WRITE_FAULT):
+                under_way.append([array[first:last].write(part) for array, part in zip(arrays, parts, strict=True)])
+            if len(under_way) > WRITES_UNDER_WAY:
+                finish_oldest()
+    finally:
+        while under_way:
+            finish_oldest()
 
 
 def write_cache(

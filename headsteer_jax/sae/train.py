@@ -108,6 +108,7 @@ def _make_plan(c: SAEConfig, members: Members, D: int, steps_per_epoch: int, see
     k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
     dead_window = min(max(1, round(c.dead_window * steps_per_epoch)), 2**31 - 1)
     use_sparse = platform == "cpu" and sparse.is_available()
+    c = c.model_copy(update={"layer": 0})  # the program does not depend on it
     objective = Objective(c, max_k, k_aux, use_sparse, training_precision())
     return TrainingPlan(c, c.epochs * steps_per_epoch, dead_window, objective, seed)
 
@@ -196,6 +197,12 @@ def jit_epochs(
       platform: for which the program is lowered, if it is not the mesh's.
     """
     plan = _make_plan(c, members, D, steps_per_epoch, seed, platform or mesh.devices.flat[0].platform)
+    return _jit_plan(plan, mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _jit_plan(plan: TrainingPlan, mesh: Mesh) -> Any:
+    """Make the jitted program of a plan, once, so that the autoencoders of all layers share it."""
 
     def run(state: SAEState, members: Members, u_GD: jax.Array, part: jax.Array, epochs: int) -> Any:
         return jax.lax.scan(lambda state, _: _train_epoch(state, members, u_GD, part, plan), state, None, length=epochs)

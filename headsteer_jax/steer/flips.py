@@ -21,6 +21,9 @@ from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.steer.strategies import Choice
 
 UNIT_ROUNDOFF = 2.0**-24  # float32's unit roundoff
+# A TPU splits each operand into three bfloat16 parts of 8 bits, and of their nine products leaves out the three
+# smallest: two of 2^-24 of the whole, one of 2^-32. CPUs and GPUs round the product once, which counts as a sum's.
+EXACT_PRODUCT_ROUNDOFFS = {"tpu": 3}
 
 
 def is_affine_in_alpha(config: SteerConfig, gate_layer_norm: bool) -> bool:
@@ -36,14 +39,19 @@ class GateEffect(NamedTuple):
     slack: float  # relative rounding error of a gate logit
 
 
-def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int) -> GateEffect:
+def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int, platform: str = "cpu") -> GateEffect:
     """Compute the effect of decoder rows, in the residual's units, if `latents` of them are changed at once.
 
     A float32 inner product of n terms is off by less than sqrt(n) roundings of its absolute terms, but for a tiny
-    probability (Higham & Mary 2019, doi:10.1137/18M1226312). The worst of our models' gate logits was off by 2.
+    probability (Higham & Mary 2019, doi:10.1137/18M1226312). The worst of our models' gate logits was off by 2. The
+    products themselves are exact on CPUs and GPUs; see EXACT_PRODUCT_ROUNDOFFS for TPUs.
+
+    Args:
+      platform: of the device that computes the gates, all of whose products are `EXACT`.
     """
     decoder_FD, gate_DH = np.asarray(decoder_FD, np.float64), np.asarray(gate_DH, np.float64)
-    slack = np.sqrt(decoder_FD.shape[1] + latents) * UNIT_ROUNDOFF
+    roundoffs = np.sqrt(decoder_FD.shape[1] + latents) + EXACT_PRODUCT_ROUNDOFFS.get(platform, 0)
+    slack = roundoffs * UNIT_ROUNDOFF
     return GateEffect(decoder_FD @ gate_DH, np.abs(decoder_FD) @ np.abs(gate_DH), float(slack))
 
 

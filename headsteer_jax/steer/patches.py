@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
 from headsteer_jax.config.schema import GATE_KINDS, Config, SteerConfig
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.compute import ImageGates, count_image_macs
 from headsteer_jax.model.vit import TrainedModel
-from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
+from headsteer_jax.sae.autoencoder import ROWS_AT_ONCE, Autoencoder, encode_chunks, row_slices
 from headsteer_jax.sae.residuals import StoredResiduals, Tokens
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.gates import LayerGates
@@ -63,7 +63,8 @@ def measure_patches(
     codes = []
     for label in range(classes):
         x_BPD = residuals.images(np.flatnonzero(labels == label)[:count])[:, first:]
-        codes.append(csr_array(encode_split(sae, x_BPD.reshape(-1, x_BPD.shape[-1]))))
+        rows = row_slices(x_BPD.reshape(-1, x_BPD.shape[-1]), ROWS_AT_ONCE)
+        codes.append(vstack([z_MF for _, z_MF in encode_chunks(sae, rows)], format="csr"))
     fired_CF = np.stack([np.bincount(z_MF.indices, minlength=z_MF.shape[1]) for z_MF in codes])
     sums_F = np.sum([z_MF.sum(axis=0, dtype=np.float64) for z_MF in codes], axis=0)
     class_frequency = fired_CF / np.array([[z_MF.shape[0]] for z_MF in codes])

@@ -8,19 +8,24 @@ Axes: B, N images, P patches, R rows (an image with the class that steers it), D
 gates of a layer that read its CLS residual, A alphas, C classes.
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from headsteer_jax.config.schema import SteerConfig
+from headsteer_jax.model.passes import replicate
 from headsteer_jax.model.vit import Intervention, TrainedModel, ViT
+from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
 from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.steer.gates import LayerGates, gates_to_pattern
 from headsteer_jax.steer.strategies import Choice
 
+ACCELERATOR_ROWS = 4096  # of a call on each device; a CPU's cache holds config.machine.sweep_chunk of them
 Mode = Literal["add", "scale", "clamp", "ablate"]
 
 
@@ -113,6 +118,18 @@ def run_from_layer(
     return model.apply(params, method=run)
 
 
+T = TypeVar("T")
+
+
+def replicate_once(trees: T) -> T:
+    """Copy a pytree of steerings to each of this host's devices; those that share an autoencoder share its copy."""
+    leaves, structure = jax.tree.flatten(trees)
+    distinct = {id(leaf): leaf for leaf in leaves}
+    copies = dict(zip(distinct, replicate(list(distinct.values())), strict=True))
+    shared: T = jax.tree.unflatten(structure, [copies[id(leaf)] for leaf in leaves])
+    return shared
+
+
 class GateProgram:
     """The gate patterns that a layer's steered residuals lead to, as the model itself computes them; compiled once.
 
@@ -122,8 +139,9 @@ class GateProgram:
 
     def __init__(self, trained: TrainedModel) -> None:
         config, model = trained.config, trained.model
-        gates, steer = LayerGates(config, config.sae_layer), config.steer
-        self._chunk = config.machine.sweep_chunk
+        gates, steer, self._mesh = LayerGates(config, config.sae_layer), config.steer, local_mesh()
+        is_cpu = self._mesh.devices.flat[0].platform == "cpu"
+        self._chunk = self._mesh.size * (config.machine.sweep_chunk if is_cpu else ACCELERATOR_ROWS)
 
         def pattern(
             params: Any, steering: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array
@@ -131,13 +149,22 @@ class GateProgram:
             steered_BD = apply_steering(steering, x_BD, class_B, alpha, steer)
             return gates_to_pattern(gates.logits(model, params, steered_BD))
 
-        self.run_rows = jax.jit(pattern)
-        self.run_grid = jax.jit(
-            lambda params, steering, x_BD, class_B, alphas_A: jax.lax.map(
+        def grid(
+            params: Any, steering: Steering, x_BD: jax.Array, class_B: jax.Array, alphas_A: jax.Array
+        ) -> jax.Array:
+            return jax.lax.map(
                 lambda alpha: pattern(params, steering, x_BD, class_B, jnp.full(len(x_BD), alpha)), alphas_A
             )
-        )
-        self._params = trained.params
+
+        everywhere, rows = PartitionSpec(), PartitionSpec("data")
+
+        def divide_rows(function: Any, of_alphas: PartitionSpec, result: PartitionSpec) -> Any:
+            specs = everywhere, everywhere, rows, rows, of_alphas
+            return jax.jit(jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=result, check_vma=False))
+
+        self.run_rows = divide_rows(pattern, rows, rows)
+        self.run_grid = divide_rows(grid, everywhere, PartitionSpec(None, "data"))
+        self._params = replicate(trained.params)
 
     def patterns_on_grid(
         self, steering: Steering, x_RD: np.ndarray, class_R: np.ndarray, alphas_A: np.ndarray
@@ -146,22 +173,35 @@ class GateProgram:
         alphas_A = np.asarray(alphas_A, np.float32)
         if not len(x_RD):
             return np.zeros((len(alphas_A), 0), np.int32)
-        parts = [
-            np.asarray(self.run_grid(self._params, steering, x_RD[rows], class_R[rows], alphas_A))
-            for rows in self._chunks(len(x_RD))
-        ]
-        return np.concatenate(parts, axis=-1)[:, : len(x_RD)]
+        chunks = self.place_rows(x_RD, class_R)
+        return self.patterns_of_rows(steering, chunks, alphas_A)[:, : len(x_RD)]
 
     def patterns_at(self, steering: Steering, x_RD: np.ndarray, class_R: np.ndarray, alpha_R: np.ndarray) -> np.ndarray:
         """Compute the [R] int32 patterns of rows that each have an alpha of their own."""
         alpha_R = np.asarray(alpha_R, np.float32)
         if not len(x_RD):
             return np.zeros(0, np.int32)
-        parts = [
-            np.asarray(self.run_rows(self._params, steering, x_RD[rows], class_R[rows], alpha_R[rows]))
+        steering = replicate(steering)
+        calls = [
+            self.run_rows(self._params, steering, *self._place((x_RD[rows], class_R[rows], alpha_R[rows])))
             for rows in self._chunks(len(x_RD))
         ]
-        return np.concatenate(parts)[: len(x_RD)]
+        return np.concatenate(jax.device_get(calls))[: len(x_RD)]
+
+    def place_rows(self, x_RD: np.ndarray, class_R: np.ndarray) -> list[tuple[jax.Array, jax.Array]]:
+        """Put rows onto the devices, chunk by chunk, for several calls of `patterns_of_rows`."""
+        return [self._place((x_RD[rows], class_R[rows])) for rows in self._chunks(len(x_RD))]
+
+    def patterns_of_rows(
+        self, steering: Steering, chunks: Sequence[tuple[jax.Array, jax.Array]], alphas_A: np.ndarray
+    ) -> np.ndarray:
+        """Compute the [A, R'] int32 patterns of placed rows under every alpha; the last row fills the last chunk."""
+        steering, alphas_A = replicate((steering, np.asarray(alphas_A, np.float32)))
+        calls = [self.run_grid(self._params, steering, x_RD, class_R, alphas_A) for x_RD, class_R in chunks]
+        return np.concatenate(jax.device_get(calls), axis=-1)
+
+    def _place(self, arrays: tuple[np.ndarray, ...]) -> Any:
+        return jax.device_put(arrays, batch_sharding(self._mesh))
 
     def _chunks(self, count: int) -> list[np.ndarray]:
         """Cut `count` rows into chunks of one size, so that there is one program; the last row fills the last chunk."""

@@ -47,7 +47,7 @@ from headsteer_jax.model.vit import (
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, local_mesh, replicated_sharding
 from headsteer_jax.runtime.progress import progress
-from headsteer_jax.steer.steering import Steering, apply_steering, steer_patches
+from headsteer_jax.steer.steering import Steering, apply_steering, replicate_once, steer_patches
 
 
 class SuffixSetting(NamedTuple):
@@ -68,9 +68,9 @@ class SuffixSetting(NamedTuple):
 
 
 class LayerSteering(NamedTuple):
-    """What steers one layer; None: nothing."""
+    """One layer's autoencoders and the latents that are changed in them, of its CLS residual and its patches."""
 
-    cls: Steering | None = None
+    cls: Steering | None = None  # None: it stays as it is
     patches: Steering | None = None
 
 
@@ -284,15 +284,6 @@ def choose_size(
         size = max(1, size // 2)
 
 
-def _replicate_once(settings: Sequence[SuffixSetting], layers: Sequence[int]) -> list[dict[int, LayerSteering]]:
-    """Copy what steers each setting to the devices; settings that share an autoencoder share its copy."""
-    steerings_V = [{layer: setting.steerings(layer) for layer in layers} for setting in settings]
-    leaves, structure = jax.tree.flatten(steerings_V)
-    copies = dict(zip(map(id, leaves), leaves, strict=True))
-    copies = dict(zip(copies, replicate(list(copies.values())), strict=True))
-    return jax.tree.unflatten(structure, [copies[id(leaf)] for leaf in leaves])
-
-
 class QueuedCall(NamedTuple):
     """A call whose results are on their way to the host."""
 
@@ -310,15 +301,15 @@ def _queue_calls(
     for v, (steerings, class_B) in enumerate(settings):
         for part_A, alphas_A in alphas:
             gates, predictions = calls.run_steered(x_BTD, steerings, alphas_A, class_B)
-            kept: dict[int, dict[str, jax.Array]] = {
+            returned: dict[int, dict[str, jax.Array]] = {
                 layer: {kind: gates[layer][kind] for kind in kinds} for layer, kinds in observed.items()
             }
-            for leaf in jax.tree.leaves((kept, predictions)):
+            for leaf in jax.tree.leaves((returned, predictions)):
                 leaf.copy_to_host_async()
-            yield QueuedCall(v, part_A, kept, predictions)
+            yield QueuedCall(v, part_A, returned, predictions)
 
 
-def _delayed(queued: Iterator[QueuedCall]) -> Iterator[QueuedCall]:
+def _delay(queued: Iterator[QueuedCall]) -> Iterator[QueuedCall]:
     """Yield calls when the next ones are queued, so that the devices have work while the host copies results."""
     waiting: deque[QueuedCall] = deque()
     for call in queued:
@@ -346,58 +337,65 @@ def run_suffix(
       HeadSteerError: the memory budget is too small for one image under one alpha.
     """
     config, layers, count = trained.config, settings[0].layers, len(split.labels)
-    calls, steerings_V = LayerCalls(trained), _replicate_once(settings, layers)
+    calls = LayerCalls(trained)
+    steerings_V = replicate_once([{layer: setting.steerings(layer) for layer in layers} for setting in settings])
     returned = range(layers[0], config.model.depth) if following else layers
     observed = {layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)] for layer in returned}
-    at_once, size = choose_size(trained, calls.mesh, steerings_V[0], len(alphas), count)
-    parts = [np.minimum(np.arange(begin, begin + at_once), len(alphas) - 1) for begin in range(0, len(alphas), at_once)]
-    placed = [(part_A, replicate(np.asarray(alphas, np.float32)[part_A])) for part_A in parts]
-    begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
-    gates, predictions = _make_room(trained, observed, (len(settings), len(alphas), end - begin))
-    devices = calls.mesh.size
-
-    def fill(call: QueuedCall, place: slice) -> None:
-        def by_alpha(rows: jax.Array) -> np.ndarray:
-            """[R, ...] -> [A, n, ...] of the images that are no padding."""
-            split_rows = np.asarray(rows).reshape(devices, at_once, size, *rows.shape[1:])
-            joined = np.moveaxis(split_rows, 1, 0).reshape(at_once, devices * size, *rows.shape[1:])
-            return joined[:, : place.stop - place.start]
-
-        for layer, by_kind in call.gates.items():
-            for kind, rows in by_kind.items():
-                gates[layer][kind][call.setting, call.alphas, place] = by_alpha(rows)
-        predictions[call.setting, call.alphas, place] = by_alpha(call.predictions)
+    size = choose_size(trained, calls.mesh, steerings_V[0], len(alphas), count)
+    starts = range(0, len(alphas), size.alphas)
+    parts = [np.minimum(np.arange(begin, begin + size.alphas), len(alphas) - 1) for begin in starts]
+    alphas_on_devices = [(part_A, replicate(np.asarray(alphas, np.float32)[part_A])) for part_A in parts]
+    begin, end = (min(call * size.images, count) for call in hosts.process_share(-(-count // size.images)))
+    result = _make_room(trained, observed, (len(settings), len(alphas), end - begin))
 
     def run_share() -> None:
         """Fill this host's share of the gates and predictions."""
         with progress(len(settings) * (end - begin), description, "image") as bar:
-            for indices in padded_chunks(begin, end, size, devices):
-                filled = min(len(indices), end - indices[0])  # the rest of the chunk is padding
+            for indices in padded_chunks(begin, end, size.images, calls.mesh.size):
+                images = slice(indices[0] - begin, min(indices[0] + len(indices), end) - begin)
                 classes = {id(s.steered_by): s.steered_by[indices].astype(np.int32) for s in settings}
                 classes_on_devices = calls.place_rows(classes)
                 class_VB = [classes_on_devices[id(setting.steered_by)] for setting in settings]
                 x_BTD = calls.run_plain(calls.embed(split, indices), class_VB[0], range(layers[0]))
-                queued = _queue_calls(calls, x_BTD, list(zip(steerings_V, class_VB, strict=True)), placed, observed)
-                for number, call in enumerate(_delayed(queued), 1):
-                    fill(call, slice(indices[0] - begin, indices[0] - begin + filled))
-                    if number % len(placed) == 0:
-                        bar.update(filled)
+                steered_V = list(zip(steerings_V, class_VB, strict=True))
+                queued = _queue_calls(calls, x_BTD, steered_V, alphas_on_devices, observed)
+                for number, call in enumerate(_delay(queued), 1):
+                    _fill_in(result, call, images, calls.mesh.size)
+                    if number % len(parts) == 0:
+                        bar.update(images.stop - images.start)
 
     hosts.on_every_process(run_share)
-    gathered = {layer: {kind: _gather_images(g) for kind, g in by_kind.items()} for layer, by_kind in gates.items()}
-    return SuffixResult(gathered, _gather_images(predictions))
+    gathered = {
+        layer: {kind: _gather_images(g) for kind, g in by_kind.items()} for layer, by_kind in result.gates.items()
+    }
+    return SuffixResult(gathered, _gather_images(result.predictions))
 
 
 def _make_room(
     trained: TrainedModel, observed: Mapping[int, Sequence[GateKind]], shape: tuple[int, int, int]
-) -> tuple[dict[int, dict[str, np.ndarray]], np.ndarray]:
+) -> SuffixResult:
     """Make arrays for the gates and predictions of V settings, A alphas and n images."""
     counts = count_gates(trained.model)
     gates: dict[int, dict[str, np.ndarray]] = {
         layer: {kind: np.zeros((*shape, counts[kind]), bool) for kind in layer_kinds}
         for layer, layer_kinds in observed.items()
     }
-    return gates, np.zeros(shape, np.int32)
+    return SuffixResult(gates, np.zeros(shape, np.int32))
+
+
+def _fill_in(result: SuffixResult, call: QueuedCall, images: slice, devices: int) -> None:
+    """Write the results of a call to the places of its setting, alphas and images; what is left over is padding."""
+    count = images.stop - images.start
+
+    def order_by_alpha(rows: jax.Array) -> np.ndarray:
+        """Bring the rows of all devices in order: [R, ...] -> [A, n, ...]."""
+        by_device = np.asarray(rows).reshape(devices, len(call.alphas), -1, *rows.shape[1:])
+        return np.moveaxis(by_device, 1, 0).reshape(len(call.alphas), -1, *rows.shape[1:])[:, :count]
+
+    for layer, by_kind in call.gates.items():
+        for kind, rows in by_kind.items():
+            result.gates[layer][kind][call.setting, call.alphas, images] = order_by_alpha(rows)
+    result.predictions[call.setting, call.alphas, images] = order_by_alpha(call.predictions)
 
 
 def _gather_images(values: np.ndarray) -> np.ndarray:
@@ -414,13 +412,14 @@ def predict_without_gates(trained: TrainedModel, split: Split, layer: int, descr
 
     def run_share() -> np.ndarray:
         with progress(end - begin, description, "image") as bar:
-            found: list[jax.Array] = []
+            class_calls: list[jax.Array] = []
             for indices in chunks:
                 class_B = calls.place_rows(np.zeros(len(indices), np.int32))
-                found.append(calls.classify(calls.run_plain(calls.embed(split, indices), class_B, range(depth), layer)))
-                if len(found) > CALLS_IN_FLIGHT:
-                    found[-1 - CALLS_IN_FLIGHT].block_until_ready()
+                last_B1D = calls.run_plain(calls.embed(split, indices), class_B, range(depth), layer)
+                class_calls.append(calls.classify(last_B1D))
+                if len(class_calls) > CALLS_IN_FLIGHT:
+                    class_calls[-1 - CALLS_IN_FLIGHT].block_until_ready()
                 bar.update(min(len(indices), end - indices[0]))
-            return np.concatenate([np.zeros(0, np.int32), *map(np.asarray, found)])[: end - begin]
+            return np.concatenate([np.zeros(0, np.int32), *map(np.asarray, class_calls)])[: end - begin]
 
     return hosts.gather_rows(hosts.on_every_process(run_share))

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import vstack
 
 from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.data.dataset import Split, check_classes
@@ -26,13 +26,13 @@ from headsteer_jax.model.gates import threshold_logit
 from headsteer_jax.model.passes import Program
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.runtime.progress import progress
-from headsteer_jax.sae.autoencoder import Autoencoder, encode_split
+from headsteer_jax.sae.autoencoder import Autoencoder, encode_chunks, encode_split, row_slices
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
-from headsteer_jax.steer.steering import GateProgram, Steering
+from headsteer_jax.steer.steering import GateProgram, Steering, replicate_once
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
@@ -234,7 +234,7 @@ def find_active_latents(
     sae: Autoencoder, x_ND: np.ndarray, image: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the row, latent and activation wherever a latent is active in one of the rows; rows ascend."""
-    z_RF = csr_array(encode_split(sae, x_ND, chunk=1000))[image]
+    z_RF = vstack([z_BF for _, z_BF in encode_chunks(sae, row_slices(x_ND, 1000), 1000)], format="csr")[image]
     return np.repeat(np.arange(len(image)), np.diff(z_RF.indptr)), z_RF.indices, z_RF.data
 
 
@@ -257,13 +257,15 @@ def sweep_by_flips(
         for by_strategy in job.steered
     ]
 
+    on_devices = replicate_once(job.steered)
+
     def tally_setting(setting: tuple[int, int]) -> SettingTally:
         s, g = setting
         steering = job.steered[s][g]
         flips = find_flips(rows[s], steering.choice, steering.strength, effects[s])
         grid = place_on_grid(flips, alphas)
         decided = program.patterns_at(
-            steering, job.table.x[job.rows.image[grid.unsure_row]], job.rows.steered_by[grid.unsure_row],
+            on_devices[s][g], job.table.x[job.rows.image[grid.unsure_row]], job.rows.steered_by[grid.unsure_row],
             alphas[grid.unsure_place],
         )  # fmt: skip
         tallies = [tally_flips(grid, decided, rows[s], used, outcomes, alphas, classes) for used in job.used]
@@ -277,8 +279,9 @@ def sweep_by_flips(
 def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, classes: int) -> Iterator[SettingTally]:
     """Tally every setting by the gate itself, and the table."""
     heads, labels, rows = job.rows.gate_logits.shape[1], job.split.labels, job.rows
+    chunks, steered = program.place_rows(job.table.x[rows.image], rows.steered_by), replicate_once(job.steered)
     for s, g in np.ndindex(len(job.steered), len(job.steered[0])):
-        pattern_AR = program.patterns_on_grid(job.steered[s][g], job.table.x[rows.image], rows.steered_by, alphas)
+        pattern_AR = program.patterns_of_rows(steered[s][g], chunks, alphas)
         tallies = []
         for used_R in job.used:
             used = np.flatnonzero(used_R)
@@ -306,6 +309,27 @@ def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, 
                 for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY))
             ]
             yield SettingTally(s, g, tallies, None)
+
+
+def take_unsteered_from_suffix(
+    trained: TrainedModel, split: Split, table: Table, steering: Steering, alphas: int
+) -> Table:
+    """Replace a table's unsteered gates and answers by those of the suffix at alpha 0, if the suffix is the method.
+
+    Steered answers are compared with them, and on an accelerator another program may round otherwise. With `clamp`, or
+    with a replaced residual, alpha 0 is not the unsteered model, so that the table's stay.
+
+    Args:
+      alphas: how many the sweep has; as many are computed here, so that the program is the same.
+    """
+    config, layer = trained.config, trained.config.sae_layer
+    if choose_method(config) != "suffix" or config.steer.form == "replace" or config.steer.mode == "clamp":
+        return table
+    setting = SuffixSetting({layer: steering}, np.zeros(len(split.labels), np.int64))
+    result = run_suffix(trained, split, [setting], np.zeros(alphas), "alpha 0")
+    gates_NG = LayerGates(config, layer).join({kind: g[0, 0] for kind, g in result.gates[layer].items()})
+    pattern_N = (gates_NG @ (1 << np.arange(gates_NG.shape[1]))).astype(table.pattern.dtype)
+    return table._replace(pattern=pattern_N, prediction=result.predictions[0, 0])
 
 
 def _price_patterns(config: Config, table: Table) -> np.ndarray:
@@ -369,7 +393,7 @@ def _choose_latents(
             steered[-1].append(Steering(sae, stats.strength, choice))
             crossed[-1].append(Steering(sae, stats.strength, crossed_choice))
         width = max(steering.choice.latents.shape[1] for steering in steered[-1])
-        effects.append(gate_effect(sae.decoder, gate_DH, width))
+        effects.append(gate_effect(sae.decoder, gate_DH, width, jax.default_backend()))
         frequencies.append(stats.frequency)
     return ChosenLatents(steered, crossed, effects, np.stack(frequencies), class_frequency, top_images, top_activations)
 
@@ -483,7 +507,7 @@ def run_sweep(run: RunData, strategies: Mapping[str, Strategy]) -> SweepResult:
     results: dict[str, SplitResult] = {}
     steps: dict[str, dict[str, StepFunction]] = {}
     for name, split in splits.items():
-        table = tables[name]
+        table = take_unsteered_from_suffix(trained, split, tables[name], chosen.steered[0][0], len(alphas))
         steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
         linear = choose_method(config) == "flips"
         size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)

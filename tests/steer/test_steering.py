@@ -142,3 +142,31 @@ def test_gate_program_is_the_models_gate(split, alpha_per_row):
         chex.assert_trees_all_equal(row, np.asarray(plain(np.asarray(alpha, np.float32))))
     assert len(np.unique(patterns)) > 2
     assert run(steering, x[:0], split.labels[:0], alphas[:0]).size == 0
+
+
+def test_layers_that_are_alike_share_the_programs_of_the_suffix(split):
+    """Steering another layer, or two at once, compiles no program for a layer that has one of its form already."""
+    config = steer_config(target="residual")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"depth": 6})})
+    trained, compiled = trained_model(config), []
+
+    def count(event: str, _: float, **__: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def steer_layers(*layers: int) -> int:
+        before = len(compiled)
+        settings = [suffix.SuffixSetting({layer: setting(layer) for layer in layers}, split.labels)]
+        suffix.run_suffix(trained, split, settings, np.array([0.0, 1.0]), "test")
+        return len(compiled) - before
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        assert steer_layers(2) > 4
+        assert steer_layers(3) == 0
+        assert steer_layers(1) == 0
+        together = steer_layers(2, 4)
+        assert together <= 3  # a steered layer after the first one
+        assert steer_layers(1, 2, 3) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
