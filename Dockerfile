@@ -1,4 +1,4 @@
-# HeadSteer on NVIDIA GPUs.
+# HeadSteer on NVIDIA GPUs, or on TPUs with --build-arg ACCELERATOR=tpu.
 #   docker build -t headsteer .
 #   docker run --gpus all -v "$PWD/runs:/work/runs" headsteer run --config=cifar100_vit_s --workdir=runs/cifar100
 # JAX's wheels bring CUDA and cuDNN; the host needs its driver (580 or newer for CUDA 13) and nvidia-container-toolkit.
@@ -10,7 +10,8 @@ WORKDIR /work
 COPY pyproject.toml README.md LICENSE ./
 COPY headsteer_jax ./headsteer_jax
 COPY configs ./configs
-RUN pip install --no-cache-dir '.[cuda,prepare,hub]'
+ARG ACCELERATOR=cuda
+RUN pip install --no-cache-dir ".[${ACCELERATOR},prepare,hub,gcs]"
 COPY benchmarks ./benchmarks
 
 # what is downloaded and compiled outlasts the container where /work/runs is a volume

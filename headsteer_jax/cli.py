@@ -40,6 +40,7 @@ commands:
   predict  predict the classes of image files with a deployed model
   page     write a run's pages again, or a results page for the documentation
   config   show, explain or check a config, or write the reference of all fields
+  compile  compile a run's programs for a TPU that is not there: time, memory, cost
 
 headsteer COMMAND --help explains a command; headsteer --version prints the version."""
 
@@ -443,9 +444,56 @@ def command_config(arguments: Sequence[str]) -> None:
         print(f"{path} = {json.dumps(value)}")
 
 
+def command_compile(arguments: Sequence[str]) -> None:
+    """Compile a run's programs for a machine and say what they take of it: `headsteer compile`."""
+    parser = Parser(
+        "compile", "Compile every large program of a run, for a TPU slice that is not there or for this machine's "
+        "devices, and say\nwhat each takes of them. Nothing is run; the data are read only for their sizes.",
+        "docs/how-to/tpu.md explains the table.", "headsteer compile [flags] [--config.FIELD=VALUE ...]",
+    )  # fmt: skip
+    parser.add_argument("--topology", metavar="NAME", help="a TPU slice, as v5e:2x4 (default: this machine's devices)")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help=CONFIG_HELP)
+    parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
+    parser.add_argument("--stages", metavar="A,B", help="only these stages' programs (default: those of headsteer run)")
+    parser.add_argument("--images", type=int, metavar="N", help="instead of reading the data: its training images")
+    parser.add_argument("--classes", type=int, metavar="C", help="with --images: the number of classes")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak, for the estimated hours (default: %(default)s)"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write all figures to this file as well")
+    flags, overrides = parser.parse_with_overrides(arguments)
+    if not 0 < flags.mfu <= 1:
+        raise HeadSteerError(f"--mfu={flags.mfu}: must be above 0 and at most 1")
+    config = load_config(find_config(flags.config), overrides)
+    _import_from_here()
+    _import_jax()
+    _import_matplotlib()
+
+    from headsteer_jax.compilation.command import check_outcomes, compile_run
+    from headsteer_jax.compilation.sizes import find_sizes
+    from headsteer_jax.compilation.topology import describe_attached, describe_topology, prepare_compiler
+    from headsteer_jax.runtime.files import make_directory, write_json
+    from headsteer_jax.stages import parse_stages
+
+    stages = parse_stages(flags.stages)
+    out = Path(expand_path(flags.out, "--out", buckets=False)) if flags.out else None
+    if flags.topology is not None:
+        prepare_compiler(flags.topology)
+    if out is not None:
+        make_directory(out.parent)
+    _start()
+    dataset = find_sizes(config, flags.images, flags.classes)
+    machine = describe_attached() if flags.topology is None else describe_topology(flags.topology)
+    record, outcomes = compile_run(config, dataset, machine, stages, flags.mfu)
+    if out is not None:
+        write_json(out, record)
+        print(out)
+    check_outcomes(outcomes)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "run": command_run, "study": command_study, "export": command_export, "deploy": command_deploy,
-    "predict": command_predict, "page": command_page, "config": command_config,
+    "predict": command_predict, "page": command_page, "config": command_config, "compile": command_compile,
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ from headsteer_jax.steer.catalogue import find_strategy
 from headsteer_jax.steer.patches import observe_steered_patches, steers_patches, sweep_patches
 from headsteer_jax.steer.replacement import measure_replacement
 from headsteer_jax.steer.sweep import gate_jacobian, run_sweep, select_classes
-from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, load_trained, train_model
+from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, list_phases, load_trained, train_model
 
 logger = logging.getLogger(__name__)
 
@@ -96,21 +96,17 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Train the gated model, then measure it and the dense ones on the test split."""
     train_model(config, dataset, workdir / "train")
     results: dict[str, Any] = {}
-    phases = {"dense": config.train.dense.steps > 0, "gated": True, "dense_control": config.train.dense_control}
-    for phase in PHASES:
-        if phases[phase]:
-            trained = load_trained(config, len(dataset.class_names), workdir / "train", phase)
-            observe = make_observer(trained.model, config, EVALUATION_GATING[phase], config.sae_layer)
-            observed = observe(trained.params, dataset.test, f"{phase}: test")
-            results[phase] = observed.accuracy(dataset.test.labels)
-            if phase == "gated":
-                if "heads" in observed.gates:
-                    results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
-                results["compute"] = measure_compute(config, len(dataset.class_names), observed.gates)
-                macs = count_image_macs(config, len(dataset.class_names), observed.gates)
-                workdir.write_arrays(
-                    "train/gates.npz", pack_gates(ImageGates(observed.gates, macs, observed.prediction))
-                )
+    for phase in list_phases(config):
+        trained = load_trained(config, len(dataset.class_names), workdir / "train", phase)
+        observe = make_observer(trained.model, config, EVALUATION_GATING[phase], config.sae_layer)
+        observed = observe(trained.params, dataset.test, f"{phase}: test")
+        results[phase] = observed.accuracy(dataset.test.labels)
+        if phase == "gated":
+            if "heads" in observed.gates:
+                results["usage"] = observed.gates["heads"].mean(axis=(0, 2)).tolist()
+            results["compute"] = measure_compute(config, len(dataset.class_names), observed.gates)
+            macs = count_image_macs(config, len(dataset.class_names), observed.gates)
+            workdir.write_arrays("train/gates.npz", pack_gates(ImageGates(observed.gates, macs, observed.prediction)))
     workdir.write_json("train/test.json", results)
 
 

@@ -34,7 +34,7 @@ def accuracy_all_off(trained: TrainedModel, split: Split, layer: int) -> float:
     return float(np.mean(predict_without_gates(trained, split, layer, f"layer {layer} off") == split.labels))
 
 
-def _first_of_each_class(split: Split, per_class: int) -> Split:
+def keep_first_of_each_class(split: Split, per_class: int) -> Split:
     """Keep the first images of each class, or all images if `per_class` is 0."""
     if not per_class:
         return split
@@ -110,6 +110,18 @@ def _summarise_layer(validation: SteeredSplit, test: SteeredSplit, config: Confi
     }
 
 
+def configure_layer(config: Config, layer: int, images: int) -> Config:
+    """Return the config with which a layer's autoencoder is trained on the CLS residuals of `images` images."""
+    own = {"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
+    sae = config.sae.model_copy(update=own | {"batch": min(config.sae.batch, images)})
+    return config.model_copy(update={"sae": sae})
+
+
+def list_profiled_layers(config: Config) -> tuple[int, ...]:
+    """List the layers that the profile steers, ascending."""
+    return tuple(sorted({layer % config.model.depth for layer in config.layers.layers} or config.steerable_layers))
+
+
 def _steer_layer(
     trained: TrainedModel, dataset: Dataset, layer: int, source: Residuals, directory: Path
 ) -> tuple[Steering, float]:
@@ -123,12 +135,8 @@ def _steer_layer(
       The steering, and the share of dead latents.
     """
     config, labels = trained.config, dataset.train.labels
-    sae_config = config.sae.model_copy(
-        update={"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
-        | {"batch": min(config.sae.batch, len(labels))}
-    )
-    layer_config = config.model_copy(update={"sae": sae_config})
-    members = train_members(layer_config, seed_members(sae_config), source, directory, data=hash_data(dataset))
+    layer_config = configure_layer(config, layer, len(labels))
+    members = train_members(layer_config, seed_members(layer_config.sae), source, directory, data=hash_data(dataset))
     sae = members.autoencoders(config.sae.inference_k).member(0)
     z_NF = encode_split(sae, load_all(source))
     stats = latent_statistics(z_NF, labels, len(dataset.class_names), sae.decoder)
@@ -152,10 +160,9 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
       share of dead latents.
     """
     config = trained.config
-    depth = config.model.depth
-    layers = tuple(sorted({layer % depth for layer in config.layers.layers} or config.steerable_layers))
+    layers = list_profiled_layers(config)
     validation, test = (
-        _first_of_each_class(split, config.layers.per_class) for split in (dataset.validation, dataset.test)
+        keep_first_of_each_class(split, config.layers.per_class) for split in (dataset.validation, dataset.test)
     )
     source = load_or_compute_residuals(cache, trained, ResidualSelection(dataset.train, "train", layers, "cls"))
     x_test = load_or_compute_residuals(None, trained, ResidualSelection(test, "test", layers, "cls"))

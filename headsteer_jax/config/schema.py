@@ -550,10 +550,12 @@ class MachineConfig(Section):
     fsdp: PositiveInt = 1
     """The number of devices along the mesh's axis fsdp, for models that do not fit one device. Training divides the
     batch over them too, and it shards large parameters, their averages and the optimizer's state. With 1 every device
-    holds all of these."""
+    holds all of these. A step gathers the parameters once: a device holds all of them while it computes the gradient,
+    and only a part of them and of the optimizer's state between steps."""
     scan_layers: bool = False
-    """Compile one block and loop over the layers. Compiling takes a fraction of the time, and a step takes slightly
-    longer."""
+    """Compile one block and loop over the layers. On a CPU compiling takes a fraction of the time, and a step takes
+    slightly longer. On TPUs it compiles no faster and a step takes almost twice as long, so leave it off there;
+    together with remat it saves memory."""
     remat: bool = False
     """Compute each block's intermediates again in the backward pass instead of keeping them. This needs less memory and
     takes a third more computation."""
@@ -583,8 +585,8 @@ class MachineConfig(Section):
     to its threshold may fall on the other side. Sweeps and residuals never skip."""
     peak_tflops: NonNegativeFloat = 0.0
     """The peak of a device in TFLOP/s in model.dtype. The log reports the share that training reaches (model FLOPs
-    utilisation, MFU). With 0 it follows from the device's name, if that is known (TPU v4 to v6e; A100, L4, H100,
-    H200)."""
+    utilisation, MFU). With 0 it follows from the device's name, if that is known (TPU v4 to TPU7x; A10, A100, L4, L40S,
+    H100, H200, GH200, B200)."""
 
 
 class Rule(NamedTuple):

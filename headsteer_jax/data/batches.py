@@ -1,5 +1,6 @@
 """The order in which training sees the images, and the prefetching of its batches onto the devices."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -33,8 +34,15 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     Images at the end of an epoch that do not fill a batch are left out.
     """
     epoch, position = divmod(step, count // batch)
+    return _draw_order(count, seed, epoch)[position * batch : (position + 1) * batch]
+
+
+@functools.lru_cache(maxsize=4)  # a permutation of ImageNet's size takes as long as several training steps
+def _draw_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Draw the order of an epoch's images, [count]."""
     order = np.random.default_rng([seed, 1, epoch]).permutation(count)
-    return order[position * batch : (position + 1) * batch]
+    order.flags.writeable = False  # all callers share it
+    return order
 
 
 def device_batches(

@@ -15,6 +15,7 @@ as four; what remat computes again does not count. The MFU is that of arXiv:2204
 Axes: B images, L layers, H heads, N patches.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,18 +28,26 @@ from headsteer_jax.model.gates import SUBLAYERS, Gates
 
 PARTS = ("projections", "attention", "output", "mlp", "gates")  # of a layer's MACs
 
-# dense bfloat16 TFLOP/s of a device, by the name that JAX gives it, from the vendors' data sheets
+# Dense bfloat16 TFLOP/s of a device, from the vendors' data sheets, by whole words of the name that JAX gives it: an
+# "NVIDIA L40S" is no "NVIDIA L4". Of the names that fit, the longest counts. A device of TPU7x is half a chip.
 PEAKS = {
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
     "TPU v5e": 197.0,
     "TPU v5": 459.0,
-    "TPU v6": 918.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "TPU7x": 1153.5,
+    "NVIDIA A10": 125.0,
     "NVIDIA A100": 312.0,
     "NVIDIA L4": 121.0,
+    "NVIDIA L40S": 362.0,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H100": 989.0,
     "NVIDIA H200": 989.0,
+    "NVIDIA GH200": 989.0,
+    "NVIDIA B200": 2250.0,
 }
 
 
@@ -166,7 +175,8 @@ def peak_tflops(config: Config, device: jax.Device) -> float | None:
     """
     if config.machine.peak_tflops:
         return config.machine.peak_tflops
-    tflops = next((peak for name, peak in PEAKS.items() if device.device_kind.startswith(name)), None)
+    names = [name for name in PEAKS if re.match(rf"{re.escape(name)}(?!\w)", device.device_kind)]
+    tflops = PEAKS[max(names, key=len)] if names else None
     if tflops and device.platform == "gpu" and config.model.dtype == "float32":
         return tflops / 2
     return tflops

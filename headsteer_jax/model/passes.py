@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
@@ -24,7 +24,7 @@ from headsteer_jax.model.skip import make_skipping_forward
 from headsteer_jax.model.skip_choice import SAMPLE, can_skip, predict_saving
 from headsteer_jax.model.vit import Gating, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
+from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, local_mesh, replicated_sharding
 from headsteer_jax.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,9 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec()))
 
 
-def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1, fixed: int = 1) -> Program:
+def per_image_program(
+    function: PerImageFunction, size: int, *, arrays: int = 1, fixed: int = 1, mesh: Mesh | None = None
+) -> Program:
     """Make a program for all devices of this host of a function that computes each image independently.
 
     Args:
@@ -77,10 +79,11 @@ def per_image_program(function: PerImageFunction, size: int, *, arrays: int = 1,
       size: B on each device.
       arrays: the number of the function's arrays.
       fixed: the number of its pytrees.
+      mesh: the devices; None: `local_mesh()`.
     """
     spec = ([PartitionSpec()] * fixed) + ([PartitionSpec("data")] * arrays)
     sharded = jax.shard_map(
-        function, mesh=local_mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
+        function, mesh=mesh or local_mesh(), in_specs=tuple(spec), out_specs=PartitionSpec("data"), check_vma=False
     )
     return Program(jax.jit(sharded), size)
 
@@ -103,7 +106,13 @@ def compile_within_memory(compile_for: Callable[[int], Any], most: int, memory: 
     """
     size = most
     while True:
-        compiled = compile_for(size)
+        try:
+            compiled = compile_for(size)
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what exceeds the device's memory
+            if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
+                raise
+            size //= 2
+            continue
         plan = compiled.memory_analysis()
         needed = calls * (plan.temp_size_in_bytes + plan.output_size_in_bytes)
         if needed <= memory * 2**20:
@@ -120,20 +129,28 @@ def memory_error(fit: CompiledFit, memory: int, item: str) -> HeadSteerError:
     )
 
 
-def compile_program_within_memory(program: Program, params: Any, split: Split, memory: int) -> Program:
+def describe_call(params: Any, split: Split, size: int, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """Describe the arguments of a call of a program on a split's images, with `size` of them on each device."""
+    images = jax.ShapeDtypeStruct((size * mesh.size, *split.images.shape[1:]), np.uint8, sharding=batch_sharding(mesh))
+    return describe_arrays(params, replicated_sharding(mesh)), images
+
+
+def compile_program_within_memory(
+    program: Program, params: Any, split: Split, memory: int, mesh: Mesh | None = None
+) -> Program:
     """Compile a program for a split's images, with as many in a call as fit a memory budget, at most program.size.
 
     Args:
+      params: the parameters, or arrays' descriptions.
       memory: see `compile_within_memory`.
+      mesh: the program's; None: `local_mesh()`.
 
     Raises:
       HeadSteerError: not even one image fits.
     """
 
     def compile_for(size: int) -> Any:
-        shape = (size * jax.local_device_count(), *split.images.shape[1:])
-        images = jax.ShapeDtypeStruct(shape, np.uint8, sharding=batch_sharding(local_mesh()))
-        return program.run.lower(replicate(params), images).compile()
+        return program.run.lower(*describe_call(params, split, size, mesh or local_mesh())).compile()
 
     fit = compile_within_memory(compile_for, min(program.size, len(split.labels)), memory, calls=CALLS_IN_FLIGHT)
     if not fit.size:
@@ -152,12 +169,16 @@ def padded_chunks(begin: int, end: int, size: int, devices: int = 1) -> list[np.
     return list(filled.reshape(-1, size))
 
 
-def _call_size(program: Program, count: int) -> int:
-    """Return a device's images in a call: on a CPU no more than there are.
+def choose_call_size(program: Program, count: int, platform: str) -> int:
+    """Choose a device's images in a call: on a CPU no more than there are.
 
     On accelerators every split has calls of one size, because the number of rows decides how products are rounded.
+
+    Args:
+      count: the images of the split.
+      platform: of the devices.
     """
-    return min(program.size, count) if jax.default_backend() == "cpu" else program.size
+    return min(program.size, count) if platform == "cpu" and not program.compiled else program.size
 
 
 def stream_split(
@@ -175,7 +196,7 @@ def stream_split(
     stop = count if stop is None else stop
     if start >= stop:
         return
-    size = program.size if program.compiled else _call_size(program, count)
+    size = choose_call_size(program, count, jax.default_backend())
     first = start // size * size  # the first image of the current call
     chunks = padded_chunks(first, stop, size, jax.local_device_count())
 
@@ -205,7 +226,7 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
       label: the name of the work in the progress.
     """
     count, params = len(split.labels), replicate(params)
-    size = _call_size(program, count)
+    size = choose_call_size(program, count, jax.default_backend())
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
 
     def run_share() -> list[np.ndarray]:
@@ -233,6 +254,30 @@ def _choose_skipping(model: ViT, config: Config, program: Program, params: Any, 
     return predict_saving(config, classes, count, float(macs.mean()) / count_dense_macs(config, classes)) > 0
 
 
+def _select_observed(config: Config, layer: int) -> Callable[[jax.Array, dict[str, Any]], tuple[jax.Array, ...]]:
+    """Make the function (logits, out) -> predictions, CLS residuals of a layer, and the gates of each kind."""
+
+    def select(logits_BC: jax.Array, out: dict[str, Any]) -> tuple[jax.Array, ...]:
+        gates = (stack_gates(out["gates"], kind) > 0 for kind in config.gate.kinds)
+        return predict_class(logits_BC), out["cls"][layer], *gates
+
+    return select
+
+
+def make_observer_program(model: ViT, config: Config, gating: Gating, layer: int, mesh: Mesh | None = None) -> Program:
+    """Make the program of `make_observer`, which computes every token: images -> predictions, residuals, gates.
+
+    Args:
+      mesh: the devices; None: `local_mesh()`.
+    """
+    select = _select_observed(config, layer)
+
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return select(*model.apply(params, preprocess(images, config.data), gating=gating))
+
+    return per_image_program(forward, config.train.eval_batch, mesh=mesh)
+
+
 def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
     """Make a function `(params, split, label) -> Observed` that runs the model on a split, without augmentation.
 
@@ -243,15 +288,8 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
       gating: dense (every head runs) or thresholded (evaluation's gates).
       layer: the layer whose CLS residual is returned.
     """
-
-    def select(logits_BC: jax.Array, out: dict[str, Any]) -> tuple[jax.Array, ...]:
-        gates = (stack_gates(out["gates"], kind) > 0 for kind in config.gate.kinds)
-        return predict_class(logits_BC), out["cls"][layer], *gates
-
-    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        return select(*model.apply(params, preprocess(images, config.data), gating=gating))
-
-    program = per_image_program(forward, config.train.eval_batch)
+    program = make_observer_program(model, config, gating, layer)
+    select = _select_observed(config, layer)
     skip, prepare, finish = make_skipping_forward(model), jax.jit(lambda x: preprocess(x, config.data)), jax.jit(select)
 
     def forward_skipping(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:

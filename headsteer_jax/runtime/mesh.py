@@ -2,11 +2,16 @@
 
 Training spans all devices of all hosts: the batch is sharded over the axes `data` and `fsdp`, parameters over `fsdp`.
 Passes over a split need no communication: each host takes a share of the images, on a mesh of its own devices.
+
+Every mesh of the program is made here. Each function takes the devices as an argument, so that those of a machine which
+is not there can stand in for `jax.devices()` when programs are compiled for it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -21,13 +26,18 @@ def _line_of_devices(devices: Any, names: tuple[str, ...], shape: tuple[int, ...
     return Mesh(np.asarray(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def training_mesh(machine: MachineConfig) -> Mesh:
+def training_mesh(machine: MachineConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make the mesh of training, with the axes data and fsdp.
+
+    Args:
+      machine: the section of the config.
+      devices: of all hosts; None: `jax.devices()`.
 
     Raises:
       HeadSteerError: there are too few devices, or they cannot be divided in this way.
     """
-    count, fsdp = jax.device_count(), machine.fsdp
+    devices = jax.devices() if devices is None else devices
+    count, fsdp = len(devices), machine.fsdp
     data = machine.data or max(1, count // fsdp)
     if data * fsdp > count:
         shape = f"{data} x {fsdp}" if machine.data else str(fsdp)
@@ -36,13 +46,13 @@ def training_mesh(machine: MachineConfig) -> Mesh:
         )
     if not machine.data and count % fsdp:
         raise HeadSteerError(f"config.machine.fsdp = {fsdp}: must be a divisor of the {count} devices")
-    if jax.process_count() > 1 and data * fsdp < count:
+    if len({device.process_index for device in devices}) > 1 and data * fsdp < count:
         raise HeadSteerError(
             f"config.machine.data = {data}: several hosts use all {count} devices; it must be {count} / fsdp, or 0"
         )
     if data * fsdp == count:
-        return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
-    return _line_of_devices(jax.devices()[: data * fsdp], BATCH_AXES, (data, fsdp))
+        return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return _line_of_devices(devices[: data * fsdp], BATCH_AXES, (data, fsdp))
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
@@ -83,6 +93,19 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(leaf_sharding, state)
 
 
+def describe_arrays(tree: Any, shardings: Any) -> Any:
+    """Describe arrays, for which a program is compiled, by their shapes, dtypes and shardings.
+
+    Args:
+      shardings: one for all, or a pytree of the same structure.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Put arrays that every process has completely onto the devices, as copies, because steps donate their state."""
 
@@ -99,16 +122,23 @@ def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
 
 
-def local_mesh() -> Mesh:
-    """Make the mesh of this process's devices, with the axis data, for passes over its share of a split."""
-    return _line_of_devices(jax.local_devices(), ("data",), (jax.local_device_count(),))
+def local_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make the mesh of one process's devices, with the axis data, for passes over its share of a split.
+
+    Args:
+      devices: of all hosts, of which those of the first one's host are taken; None: this process's.
+    """
+    local = (
+        jax.local_devices() if devices is None else [d for d in devices if d.process_index == devices[0].process_index]
+    )
+    return _line_of_devices(local, ("data",), (len(local),))
 
 
-def members_mesh(members: int, machine: MachineConfig) -> Mesh:
+def members_mesh(members: int, machine: MachineConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh of the devices of `training_mesh` with the axes member and data.
 
     Independent members are divided among the devices first; devices that are left divide each member's batch.
     """
-    devices = training_mesh(machine).devices
-    side_by_side = max(n for n in range(1, devices.size + 1) if devices.size % n == 0 and n <= members)
-    return _line_of_devices(devices, ("member", "data"), (side_by_side, devices.size // side_by_side))
+    own = training_mesh(machine, devices).devices
+    side_by_side = max(n for n in range(1, own.size + 1) if own.size % n == 0 and n <= members)
+    return _line_of_devices(own, ("member", "data"), (side_by_side, own.size // side_by_side))

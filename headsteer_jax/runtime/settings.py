@@ -4,6 +4,8 @@ A user may have switched JAX to 64 bits, to strict promotion or to another rando
 or in a notebook. JAX_DEFAULT_MATMUL_PRECISION, the devices and switches for debugging stay as they are.
 """
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -34,12 +36,29 @@ JAX_DEFAULTS: dict[str, Any] = {
 }  # the defaults of JAX 0.10; settings that a version does not have are skipped
 
 
+# XLA's plugins for GPUs; without one of them its flags for GPUs have no effect but on the cache's keys
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin")
+DETERMINISM = "--xla_gpu_deterministic_ops"
+
+
+def request_determinism() -> None:
+    """Let XLA choose GPU kernels that give the same bits in every process, unless XLA_FLAGS says whether it should.
+
+    By default XLA times several kernels and takes the fastest, so a resumed run may get others, and sums by atomic
+    additions. XLA reads its flags when it opens the devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISM not in flags and any(map(importlib.util.find_spec, GPU_PLUGINS)):
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISM}=true".strip()
+
+
 def open_devices() -> None:
     """Let JAX find the devices, before anything is written.
 
     Raises:
       HeadSteerError: it finds none, for instance because JAX_PLATFORMS names a kind that this machine lacks.
     """
+    request_determinism()
     try:
         jax.devices()
     except Exception as error:  # plugins fail in many ways; JAX itself asserts that it knows one for cuda

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config, GateConfig
 from headsteer_jax.data.augment import preprocess
@@ -269,10 +270,12 @@ def _tokens_per_image(config: Config, tokens: Tokens) -> int:
     return {"cls": 1, "patches": patches, "all": 1 + patches}[tokens]
 
 
-def _make_program(trained: TrainedModel, layers: Sequence[int], tokens: Tokens) -> Program:
+def make_residual_program(
+    trained: TrainedModel, layers: Sequence[int], tokens: Tokens, mesh: Mesh | None = None
+) -> Program:
     """Make a program: images -> [B, T', D] of each layer, with evaluation's gates and no layer after the last one.
 
-    The layers are in rising order.
+    The layers are in rising order; see `per_image_program` for `mesh`.
     """
     model, config = trained.model, trained.config
     first = 1 + config.model.registers
@@ -287,7 +290,7 @@ def _make_program(trained: TrainedModel, layers: Sequence[int], tokens: Tokens) 
         return tuple(jnp.concatenate([x_BTD[:, part] for part in parts], axis=1) for x_BTD in residuals)
 
     image_bytes = 4 * len(layers) * _tokens_per_image(config, tokens) * config.model.width
-    return per_image_program(run, max(1, min(config.train.eval_batch, CALL_BYTES // image_bytes)))
+    return per_image_program(run, max(1, min(config.train.eval_batch, CALL_BYTES // image_bytes)), mesh=mesh)
 
 
 def _choose_layout(config: Config, selection: ResidualSelection, shard_bytes: int) -> Layout:
@@ -375,7 +378,7 @@ def _write_shards(trained: TrainedModel, selection: ResidualSelection, files: _C
     start, stop = missing * layout.shard, min(end * layout.shard, layout.shape[0])
     if missing > begin:
         logger.info(f"{selection.description}: resuming from image {start}")
-    program = _make_program(trained, selection.layers, selection.tokens)
+    program = make_residual_program(trained, selection.layers, selection.tokens)
     calls = stream_split(program, trained.params, selection.split, selection.description, start, stop)
     under_way: deque[list[Any]] = deque()  # meanwhile the model computes the next calls
 
@@ -510,7 +513,9 @@ def _compute_residuals(
 ) -> dict[int, StoredResiduals]:
     """Compute residuals and hold them in memory."""
     split, _, layers, tokens = selection
-    arrays = run_over_split(_make_program(trained, layers, tokens), trained.params, split, selection.description)
+    arrays = run_over_split(
+        make_residual_program(trained, layers, tokens), trained.params, split, selection.description
+    )
     block = _choose_layout(trained.config, selection, shard_bytes).block
     return {layer: StoredResiduals(ts.array(x), block, "memory") for layer, x in zip(layers, arrays, strict=True)}
 

@@ -330,14 +330,25 @@ class Feed(NamedTuple):
                 yield place(scale_input(self.scaling, pending_GD[:count]), self.sharding)
 
 
+def choose_rows(c: SAEConfig, shape: tuple[int, int]) -> tuple[int, bool]:
+    """Choose how many residuals [N, D] are on the devices at once, and whether these are all and stay there."""
+    count, D = shape
+    resident = count * D * 4 <= c.memory * 2**20
+    return count if resident else max(c.batch, c.memory * 2**20 // (3 * 4 * D)), resident
+
+
+def choose_epochs(c: SAEConfig, resident: bool) -> int:
+    """Choose the epochs of a call: a twentieth of all, or fewer; 1 if the residuals come part by part."""
+    return max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if resident else 1
+
+
 def _make_feed(source: Residuals, config: Config, mesh: Mesh) -> Feed:
     """Choose how residuals come onto the devices: within config.sae.memory.
 
     If they do not fit, a part takes a third of that at most, as the next ones are read meanwhile.
     """
-    c, (count, D) = config.sae, source.shape
-    resident = count * D * 4 <= c.memory * 2**20
-    rows = count if resident else max(c.batch, c.memory * 2**20 // (3 * 4 * D))
+    c = config.sae
+    rows, resident = choose_rows(c, source.shape)
     scaling = fit_scaling(source.chunks, c)
     return Feed(source, scaling, replicated_sharding(mesh), c.batch, rows, resident, config.seed)
 
@@ -464,7 +475,7 @@ def train_members(
     if 0 < start < c.epochs:
         logger.info(f"{label}: resuming from epoch {start}")
     run = make_epoch_program(c, members, D, count // c.batch, config.seed, mesh)
-    at_once = max(n for n in range(1, max(1, c.epochs // 20) + 1) if c.epochs % n == 0) if feed.resident else 1
+    at_once = choose_epochs(c, feed.resident)
 
     def run_epochs(state: SAEState, epoch: int) -> tuple[SAEState, Curves]:
         return _run_parts(run, state, feed, epoch) if u_GD is None else run(state, u_GD, epochs=at_once)

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
-from headsteer_jax.model.passes import per_image_program, run_over_split
+from headsteer_jax.model.passes import Program, per_image_program, run_over_split
 from headsteer_jax.model.vit import TrainedModel, predict_class
 from headsteer_jax.sae.autoencoder import (
     Autoencoder,
     SAEWeights,
+    Scaling,
     decode_scaled,
     encode_scaled,
     scale_input,
@@ -33,14 +35,17 @@ class ReplacementEffect(NamedTuple):
     kl: np.ndarray  # the whole block: mean KL divergence from the unchanged model's predictions, in nats
 
 
-def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split: Split) -> ReplacementEffect:
-    """Run the model from the autoencoders' layer on with reconstructed residuals, and compare.
+def make_replacement_program(
+    trained: TrainedModel, scaling: Scaling, k: int | None, mesh: Mesh | None = None
+) -> Program:
+    """Make a program of the parameters with the weights of S autoencoders, and images.
 
     Args:
-      autoencoders: S autoencoders, the leading axis of the weights.
+      scaling: of all the autoencoders.
+      k: TopK's; None: thresholds decide.
+      mesh: see `per_image_program`.
     """
     config, model, layer = trained.config, trained.model, trained.config.sae_layer
-    scaling, k = autoencoders.scaling, autoencoders.k
 
     def run(inputs: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         params, weights_S = inputs
@@ -62,7 +67,17 @@ def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split:
 
         return tuple(values_SB.T for values_SB in jax.lax.map(replace_by, weights_S))
 
-    program, inputs = per_image_program(run, config.train.eval_batch), (trained.params, autoencoders.weights)
+    return per_image_program(run, config.train.eval_batch, mesh=mesh)
+
+
+def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split: Split) -> ReplacementEffect:
+    """Run the model from the autoencoders' layer on with reconstructed residuals, and compare.
+
+    Args:
+      autoencoders: S autoencoders, the leading axis of the weights.
+    """
+    program = make_replacement_program(trained, autoencoders.scaling, autoencoders.k)
+    inputs = (trained.params, autoencoders.weights)
     agreement_NS, gated_NS, block_NS, kl_NS = run_over_split(program, inputs, split, "test: reconstructed residuals")
     correct_NS = (prediction_NS == split.labels[:, None] for prediction_NS in (gated_NS, block_NS))
     means = (np.asarray(np.mean(v, axis=0, dtype=np.float64)) for v in (agreement_NS, *correct_NS, kl_NS))

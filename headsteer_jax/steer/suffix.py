@@ -45,7 +45,7 @@ from headsteer_jax.model.vit import (
     run_block,
 )
 from headsteer_jax.runtime import hosts
-from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
+from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, local_mesh, replicated_sharding
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.steer.steering import Steering, apply_steering, replicate_once, steer_patches
 
@@ -234,17 +234,26 @@ class CallSize(NamedTuple):
     images: int  # of each device
 
 
-def _choose_size(calls: LayerCalls, steerings: Mapping[int, LayerSteering], alphas: int, images: int) -> CallSize:
+def choose_size(
+    trained: TrainedModel, mesh: Mesh, steerings: Mapping[int, LayerSteering], alphas: int, images: int
+) -> CallSize:
     """Choose as many alphas at once as fit the memory budget, and fewer images if not one alpha fits.
 
     The plans of the first steered layer and of the one after it decide for all layers, so that layers that are alike
     have programs of one size.
 
+    Args:
+      trained: the model, perhaps with descriptions of its parameters.
+      mesh: see `jit_layer`.
+      steerings: by layer, perhaps with descriptions of their arrays.
+      alphas: how many there are.
+      images: how many there are.
+
     Raises:
       HeadSteerError: the budget is too small for one image under one alpha.
     """
-    trained, mesh, first = calls.trained, calls.mesh, min(steerings)
-    config, model = trained.config, trained.model
+    config, model, first, everywhere = trained.config, trained.model, min(steerings), replicated_sharding(mesh)
+    params, steerings = describe_arrays((trained.params["params"], dict(steerings)), everywhere)
     tokens, memory = model.positions_count + model.model.registers, config.machine.sweep_memory
     size, sharding = min(config.machine.sweep_chunk, images), batch_sharding(mesh)
 
@@ -252,8 +261,8 @@ def _choose_size(calls: LayerCalls, steerings: Mapping[int, LayerSteering], alph
         x = jax.ShapeDtypeStruct((rows * mesh.size, tokens, config.model.width), jnp.float32, sharding=sharding)
         class_B = jax.ShapeDtypeStruct((size * mesh.size,), jnp.int32, sharding=sharding)
         program = jit_layer(find_form(trained, layer, parts=layer == first), mesh)
-        alphas_A, steering = replicate(np.zeros(alphas, np.float32)), steerings.get(layer, NOTHING)
-        return program.lower(calls.layer_params(layer), steering, alphas_A, x, class_B).compile()
+        alphas_A = jax.ShapeDtypeStruct((alphas,), jnp.float32, sharding=everywhere)
+        return program.lower(params[f"layers_{layer}"], steerings.get(layer, NOTHING), alphas_A, x, class_B).compile()
 
     def planned_bytes(compiled: Any) -> int:
         plan = compiled.memory_analysis()
@@ -332,7 +341,7 @@ def run_suffix(
     steerings_V = replicate_once([{layer: setting.steerings(layer) for layer in layers} for setting in settings])
     returned = range(layers[0], config.model.depth) if following else layers
     observed = {layer: [kind for kind in kinds if kind in config.gate.kinds_in(layer)] for layer in returned}
-    size = _choose_size(calls, steerings_V[0], len(alphas), count)
+    size = choose_size(trained, calls.mesh, steerings_V[0], len(alphas), count)
     starts = range(0, len(alphas), size.alphas)
     parts = [np.minimum(np.arange(begin, begin + size.alphas), len(alphas) - 1) for begin in starts]
     alphas_on_devices = [(part_A, replicate(np.asarray(alphas, np.float32)[part_A])) for part_A in parts]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
@@ -116,8 +117,8 @@ class Table(NamedTuple):
         return Outcomes(labels, self.gate_logits, self.answers == labels[:, None], self.pattern.astype(np.int64))
 
 
-def make_table_program(trained: TrainedModel) -> Program:
-    """Make the pass that fills a table, for as many images as a call may have."""
+def make_table_program(trained: TrainedModel, mesh: Mesh | None = None) -> Program:
+    """Make the pass that fills a table, for as many images as a call may have; see `per_image_program` for `mesh`."""
     config, model = trained.config, trained.model
     gates, listed_P = LayerGates(config, config.sae_layer), jnp.asarray(list_patterns(config), jnp.int32)
 
@@ -134,17 +135,17 @@ def make_table_program(trained: TrainedModel) -> Program:
         patches_B = count_kept_patches(model, params, x_BTD, gates.layer)
         return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, patches_B
 
-    return per_image_program(run, config.machine.sweep_chunk)
+    return per_image_program(run, config.machine.sweep_chunk, mesh=mesh)
 
 
-def compile_table_program(trained: TrainedModel, split: Split) -> Program:
+def compile_table_program(trained: TrainedModel, split: Split, mesh: Mesh | None = None) -> Program:
     """Compile the pass that fills a table, within the memory budget, for images like a split's.
 
     Raises:
       HeadSteerError: the budget is too small for one image.
     """
-    program, config = make_table_program(trained), trained.config
-    return compile_program_within_memory(program, trained.params, split, config.machine.sweep_memory)
+    program, config = make_table_program(trained, mesh), trained.config
+    return compile_program_within_memory(program, trained.params, split, config.machine.sweep_memory, mesh)
 
 
 def fill_table(program: Program, params: Any, split: Split, description: str) -> Table:

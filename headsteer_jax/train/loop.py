@@ -43,7 +43,7 @@ from headsteer_jax.runtime.files import REMAKE
 from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.train.log import TrainingLog, open_log
-from headsteer_jax.train.losses import check_budget, has_teacher, name_usage
+from headsteer_jax.train.losses import check_budget, is_taught, name_usage
 from headsteer_jax.train.step import State, evaluation_params, make_optimizer, make_training_steps
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,12 @@ EVALUATION_GATING: dict[Phase, Gating] = {"dense": "dense", "gated": "thresholde
 def phase_plan(config: Config, phase: Phase) -> PhaseConfig:
     """Return a phase's part of the config; the control has the gated phase's."""
     return config.train.dense if phase == "dense" else config.train.gated
+
+
+def list_calls(start: int, steps: int, steps_per_call: int) -> list[tuple[int, int]]:
+    """List the calls of a phase from step `start` on: the first step of each, and the step after its last."""
+    ends = sorted({*range(0, steps, steps_per_call), steps} - set(range(start + 1)))
+    return list(zip([start, *ends[:-1]], ends, strict=True))
 
 
 def init_params(model: ViT, config: Config, seed: int, class_names: Sequence[str] = (), backbone: bool = True) -> Any:
@@ -87,6 +93,23 @@ def init_state(params: Any, phase: Phase, config: Config) -> State:
     return State(params, average, make_optimizer(config, plan).init(params), jax.random.key_data(key), jnp.int32(0))
 
 
+def describe_state(params: Any, phase: Phase, config: Config, devices: Mesh) -> State:
+    """Describe a phase's state by the shapes, dtypes and shardings of its arrays.
+
+    Args:
+      params: the model's parameters, or arrays' descriptions.
+    """
+    state = jax.eval_shape(lambda params: init_state(params, phase, config), params)
+    described: State = mesh.describe_arrays(state, mesh.state_shardings(state, devices))
+    return described
+
+
+def list_phases(config: Config) -> tuple[Phase, ...]:
+    """List the phases that a config trains, in order."""
+    trained = {"dense": config.train.dense.steps > 0, "gated": True, "dense_control": config.train.dense_control}
+    return tuple(phase for phase in PHASES if trained[phase])
+
+
 def train_phase(
     model: ViT, params: Any, phase: Phase, dataset: Dataset, config: Config, directory: Path, log: TrainingLog
 ) -> State:
@@ -110,12 +133,11 @@ def train_phase(
     mesh.check_batch(config, devices)
     last = Checkpoints(directory / phase / "last", config.machine.keep)
     best = Checkpoints(directory / phase / "best", 1)
-    abstract = jax.eval_shape(lambda: init_state(params, phase, config))
-    shardings = mesh.state_shardings(abstract, devices)
+    abstract = describe_state(params, phase, config, devices)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     best_accuracy = -1.0
     if last.latest() is not None:
-        like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
-        state, metadata = last.restore(like)
+        state, metadata = last.restore(abstract)
         best_accuracy = metadata["best_accuracy"]
         if change := describe_data_change(metadata["data"], data):
             raise HeadSteerError(f"{last.directory}: the data have changed since this checkpoint: {change}; {RESTART}")
@@ -167,7 +189,7 @@ class _PhaseRun:
     @property
     def taught(self) -> bool:
         """Say whether the dense phase's model teaches in this phase."""
-        return self.phase == "gated" and has_teacher(self.config.gate)
+        return is_taught(self.config, self.phase)
 
     def train(self, shardings: State, teacher: tuple[Any, ...]) -> State:
         """Train from the state's step to the end of the phase.
@@ -176,8 +198,7 @@ class _PhaseRun:
           teacher: the teacher's parameters on the devices, if the phase has one.
         """
         t, steps, start = self.config.train, self.plan.steps, int(self.state.step)
-        ends = sorted({*range(0, steps, t.steps_per_call), steps} - set(range(start + 1)))
-        calls = list(zip([start, *ends[:-1]], ends, strict=True))
+        calls = list_calls(start, steps, t.steps_per_call)
         program = make_training_steps(self.model, self.config, self.plan, self.phase == "gated", shardings)
         observe = make_observer(self.model, self.config, EVALUATION_GATING[self.phase], self.config.sae_layer)
         self.recorded = time.monotonic()

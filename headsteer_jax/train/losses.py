@@ -116,6 +116,11 @@ def has_teacher(gate: GateConfig) -> bool:
     return gate.teacher_logits > 0 or gate.teacher_hidden > 0
 
 
+def is_taught(config: Config, phase: str) -> bool:
+    """Say whether the dense phase's model teaches in a phase."""
+    return phase == "gated" and has_teacher(config.gate)
+
+
 def follow_teacher(
     gate: GateConfig, student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, Metrics]:

@@ -1,0 +1,1 @@
+"""Compiling a run's programs for machines that are not there."""
