@@ -11,7 +11,7 @@ import pytest
 from helpers import FinishedRun
 
 from headsteer_jax import HeadSteerError, load_run
-from headsteer_jax.runtime import settings
+from headsteer_jax.runtime import settings as own_settings
 from headsteer_jax.runtime.settings import (
     JAX_DEFAULTS,
     open_devices,
@@ -130,6 +130,6 @@ def test_gpus_are_asked_for_the_same_bits_unless_the_user_has_chosen(
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     if before:
         monkeypatch.setenv("XLA_FLAGS", before)
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: name == plugin or None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(own_settings.importlib.util, "find_spec", lambda name: name == plugin or None)  # type: ignore[attr-defined]
     request_determinism()
     assert os.environ.get("XLA_FLAGS") == after
