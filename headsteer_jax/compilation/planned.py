@@ -73,13 +73,12 @@ class PlannedProgram(NamedTuple):
 
 
 def plan_pass(
-    experiment: Experiment, stage: str, name: str, program: Program, split: Split, passes: int = 1,
-    macs: float | None = None, params: Any = None,
+    experiment: Experiment, stage: str, name: str, program: Program, split: Split, macs: float | None = None,
+    params: Any = None,
 ) -> PlannedProgram:  # fmt: skip
-    """Plan a program that runs over a split.
+    """Plan a program that runs over a split once.
 
     Args:
-      passes: how often.
       macs: that an image needs; None: not known.
       params: the program's first argument; None: the model's parameters.
     """
@@ -90,6 +89,6 @@ def plan_pass(
     def trace() -> jax.stages.Traced:
         return program.run.trace(*describe_call(params, split, size, devices))
 
-    calls = passes * -(-len(split.labels) // (size * devices.size))
+    calls = -(-len(split.labels) // (size * devices.size))
     flops = None if macs is None else 2.0 * macs * size * devices.size
     return PlannedProgram(stage, name, trace, calls, devices, flops, PASS_REMEDIES)

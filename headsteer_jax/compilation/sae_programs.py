@@ -113,8 +113,8 @@ def list_layer_autoencoder_programs(experiment: Experiment) -> Iterator[PlannedP
     test = keep_first_of_each_class(dataset.test, config.layers.per_class)
     yield plan_pass(experiment, "layers", "residuals of train", program, dataset.train)
     yield plan_pass(experiment, "layers", "residuals of test", program, test)
-    own = configure_layer(config, layers[0], count)
-    yield plan_epochs(experiment, own, seed_members(own.sae), count, "layers", times=len(layers))
+    layer_config = configure_layer(config, layers[0], count)
+    yield plan_epochs(experiment, layer_config, seed_members(layer_config.sae), count, "layers", times=len(layers))
 
 
 def describe_weights_of_one(config: Config) -> SAEWeights:

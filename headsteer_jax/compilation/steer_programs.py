@@ -1,7 +1,7 @@
 """The programs of the stages steer and layers: the table of all gate patterns, and the layers from a steered one on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from headsteer_jax.steer.strategies import Choice
 from headsteer_jax.steer.suffix import (
     NOTHING,
     CallSize,
+    LayerForm,
     LayerSteering,
     choose_size,
     find_form,
@@ -62,34 +63,39 @@ def plan_suffix(
     rows = size.alphas * size.images
     yield _plan_embedding(experiment, stage, split, size.images, chunks)
     for layer in range(trained.config.model.depth):
-        parts, steering = layer == first, steerings.get(layer, NOTHING)
-        calls, own_rows = (chunks, size.images) if layer < first else (steered, rows)
-        yield plan_layer(experiment, stage, f"{name}: layer {layer}", layer, steering, size, own_rows, calls, parts)
+        form = find_form(trained, layer, parts=layer == first)
+        call = LayerCall(layer, form, steerings.get(layer, NOTHING), size, size.images if layer < first else rows)
+        calls = chunks if layer < first else steered
+        yield plan_layer(experiment, stage, f"{name}: layer {layer}", call)._replace(calls=calls)
     yield _plan_classifier(experiment, stage, rows, steered)
 
 
-def plan_layer(
-    experiment: Experiment, stage: str, name: str, layer: int, steering: LayerSteering, size: CallSize, rows: int,
-    calls: int, parts: bool, closed: bool = False,
-) -> PlannedProgram:  # fmt: skip
-    """Plan the program of one layer; see `jit_layer`.
+class LayerCall(NamedTuple):
+    """Says how a layer's program is called; see `jit_layer`."""
 
-    Args:
-      rows: on each device, if the alphas do not part here.
-    """
+    layer: int
+    form: LayerForm
+    steering: LayerSteering  # descriptions
+    size: CallSize
+    rows: int  # on each device, after the alphas have parted
+
+
+def plan_layer(experiment: Experiment, stage: str, name: str, call: LayerCall) -> PlannedProgram:
+    """Plan one call of a layer's program."""
+    layer, form, steering, size, rows = call
     trained, mesh = experiment.trained, experiment.host
     config, everywhere, by_row = trained.config, replicated_sharding(mesh), batch_sharding(mesh)
 
     def trace() -> jax.stages.Traced:
         tokens = trained.model.positions_count + trained.model.model.registers
-        shape = (mesh.size * (size.images if parts else rows), tokens, config.model.width)
+        shape = (mesh.size * (size.images if form.parts else rows), tokens, config.model.width)
         x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_row)
         class_B = jax.ShapeDtypeStruct((mesh.size * size.images,), jnp.int32, sharding=by_row)
-        alphas_A = jax.ShapeDtypeStruct((1 if rows == size.images and not parts else size.alphas,), jnp.float32)
+        alphas_A = jax.ShapeDtypeStruct((1 if rows == size.images and not form.parts else size.alphas,), jnp.float32)
         fixed = describe_arrays((trained.params["params"][f"layers_{layer}"], steering, alphas_A), everywhere)
-        return jit_layer(find_form(trained, layer, parts=parts, closed=closed), mesh).trace(*fixed, x, class_B)
+        return jit_layer(form, mesh).trace(*fixed, x, class_B)
 
-    return PlannedProgram(stage, name, trace, calls, mesh, None, SWEEP_REMEDIES)
+    return PlannedProgram(stage, name, trace, 1, mesh, None, SWEEP_REMEDIES)
 
 
 def _plan_embedding(experiment: Experiment, stage: str, split: Split, images: int, calls: int) -> PlannedProgram:
@@ -125,9 +131,9 @@ def list_sweep_programs(experiment: Experiment) -> Iterator[PlannedProgram]:
     mesh, layer, classes = experiment.host, config.sae_layer, len(dataset.class_names)
     fitted = compile_table_program(trained, dataset.test, mesh)
     table = make_table_program(trained, mesh)._replace(size=fitted.size, compiled=True)
-    images = np.concatenate([dataset.test.labels, dataset.validation.labels])
-    both = Split(dataset.test.images, images)
-    yield plan_pass(experiment, "steer", "table of gate patterns", table, both)._replace(remedies=SWEEP_REMEDIES)
+    labels = np.concatenate([dataset.test.labels, dataset.validation.labels])
+    images = Split(dataset.test.images, labels)  # one program passes over test and validation
+    yield plan_pass(experiment, "steer", "table of gate patterns", table, images)._replace(remedies=SWEEP_REMEDIES)
     alphas, settings = len(make_alpha_grid(config.steer)), config.sae.seeds * len(NAMED_BY)
     splits = (("validation", dataset.validation, 2 * classes), ("test", dataset.test, classes))
     if choose_method(config) == "suffix":
@@ -157,7 +163,6 @@ def list_layer_programs(experiment: Experiment) -> Iterator[PlannedProgram]:
     size = CallSize(1, min(config.machine.sweep_chunk, len(test.labels)))
     chunks = -(-len(test.labels) // (size.images * experiment.host.size))
     for layer in layers:
-        yield plan_layer(
-            experiment, "layers", f"layer {layer} off", layer, NOTHING, size, size.images, chunks, False, True
-        )
+        call = LayerCall(layer, find_form(experiment.trained, layer, closed=True), NOTHING, size, size.images)
+        yield plan_layer(experiment, "layers", f"layer {layer} off", call)._replace(calls=chunks)
     yield _plan_classifier(experiment, "layers", size.images, chunks * len(layers))

@@ -58,4 +58,5 @@ def list_evaluation_programs(experiment: Experiment) -> Iterator[PlannedProgram]
         macs = count_dense_macs(config, model.classes) if gating == "dense" else count_open_macs(config, model.classes)
         evaluations = -(-steps // config.train.eval_every)
         for name, split, passes in (("validation", dataset.validation, evaluations), ("test", dataset.test, 1)):
-            yield plan_pass(experiment, "train", f"{phase}: {name}", program, split, passes, macs)
+            planned = plan_pass(experiment, "train", f"{phase}: {name}", program, split, macs)
+            yield planned._replace(calls=passes * planned.calls)

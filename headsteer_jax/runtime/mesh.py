@@ -139,6 +139,6 @@ def members_mesh(members: int, machine: MachineConfig, devices: Sequence[jax.Dev
 
     Independent members are divided among the devices first; devices that are left divide each member's batch.
     """
-    own = training_mesh(machine, devices).devices
-    side_by_side = max(n for n in range(1, own.size + 1) if own.size % n == 0 and n <= members)
-    return _line_of_devices(own, ("member", "data"), (side_by_side, own.size // side_by_side))
+    mesh = training_mesh(machine, devices)
+    side_by_side = max(n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and n <= members)
+    return _line_of_devices(mesh.devices, ("member", "data"), (side_by_side, mesh.size // side_by_side))

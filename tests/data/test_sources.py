@@ -668,6 +668,15 @@ def test_an_epoch_is_a_permutation(count: int, batch: int, seed: int, epoch: int
     assert used.max() < count
 
 
+def test_an_epochs_order_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or make(seed))
+    for step in range(30):  # three epochs of ten steps
+        assert len(batch_indices(50, 5, 2**31, step)) == 5
+    assert drawn == [[2**31, 1, 0], [2**31, 1, 1], [2**31, 1, 2]]
+
+
 def test_the_order_follows_from_seed_and_step_alone() -> None:
     straight = [batch_indices(20, 6, 7, step) for step in range(9)]
     for step in (8, 2, 5):  # resuming anywhere, in any order

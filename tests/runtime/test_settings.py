@@ -1,5 +1,6 @@
 """JAX's process-wide settings: the user's do not reach our computation, and come back after it."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 from helpers import FinishedRun
 
 from headsteer_jax import HeadSteerError, load_run
+from headsteer_jax.runtime import settings as own_settings
 from headsteer_jax.runtime.settings import (
     JAX_DEFAULTS,
     open_devices,
+    request_determinism,
     use_own_settings,
     use_own_settings_in_thread,
 )
@@ -110,3 +113,23 @@ def test_a_device_that_cannot_be_opened(error: Exception, monkeypatch: pytest.Mo
     with pytest.raises(HeadSteerError, match=r"JAX_PLATFORMS=cuda: no device could be opened .*; unset it") as caught:
         open_devices()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "before", "after"),
+    [
+        (None, "", None),
+        ("jax_cuda13_plugin", None, "--xla_gpu_deterministic_ops=true"),
+        ("jax_cuda12_plugin", "--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true"),
+        ("jax_cuda13_plugin", "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+    ],
+)
+def test_gpus_are_asked_for_the_same_bits_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, plugin: str | None, before: str | None, after: str | None
+) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if before:
+        monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setattr(own_settings.importlib.util, "find_spec", lambda name: name == plugin or None)  # type: ignore[attr-defined]
+    request_determinism()
+    assert os.environ.get("XLA_FLAGS") == after
