@@ -125,11 +125,9 @@ def correctness(part: Part, args: argparse.Namespace) -> None:
 
 def golden_run(small: bool) -> Run:
     """Generate the model and the images of the goldens, the same in every process but for rounding."""
-    run = generate_run("exact", True)
-    config = change_sections(
-        run.config, train={"batch": 64}, sae={"batch": 256, "epochs": 1}, model={} if small else {"depth": 6}
-    )
-    return run if small else generate_run("exact", True, config)
+    config = sweep_config("float32", True)
+    config = change_sections(config, train={"batch": 64}, sae={"batch": 256}, model={} if small else {"depth": 6})
+    return generate_run("exact", True, config)
 
 
 def golden_figures(run: Run, choices: list[Choice] | None = None) -> tuple[Arrays, list[Choice]]:
@@ -447,6 +445,14 @@ def sweeps(part: Part, args: argparse.Namespace) -> None:
         part.note("rows", row)
 
 
+def sweep_config(dtype: str, small: bool) -> Config:
+    """Make the config of the ViT-S that is swept; `dtype` is that of training."""
+    return change_sections(
+        our_config("S", 8 if small else 4, 128, dtype), model={"depth": 2} if small else {}, gate={"bias": 0.0},
+        sae={"seeds": 1, "control": False}, machine={"sweep_chunk": 100 if small else 1000},
+    )  # fmt: skip
+
+
 def generate_run(products: str, small: bool, config: Config | None = None) -> Run:
     """Build a ViT-S that was never trained, whose gates and answers differ from image to image all the same.
 
@@ -456,11 +462,7 @@ def generate_run(products: str, small: bool, config: Config | None = None) -> Ru
       config: instead of that of a ViT-S.
     """
     exact = products == "exact"
-    config = config or change_sections(
-        our_config("S", 8 if small else 4, 128, "float32" if exact else products),
-        model={"depth": 2} if small else {}, gate={"bias": 0.0}, sae={"seeds": 1, "control": False},
-        machine={"sweep_chunk": 100 if small else 1000},
-    )  # fmt: skip
+    config = config or sweep_config("float32" if exact else products, small)
     rng, classes = np.random.default_rng(0), 10 if small else CLASSES
     patterns = rng.normal(128, 50, (classes, 4, 4, 3))
 
