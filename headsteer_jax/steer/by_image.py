@@ -24,7 +24,7 @@ class ImageStrategy(NamedTuple):
 
 
 class ReadResiduals(NamedTuple):
-    """What the steered layer's gate reads of each image, and the latents that are active in it."""
+    """The residual of each image that the steered layer's gate reads, and the latents that are active in it."""
 
     x: np.ndarray  # [N, D]
     z: csr_array  # [N, F]
@@ -49,9 +49,9 @@ def image_latents(
         relative = z_NF.data[begin:end] * relative_F[z_NF.indices[begin:end]]
         strongest = np.argsort(-relative, kind="stable")[: config.latents]
         active = z_NF.indices[begin:end][strongest]
-        others = np.setdiff1d(np.arange(min(config.latents * 2, len(rare_F))), active)[: config.latents - len(active)]
-        latents[n] = np.concatenate([active, others])
-        weights[n] = np.concatenate([relative[strongest] > 0, np.zeros(len(others), bool)])
+        filling = np.setdiff1d(np.arange(min(config.latents * 2, len(rare_F))), active)[: config.latents - len(active)]
+        latents[n] = np.concatenate([active, filling])
+        weights[n] = np.concatenate([relative[strongest] > 0, np.zeros(len(filling), bool)])
     return Choice(latents, weights)
 
 
@@ -59,16 +59,16 @@ def image_random_directions(
     images: ReadResiduals, stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator
 ) -> Choice:
     """Draw a direction for each image that moves its residual as far as `image_latents` does: its control."""
-    own = image_latents(images, stats, config, rng)
+    amplified = image_latents(images, stats, config, rng)
     length_N = np.array(
         [
             np.linalg.norm((stats.strength[latents] * weights) @ stats.decoder[latents])
-            for latents, weights in zip(own.latents, own.weights, strict=True)
+            for latents, weights in zip(amplified.latents, amplified.weights, strict=True)
         ]
     )
     drawn_ND = rng.standard_normal((len(length_N), stats.decoder.shape[1])).astype(np.float32)
     drawn_ND *= (length_N / np.linalg.norm(drawn_ND, axis=1))[:, None].astype(np.float32)
-    return Choice(own.latents[:, :0], own.weights[:, :0], drawn_ND)
+    return Choice(amplified.latents[:, :0], amplified.weights[:, :0], drawn_ND)
 
 
 def guessed_bias_directions(

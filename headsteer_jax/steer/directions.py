@@ -31,8 +31,8 @@ def mean_difference_directions(stats: LatentStatistics, config: SteerConfig, rng
     members_CN = (labels == np.arange(len(stats.class_frequency))[:, None]).astype(np.float64)
     counts_C1 = members_CN.sum(axis=1, keepdims=True)
     sums_CD = members_CN @ x_ND.astype(np.float64)
-    others_CD = (sums_CD.sum(axis=0) - sums_CD) / np.maximum(len(labels) - counts_C1, 1)
-    return _as_far_as_class(sums_CD / np.maximum(counts_C1, 1) - others_CD, stats, config, rng)
+    mean_of_others_CD = (sums_CD.sum(axis=0) - sums_CD) / np.maximum(len(labels) - counts_C1, 1)
+    return _as_far_as_class(sums_CD / np.maximum(counts_C1, 1) - mean_of_others_CD, stats, config, rng)
 
 
 def probe_directions(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:

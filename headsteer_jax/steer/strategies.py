@@ -44,7 +44,7 @@ class Residuals(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a strategy changes in images of each class: latents, and how strongly next to each other, or a direction."""
+    """The latents that a strategy changes in images of each class, and how strongly each; or directions instead."""
 
     latents: np.ndarray  # [C, S] int32
     weights: np.ndarray  # [C, S] float32; alpha is multiplied by it

@@ -531,6 +531,27 @@ def _sweep_split(
     return result, steps
 
 
+def _prepare_split(
+    trained: TrainedModel, named_split: tuple[str, Split, Table], chosen: ChosenLatents, strategies: Strategies,
+    fold_N: np.ndarray,
+) -> SplitSweep:  # fmt: skip
+    """Bring together a split, its table and everything that steers it.
+
+    Args:
+      fold_N: the half of validation to which each image belongs: it is steered by what was chosen without that half.
+    """
+    name, split, table = named_split
+    on_validation, classes = name == "validation", chosen.class_frequency.shape[0]
+    steered, offset = (chosen.crossed, classes * fold_N) if on_validation else (chosen.steered, 0)
+    steered = _choose_by_image(
+        steered, strategies, chosen.statistics, table.x, trained.config, fold_N if on_validation else None
+    )
+    linear = choose_method(trained.config) == "flips"
+    size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
+    by_image = frozenset(g for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy))
+    return make_split_sweep(name, split, table, steered, offset, size_NH, by_image)
+
+
 def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     """Run the whole sweep.
 
@@ -562,15 +583,9 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     evaluate = _make_evaluator(trained, alphas, chosen.effects, classes)
     results: dict[str, SplitResult] = {}
     steps: dict[str, dict[str, StepFunction]] = {}
-    by_image = frozenset(g for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy))
     for name, split in splits.items():
         table = take_unsteered_from_suffix(trained, split, tables[name], chosen.steered[0][0], len(alphas))
-        steered, offset = (chosen.crossed, classes * fold_N) if name == "validation" else (chosen.steered, 0)
-        linear = choose_method(config) == "flips"
-        size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
-        halves = fold_N if name == "validation" else None
-        steered = _choose_by_image(steered, strategies, chosen.statistics, table.x, config, halves)
-        job = make_split_sweep(name, split, table, steered, offset, size_NH, by_image)
+        job = _prepare_split(trained, (name, split, table), chosen, strategies, fold_N)
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:
             steps[name] = dict(zip(strategies, by_strategy, strict=True))
@@ -623,11 +638,11 @@ def gate_jacobian(trained: TrainedModel, x_ND: np.ndarray) -> np.ndarray:
 
 def _stack_directions(steered: Sequence[Sequence[Steering]]) -> np.ndarray | None:
     """Stack the directions of all choices, [G, S, C, D], 0 where latents are changed; None if all change latents."""
-    found = [steering.choice.directions for by_strategy in steered for steering in by_strategy]
-    shape = next((np.shape(directions) for directions in found if directions is not None), None)
+    directions_SG = [steering.choice.directions for by_strategy in steered for steering in by_strategy]
+    shape = next((np.shape(directions) for directions in directions_SG if directions is not None), None)
     if shape is None:
         return None
-    filled = [np.zeros(shape, np.float32) if directions is None else directions for directions in found]
+    filled = [np.zeros(shape, np.float32) if directions is None else directions for directions in directions_SG]
     return np.stack(filled).reshape(len(steered), -1, *shape).swapaxes(0, 1)
 
 
