@@ -112,7 +112,7 @@ def observe(trained: TrainedModel, _: Split) -> Any:
 
 
 def cached(patch: pytest.MonkeyPatch, tokens: Any) -> Any:
-    return capture(patch, residuals, lambda trained, _: residuals._make_program(trained, (1, 2), tokens))
+    return capture(patch, residuals, lambda trained, _: residuals.make_residual_program(trained, (1, 2), tokens))
 
 
 def tabled(patch: pytest.MonkeyPatch, layer: int) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +103,8 @@ def prepare_compiler(name: str) -> None:
         )
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    # without a TPU programs are written to the cache, but cannot be read from it: JAX then compiles again, and warns
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
     jax.config.update("jax_platforms", "cpu")  # JAX would look for a TPU with the same library
 
 
