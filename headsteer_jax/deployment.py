@@ -92,12 +92,11 @@ def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Seq
 def load_steering(
     config: Config, dataset: Dataset, workdir: Workdir, strategy: str, labels: np.ndarray
 ) -> ClassSteering:
-    """Load the latents that a strategy changes for some classes, with the run's first autoencoder."""
+    """Load what a strategy changes for some classes, with the run's first autoencoder."""
     trained = load_trained(config, len(dataset.class_names), workdir / "train")
     autoencoders, x_train, _ = read_autoencoders(workdir, trained)
     sae = autoencoders.member(0)
     statistics = latent_statistics(
         encode_split(sae, x_train), dataset.train.labels, len(dataset.class_names), np.asarray(sae.decoder)
     )
-    latents, weights = find_choice(read_sweep(workdir / "sweep.nc"), strategy, labels)
-    return ClassSteering(sae, statistics.strength, latents, weights)
+    return ClassSteering(sae, statistics.strength, find_choice(read_sweep(workdir / "sweep.nc"), strategy, labels))

@@ -18,15 +18,15 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.steer.flips import is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates
+from headsteer_jax.steer.strategies import Choice
 
 
 class ClassSteering(NamedTuple):
-    """The latents that a strategy changes for some classes, in one autoencoder."""
+    """The latents that a strategy changes for some classes, in one autoencoder, or directions without one."""
 
     sae: Autoencoder
     strength: np.ndarray  # [F] mean activation where a latent fires
-    latents: np.ndarray  # [classes, S]; -1 fills up strategies that choose fewer
-    weights: np.ndarray  # [classes, S]
+    choice: Choice  # a row for each class; the latent -1 fills up strategies that choose fewer
 
 
 def check_foldable(config: Config, alpha: float) -> None:
@@ -49,11 +49,11 @@ def check_foldable(config: Config, alpha: float) -> None:
         )
 
 
-def find_choice(sweep: xarray.Dataset, strategy: str, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the latents and weights [classes, S] that a strategy chose for some classes with the first autoencoder.
+def find_choice(sweep: xarray.Dataset, strategy: str, labels: np.ndarray) -> Choice:
+    """Find what a strategy chose for some classes with the first autoencoder.
 
     Raises:
-      HeadSteerError: the run's sweep has no such strategy, or it has weights below 0.
+      HeadSteerError: the run's sweep has no such strategy, it has weights below 0, or it chooses for each image.
     """
     names = [str(name) for name in sweep["strategy"].values]
     if strategy not in names:
@@ -67,14 +67,25 @@ def find_choice(sweep: xarray.Dataset, strategy: str, labels: np.ndarray) -> tup
             f"--steer={strategy}: has weights below 0, with which latents stop at 0, so that the effect depends on the "
             "image; choose another strategy"
         )
-    return latents, weights
+    directions = np.asarray(chosen["directions"].values)[labels] if "directions" in sweep else None
+    if not (latents >= 0).any():
+        if directions is None or not directions.any():
+            raise HeadSteerError(
+                f"--steer={strategy}: chooses for each image by itself, and so does not fold into biases; choose "
+                "another strategy"
+            )
+        return Choice(latents, weights, directions)
+    return Choice(latents, weights)
 
 
 def shift_logits(steering: ClassSteering, kernel_DG: np.ndarray, alpha: float) -> np.ndarray:
     """Compute by how much steering moves the gates' logits, in the mean of the classes: [G] float64."""
-    amount = np.where(steering.latents >= 0, steering.weights * steering.strength[steering.latents], 0.0)
-    moved_D = np.einsum("cs,csd->d", amount, np.asarray(steering.sae.decoder, np.float64)[steering.latents])
-    return alpha * moved_D @ kernel_DG / len(steering.latents)
+    latents, weights, directions = steering.choice
+    amount = np.where(latents >= 0, weights * steering.strength[latents], 0.0)
+    moved_D = np.einsum("cs,csd->d", amount, np.asarray(steering.sae.decoder, np.float64)[latents])
+    if directions is not None:
+        moved_D = directions.sum(axis=0, dtype=np.float64)
+    return alpha * moved_D @ kernel_DG / len(latents)
 
 
 def fold_steering(model: DeployedModel, config: Config, steering: ClassSteering, alpha: float) -> DeployedModel:

@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import xarray
 from builders import blobs, setting, steer_config, tiny_config, trained_model
 
 from headsteer_jax.config import Config
@@ -21,10 +22,11 @@ from headsteer_jax.deploy.model import DeployedModel
 from headsteer_jax.deploy.refit import refit_classifier, refit_model
 from headsteer_jax.deploy.selection import Option, choose_sizes, least_budget, measure_options
 from headsteer_jax.deploy.specialise import Goal, check_budget, specialise
-from headsteer_jax.deploy.steered import ClassSteering, check_foldable, fold_steering
+from headsteer_jax.deploy.steered import ClassSteering, check_foldable, find_choice, fold_steering
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import Intervention
 from headsteer_jax.steer.steering import apply_steering
+from headsteer_jax.steer.strategies import Choice
 
 NAMES = ("a", "b", "c")
 
@@ -227,13 +229,18 @@ def test_the_gates_propose_the_heads_that_they_open_most(images: ClassImages) ->
     assert [stay.tolist() for stay in proposals(2)] == [[0], [0, 2]]
 
 
+@pytest.mark.parametrize("by_direction", [False, True])
 @pytest.mark.parametrize("kinds", [("heads",), ("heads", "sublayers", "tokens")])
-def test_folded_steering_opens_the_gates_that_steering_opens(kinds: tuple[str, ...]) -> None:
+def test_folded_steering_opens_the_gates_that_steering_opens(kinds: tuple[str, ...], by_direction: bool) -> None:
     config: Config = tiny_config(kinds=kinds)
     trained, steering, label, alpha = trained_model(config), setting(), 3, 1.5
+    if by_direction:
+        latents, weights, _ = steering.choice
+        v_CD = 4 * np.random.default_rng(2).standard_normal((len(latents), config.model.width)).astype(np.float32)
+        steering = steering._replace(choice=Choice(latents[:, :0], weights[:, :0], v_CD))
     whole = convert_model(trained, tuple("abcdefg"), np.arange(7), (8, 8, 1), dynamic=True)
-    chosen = (part[[label]] for part in steering.choice)
-    folded = fold_steering(whole, config, ClassSteering(steering.sae, steering.strength, *chosen), alpha)
+    chosen = Choice(*(None if part is None else part[[label]] for part in steering.choice))
+    folded = fold_steering(whole, config, ClassSteering(steering.sae, steering.strength, chosen), alpha)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
 
     def steer(x_BD: jax.Array) -> jax.Array:
@@ -248,3 +255,23 @@ def test_folded_steering_opens_the_gates_that_steering_opens(kinds: tuple[str, .
     plain, before = trained.model.apply(trained.params, preprocess(pixels, config.data))
     assert np.abs(np.asarray(plain) - expected).max() > 0.01
     assert (out["gates"][config.sae_layer]["heads"] != before["gates"][config.sae_layer]["heads"]).any()
+
+
+def test_what_a_strategy_chose_is_found_or_refused() -> None:
+    """Of three strategies one changes latents, one has directions, and one chooses for each image."""
+    latents = np.full((3, 1, 4, 2), -1)
+    latents[0] = 5
+    directions = np.zeros((3, 1, 4, 6), np.float32)
+    directions[1] = np.arange(4)[:, None]
+    places, width = ("strategy", "seed", "class", "place"), ("strategy", "seed", "class", "width")
+    sweep = xarray.Dataset(
+        {"latents": (places, latents), "weights": (places, np.ones(latents.shape)), "directions": (width, directions)},
+        {"strategy": ["class", "probe", "image_latents"]},
+    )
+    labels = np.array([1, 3])
+    assert find_choice(sweep, "class", labels).directions is None
+    assert find_choice(sweep.drop_vars("directions"), "class", labels).latents.tolist() == [[5, 5], [5, 5]]
+    np.testing.assert_array_equal(find_choice(sweep, "probe", labels).directions, directions[1, 0, [1, 3]])
+    for strategy, text in (("image_latents", "chooses for each image"), ("best", "no such strategy")):
+        with pytest.raises(HeadSteerError, match=text):
+            find_choice(sweep, strategy, labels)
