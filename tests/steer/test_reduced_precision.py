@@ -13,6 +13,7 @@ from headsteer_jax.config import Config
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.model.vit import Intervention, TrainedModel, build_model, training_form
 from headsteer_jax.steer.flips import UNIT_ROUNDOFF
+from headsteer_jax.steer.results import BY_LABEL
 from headsteer_jax.steer.steering import GateProgram, Steering, apply_steering
 from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 from headsteer_jax.steer.sweep import sweep_by_flips
@@ -21,7 +22,9 @@ from headsteer_jax.steer.tally import unpack_bits
 ALPHAS = np.unique(np.append(np.linspace(-3.0, 5.0, 51), 0.0))
 
 
-def plain_passes(trained: TrainedModel, split: Split, steering: Steering) -> tuple[np.ndarray, np.ndarray]:
+def plain_passes(
+    trained: TrainedModel, split: Split, steering: Steering, steered_by: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The whole model for each alpha, in batches of another size than the other methods have: gates and answers."""
     config, layer = trained.config, trained.config.sae_layer
 
@@ -36,7 +39,7 @@ def plain_passes(trained: TrainedModel, split: Split, steering: Steering) -> tup
 
     parts = [slice(begin, begin + 30) for begin in range(0, len(split.labels), 30)]
     found = [
-        [jax.device_get(run(trained.params, split.images[part], split.labels[part], alpha)) for part in parts]
+        [jax.device_get(run(trained.params, split.images[part], steered_by[part], alpha)) for part in parts]
         for alpha in ALPHAS.astype(np.float32)
     ]
     return tuple(np.stack([np.concatenate([part[i] for part in row]) for row in found]) for i in (0, 1))  # type: ignore[return-value]
@@ -52,8 +55,9 @@ def compare(config: Config, split: Split) -> int:
             tally, labels = tallies[s, g].tallies[0], job.split.labels
             gates = np.moveaxis(unpack_bits(tally.gates, len(labels)), 1, 2)
             right = unpack_bits(tally.right, len(labels))
-            found, answers = plain_passes(trained, job.split, steering)
-            suffix = run_suffix(trained, job.split, [SuffixSetting({2: steering}, labels)], ALPHAS, "test")
+            steered_by = job.class_of(BY_LABEL, g)
+            found, answers = plain_passes(trained, job.split, steering, steered_by)
+            suffix = run_suffix(trained, job.split, [SuffixSetting({2: steering}, steered_by)], ALPHAS, "test")
             differing += int((found != gates).sum() + ((answers == labels) != right).sum())
             differing += int((found != suffix.gates[2]["heads"][0]).sum() + (answers != suffix.predictions[0]).sum())
             seen |= {row.tobytes() for row in gates}
@@ -65,7 +69,7 @@ def compare(config: Config, split: Split) -> int:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "tf32"])
 def test_every_method_gives_the_same_under_rounded_products(split: Split, kind: str) -> None:
-    """Over 208 settings: 52 alphas of two strategies and two autoencoders. No product that decides may be rounded."""
+    """Over 416 settings: 52 alphas of four strategies and two autoencoders. No product that decides may be rounded."""
     with jax.default_matmul_precision(None), rounded_products(kind) as rounded:
         assert compare(steer_config(chunk=64), split) == 0
         assert not rounded
