@@ -12,6 +12,8 @@ from lowering import HIGHEST, capture_program, check_accelerator_text, precision
 
 from headsteer_jax.config import Config
 from headsteer_jax.data.dataset import Split
+from headsteer_jax.deploy.convert import convert_model
+from headsteer_jax.deploy.model import predict
 from headsteer_jax.model import passes
 from headsteer_jax.model.vit import TrainedModel, build_model
 from headsteer_jax.runtime.mesh import local_mesh, members_mesh
@@ -138,6 +140,11 @@ def layer_programs() -> list[Any]:
     return [*programs, suffix.jit_classify(trained.model, mesh).trace(trained.params, jnp.zeros((24, 1, 24)))]
 
 
+def deployed() -> Any:
+    model = convert_model(made_model(), tuple("abcdefg"), np.arange(7), (8, 8, 1), dynamic=True)
+    return predict.trace(model.config, model.params, images(9))
+
+
 EXACT_PROGRAMS: dict[str, Callable[[pytest.MonkeyPatch], list[Any]]] = {
     "observer": lambda patch: [capture(patch, passes, observe)],
     "cache": lambda patch: [cached(patch, "cls"), cached(patch, "all")],
@@ -147,6 +154,7 @@ EXACT_PROGRAMS: dict[str, Callable[[pytest.MonkeyPatch], list[Any]]] = {
     "layers": lambda _: layer_programs(),
     "encode": lambda _: [encode_compiled.trace(setting().sae, jnp.zeros((50, 24)))],
     "gates": lambda _: gate_programs(),
+    "deployed": lambda _: [deployed()],
 }
 
 

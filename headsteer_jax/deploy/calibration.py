@@ -16,7 +16,15 @@ import numpy as np
 
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.deploy.cost import count_tokens
-from headsteer_jax.deploy.model import DeployedConfig, DeployedModel, activate, attend, embed_images, project
+from headsteer_jax.deploy.model import (
+    DeployedConfig,
+    DeployedModel,
+    activate,
+    attend,
+    embed_images,
+    multiply,
+    project,
+)
 
 Chunk = jax.Array
 SUBLAYER_PARAMS = ("out", "mlp_out")  # by sublayer: attention, MLP
@@ -58,7 +66,7 @@ def add_projection(dense: Any, f_BQF: Chunk, queries: int | None, x_BTD: Chunk) 
 def _sum_products(f_BQF: Chunk, t_BQD: Chunk) -> tuple[jax.Array, jax.Array]:
     f_RF, t_RD = f_BQF.reshape(-1, f_BQF.shape[-1]), t_BQD.reshape(-1, t_BQD.shape[-1])
     f_RF = jnp.concatenate([f_RF, jnp.ones((len(f_RF), 1))], axis=1)
-    return f_RF.T @ f_RF, f_RF.T @ t_RD
+    return multiply(f_RF.T, f_RF), multiply(f_RF.T, t_RD)
 
 
 def count_queries(config: DeployedConfig, layer: int) -> int | None:

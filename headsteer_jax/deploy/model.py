@@ -23,10 +23,13 @@ from headsteer_jax.config.schema import GATE_KINDS, DataConfig, GateConfig, Mode
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.model.gates import Gates, mask_softmax, threshold, threshold_logit
 from headsteer_jax.model.vit import exact_gelu, predict_class
+from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.runtime.settings import use_own_settings
 
 FORMAT = "HeadSteer deployed model"
 VERSION = 1  # of the files; a change that older readers would misread raises it
+
+multiply = functools.partial(jnp.matmul, precision=EXACT)
 
 Params = Any  # nested dicts of float32 arrays; a layer's are {norm1, qkv, out, norm2, mlp_in, mlp_out, gates}
 
@@ -113,7 +116,7 @@ def embed_images(config: DeployedConfig, params: Params, images_BSSC: jax.Array)
     """Compute the residual that enters layer 0: normalised images [B, S, S, C] -> [B, T, D]."""
     p, side, channels = config.model.patch, config.data.image_size // config.model.patch, config.data.channels
     windows = images_BSSC.reshape(-1, side, p, side, p, channels).transpose(0, 1, 3, 2, 4, 5)
-    patches_BND = windows.reshape(-1, side * side, p * p * channels) @ params["patches"]["kernel"]
+    patches_BND = multiply(windows.reshape(-1, side * side, p * p * channels), params["patches"]["kernel"])
     prefix_1PD = params["prefix"][None]  # CLS and the registers, with the position of CLS
     prefix_BPD = jnp.broadcast_to(prefix_1PD, (patches_BND.shape[0], *prefix_1PD.shape[1:]))
     return jnp.concatenate([prefix_BPD, patches_BND + params["patches"]["bias"]], axis=1)
@@ -144,7 +147,7 @@ def project(dense: Mapping[str, jax.Array], x: jax.Array | None) -> jax.Array:
     """Apply a dense layer to the last axis; what is left of it without inputs is its bias [D]."""
     if x is None:
         return dense["bias"]
-    return (x.reshape(-1, x.shape[-1]) @ dense["kernel"]).reshape(*x.shape[:-1], -1) + dense["bias"]
+    return multiply(x.reshape(-1, x.shape[-1]), dense["kernel"]).reshape(*x.shape[:-1], -1) + dense["bias"]
 
 
 def attend(config: DeployedConfig, params: Params, x_BTD: jax.Array, queries: int | None, gates: Gates) -> jax.Array:
@@ -154,18 +157,22 @@ def attend(config: DeployedConfig, params: Params, x_BTD: jax.Array, queries: in
     kernel_D3Y = params["qkv"]["kernel"].reshape(D, 3, -1)
     bias_3Y, Y = params["qkv"]["bias"].reshape(3, -1), kernel_D3Y.shape[-1]
     if queries is None:
-        qkv_BT3HK = (n_BTD.reshape(-1, D) @ params["qkv"]["kernel"] + params["qkv"]["bias"]).reshape(B, T, 3, -1, K)
+        qkv_BT3HK = (multiply(n_BTD.reshape(-1, D), params["qkv"]["kernel"]) + params["qkv"]["bias"]).reshape(
+            B, T, 3, -1, K
+        )
         q_BQHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
     else:
         rows_ND, rows_RD = n_BTD.reshape(-1, D), n_BTD[:, :queries].reshape(-1, D)
-        q_BQHK = (rows_RD @ kernel_D3Y[:, 0] + bias_3Y[0]).reshape(B, queries, -1, K)
-        kv_BT2HK = (rows_ND @ kernel_D3Y[:, 1:].reshape(D, -1) + bias_3Y[1:].reshape(-1)).reshape(B, T, 2, -1, K)
+        q_BQHK = (multiply(rows_RD, kernel_D3Y[:, 0]) + bias_3Y[0]).reshape(B, queries, -1, K)
+        kv_BT2HK = (multiply(rows_ND, kernel_D3Y[:, 1:].reshape(D, -1)) + bias_3Y[1:].reshape(-1)).reshape(
+            B, T, 2, -1, K
+        )
         k_BTHK, v_BTHK = kv_BT2HK[:, :, 0], kv_BT2HK[:, :, 1]
-    scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK) / K**0.5
+    scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK, precision=EXACT) / K**0.5
     weights_BHQT = (
         mask_softmax(scores_BHQT, keep_tokens(config, gates)) if "tokens" in gates else nn.softmax(scores_BHQT)
     )
-    y_BQHK = jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK)
+    y_BQHK = jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK, precision=EXACT)
     if "heads" in gates:
         g_B1H1 = gates["heads"][:, None, :, None]
         passed = (1 - g_B1H1) * v_BTHK[:, :queries] if config.gate and config.gate.dropped == "identity" else 0.0
@@ -201,7 +208,7 @@ def decide_gates(config: DeployedConfig, params: Params, x_BTD: jax.Array) -> di
         else:
             reads = x_BTD[:, 0]
             reads = normalise(reads, gate["norm"], config) if "norm" in gate else reads
-        m = jnp.matmul(reads, gate["kernel"], precision=jax.lax.Precision.HIGHEST) + gate["bias"]
+        m = multiply(reads, gate["kernel"]) + gate["bias"]
         m = m - threshold_logit(settings) if settings.threshold != 0.5 else m
         gates[kind] = threshold(m[..., 0] if kind == "tokens" else m)
     return gates
