@@ -172,7 +172,7 @@ def write_goldens(file: Path, small: bool) -> None:
         arrays |= {f"{name} {i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
     figures, chosen = golden_figures(run)
     for i, choice in enumerate(chosen):
-        arrays |= {f"choice {i} {name}": values for name, values in choice._asdict().items()}
+        arrays |= {f"choice {i} latents": choice.latents, f"choice {i} weights": choice.weights}
     np.savez(file, **arrays, **figures)
 
 
@@ -190,8 +190,8 @@ def compare_with_goldens(part: Part, args: argparse.Namespace) -> None:
     params, weights, scaling, x_ND = jax.tree.unflatten(jax.tree.structure(state), leaves)
     autoencoders = Autoencoder(weights, scaling, run.autoencoders.k)
     run = Run(run.trained._replace(params=params), run.dataset, autoencoders, x_ND)
-    numbers = range(sum(name.startswith("choice ") for name in goldens) // len(Choice._fields))
-    choices = [Choice(*(goldens[f"choice {i} {name}"] for name in Choice._fields)) for i in numbers]
+    numbers = range(sum(name.startswith("choice ") for name in goldens) // 2)
+    choices = [Choice(goldens[f"choice {i} latents"], goldens[f"choice {i} weights"]) for i in numbers]
     for name, found in golden_figures(run, choices)[0].items():
         expected = goldens[name]
         if found.shape != expected.shape:
