@@ -11,12 +11,10 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path
@@ -85,19 +83,11 @@ def _is_transient(error: Exception) -> bool:
     return io or isinstance(error, MemoryError) or bool(re.search(TRANSIENT_ERRORS, str(error)))
 
 
-@jax.jit
-def _copy_arrays(tree: Any) -> Any:
-    """Copy arrays on their devices."""
-    return jax.tree.map(jnp.copy, tree)
-
-
 class Checkpoints:
     """A directory that holds the newest checkpoints of one pytree.
 
     A checkpoint is a pytree of arrays and a JSON object of metadata, with checksums of both. Orbax writes it into a
-    temporary directory and renames that, so that a half-written one is never read. Training goes on meanwhile: it waits
-    for a copy on the device only, and a thread fetches that, computes the checksums and writes. Several hosts fetch
-    together, so there the caller waits for that as well.
+    temporary directory and renames that, so that a half-written one is never read. Training goes on while it writes.
     """
 
     def __init__(self, directory: AnyPath, keep: int = 1, writes: bool = True) -> None:
@@ -124,7 +114,6 @@ class Checkpoints:
                     single_host_load_and_broadcast=hosts.process_count() > 1, multiprocessing_options=multiprocessing,
                 )  # fmt: skip
                 self._manager = _Manager(self.directory, options=options)
-        self._writer, self._saving = ThreadPoolExecutor(1, "checkpoint"), list[Future[None]]()
 
     def save(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
         """Copy the pytree, and write it while the caller goes on.
@@ -133,27 +122,10 @@ class Checkpoints:
           HeadSteerError: the disk is full or not writable, now or in the previous save; earlier checkpoints are intact.
         """
         metadata = json.loads(json.dumps(dict(metadata)))
-        self._finish_saving()
-        if hosts.process_count() > 1:
-            self._write(step, tree, metadata)
-            return
-        arrays, structure = jax.tree.flatten(tree)  # the next steps donate those that are on the devices
-        on_devices = [number for number, leaf in enumerate(arrays) if isinstance(leaf, jax.Array)]
-        for number, copy in zip(on_devices, _copy_arrays([arrays[number] for number in on_devices]), strict=True):
-            arrays[number] = copy
-        self._saving.append(self._writer.submit(self._write, step, jax.tree.unflatten(structure, arrays), metadata))
-
-    def _write(self, step: int, tree: Any, metadata: Mapping[str, Any]) -> None:
-        """Compute the checksums and let orbax write."""
         entry = {"format": FORMAT, "sums": _checksums(tree, metadata), "about": metadata}
         with explain_errors(self.directory / str(step)), _silence_thread_errors():
             items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(entry))
             self._manager.save(step, args=items, force=True)
-
-    def _finish_saving(self) -> None:
-        """Wait until orbax has taken over the last save, and raise that save's error."""
-        while self._saving:
-            self._saving.pop().result()
 
     def wait(self) -> None:
         """Wait until every save is on disk.
@@ -161,7 +133,6 @@ class Checkpoints:
         Raises:
           HeadSteerError: the disk is full or not writable.
         """
-        self._finish_saving()
         with explain_errors(self.directory), _silence_thread_errors():
             self._manager.wait_until_finished()
 
@@ -267,7 +238,6 @@ class Checkpoints:
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps; a run that resumes at `step` makes them again."""
-        self._finish_saving()
         for later in self._manager.all_steps():
             if later > step:
                 self._manager.delete(later)
@@ -275,5 +245,4 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until every save is on disk, and end the threads that write."""
         self.wait()
-        self._writer.shutdown()
         self._manager.close()
