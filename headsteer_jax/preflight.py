@@ -115,7 +115,7 @@ def check_dataset(config: Config, dataset: Dataset) -> None:
         gate.budget.
     """
     check_budget(config, len(dataset.class_names))
-    check_strategies_and_classes(config, dataset.class_names)
+    check_strategies_and_classes(config, dataset)
     check_validation(dataset.validation, config, dataset.class_names)
 
 

@@ -116,7 +116,7 @@ class Run(RunData):
             checked = Config.model_validate(config)
         except ValidationError as error:
             raise HeadSteerError(first_fault(error)) from None
-        check_strategies_and_classes(checked, self.dataset.class_names)
+        check_strategies_and_classes(checked, self.dataset)
         check_validation(self.dataset.validation, checked, self.dataset.class_names)
         trained = self.trained._replace(config=checked)
         return checked, run_sweep(replace(self, trained=trained), functions)

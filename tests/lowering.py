@@ -47,7 +47,7 @@ def check_accelerator_text(traced: Any, latents: int) -> None:
         assert not [operands for operands in sorts if re.search(rf"x{latents}x?[if]32", operands)]
 
 
-class Halt(Exception):  # noqa: N818
+class HaltError(Exception):
     """Ends a function once it has made its program."""
 
 
@@ -60,12 +60,12 @@ def capture_program(monkeypatch: pytest.MonkeyPatch, module: Any, make: Callable
         return programs[-1]
 
     def halt(*_: Any, **__: Any) -> None:
-        raise Halt
+        raise HaltError
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "per_image_program", spy)
         patch.setattr(module, "run_over_split", halt, raising=False)
-        with contextlib.suppress(Halt):
+        with contextlib.suppress(HaltError):
             make()
     (program,) = programs
     return program.run

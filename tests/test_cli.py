@@ -640,6 +640,34 @@ def test_a_run_in_python(finished, loaded):
     assert whole_residual.test_correct.sel(alpha=0).equals(sweep.test_correct.sel(alpha=0, strategy=["class"]))
 
 
+def test_strategies_without_an_autoencoder_and_without_a_label(loaded):
+    """They go through the same sweep: directions are stored, and what needs no label does not depend on it."""
+    names = ["class", "mean_difference", "probe", "random_direction", "gate_bias", "random_bias", "global_bias"]
+    by_image = ["image_latents", "image_random", "guessed_bias"]
+    sweep = loaded.sweep([*names, *by_image], alphas=[0.5, 2.0], bootstrap=20)
+    for name in names[1:]:
+        assert (sweep.latents.sel(strategy=name) == -1).all()
+        assert (np.linalg.norm(sweep.directions.sel(strategy=name), axis=-1) > 0).any()
+    for name in by_image:
+        for counts in ("test_correct", "test_heads_on", "validation_correct"):
+            labelled, guessed = (sweep[counts].sel(strategy=name, named_by=by) for by in ("true", "predicted"))
+            xarray.testing.assert_equal(labelled.drop_vars("named_by"), guessed.drop_vars("named_by"))
+        assert not (
+            sweep.test_gates.sel(strategy=name, alpha=2.0) == sweep.test_gates.sel(strategy=name, alpha=0)
+        ).all()
+    unsteered = sweep.test_correct.sel(alpha=0)
+    assert (unsteered == unsteered.isel(strategy=0)).all()
+    bias = sweep.directions.sel(strategy="global_bias")
+    assert (bias == bias.isel({"class": 0})).all()
+    # the same direction by a user's own function gives the same counts
+    own = bias.isel(seed=0).values
+    again = loaded.sweep(
+        {"class": "class", "own": lambda statistics, label: own[label]}, alphas=[0.5, 2.0], bootstrap=20
+    )
+    for counts in ("test_correct", "test_heads_on"):
+        np.testing.assert_array_equal(again[counts].sel(strategy="own"), sweep[counts].sel(strategy="global_bias"))
+
+
 @pytest.mark.parametrize(
     ("strategies", "fields", "text"),
     [

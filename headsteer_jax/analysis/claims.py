@@ -16,7 +16,6 @@ from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 
 Claim = dict[str, Any]  # claim, value, interval, holds, conditions, and further figures of some claims
 
-
 # strategies that class steering is compared with at equal usage: [LH26]'s controls, and directions without autoencoder
 CONTROLS = ("global", "random", "matched_random", "random_direction", "mean_difference", "probe")
 
@@ -67,9 +66,9 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
     saving, change = unsteered["usage"] - result["usage"], result["accuracy"] - unsteered["accuracy"]
     return {
         "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.tolerance:g} of accuracy",
-        "value": unsteered["usage"] - result["usage"],
+        "value": saving,
         "interval": sorted(-value for value in result["usage_change_ci"]),
-        "accuracy_change": result["accuracy"] - unsteered["accuracy"],
+        "accuracy_change": change,
         "holds": -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.tolerance,
         "conditions": (
             Condition(saving, before_R.usage - steered_R.usage, steer.saving, inclusive=True),
@@ -123,14 +122,17 @@ def claim_subsets(summary: dict[str, Any], scores: Scores) -> Claim:
     """Judge whether random head subsets are less accurate than class steering at its usage."""
     result, sizes, g = summary["steering"]["class"], summary["last_layer"]["by_size"], scores.names.index("class")
     subset = float(np.interp(result["usage"], [row["usage"] for row in sizes], [row["random"] for row in sizes]))
-    lead_R = scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]] - subset
+    lead, lead_R = (
+        result["accuracy"] - subset,
+        scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]] - subset,
+    )
     ci = to_float_list(scores.interval(lead_R))
     return {
         "claim": "at the usage of class steering, random head subsets are less accurate",
-        "value": result["accuracy"] - subset,
+        "value": lead,
         "interval": ci,
         "holds": ci[0] > 0,
-        "conditions": (Condition(result["accuracy"] - subset, lead_R),),
+        "conditions": (Condition(lead, lead_R),),
     }
 
 
@@ -175,19 +177,20 @@ def claim_compute(
     tolerance, place = gates.config.steer.tolerance, (slice(None), g, BY_LABEL, a)
     saved_R = (scores.macs.resampled_unsteered - scores.macs.resampled[place]) / dense
     change_R = scores.resampled.accuracy[place] - scores.resampled_unsteered.accuracy
+    saved, change = (unsteered["macs"] - row["macs"]) / dense, row["accuracy"] - unsteered["accuracy"]
     holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -tolerance
     return {
         "claim": f"{name} steering lowers the layer's MACs by at least {least:.0%} of the dense layer's at no loss",
-        "value": (unsteered["macs"] - row["macs"]) / dense,
+        "value": saved,
         "interval": saved_ci,
-        "accuracy_change": row["accuracy"] - unsteered["accuracy"],
+        "accuracy_change": change,
         "random_pattern": float(random_N.mean()),
         "lead_over_random_ci": lead_ci,
         "fixed_pattern": None if fixed is None else float(right_NP[:, fixed].mean()),
         "holds": bool(holds and lead_ci[0] > 0),
         "conditions": (
-            Condition((unsteered["macs"] - row["macs"]) / dense, saved_R, least, inclusive=True),
-            Condition(row["accuracy"] - unsteered["accuracy"], change_R, -tolerance, inclusive=True),
+            Condition(saved, saved_R, least, inclusive=True),
+            Condition(change, change_R, -tolerance, inclusive=True),
             Condition(float((steered_N - random_N).mean()), lead_R),
         ),
     }

@@ -3,7 +3,8 @@
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from headsteer_jax.compilation.products import count_product_flops
 from headsteer_jax.compilation.topology import Machine
 from headsteer_jax.errors import HeadSteerError
 
+NO_COLLECTIVES: Mapping[str, tuple[float, float]] = types.MappingProxyType({})
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -33,7 +35,7 @@ class Outcome(NamedTuple):
     flops: float | None = None  # the products of one call, on all devices
     model_flops: float | None = None  # those that the model needs, on all devices; None: not defined
     compiler_flops: float | None = None  # the compiler's own count, each loop's body once
-    collectives: dict[str, tuple[float, float]] = {}  # noqa: RUF012  # by kind: how many in a call, and their bytes
+    collectives: Mapping[str, tuple[float, float]] = NO_COLLECTIVES  # by kind: how many in a call, and their bytes
     estimated_seconds: float | None = None  # the TPU compiler's estimate of a call, without collectives
 
     @property

@@ -38,10 +38,11 @@ def describe_steering(experiment: Experiment, choices: int) -> Steering:
     """Describe an autoencoder whose latents steer, chosen `choices` times."""
     config = experiment.config
     shape, D = (choices, min(config.steer.latents, config.latents)), config.model.width
-    scaling = Scaling(jax.ShapeDtypeStruct((D,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32))  # type: ignore[arg-type]
-    choice = Choice(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32)))  # type: ignore[arg-type]
-    strength: Any = jax.ShapeDtypeStruct((config.latents,), jnp.float32)
-    return Steering(Autoencoder(describe_weights_of_one(config), scaling, config.sae.inference_k), strength, choice)
+    describe: Any = jax.ShapeDtypeStruct  # stands for an array
+    scaling = Scaling(describe((D,), jnp.float32), describe((), jnp.float32))
+    sae = Autoencoder(describe_weights_of_one(config), scaling, config.sae.inference_k)
+    choice = Choice(describe(shape, jnp.int32), describe(shape, jnp.float32))
+    return Steering(sae, describe((config.latents,), jnp.float32), choice)
 
 
 def plan_suffix(

@@ -29,6 +29,8 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # JAX's keys take 32 bits: 2^3
 GateKind = Literal["heads", "sublayers", "tokens"]
 GATE_KINDS: tuple[GateKind, ...] = ("heads", "sublayers", "tokens")
 
+# strategies that look at the answers under every gate pattern
+TABLE_STRATEGIES = ("gate_aligned", "gate_bias", "random_bias", "global_bias", "guessed_bias")
 MOST_HEADS = 12  # the most heads of a layer for which all 2^H head subsets are tried
 PIXEL_UNITS = "because pixels go from 0 to 1: divide numbers in units of 255 by 255"
 # the libraries whose autoencoders can be imported, with the forms of sae.pretrained
@@ -450,9 +452,9 @@ class SteerConfig(Section):
     """Steering: the latents that are changed, how they are changed, and by how much."""
 
     strategies: tuple[str, ...] = ("class", "global", "random", "matched_random", "gate_aligned")
-    """The strategies that choose latents: names in headsteer_jax.steer.catalogue.STRATEGIES, or `module:function` for
-    a function of your own. It is called with the latents' statistics and the index of a class, and returns the latents
-    and their weights."""
+    """The strategies that choose latents or directions: names in headsteer_jax.steer.catalogue.STRATEGIES, or
+    `module:function` for a function of your own. It is called with the latents' statistics and the index of a class,
+    and returns the latents and their weights, or a direction."""
     latents: PositiveInt = 16
     """The number of latents that a strategy chooses for each class, |S|. [LH26] does not report it."""
     max_frequency: Share = 1.0
@@ -737,12 +739,14 @@ class Config(Section):
     def _steer_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section steer."""
         t, heads = self.steer, self.model.heads
-        few_heads = "gate_aligned" not in t.strategies or "heads" not in self.gate.kinds or heads <= MOST_HEADS
-        no_gate_aligned = (
-            f"without 'gate_aligned', which tries all 2^heads subsets: model.heads = {heads} is above {MOST_HEADS}"
+        tabled = [name for name in t.strategies if name in TABLE_STRATEGIES]
+        few_heads = not tabled or "heads" not in self.gate.kinds or heads <= MOST_HEADS
+        untabled = (
+            f"without {', '.join(map(repr, tabled))}, which tries all 2^heads subsets: model.heads = {heads} is above "
+            f"{MOST_HEADS}"
         )
         named = len(t.strategies) > 0 and _distinct(t.strategies)
-        yield Rule("steer.strategies", t.strategies, few_heads, no_gate_aligned)
+        yield Rule("steer.strategies", t.strategies, few_heads, untabled)
         yield Rule("steer.strategies", t.strategies, named, "at least one name, without repeats")
         yield Rule("steer.latents", t.latents, t.latents <= self.latents, f"at most the {self.latents} latents")
         yield Rule(

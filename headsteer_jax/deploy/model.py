@@ -29,7 +29,7 @@ from headsteer_jax.runtime.settings import use_own_settings
 FORMAT = "HeadSteer deployed model"
 VERSION = 1  # of the files; a change that older readers would misread raises it
 
-multiply = functools.partial(jnp.matmul, precision=EXACT)
+multiply = functools.partial(jnp.matmul, precision=EXACT)  # matrix products on every device, as evaluation has them
 
 Params = Any  # nested dicts of float32 arrays; a layer's are {norm1, qkv, out, norm2, mlp_in, mlp_out, gates}
 
@@ -157,16 +157,14 @@ def attend(config: DeployedConfig, params: Params, x_BTD: jax.Array, queries: in
     kernel_D3Y = params["qkv"]["kernel"].reshape(D, 3, -1)
     bias_3Y, Y = params["qkv"]["bias"].reshape(3, -1), kernel_D3Y.shape[-1]
     if queries is None:
-        qkv_BT3HK = (multiply(n_BTD.reshape(-1, D), params["qkv"]["kernel"]) + params["qkv"]["bias"]).reshape(
-            B, T, 3, -1, K
-        )
+        qkv_NX = multiply(n_BTD.reshape(-1, D), params["qkv"]["kernel"]) + params["qkv"]["bias"]
+        qkv_BT3HK = qkv_NX.reshape(B, T, 3, -1, K)
         q_BQHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
     else:
         rows_ND, rows_RD = n_BTD.reshape(-1, D), n_BTD[:, :queries].reshape(-1, D)
         q_BQHK = (multiply(rows_RD, kernel_D3Y[:, 0]) + bias_3Y[0]).reshape(B, queries, -1, K)
-        kv_BT2HK = (multiply(rows_ND, kernel_D3Y[:, 1:].reshape(D, -1)) + bias_3Y[1:].reshape(-1)).reshape(
-            B, T, 2, -1, K
-        )
+        kv_NX = multiply(rows_ND, kernel_D3Y[:, 1:].reshape(D, -1)) + bias_3Y[1:].reshape(-1)
+        kv_BT2HK = kv_NX.reshape(B, T, 2, -1, K)
         k_BTHK, v_BTHK = kv_BT2HK[:, :, 0], kv_BT2HK[:, :, 1]
     scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK, precision=EXACT) / K**0.5
     weights_BHQT = (

@@ -16,6 +16,8 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.deploy.model import DeployedModel
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.sae.autoencoder import Autoencoder
+from headsteer_jax.steer.by_image import ImageStrategy
+from headsteer_jax.steer.catalogue import STRATEGIES
 from headsteer_jax.steer.flips import is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.strategies import Choice
@@ -56,6 +58,11 @@ def find_choice(sweep: xarray.Dataset, strategy: str, labels: np.ndarray) -> Cho
       HeadSteerError: the run's sweep has no such strategy, it has weights below 0, or it chooses for each image.
     """
     names = [str(name) for name in sweep["strategy"].values]
+    if isinstance(STRATEGIES.get(strategy), ImageStrategy):
+        raise HeadSteerError(
+            f"--steer={strategy}: chooses for each image by itself, and so does not fold into biases; choose another "
+            "strategy"
+        )
     if strategy not in names:
         raise HeadSteerError(
             f"--steer={strategy}: the run's sweep has no such strategy; choose from {', '.join(names)}"
@@ -67,15 +74,9 @@ def find_choice(sweep: xarray.Dataset, strategy: str, labels: np.ndarray) -> Cho
             f"--steer={strategy}: has weights below 0, with which latents stop at 0, so that the effect depends on the "
             "image; choose another strategy"
         )
-    directions = np.asarray(chosen["directions"].values)[labels] if "directions" in sweep else None
-    if not (latents >= 0).any():
-        if directions is None or not directions.any():
-            raise HeadSteerError(
-                f"--steer={strategy}: chooses for each image by itself, and so does not fold into biases; choose "
-                "another strategy"
-            )
-        return Choice(latents, weights, directions)
-    return Choice(latents, weights)
+    if (latents >= 0).any():
+        return Choice(latents, weights)
+    return Choice(latents, weights, np.asarray(chosen["directions"].values)[labels])
 
 
 def shift_logits(steering: ClassSteering, kernel_DG: np.ndarray, alpha: float) -> np.ndarray:

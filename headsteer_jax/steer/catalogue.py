@@ -94,15 +94,16 @@ def per_class_strategy(function: ClassStrategy, name: str) -> Strategy:
             class_name = f" ({stats.class_names[label]!r})" if stats.class_names else ""
             source = f"strategy {name!r}, class {label}{class_name}"
             answer = function(stats, label)
-            if isinstance(answer, np.ndarray) and answer.ndim == 1:
+            is_direction = isinstance(answer, np.ndarray) and answer.ndim == 1
+            if parts and is_direction != (len(parts[0]) == 1):
+                raise HeadSteerError(f"{source}: it must return the same for every class: latents, or a direction")
+            if is_direction:
                 parts.append((_read_direction(answer, stats.decoder.shape[1], source),))
             else:
                 latents, weights = _read_pair(answer, source)
                 length = len(parts[0][0]) if parts else latents.size
                 _check_pair(latents, weights, length, len(stats.frequency), source)
                 parts.append((latents.astype(np.int32), weights))
-            if len(parts[-1]) != len(parts[0]):
-                raise HeadSteerError(f"{source}: it must return the same for every class: latents, or a direction")
         if len(parts[0]) == 1:
             return wrap_directions(np.stack([direction for (direction,) in parts]))
         return Choice(*(np.stack(part) for part in zip(*parts, strict=True)))

@@ -134,14 +134,20 @@ def superclass_latents(stats: LatentStatistics, config: SteerConfig, rng: np.ran
     Raises:
       HeadSteerError: the dataset has no superclasses.
     """
-    if stats.related is None:
-        raise HeadSteerError(
-            "config.steer.strategies: 'superclass' needs superclasses; name them in data.related, or leave it out"
-        )
-    member_CC = stats.related | np.eye(len(stats.related), dtype=bool)
+    related_CC = require_superclasses(stats.related)
+    member_CC = related_CC | np.eye(len(related_CC), dtype=bool)
     frequency_CF = member_CC @ stats.class_frequency / member_CC.sum(axis=1, keepdims=True)
     latents = _most_frequent(frequency_CF, _eligible(stats, config), config.latents)
     return Choice(latents, np.ones(latents.shape, np.float32))
+
+
+def require_superclasses(related_CC: np.ndarray | None) -> np.ndarray:
+    """Return which classes share a superclass; raises HeadSteerError if the dataset has none."""
+    if related_CC is None:
+        raise HeadSteerError(
+            "config.steer.strategies: 'superclass' needs superclasses; name them in data.related, or leave it out"
+        )
+    return related_CC
 
 
 def global_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csr_array, vstack
 
-from headsteer_jax.config.schema import Config, SteerConfig
-from headsteer_jax.data.dataset import Split, check_classes
+from headsteer_jax.config.schema import TABLE_STRATEGIES, Config, SteerConfig
+from headsteer_jax.data.dataset import Dataset, Split, check_classes
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.gates import threshold_logit
 from headsteer_jax.model.passes import Program
@@ -29,9 +29,8 @@ from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_chunks, encode_split, row_slices
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
-from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals, guessed_bias_directions
-from headsteer_jax.steer.catalogue import find_strategy
-from headsteer_jax.steer.directions import gate_bias_directions, global_bias_directions, random_bias_directions
+from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals
+from headsteer_jax.steer.catalogue import STRATEGIES, find_strategy
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
@@ -42,10 +41,10 @@ from headsteer_jax.steer.strategies import (
     Residuals,
     Strategy,
     concatenate_choices,
-    gate_aligned_latents,
     latent_overlap,
     latent_statistics,
     merge_choices,
+    require_superclasses,
 )
 from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
 from headsteer_jax.steer.table import (
@@ -72,11 +71,6 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["flips", "gates", "suffix"]
 Strategies = Mapping[str, Strategy | ImageStrategy]
-# strategies that look at the answers of training images under every pattern
-USING_OUTCOMES = (
-    gate_aligned_latents, gate_bias_directions, random_bias_directions, global_bias_directions,
-    ImageStrategy(guessed_bias_directions),
-)  # fmt: skip
 # the module of a block that decides each kind of gates that reads the CLS residual
 DECIDED_BY = {"heads": "decide", "sublayers": "decide_sublayers"}
 
@@ -111,11 +105,13 @@ def make_alpha_grid(config: SteerConfig) -> np.ndarray:
     return np.unique(np.array([0.0, *config.alphas]))
 
 
-def check_strategies_and_classes(config: Config, class_names: tuple[str, ...]) -> None:
+def check_strategies_and_classes(config: Config, dataset: Dataset) -> None:
     """Check that every strategy and class exists, before anything is computed; raises HeadSteerError."""
     for name in config.steer.strategies:
         find_strategy(name)
-    check_classes("config.steer.classes", config.steer.classes, class_names)
+    if "superclass" in config.steer.strategies:
+        require_superclasses(dataset.related)
+    check_classes("config.steer.classes", config.steer.classes, dataset.class_names)
 
 
 def select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
@@ -175,10 +171,18 @@ def _pattern_evidence(run: RunData, use_training: bool, program: Program, valida
 
     Args:
       use_training: whether any strategy needs the training images; otherwise there are none.
+
+    Raises:
+      HeadSteerError: one needs them, and there are more heads than a table holds.
     """
     config, dataset = run.trained.config, run.dataset
     labels, gates = dataset.train.labels, LayerGates(config, config.sae_layer)
     if not gates.fits_table:
+        if use_training:
+            raise HeadSteerError(
+                f"a layer of {gates.count} gates has too many patterns for strategies that look at all of them: leave "
+                f"out {', '.join(TABLE_STRATEGIES)}"
+            )
         return ()
     count = config.steer.evidence * use_training
     indices = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(len(dataset.class_names))])
@@ -572,7 +576,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         name: fill_table(program, trained.params, split, f"{name}: every gate pattern")
         for name, split in splits.items()
     }
-    aligned = any(strategy in USING_OUTCOMES for strategy in strategies.values())
+    table_strategies = [STRATEGIES[name] for name in TABLE_STRATEGIES]
+    aligned = any(strategy in table_strategies for strategy in strategies.values())
     validation = tables["validation"].outcomes(splits["validation"].labels)
     fold_N = _halve_each_class(splits["validation"].labels)
     cost_P = _price_patterns(config, tables["validation"])

@@ -119,7 +119,8 @@ class Layout(NamedTuple):
     """
 
     batch: NamedSharding  # of images, targets and noise
-    params: Any  # between the steps, and of gradients
+    everywhere: NamedSharding  # of parameters while a gradient is computed
+    params: Any  # of parameters between the steps, and of gradients; None: they are everywhere then, too
 
     def cut_batch(self, batch: Any) -> Any:
         """Give every device its own images."""
@@ -129,8 +130,7 @@ class Layout(NamedTuple):
         """Give every device all parameters, which it needs as long as it computes a gradient."""
         if self.params is None:
             return params
-        everywhere = mesh.replicated_sharding(self.batch.mesh)  # type: ignore[arg-type]
-        return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: everywhere, params))
+        return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: self.everywhere, params))
 
     def cut_gradient(self, gradient: Any) -> Any:
         """Give every device the part of the gradient that belongs to its part of the parameters."""
@@ -139,10 +139,13 @@ class Layout(NamedTuple):
 
 def _choose_layout(shardings: State | None) -> Layout | None:
     """Choose the layout of a step; None on one device, whose program needs none."""
-    if shardings is None or shardings.step.mesh.size == 1:  # type: ignore[attr-defined]
+    if shardings is None:
         return None
-    devices = shardings.step.mesh  # type: ignore[attr-defined]
-    return Layout(mesh.batch_sharding(devices), shardings.params if devices.shape["fsdp"] > 1 else None)
+    step: Any = shardings.step  # a State of shardings in place of arrays
+    if step.mesh.size == 1:
+        return None
+    params = shardings.params if step.mesh.shape["fsdp"] > 1 else None
+    return Layout(mesh.batch_sharding(step.mesh), mesh.replicated_sharding(step.mesh), params)
 
 
 def _make_gradient(model: ViT, config: Config, layout: Layout | None) -> Callable[..., Any]:

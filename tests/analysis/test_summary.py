@@ -147,17 +147,28 @@ def test_claims_follow_their_intervals(config: Config, result: SweepResult) -> N
     assert related["value"] == pytest.approx(overlap[pairs].mean() - overlap[off & ~pairs].mean())
 
 
-@pytest.mark.parametrize("name", ["global", "random", "matched_random"])
-def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(
-    config: Config, result: SweepResult, name: str
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("global", "class"),
+        ("random", "class"),
+        ("matched_random", "class"),
+        ("mean_difference", "class"),
+        ("probe", "class"),
+        ("random_direction", "class"),
+        ("gate_bias", "gate_aligned"),
+    ],
+)
+def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(name: str, method: str) -> None:
+    strategies = tuple(dict.fromkeys(("class", method, name)))
+    config, result = made_sweep(classes=8, heads=4, seeds=2, per_class=14, strategies=strategies)
     summary, extra = summarise(result, config)
-    found = claim(summary, f"at equal usage, {name} is")
+    found = claim(summary, f"at equal usage, {name} is less accurate than {method} steering")
     right, used = per_image(result.test)
-    zero, chosen = int(np.flatnonzero(result.alphas == 0)[0]), int(extra["chosen"][0, 0])
-    g = result.strategies.index(name)
+    first, other = strategies.index(method), strategies.index(name)
+    zero, chosen = int(np.flatnonzero(result.alphas == 0)[0]), int(extra["chosen"][first, 0])
     paths = []
-    for strategy, end in ((0, chosen + 1), (g, len(result.alphas))):
+    for strategy, end in ((first, chosen + 1), (other, len(result.alphas))):
         paths.append([(used[strategy, :, 0, a].mean(), right[strategy, :, 0, a].mean()) for a in range(zero, end)])
     wanted = max(min(u for u, _ in path) for path in paths)
     at = []

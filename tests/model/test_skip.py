@@ -157,8 +157,11 @@ def test_rows_of_kept_tokens_are_listed_image_by_image() -> None:
 
 def test_loops_do_everything_with_as_few_pieces_as_hold_it() -> None:
     sizes, done = (8, 4, 2), []
+
+    def run(size: int, state: Any) -> Any:
+        return state[0] + size, state[1].at[sizes.index(size)].add(1)
+
     for total in range(20):
-        run = lambda size, state: (state[0] + size, state[1].at[sizes.index(size)].add(1))  # noqa: E731
         begin, counts = run_loops(run, sizes, jnp.int32(total), jnp.int32(total), (jnp.int32(0), jnp.zeros(3, int)))
         done.append((int(begin), counts.tolist()))
     assert done[0] == (0, [0, 0, 0])

@@ -187,9 +187,10 @@ def test_a_user_may_give_directions_but_not_both() -> None:
     stats = made()
     choice = per_class_strategy(lambda stats, label: np.eye(D)[label], "mine")(stats, CONFIG, np.random.default_rng(0))
     np.testing.assert_array_equal(choice.directions, np.eye(D)[:C])
-    mixed = per_class_strategy(lambda stats, label: np.eye(D)[label] if label else ([1], [1.0]), "mine")
-    with pytest.raises(HeadSteerError, match="same for every class"):
-        mixed(stats, CONFIG, np.random.default_rng(0))
+    for first in (0, 1):
+        mixed = per_class_strategy(lambda stats, label, n=first: np.eye(D)[0] if label == n else ([1], [1.0]), "mine")
+        with pytest.raises(HeadSteerError, match="class 1: it must return the same for every class"):
+            mixed(stats, CONFIG, np.random.default_rng(0))
 
 
 def test_superclasses_share_their_latents() -> None:

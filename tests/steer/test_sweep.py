@@ -9,7 +9,7 @@ from builders import CLASSES, split_sweep, steer_config
 from helpers import environment
 
 from headsteer_jax.config import Config, SteerConfig, SublayerGateConfig
-from headsteer_jax.data.dataset import Split
+from headsteer_jax.data.dataset import Dataset, Split
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.steer.strategies import LatentStatistics
@@ -42,11 +42,17 @@ def test_top_images_are_the_strongest_in_order(images: int, latents: int, count:
 
 
 def test_names_are_checked_before_anything_is_computed() -> None:
-    check_strategies_and_classes(Config(steer=SteerConfig(classes=("a",))), ("a", "b"))
+    none = Split(np.zeros((0, 1, 1, 1), np.uint8), np.zeros(0, np.int32))
+    dataset = Dataset(none, none, none, ("a", "b"))
+    check_strategies_and_classes(Config(steer=SteerConfig(classes=("a",))), dataset)
     with pytest.raises(HeadSteerError, match=r"config\.steer\.classes: the dataset has no class 'c'; it has a, b$"):
-        check_strategies_and_classes(Config(steer=SteerConfig(classes=("a", "c"))), ("a", "b"))
+        check_strategies_and_classes(Config(steer=SteerConfig(classes=("a", "c"))), dataset)
     with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'best'"):
-        check_strategies_and_classes(Config(steer=SteerConfig(strategies=("best",))), ("a",))
+        check_strategies_and_classes(Config(steer=SteerConfig(strategies=("best",))), dataset)
+    superclass = Config(steer=SteerConfig(strategies=("superclass",)))
+    with pytest.raises(HeadSteerError, match=r"'superclass' needs superclasses; name them in data\.related"):
+        check_strategies_and_classes(superclass, dataset)
+    check_strategies_and_classes(superclass, Dataset(none, none, none, ("a", "b"), np.eye(2, dtype=bool)))
 
 
 def test_a_class_with_too_few_validation_images_is_named() -> None:
