@@ -35,8 +35,8 @@ VALUES = 393_216
 LENGTHS = 8  # a piece of attention is filled up to a multiple of T / LENGTHS tokens
 PARTS = 4  # the last piece may be this many times smaller than the others
 
-# Multiply-accumulates of a layer for the batch, from which on it is cut into pieces. An estimate: a batch of 250 digits,
-# with 390 million, gained little, and one image of a ViT-S at 65 tokens, with 118 million, up to 1.15 times.
+# Multiply-accumulates of a layer for the batch, from which on it is cut into pieces. An estimate: 250 digits, with 390
+# million, gained little, and one image of a ViT-S at 65 tokens, with 118 million, ran up to 1.15 times as fast.
 SMALLEST = 40e6
 
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]

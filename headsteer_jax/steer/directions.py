@@ -47,8 +47,8 @@ def probe_directions(stats: LatentStatistics, config: SteerConfig, rng: np.rando
 def fit_probe(residuals: Residuals) -> LinearDiscriminantAnalysis:
     """Fit a linear classifier of the class on the training images' residuals; two classes have two rows of weights too.
 
-    Linear discriminant analysis has a closed form; 45,000 residuals of width 384 and 100 classes took 1.3 s on two cores.
-    The covariance is shrunk by Ledoit and Wolf's rule.
+    Linear discriminant analysis has a closed form; 45,000 residuals of width 384 and 100 classes took 1.3 s on two
+    cores. The covariance is shrunk by Ledoit and Wolf's rule.
     """
     probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     probe.fit(residuals.x.astype(np.float64), residuals.labels)
