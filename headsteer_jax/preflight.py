@@ -24,6 +24,7 @@ from headsteer_jax.runtime.staging import first_parts, is_stage_directory, locat
 from headsteer_jax.sae.imported import import_autoencoder
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation
+from headsteer_jax.train.dense_from import check_dense_from
 from headsteer_jax.train.loop import abstract_params
 from headsteer_jax.train.losses import check_budget
 
@@ -164,6 +165,8 @@ def _check_training(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     if batch > count:
         raise HeadSteerError(f"config.train.batch = {batch}: must be at most the {count} training images")
     mesh.check_batch(config, mesh.training_mesh(config.machine))
+    if config.train.dense_from:
+        hosts.on_every_process(lambda: check_dense_from(config))
     if config.model.pretrained:
         hosts.on_every_process(lambda: check_backbone(config, dataset.class_names))
     needed = checkpoint_bytes(config, abstract_params(config, len(dataset.class_names)))

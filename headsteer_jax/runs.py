@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset
 from headsteer_jax.books import explain_staleness, is_done, read_inputs, read_record
-from headsteer_jax.config.files import first_fault
+from headsteer_jax.config.files import first_fault, read_saved_config
 from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
@@ -211,16 +211,7 @@ def read_config(workdir: Workdir) -> Config:
         raise HeadSteerError(
             f"{path}: no such file, so no run was started here; start one with headsteer run --workdir={workdir.path}"
         )
-    try:
-        return Config.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        fault = str(error)
-        if isinstance(error, ValidationError):
-            is_json = error.errors(include_url=False)[0]["type"] != "json_invalid"
-            fault = first_fault(error) if is_json else "it is not JSON"
-        raise HeadSteerError(
-            f"{path}: damaged, or of another version: {fault}; run the command that made the run again"
-        ) from None
+    return read_saved_config(path)
 
 
 def check_done(config: Config, workdir: Workdir, name: str, reader: str) -> None:

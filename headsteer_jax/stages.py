@@ -70,6 +70,7 @@ from headsteer_jax.steer.catalogue import find_strategy
 from headsteer_jax.steer.patches import observe_steered_patches, steers_patches, sweep_patches
 from headsteer_jax.steer.replacement import measure_replacement
 from headsteer_jax.steer.sweep import gate_jacobian, run_sweep, select_classes
+from headsteer_jax.train.dense_from import take_over_dense
 from headsteer_jax.train.loop import EVALUATION_GATING, PHASES, list_phases, load_trained, train_model
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ def load_run_data(config: Config, dataset: Dataset, workdir: Workdir) -> RunData
 
 def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Train the gated model, then measure it and the dense ones on the test split."""
+    if config.train.dense_from:
+        take_over_dense(config, dataset, workdir / "train")
     train_model(config, dataset, workdir / "train")
     results: dict[str, Any] = {}
     for phase in list_phases(config):

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import (
-    TypeAdapter,
-    ValidationError,
-)
+from etils.epath import Path as EPath
+from pydantic import TypeAdapter, ValidationError
 
 from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config, SAEAblationConfig, Section
@@ -196,6 +194,24 @@ def load_config(path: str | Path, overrides: Mapping[str, str] = types.MappingPr
         return Config.model_validate(config.model_dump())
     except ValidationError as error:
         raise HeadSteerError(first_fault(error)) from None
+
+
+def read_saved_config(path: EPath) -> Config:
+    """Read the config.json of a run.
+
+    Raises:
+      HeadSteerError: it is missing, damaged or of another version.
+    """
+    try:
+        return Config.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        fault = str(error)
+        if isinstance(error, ValidationError):
+            is_json = error.errors(include_url=False)[0]["type"] != "json_invalid"
+            fault = first_fault(error) if is_json else "it is not JSON"
+        raise HeadSteerError(
+            f"{path}: damaged, or of another version: {fault}; run the command that made the run again"
+        ) from None
 
 
 def describe_field(path: str) -> str:

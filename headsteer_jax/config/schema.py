@@ -309,6 +309,10 @@ class TrainConfig(Section):
     dense_control: bool = True
     """Also train the dense model further, for as many steps as the gated phase has, so that the gated model can be
     compared with a dense model of the same training length."""
+    dense_from: str = ""
+    """The workdir of another run whose dense phase is taken over instead of trained, and its dense control too, if that
+    was trained as this config says. Data, seed, model and dense phase must be equal, and the gates start anew. So runs
+    with several settings of the gates need one dense phase. If it is empty, the dense phase is trained."""
     use: Literal["last", "best"] = "last"
     """The checkpoint of the gated phase that later stages read. last: the one at the end. best: the one with the best
     validation accuracy after annealing."""
@@ -707,6 +711,10 @@ class Config(Section):
         yield Rule("train.eval_every", t.eval_every, t.eval_every % t.steps_per_call == 0, multiple)
         yield Rule("train.gated.steps", t.gated.steps, t.gated.steps > 0, "at least 1, because the gates must learn")
         no_teacher = "0, because the teacher is the dense phase's model and train.dense.steps = 0"
+        place = "a directory or gs://bucket/path"
+        yield Rule("train.dense_from", t.dense_from, has_known_scheme(t.dense_from), place)
+        dense = "empty, because train.dense.steps = 0"
+        yield Rule("train.dense_from", t.dense_from, not t.dense_from or t.dense.steps > 0, dense)
         for field in ("teacher_logits", "teacher_hidden"):
             weight = getattr(self.gate, field)
             yield Rule(f"gate.{field}", weight, weight == 0 or t.dense.steps > 0, no_teacher)

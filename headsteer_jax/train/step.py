@@ -55,11 +55,16 @@ def make_optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransfor
     )
 
 
+def is_gate(path: Any) -> bool:
+    """Say whether a path in the parameters leads to a decision network."""
+    return any(str(getattr(key, "key", "")).startswith("decide") for key in path)
+
+
 def scale_gates(updates: Any, scale: float) -> Any:
     """Multiply the decision networks' updates by `scale`, which gives them a learning rate of their own."""
 
     def scale_leaf(path: Any, update: jax.Array) -> jax.Array:
-        return update * scale if any(str(getattr(key, "key", "")).startswith("decide") for key in path) else update
+        return update * scale if is_gate(path) else update
 
     return updates if scale == 1.0 else jax.tree_util.tree_map_with_path(scale_leaf, updates)
 
