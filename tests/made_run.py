@@ -110,6 +110,8 @@ def made_sweep(
         latents=chosen,
         weights=np.ones(chosen.shape, np.float32),
         directions=None,
+        push=made_pushes(config, pull, classes, heads),
+        gate_logits=open_by,
         frequency=frequency,
         class_frequency=np.clip(frequency[0] * rng.exponential(2, (classes, latents)), 0, 1).astype(np.float32),
         top_images=rng.integers(0, 6 * classes, (latents, 5)).astype(np.int32),
@@ -120,6 +122,12 @@ def made_sweep(
         test=test,
         steps={},
     )
+
+
+def made_pushes(config: Config, pull: dict[str, np.ndarray], classes: int, heads: int) -> np.ndarray:
+    """Give every strategy without a pull of its own no push."""
+    pushes = [pull.get(name, np.zeros((classes, heads))) for name in config.steer.strategies]
+    return np.stack([pushes] * config.sae.seeds, axis=1)
 
 
 def made_split(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from headsteer_jax.analysis.claims import judge_claims
+from headsteer_jax.analysis.push import explain_usage
 from headsteer_jax.analysis.scores import Curves, Scores, class_curves, score_settings, unsteered_by_class
 from headsteer_jax.analysis.stats import (
     LabelledTable,
@@ -84,6 +85,8 @@ def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arra
         "steering": steering,
         "overlap": _summarise_overlaps(result, steer, rng),
     }
+    for name, explained in explain_usage(result).items():
+        steering[name]["push"] = explained
     if "class" in names:
         _judge_class_steering(summary, result, scores, config, rng)
     for name, rows in zip(names, _compare_with_oracle(result, scores, controls["size_patterns"]), strict=True):

@@ -20,6 +20,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "latents": ("strategy", "seed", "class", "place"),
     "weights": ("strategy", "seed", "class", "place"),
     "directions": ("strategy", "seed", "class", "width"),
+    "push": ("strategy", "seed", "class", "head"),
+    "gate_logits": ("class", "head"),
     "SPLIT_labels": ("SPLIT_image",),
     "SPLIT_count": ("class",),
     "SPLIT_pattern": ("SPLIT_image",),

@@ -10,9 +10,10 @@ sizes, and each size has a loop that runs as many of its pieces as the gates req
 The residual stays one array of N = B T rows, which the loops carry and change in place: a piece gathers its rows and
 writes them back. An image whose attention or MLP is off has no rows there and costs nothing.
 
-No gate goes to the host: a layer is one program, which also compiles for GPUs and TPUs and can be exported. Closed
-heads are multiplied by zero, because without them attention would save a sixth of the model's work at most, and
-grouping images by their patterns of heads ran slower than the dense model.
+A layer is two programs, which also compile for GPUs and TPUs and can be exported as parts of one. The gates stay on the
+device, except that small batches ask how much they keep. Closed heads are multiplied by zero, because without them
+attention would save a sixth of the model's work at most, and grouping images by their patterns of heads ran slower than
+the dense model.
 
 Axes: as in `vit.py`; b images and t tokens of a piece of attention, r rows of a piece of the MLP, N = B T rows.
 """
@@ -38,6 +39,11 @@ PARTS = 4  # the last piece may be this many times smaller than the others
 # Multiply-accumulates of a layer for the batch, from which on it is cut into pieces. An estimate: 250 digits, with 390
 # million, gained little, and one image of a ViT-S at 65 tokens, with 118 million, ran up to 1.15 times as fast.
 SMALLEST = 40e6
+
+# In a batch of at most so many rows, a layer of which more than this share of the rows takes part runs as masked: its
+# loops take longer than they save. This costs a wait for each layer's gates, which larger batches do not need.
+SMALL_ROWS = 1024
+MASKED_SHARE = 0.8
 
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
@@ -194,23 +200,44 @@ def _run_pieces(call: BlockCall, x_BTD: jax.Array, keep_BT: jax.Array, gates: Ga
     return feed_forward_kept(call, x_ND, list_rows(keep_BT & on_B2[:, 1:]), sliced, pieces).reshape(B, T, D)
 
 
-def run_layer(call: BlockCall, x_BTD: jax.Array, last: bool) -> tuple[jax.Array, dict[str, Any]]:
-    """Run one layer without what its gates drop -> the residual after it, and the layer's entries of `out`.
+class Decided(NamedTuple):
+    """What the gates of a layer decided."""
 
-    Args:
-      last: whether it is the model's last layer, which computes CLS alone.
-    """
+    keep: jax.Array  # [B, T] bool: which tokens take part
+    gates: dict[str, jax.Array]
+    out: dict[str, Any]  # the layer's entries of the forward pass's `out`
+    share: jax.Array  # of the dense layer's rows, those that attention and the MLP take part in
+
+
+def decide_layer(call: BlockCall, x_BTD: jax.Array) -> Decided:
+    """Compute the gates of a layer."""
     decided = call(lambda block: decide_gates(block, x_BTD, "thresholded", ALL_OPEN, Intervention()))
     logits, gates = decided[1:]
     layer_out: dict[str, Any] = {"cls": x_BTD[:, 0]}
     if gates:
         layer_out |= {"gate_logits": logits, "gates": describe_gates(logits, gates)}
-    if not {"tokens", "sublayers"} & set(gates):
-        return call(lambda block: run_block(block, x_BTD, gates, 1 if last else None)), layer_out
     keep_BT = jnp.ones(x_BTD.shape[:2], bool)
     if "tokens" in gates:
         keep_BT = keep_BT.at[:, 1 + call.block.model.registers :].set(gates["tokens"] > 0)
-    return _run_pieces(call, x_BTD, keep_BT, gates, last), layer_out
+    on_B2 = gates["sublayers"] > 0 if "sublayers" in gates else jnp.ones((len(x_BTD), 2), bool)
+    share = jnp.mean(keep_BT[:, None] * on_B2[..., None])
+    return Decided(keep_BT, gates, layer_out, share)
+
+
+def run_masked_layer(call: BlockCall, x_BTD: jax.Array, decided: Decided, last: bool) -> jax.Array:
+    """Run one layer with its gates as masks, which leaves nothing out."""
+    return cast(jax.Array, call(lambda block: run_block(block, x_BTD, decided.gates, 1 if last else None)))
+
+
+def run_kept_layer(call: BlockCall, x_BTD: jax.Array, decided: Decided, last: bool) -> jax.Array:
+    """Run one layer without what its gates drop.
+
+    Args:
+      last: whether it is the model's last layer, which computes CLS alone.
+    """
+    if not {"tokens", "sublayers"} & set(decided.gates):
+        return run_masked_layer(call, x_BTD, decided, last)
+    return _run_pieces(call, x_BTD, decided.keep, decided.gates, last)
 
 
 def _make_call(model: ViT, kinds: tuple[GateKind, ...], layer_params: Any) -> BlockCall:
@@ -221,30 +248,40 @@ def make_skipping_forward(model: ViT) -> Forward:
     """Make a function `(params, images) -> (logits [B, C], out)` that skips what thresholded gates drop.
 
     It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
-    gates of all layers are computed. The host calls one compiled program a layer, with the layer's parameters as an
-    argument, so that layers that are alike share a program. A program is compiled once for each size of batch. A batch
-    of too little work runs the masked model.
+    gates of all layers are computed. The host calls two compiled programs a layer, one that decides and one that
+    computes, with the layer's parameters as an argument, so that layers that are alike share a program. A program is
+    compiled once for each size of batch. In a small batch a layer that drops little runs as masked, and a batch of too
+    little work runs the masked model.
     """
     run_masked = jax.jit(functools.partial(model.apply, gating="thresholded"))
     embed = jax.jit(functools.partial(model.apply, method="embed"))
     classify = jax.jit(lambda params, x_BTD: model.apply(params, x_BTD[:, 0], method="classify"))
 
-    @functools.partial(jax.jit, static_argnums=(2, 3))
+    @functools.partial(jax.jit, static_argnums=2)
+    def decide_program(layer_params: Any, x_BTD: jax.Array, kinds: tuple[GateKind, ...]) -> Decided:
+        return decide_layer(_make_call(model, kinds, layer_params), x_BTD)
+
+    @functools.partial(jax.jit, static_argnums=(3, 4, 5))
     def layer_program(
-        layer_params: Any, x_BTD: jax.Array, kinds: tuple[GateKind, ...], last: bool
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        return run_layer(_make_call(model, kinds, layer_params), x_BTD, last)
+        layer_params: Any, x_BTD: jax.Array, decided: Decided, kinds: tuple[GateKind, ...], last: bool, masked: bool
+    ) -> jax.Array:
+        run = run_masked_layer if masked else run_kept_layer
+        return run(_make_call(model, kinds, layer_params), x_BTD, decided, last)
 
     def forward(params: Any, images_BHWC: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         tokens = model.positions_count + model.model.registers
         if not is_worthwhile(model.model, len(images_BHWC), tokens):
             return cast(tuple[jax.Array, dict[str, Any]], run_masked(params, images_BHWC))
+        small = len(images_BHWC) * tokens <= SMALL_ROWS
         x_BTD = embed(params, images_BHWC)
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
         for layer in range(model.model.depth):
             layer_params, last = params["params"][f"layers_{layer}"], layer == model.model.depth - 1
-            x_BTD, layer_out = layer_program(layer_params, x_BTD, model.gate.kinds_in(layer), last)
-            for name, value in layer_out.items():
+            kinds = model.gate.kinds_in(layer)
+            decided = decide_program(layer_params, x_BTD, kinds)
+            masked = small and float(decided.share) > MASKED_SHARE
+            x_BTD = layer_program(layer_params, x_BTD, decided, kinds, last, masked)
+            for name, value in decided.out.items():
                 out[name][layer] = value
         return classify(params, x_BTD), out
 
@@ -267,10 +304,10 @@ def make_skipping_program(model: ViT) -> Forward:
 
         def run(x_BTD: jax.Array, layer: int) -> jax.Array:
             call = _make_call(model, gate.kinds_in(layer), params["params"][f"layers_{layer}"])
-            x_BTD, layer_out = run_layer(call, x_BTD, layer == depth - 1)
-            for name, value in layer_out.items():
+            decided = decide_layer(call, x_BTD)
+            for name, value in decided.out.items():
                 out[name][layer] = value
-            return x_BTD
+            return run_kept_layer(call, x_BTD, decided, layer == depth - 1)
 
         for layer in range(alike.start if alike else depth - 1):
             x_BTD = run(x_BTD, layer)
@@ -279,7 +316,9 @@ def make_skipping_program(model: ViT) -> Forward:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params_of_layers)
 
             def run_alike(x_BTD: jax.Array, layer_params: Any) -> tuple[jax.Array, dict[str, Any]]:
-                return run_layer(_make_call(model, gate.kinds_in(alike.start), layer_params), x_BTD, False)
+                call = _make_call(model, gate.kinds_in(alike.start), layer_params)
+                decided = decide_layer(call, x_BTD)
+                return run_kept_layer(call, x_BTD, decided, False), decided.out
 
             x_BTD, by_layer = jax.lax.scan(run_alike, x_BTD, stacked)
             for name, values in by_layer.items():

@@ -20,6 +20,7 @@ from scipy.spatial.distance import squareform
 
 from headsteer_jax.data.dataset import gather_images
 from headsteer_jax.report.compute import draw_budgets, draw_macs, draw_patches, draw_usage
+from headsteer_jax.report.push import draw_push
 from headsteer_jax.report.style import (
     COLOURS,
     INK,
@@ -32,8 +33,10 @@ from headsteer_jax.report.style import (
     TILE,
     ReportData,
     apply_style,
+    draw_change,
     encode_figure,
     format_number,
+    hide_row_axis,
     remove_frame,
     select_series,
     set_alpha_axis,
@@ -330,20 +333,6 @@ def _draw_distributions(axes: Axes, groups: dict[str, np.ndarray]) -> None:
     axes.set_anchor("N")
 
 
-def _draw_change(axes: Axes, row: int, before: float, after: float, colour: str) -> None:
-    """Draw a row's change: a hollow dot before, a filled one after, and a line between them."""
-    axes.plot([before, after], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
-    axes.plot(before, row, "o", color=colour, markerfacecolor="white", markersize=7, zorder=3)
-    axes.plot(after, row, "o", color=colour, markersize=7, zorder=4)
-
-
-def _hide_row_axis(axes: Axes) -> None:
-    """Hide the vertical axis of a panel whose rows are named beside it."""
-    axes.grid(False, axis="y")
-    axes.tick_params("y", length=0)
-    axes.spines["left"].set_visible(False)
-
-
 def _legend_mark(marker: str, colour: str, fill: str, label: str) -> Line2D:
     """Make a legend's entry: one marker and its label."""
     return Line2D([], [], color=colour, marker=marker, markerfacecolor=fill, linestyle="none", label=label)
@@ -360,9 +349,9 @@ def draw_savers(m: ReportData) -> Figure | None:
     colours = [COLOURS["class"] if row["saved"] else PALE for row in rows]
     for axes, quantity in ((usage, "usage"), (accuracy, "accuracy")):
         for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-            _draw_change(axes, place, row[f"{quantity}_before"], row[f"{quantity}_after"], colour)
+            draw_change(axes, place, row[f"{quantity}_before"], row[f"{quantity}_after"], colour)
         set_ticks(axes.xaxis, quantity)
-        _hide_row_axis(axes)
+        hide_row_axis(axes)
     usage.set_xlim(-0.03, 1.03)
     usage.set_title(f"{m.gates_word.capitalize()} in use, layer {m.summary['last_layer']['layer']}")
     fewest, most = min(row["images"] for row in rows), max(row["images"] for row in rows)
@@ -471,7 +460,7 @@ def draw_layers(m: ReportData) -> Figure | None:
     accuracy.set_title("Change of accuracy")
     set_ticks(accuracy.xaxis, "accuracy")
     for axes in (usage, accuracy):
-        _hide_row_axis(axes)
+        hide_row_axis(axes)
     usage.set_yticks(range(len(rows)), [label for label, _ in rows])
     usage.set_ylim(len(rows) - 0.4, -0.6)
     figure.legend(
@@ -622,6 +611,7 @@ def _draw_frequencies(axes: Axes, frequency_SF: np.ndarray) -> None:
 FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
     "steering": draw_steering,
     "front": draw_front,
+    "push": draw_push,
     "savers": draw_savers,
     "heads": draw_heads,
     "latents": draw_latents,

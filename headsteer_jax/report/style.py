@@ -211,3 +211,17 @@ def apply_style() -> Iterator[None]:
         matplotlib.rcParams.update(STYLE)
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a browser has the fonts that a PNG lacks
         yield
+
+
+def draw_change(axes: Axes, row: int, before: float, after: float, colour: str) -> None:
+    """Draw a row's change: a hollow dot before, a filled one after, and a line between them."""
+    axes.plot([before, after], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
+    axes.plot(before, row, "o", color=colour, markerfacecolor="white", markersize=7, zorder=3)
+    axes.plot(after, row, "o", color=colour, markersize=7, zorder=4)
+
+
+def hide_row_axis(axes: Axes) -> None:
+    """Hide the vertical axis of a panel whose rows are named beside it."""
+    axes.grid(False, axis="y")
+    axes.tick_params("y", length=0)
+    axes.spines["left"].set_visible(False)

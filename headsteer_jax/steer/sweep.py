@@ -606,6 +606,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         latents=latents,
         weights=_stack_choices(chosen.steered, "weights", fill=0),
         directions=_stack_directions(chosen.steered),
+        push=_stack_pushes(chosen, strategies) if is_affine_in_alpha(config.steer, config.gate.layer_norm) else None,
+        gate_logits=_average_by_class(trained, run.x_train, dataset.train.labels, classes),
         frequency=chosen.frequency,
         class_frequency=chosen.class_frequency,
         top_images=chosen.top_images,
@@ -616,6 +618,33 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         test=results["test"],
         steps=steps,
     )
+
+
+def _stack_pushes(chosen: ChosenLatents, strategies: Strategies) -> np.ndarray:
+    """Stack what alpha 1 adds to the gate logits of the images of a class, [G, S, C, H].
+
+    It is the same for all alphas above 0, as latents stay >= 0 then. It is NaN for a strategy with negative weights,
+    whose latents end at 0, and for one that chooses for each image.
+    """
+    pushes: list[list[np.ndarray]] = []
+    for by_strategy, effect in zip(chosen.steered, chosen.effects, strict=True):
+        pushes.append([])
+        for steering, choose in zip(by_strategy, strategies.values(), strict=True):
+            latents_CS, weights_CS = steering.choice.latents, steering.choice.weights
+            shift_CS = weights_CS * steering.strength[latents_CS]
+            of_latents_CH = np.einsum("CS,CSH->CH", shift_CS, effect.logits[latents_CS])
+            unknown = np.nan if isinstance(choose, ImageStrategy) or (weights_CS < 0).any() else 0.0
+            pushes[-1].append(of_latents_CH + effect.of_directions(steering.choice)[0] + unknown)
+    return np.array(pushes).swapaxes(0, 1)
+
+
+def _average_by_class(trained: TrainedModel, x_ND: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Average the unsteered gate logits over the training images of each class: [C, H]; NaN without images."""
+    gates = LayerGates(trained.config, trained.config.sae_layer)
+    m_NH = np.asarray(gates.logits(trained.model, trained.params, jnp.asarray(x_ND)), np.float64)
+    member_CN = csr_array((np.ones(len(labels)), (labels, np.arange(len(labels)))), shape=(classes, len(labels)))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(member_CN @ m_NH) / np.bincount(labels, minlength=classes)[:, None]
 
 
 def _overlap_of_classes(latents: Mapping[str, np.ndarray]) -> np.ndarray | None:
