@@ -21,7 +21,7 @@ Axes: as in `vit.py`; b images and t tokens of a piece of attention, r rows of a
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,16 @@ LENGTHS = 8  # a piece of attention is filled up to a multiple of T / LENGTHS to
 PARTS = 4  # the last piece may be this many times smaller than the others
 
 # Multiply-accumulates of a layer for the batch, from which on it is cut into pieces. An estimate: 250 digits, with 390
-# million, gained little, and one image of a ViT-S at 65 tokens, with 118 million, ran up to 1.15 times as fast.
-SMALLEST = 40e6
+# million, gained little, and one image of a ViT-S at 65 tokens, with 118 million, ran 0.9 to 1.15 times as fast.
+SMALLEST = 150e6
 
-# In a batch of at most so many rows, a layer of which more than this share of the rows takes part runs as masked: its
-# loops take longer than they save. This costs a wait for each layer's gates, which larger batches do not need.
+# In a batch of at most so many rows, a layer of which more than this share of the rows takes part runs as masked, or as
+# dense if nothing is dropped: its loops would take longer than they save. This costs a wait for each layer's gates.
+# Larger batches run pieces even if nothing is dropped, because these fit in the cache.
 SMALL_ROWS = 1024
 MASKED_SHARE = 0.8
+
+LayerForm = Literal["kept", "masked", "dense"]
 
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
@@ -207,6 +210,7 @@ class Decided(NamedTuple):
     gates: dict[str, jax.Array]
     out: dict[str, Any]  # the layer's entries of the forward pass's `out`
     share: jax.Array  # of the dense layer's rows, those that attention and the MLP take part in
+    all_open: jax.Array  # bool: nothing is dropped, no head either
 
 
 def decide_layer(call: BlockCall, x_BTD: jax.Array) -> Decided:
@@ -221,12 +225,20 @@ def decide_layer(call: BlockCall, x_BTD: jax.Array) -> Decided:
         keep_BT = keep_BT.at[:, 1 + call.block.model.registers :].set(gates["tokens"] > 0)
     on_B2 = gates["sublayers"] > 0 if "sublayers" in gates else jnp.ones((len(x_BTD), 2), bool)
     share = jnp.mean(keep_BT[:, None] * on_B2[..., None])
-    return Decided(keep_BT, gates, layer_out, share)
+    all_open = jnp.all(jnp.array([jnp.all(g > 0) for g in gates.values()]))
+    return Decided(keep_BT, gates, layer_out, share, all_open)
 
 
-def run_masked_layer(call: BlockCall, x_BTD: jax.Array, decided: Decided, last: bool) -> jax.Array:
-    """Run one layer with its gates as masks, which leaves nothing out."""
-    return cast(jax.Array, call(lambda block: run_block(block, x_BTD, decided.gates, 1 if last else None)))
+def choose_form(decided: Decided) -> LayerForm:
+    """Choose how to run a layer of a small batch; this waits for its gates."""
+    if decided.all_open:
+        return "dense"  # the same bits as with masks that are 1
+    return "masked" if decided.share > MASKED_SHARE else "kept"
+
+
+def run_whole_layer(call: BlockCall, x_BTD: jax.Array, gates: Gates, last: bool) -> jax.Array:
+    """Run one layer with its gates as masks, which leaves nothing out; without gates it is the dense layer."""
+    return cast(jax.Array, call(lambda block: run_block(block, x_BTD, gates, 1 if last else None)))
 
 
 def run_kept_layer(call: BlockCall, x_BTD: jax.Array, decided: Decided, last: bool) -> jax.Array:
@@ -236,7 +248,7 @@ def run_kept_layer(call: BlockCall, x_BTD: jax.Array, decided: Decided, last: bo
       last: whether it is the model's last layer, which computes CLS alone.
     """
     if not {"tokens", "sublayers"} & set(decided.gates):
-        return run_masked_layer(call, x_BTD, decided, last)
+        return run_whole_layer(call, x_BTD, decided.gates, last)
     return _run_pieces(call, x_BTD, decided.keep, decided.gates, last)
 
 
@@ -250,7 +262,7 @@ def make_skipping_forward(model: ViT) -> Forward:
     It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
     gates of all layers are computed. The host calls two compiled programs a layer, one that decides and one that
     computes, with the layer's parameters as an argument, so that layers that are alike share a program. A program is
-    compiled once for each size of batch. In a small batch a layer that drops little runs as masked, and a batch of too
+    compiled once for each size of batch. In a small batch a layer that drops little runs as a whole, and a batch of too
     little work runs the masked model.
     """
     run_masked = jax.jit(functools.partial(model.apply, gating="thresholded"))
@@ -263,10 +275,12 @@ def make_skipping_forward(model: ViT) -> Forward:
 
     @functools.partial(jax.jit, static_argnums=(3, 4, 5))
     def layer_program(
-        layer_params: Any, x_BTD: jax.Array, decided: Decided, kinds: tuple[GateKind, ...], last: bool, masked: bool
+        layer_params: Any, x_BTD: jax.Array, decided: Decided, kinds: tuple[GateKind, ...], last: bool, form: LayerForm
     ) -> jax.Array:
-        run = run_masked_layer if masked else run_kept_layer
-        return run(_make_call(model, kinds, layer_params), x_BTD, decided, last)
+        call = _make_call(model, kinds, layer_params)
+        if form == "kept":
+            return run_kept_layer(call, x_BTD, decided, last)
+        return run_whole_layer(call, x_BTD, decided.gates if form == "masked" else ALL_OPEN, last)
 
     def forward(params: Any, images_BHWC: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         tokens = model.positions_count + model.model.registers
@@ -279,8 +293,8 @@ def make_skipping_forward(model: ViT) -> Forward:
             layer_params, last = params["params"][f"layers_{layer}"], layer == model.model.depth - 1
             kinds = model.gate.kinds_in(layer)
             decided = decide_program(layer_params, x_BTD, kinds)
-            masked = small and float(decided.share) > MASKED_SHARE
-            x_BTD = layer_program(layer_params, x_BTD, decided, kinds, last, masked)
+            form = choose_form(decided) if small else "kept"
+            x_BTD = layer_program(layer_params, x_BTD, decided, kinds, last, form)
             for name, value in decided.out.items():
                 out[name][layer] = value
         return classify(params, x_BTD), out

@@ -124,9 +124,28 @@ def test_a_batch_of_too_little_work_runs_the_masked_model(monkeypatch: pytest.Mo
     monkeypatch.undo()
     assert not is_worthwhile(ModelConfig(), 1, 26)
     assert is_worthwhile(ModelConfig(), 250, 26)
-    assert is_worthwhile(ModelConfig.of_size("S"), 1, 65)
+    assert not is_worthwhile(ModelConfig.of_size("S"), 1, 65)
+    assert is_worthwhile(ModelConfig.of_size("S"), 2, 65)
     config = gated_config(GATE_KINDS)
     assert_same(config, draw_params(config), draw_images(2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bias", "forms"), [(50.0, {"dense"}), (-50.0, {"kept"}), (3.0, {"masked", "kept", "dense"})])
+def test_layers_of_small_batches_run_as_a_whole_where_little_is_dropped(
+    bias: float, forms: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+    choose = skip.choose_form
+    monkeypatch.setattr(skip, "choose_form", lambda decided: chosen.append(choose(decided)) or chosen[-1])
+    config = gated_config(GATE_KINDS)
+    out = assert_same(config, draw_params(config, bias), draw_images(5))
+    assert len(chosen) == config.model.depth
+    assert set(chosen) <= forms
+    for form, gates in zip(chosen, out["gates"].values(), strict=False):
+        assert (form == "dense") == all(bool(np.all(g > 0)) for g in gates.values())
+    monkeypatch.setattr(skip, "SMALL_ROWS", 0)
+    assert_same(config, draw_params(config, bias), draw_images(5))
+    assert len(chosen) == config.model.depth
 
 
 @pytest.mark.parametrize("small", [True, False])
