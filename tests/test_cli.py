@@ -568,7 +568,7 @@ def test_pages_need_a_finished_report_of_this_version(finished, tmp_path):
 
 @pytest.mark.slow
 def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
-    """The config cifar100_vit_s goes through every stage on a TFDS directory and a pretrained backbone of tiny size."""
+    """The paper's experiment goes through every stage on a TFDS directory and a pretrained backbone of tiny size."""
     rng = np.random.default_rng(0)
     hue = rng.integers(0, 256, (100, 1, 1, 3))
 
@@ -588,7 +588,7 @@ def test_the_papers_experiment_on_a_cifar100_of_made_images(tmp_path):
     )  # fmt: skip
     golden = GOLDENS / "timm_vit.safetensors"
     command = [
-        "--config=configs/cifar100_vit_s.py", f"--workdir={tmp_path / 'w'}", f"--config.data.path={tmp_path}",
+        "--config=configs/cifar100_vit_s_32.py", f"--workdir={tmp_path / 'w'}", f"--config.data.path={tmp_path}",
         "--config.data.validation_fraction=0.25", f"--config.model.pretrained={golden}", "--config.model.depth=2",
         "--config.model.width=12", "--config.model.heads=3", "--config.train.batch=50", "--config.train.dense.steps=4",
         "--config.train.gated.steps=4", "--config.train.steps_per_call=2", "--config.train.eval_every=4",

@@ -40,11 +40,13 @@ def test_shipped_configs_load(path: Path) -> None:
 
 
 def test_the_papers_model() -> None:
-    """[LH26]: ViT-S, 12 layers, 6 heads, width 384; 384 -> 3072 latents of the last layer; 100 epochs."""
+    """[LH26]: ViT-S, 12 layers, 6 heads, width 384; 384 -> 3072 latents of the last layer; 100 epochs; 224 pixels."""
     config = load_config(next(path for path in CONFIGS if path.stem == "cifar100_vit_s"))
     assert (config.model.depth, config.model.heads, config.model.width) == (12, 6, 384)
     assert (config.latents, config.sae_layer, config.sae.epochs) == (3072, 11, 100)
     assert (config.data.source, config.data.name) == ("tfds", "cifar100")
+    patches = (config.data.image_size // config.model.patch) ** 2
+    assert (patches, config.sae.k, config.steer.form) == (196, 64, "replace")
 
 
 def test_sizes() -> None:
