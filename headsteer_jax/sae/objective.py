@@ -94,17 +94,35 @@ class StepMetrics(NamedTuple):
     threshold: jax.Array  # BatchTopK: the smallest activation that stayed
 
 
+def take_turns(dead_F: jax.Array, room: int, turn: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Choose `room` latents for AuxK: the dead ones, in turn if there are more -> (1 if dead, the latent), [M] each.
+
+    Each turn begins where the one before ended, so that all dead latents have theirs, and those that do not revive do
+    not keep the others from it. With room for all, the turn has no effect.
+    """
+    F = len(dead_F)
+    place_F = (jnp.arange(F) - turn * room) % F
+    many = jnp.sum(dead_F) > room
+    urgency_F = dead_F.astype(jnp.float32) * jnp.where(many, 2.0 - place_F / F, 1.0)
+    urgency_M, latent_M = jax.lax.top_k(urgency_F, room)
+    return (urgency_M > 0).astype(jnp.float32), latent_M
+
+
 def aux_k_loss(
-    sae: SAEWeights, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array, k_aux: int, precision: Any = EXACT
-) -> jax.Array:
+    sae: SAEWeights, u_BD: jax.Array, u_hat_BD: jax.Array, dead_F: jax.Array, k_aux: int, precision: Any = EXACT,
+    turn: jax.Array | int = 0,
+) -> jax.Array:  # fmt: skip
     """Compute AuxK [TopK, A.2]: the top k_aux of the dead latents reconstruct the error of the living ones.
 
     The error e = u - u_hat is detached, its reconstruction has no decoder bias, and the loss is relative to e's
-    variance in the batch; it is 0 if no latent is dead. If more than 2 k_aux latents are dead, only the first 2 k_aux
-    take part, so that the work does not grow with F; the others follow as these revive.
+    variance in the batch; it is 0 if no latent is dead. If more than 2 k_aux latents are dead, 2 k_aux of them take
+    part at a time, by turns, so that the work does not grow with F.
+
+    Args:
+      turn: the number of the training step.
     """
     e_BD = jax.lax.stop_gradient(u_BD - u_hat_BD)
-    dead_M, index_M = jax.lax.top_k(dead_F.astype(jnp.float32), min(2 * k_aux, dead_F.shape[0]))
+    dead_M, index_M = take_turns(dead_F, min(2 * k_aux, dead_F.shape[0]), turn)
     u_centred_BD = u_BD - jax.lax.stop_gradient(sae.b_d)
     a_BM = jax.nn.relu(jnp.matmul(u_centred_BD, sae.W_e[index_M].T, precision=precision) + sae.b_e[index_M])
     z_BM = keep_top_k(a_BM * dead_M, min(k_aux, len(index_M)))
@@ -184,7 +202,7 @@ def _encode_above_threshold(sae: SAEWeights, u_BD: jax.Array, k: jax.Array, obje
 
 
 def autoencoder_loss(
-    sae: SAEWeights, u_BD: jax.Array, dead_F: jax.Array, k: jax.Array, objective: Objective
+    sae: SAEWeights, u_BD: jax.Array, dead_F: jax.Array, k: jax.Array, objective: Objective, turn: jax.Array | int = 0
 ) -> tuple[jax.Array, StepMetrics]:
     """Compute the loss: squared error relative to the batch's variance, plus AuxK, plus a penalty for density.
 
@@ -198,6 +216,7 @@ def autoencoder_loss(
       dead_F: bool, the latents that AuxK revives.
       k: int32 scalar, at most objective.max_k.
       objective: everything else that the loss depends on.
+      turn: the number of the training step, by which dead latents take turns in AuxK.
     """
     c, F = objective.c, len(sae.b_e)
     if c.activation in ("topk", "batch_topk"):
@@ -218,7 +237,7 @@ def autoencoder_loss(
         error += last / len(lengths)
     total = error / jnp.sum((u_BD - u_BD.mean(axis=0)) ** 2) + penalty
     if objective.k_aux:
-        total += c.aux_weight * aux_k_loss(sae, u_BD, u_hat_BD, dead_F, objective.k_aux, objective.precision)
+        total += c.aux_weight * aux_k_loss(sae, u_BD, u_hat_BD, dead_F, objective.k_aux, objective.precision, turn)
     if latents_BK is None:
         fired_F = jnp.sum(z > 0, axis=0, dtype=jnp.float32)
     else:

@@ -127,7 +127,8 @@ def _update_member(state: SAEState, member: Members, u_BD: jax.Array, plan: Trai
     c, rate = plan.c, rate_schedule(plan.c, plan.steps)
     dead_F = state.silent >= plan.dead_window
     k = _anneal_k(plan, member, state.step)
-    grads, metrics = jax.grad(autoencoder_loss, has_aux=True)(state.sae, u_BD, dead_F, k, plan.objective)
+    gradient = jax.grad(autoencoder_loss, has_aux=True)
+    grads, metrics = gradient(state.sae, u_BD, dead_F, k, plan.objective, state.step)
     grads = remove_radial_gradient(grads, state.sae) if c.ablation.decoder_norm == "unit" else grads
     if c.ablation.unit_gradient:
         length = optax.global_norm(grads)

@@ -265,3 +265,27 @@ def test_gradient_has_no_radial_part():
     sae = random_sae(0)
     grads = objective.remove_radial_gradient(jax.tree.map(lambda a: a + 1.0, sae), sae)
     chex.assert_trees_all_close(jnp.sum(grads.W_d * sae.W_d, axis=1), jnp.zeros(10), atol=1e-6)
+
+
+def test_dead_latents_take_turns_if_there_is_no_room_for_all() -> None:
+    """Independent: the dead latents in a circle, `room` places of which each step takes those after the last."""
+    rng = np.random.default_rng(0)
+    dead, room = rng.random(40) < 0.5, 6
+    seen = set()
+    for turn in range(7):  # 7 turns of 6 places go round the circle of 40
+        circle = [(turn * room + step) % 40 for step in range(40)]
+        expected = [latent for latent in circle if dead[latent]][:room]
+        is_dead, chosen = objective.take_turns(jnp.asarray(dead), room, turn)
+        assert np.asarray(chosen).tolist() == expected
+        assert np.all(is_dead == 1)
+        seen |= set(expected)
+    assert seen == set(np.flatnonzero(dead).tolist())
+
+
+@pytest.mark.parametrize("turn", [0, 5])
+def test_with_room_for_all_dead_latents_the_turn_has_no_effect(turn: int) -> None:
+    dead = np.zeros(40, bool)
+    dead[[3, 17, 30]] = True
+    is_dead, chosen = objective.take_turns(jnp.asarray(dead), 6, turn)
+    assert np.asarray(chosen).tolist() == [3, 17, 30, 0, 1, 2]
+    assert np.asarray(is_dead).tolist() == [1, 1, 1, 0, 0, 0]
