@@ -31,6 +31,9 @@ class ReplacementEffect(NamedTuple):
 
     gate_agreement: np.ndarray  # the gate alone reads it: share of gate decisions that stay
     accuracy: np.ndarray  # the gate alone reads it
+    usage: np.ndarray  # the gate alone reads it: share of its gates that are open
+    usage_change: np.ndarray  # that usage less the unchanged model's
+    accuracy_change: np.ndarray  # `accuracy` less the unchanged model's
     accuracy_residual: np.ndarray  # the whole block computes on it
     kl: np.ndarray  # the whole block: mean KL divergence from the unchanged model's predictions, in nats
 
@@ -63,9 +66,11 @@ def make_replacement_program(
             block_BC = jax.nn.log_softmax(run_from_layer(model, params, x_BTD, x_hat_BD, layer, "residual")[0])
             kl_B = jnp.sum(jnp.exp(original_BC) * (original_BC - block_BC), axis=1)
             agreement_B = jnp.mean((gates_BH > 0) == (original_BH > 0), axis=1)
-            return agreement_B, predict_class(gated_BC), predict_class(block_BC), kl_B
+            usage_B = jnp.mean(gates_BH > 0, axis=1)
+            return agreement_B, predict_class(gated_BC), usage_B, predict_class(block_BC), kl_B
 
-        return tuple(values_SB.T for values_SB in jax.lax.map(replace_by, weights_S))
+        before = (predict_class(original_BC), jnp.mean(original_BH > 0, axis=1))
+        return *before, *(values_SB.T for values_SB in jax.lax.map(replace_by, weights_S))
 
     return per_image_program(run, config.train.eval_batch, mesh=mesh)
 
@@ -78,7 +83,20 @@ def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split:
     """
     program = make_replacement_program(trained, autoencoders.scaling, autoencoders.k)
     inputs = (trained.params, autoencoders.weights)
-    agreement_NS, gated_NS, block_NS, kl_NS = run_over_split(program, inputs, split, "test: reconstructed residuals")
-    correct_NS = (prediction_NS == split.labels[:, None] for prediction_NS in (gated_NS, block_NS))
-    means = (np.asarray(np.mean(v, axis=0, dtype=np.float64)) for v in (agreement_NS, *correct_NS, kl_NS))
-    return ReplacementEffect(*means)
+    results = run_over_split(program, inputs, split, "test: reconstructed residuals")
+    answer_N, open_N, agreement_NS, gated_NS, open_NS, block_NS, kl_NS = results
+    usage_S, accuracy_S = _average(open_NS), _average(gated_NS == split.labels[:, None])
+    return ReplacementEffect(
+        gate_agreement=_average(agreement_NS),
+        accuracy=accuracy_S,
+        usage=usage_S,
+        usage_change=usage_S - _average(open_N),
+        accuracy_change=accuracy_S - _average(answer_N == split.labels),
+        accuracy_residual=_average(block_NS == split.labels[:, None]),
+        kl=_average(kl_NS),
+    )
+
+
+def _average(values_N: np.ndarray) -> np.ndarray:
+    """Average over images."""
+    return np.asarray(np.mean(values_N, axis=0, dtype=np.float64))
