@@ -41,6 +41,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.digits import find_own_patches
 from headsteer_jax.data.sources import check_source, load_dataset
+from headsteer_jax.data.views import make_views
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_compute, pack_gates, unpack_gates
 from headsteer_jax.model.passes import make_observer
@@ -122,6 +123,18 @@ def _load_residuals(
     return load_or_compute_residuals(cache, trained, selection)[layer]
 
 
+def _load_training_residuals(
+    cache: str, trained: TrainedModel, dataset: Dataset, tokens: Tokens, plain: StoredResiduals
+) -> StoredResiduals:
+    """Load or compute what autoencoders are trained on: the training split's residuals, or those of all its views."""
+    views = trained.config.sae.views
+    if views == 1:
+        return plain
+    split = make_views(dataset.train, trained.config, views)
+    selection = ResidualSelection(split, f"train_{views}_views", (trained.config.sae_layer,), tokens)
+    return load_or_compute_residuals(cache, trained, selection)[trained.config.sae_layer]
+
+
 def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
     c, cache = config.sae, activation_cache(config, workdir)
@@ -133,7 +146,8 @@ def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     if imported:
         result = to_members(imported)
     else:
-        result = train_members(config, seed_members(c), train, workdir / "sae", data=hash_data(dataset))
+        source = _load_training_residuals(cache, trained, dataset, c.tokens, train)
+        result = train_members(config, seed_members(c), source, workdir / "sae", data=hash_data(dataset))
     members = result.autoencoders(c.inference_k)  # the seeds, then the control
     run = RunData(trained, dataset, members.first(c.seeds), x_train)
     replacement = measure_replacement(trained, run.autoencoders, dataset.test)._asdict()
@@ -159,7 +173,8 @@ def grid_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     }
     members = grid_members(c, grid_ks(config), config.grid.learning_rates, config.grid.seeds)
     as_trained = config.model_copy(update={"sae": c})
-    result = train_members(as_trained, members, sources["train"], workdir / "grid", "grid", hash_data(dataset))
+    source = _load_training_residuals(cache, trained, dataset, c.tokens, sources["train"])
+    result = train_members(as_trained, members, source, workdir / "grid", "grid", hash_data(dataset))
     workdir.write_json("grid/grid.json", measure_grid(config, members, result, sources))
 
 

@@ -426,6 +426,11 @@ class SAEConfig(Section):
     control: bool = True
     """Train one more autoencoder, from the first seed's initialisation on another order of the data. The report
     compares the similarity of different seeds with the similarity of these two."""
+    views: PositiveInt = 1
+    """The number of versions of each training image whose residuals train the autoencoder: the image itself, and the
+    others augmented as training images are (section data). An epoch passes over all of them. More views explain more
+    of the variance of new images. Everything else, such as the statistics of latents, takes the image itself. The stage
+    layers takes one view."""
     memory: PositiveInt = 4096
     """The most MiB of residuals that training holds in memory. If there are more, they are read in parts of a third of
     that, in a new random order in each epoch."""
@@ -727,6 +732,10 @@ class Config(Section):
         source = "sae.latents" if s.latents else "sae.expansion * model.width"
         yield Rule("sae.layer", s.layer, self._is_gated(s.layer), f"a gated layer: {self._describe_gated_layers()}")
         yield Rule("sae.k", s.k, s.k <= self.latents, f"{most} ({source})")
+        d = self.data
+        changed = d.crop_padding > 0 or d.crop_scale < 1 or d.flip or d.rand_augment_ops > 0
+        no_change = "1, because the section data augments nothing, so that all views would be alike"
+        yield Rule("sae.views", s.views, s.views == 1 or changed, no_change)
         yield Rule("sae.k_start", s.k_start, s.k_start <= self.latents, most)
         yield Rule("sae.aux_k", s.aux_k, s.aux_k <= self.latents, most)
         one_seed = "1, because sae.pretrained names one autoencoder"

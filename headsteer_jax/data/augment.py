@@ -17,15 +17,15 @@ from headsteer_jax.config.schema import DataConfig
 
 def preprocess(images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
     """Crop, resize and normalise images: [B, height, width, C] uint8 of any size -> [B, S, S, C] float32."""
-    return _normalise(_resize_to_square(images_BhwC, config.image_size), config)
+    return _normalise(resize_to_square(images_BhwC, config.image_size), config)
 
 
 def augment_and_normalise(key: jax.Array, images_BhwC: jax.Array | np.ndarray, config: DataConfig) -> jax.Array:
     """Preprocess images with random changes before the normalisation; without changes the bits are `preprocess`'s."""
-    return _normalise(augment(key, _resize_to_square(images_BhwC, config.image_size), config), config)
+    return _normalise(augment(key, resize_to_square(images_BhwC, config.image_size), config), config)
 
 
-def _resize_to_square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
+def resize_to_square(images_BhwC: jax.Array | np.ndarray, side: int) -> jax.Array:
     """Resize the largest centred square of images: [B, h, w, C] uint8 -> [B, side, side, C] float32, 0 to 1."""
     height, width = images_BhwC.shape[1:3]
     square = min(height, width)
@@ -47,6 +47,11 @@ def augment(key: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.A
     Args:
       images_BSSC: float32, 0 to 1, like the result. Pixels from outside of an image are black, but for crop_fill.
     """
+    return augment_each(jax.random.split(key, images_BSSC.shape[0]), images_BSSC, config)
+
+
+def augment_each(keys_B: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.Array:
+    """Augment each image by its own key; see `augment`."""
 
     def augment_image(key: jax.Array, image_SSC: jax.Array) -> jax.Array:
         key_scale, key_shift, key_flip, key_operations = jax.random.split(key, 4)
@@ -66,7 +71,7 @@ def augment(key: jax.Array, images_BSSC: jax.Array, config: DataConfig) -> jax.A
             image_SSC, _ = jax.lax.scan(lambda x, key: (_random_operation(key, x, strength), None), image_SSC, keys)
         return image_SSC
 
-    return jax.vmap(augment_image)(jax.random.split(key, images_BSSC.shape[0]), images_BSSC)
+    return jax.vmap(augment_image)(keys_B, images_BSSC)
 
 
 def _random_square(key: jax.Array, image_SSC: jax.Array, least: float) -> jax.Array:
