@@ -7,7 +7,7 @@ The recipe of training is ours, and so are the number of latents and the strengt
 
 The first run downloads CIFAR-100 (extra `prepare`, TensorFlow) and the backbone (extra `hub`); later ones need neither.
 To start from a local file, pass --config.model.pretrained=vit_small.safetensors. 197 tokens need a GPU or a TPU;
-cifar100_vit_s_32.py has 65. It has not been run, because we had no network.
+cifar100_vit_s_32.py has 65. This config has not been run, because we had no network.
 """
 
 from headsteer_jax.config import (
@@ -30,7 +30,7 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds",
             name="cifar100",
-            image_size=224,  # 197 tokens; each pixel of the stored 32x32 becomes 7x7
+            image_size=224,  # 197 tokens; the stored 32x32 are enlarged sevenfold
             channels=3,
             mean=(0.5, 0.5, 0.5),  # the AugReg backbones expect these
             std=(0.5, 0.5, 0.5),

@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 3  # of a stage's record; raise it if a field of the config is renamed or moved
 PACKAGES = ("headsteer-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
-PLACES = ("data.path", "model.pretrained", "sae.pretrained", "train.eval_batch")  # these do not affect results
+# these do not affect results; the dense phase is the same wherever it was trained
+PLACES = ("data.path", "model.pretrained", "sae.pretrained", "train.dense_from", "train.eval_batch")
 FILES: dict[str, Callable[[str], str]] = {
     "model.pretrained": fingerprint_weights, "sae.pretrained": fingerprint_autoencoder,
 }  # fmt: skip

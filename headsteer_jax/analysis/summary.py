@@ -54,8 +54,7 @@ def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arra
       `accuracy`, `macs` [G, Y, A], their intervals [2, G, Y, A], `class_usage`, `class_accuracy`, `class_macs`
       [G, Y, A, C].
     """
-    steer, names = config.steer, result.strategies
-    rng = np.random.default_rng([config.seed, 4])
+    steer, names, rng = config.steer, result.strategies, np.random.default_rng([config.seed, 4])
     scores = score_settings(result, config, rng)
     usage_ci, accuracy_ci, macs_ci = (scores.interval(values) for values in (*scores.resampled, scores.macs.resampled))
     gates = LayerGates(config, config.sae_layer)

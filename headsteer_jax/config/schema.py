@@ -311,8 +311,8 @@ class TrainConfig(Section):
     compared with a dense model of the same training length."""
     dense_from: str = ""
     """The workdir of another run whose dense phase is taken over instead of trained, and its dense control too, if that
-    was trained as this config says. Data, seed, model and dense phase must be equal, and the gates start anew. So runs
-    with several settings of the gates need one dense phase. If it is empty, the dense phase is trained."""
+    was trained as this config says. Data, seed, model and dense phase must be equal, and the gates start anew. Runs
+    that differ only in their gates can thus share one dense phase. If it is empty, the dense phase is trained."""
     use: Literal["last", "best"] = "last"
     """The checkpoint of the gated phase that later stages read. last: the one at the end. best: the one with the best
     validation accuracy after annealing."""

@@ -231,9 +231,10 @@ def decide_layer(call: BlockCall, x_BTD: jax.Array) -> Decided:
 
 def choose_form(decided: Decided) -> LayerForm:
     """Choose how to run a layer of a small batch; this waits for its gates."""
-    if decided.all_open:
+    all_open, share = jax.device_get((decided.all_open, decided.share))
+    if all_open:
         return "dense"  # the same bits as with masks that are 1
-    return "masked" if decided.share > MASKED_SHARE else "kept"
+    return "masked" if share > MASKED_SHARE else "kept"
 
 
 def run_whole_layer(call: BlockCall, x_BTD: jax.Array, gates: Gates, last: bool) -> jax.Array:
@@ -262,8 +263,8 @@ def make_skipping_forward(model: ViT) -> Forward:
     It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
     gates of all layers are computed. The host calls two compiled programs a layer, one that decides and one that
     computes, with the layer's parameters as an argument, so that layers that are alike share a program. A program is
-    compiled once for each size of batch. In a small batch a layer that drops little runs as a whole, and a batch of too
-    little work runs the masked model.
+    compiled once for each size of batch. In a small batch a layer that drops little runs as a whole, which may
+    compile two more programs when it is first needed, and a batch of too little work runs the masked model.
     """
     run_masked = jax.jit(functools.partial(model.apply, gating="thresholded"))
     embed = jax.jit(functools.partial(model.apply, method="embed"))

@@ -37,5 +37,5 @@ def draw_push(m: ReportData) -> Figure | None:
     hide_row_axis(right)
     right.set_yticks([])
     right.set_title("Usage: unsteered, at the largest alpha, its limit")
-    right.set_xlabel("hollow: unsteered, filled: largest alpha, bar: share of positive pushes")
+    right.set_xlabel("hollow: unsteered, filled: largest alpha, bar: limit")
     return figure

@@ -97,7 +97,7 @@ class StepMetrics(NamedTuple):
 def take_turns(dead_F: jax.Array, room: int, turn: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Choose `room` latents for AuxK: the dead ones, in turn if there are more -> (1 if dead, the latent), [M] each.
 
-    Each turn begins where the one before ended, so that all dead latents have theirs, and those that do not revive do
+    Turn t begins at latent t * room modulo F, so that all dead latents have their turn, and those that do not revive do
     not keep the others from it. With room for all, the turn has no effect.
     """
     F = len(dead_F)

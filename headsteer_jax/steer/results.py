@@ -63,7 +63,7 @@ class SweepResult:
     weights: np.ndarray  # [G, S, C, L] float32 their weights, filled with 0
     directions: np.ndarray | None  # [G, S, C, D] float32, 0 where latents are changed; None if all strategies do that
     push: np.ndarray | None  # [G, S, C, H] added to gate logits at alpha 1, or NaN; None: not affine in alpha
-    gate_logits: np.ndarray | None  # [C, H] means over a class's training images; None in files of older versions
+    gate_logits: np.ndarray | None  # [C, H] means over a class's training images; None as `push`
     frequency: np.ndarray  # [S, F] share of training images on which a latent fires
     class_frequency: np.ndarray  # [C, F] float32 the same by class, of the first seed
     top_images: np.ndarray  # [F, T] int32 training images that activate a latent most, of the first seed

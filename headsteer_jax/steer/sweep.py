@@ -583,11 +583,9 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     cost_P = _price_patterns(config, tables["validation"])
     evidence = _pattern_evidence(run, aligned, program, validation)
     chosen = _choose_latents(run, strategies, evidence, cost_P, fold_N)
-
     gates = LayerGates(config, config.sae_layer)
     evaluate = _make_evaluator(trained, alphas, chosen.effects, classes)
-    results: dict[str, SplitResult] = {}
-    steps: dict[str, dict[str, StepFunction]] = {}
+    results, steps = dict[str, SplitResult](), dict[str, dict[str, StepFunction]]()
     for name, split in splits.items():
         table = take_unsteered_from_suffix(trained, split, tables[name], chosen.steered[0][0], len(alphas))
         job = _prepare_split(trained, (name, split, table), chosen, strategies, fold_N)
@@ -606,8 +604,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         latents=latents,
         weights=_stack_choices(chosen.steered, "weights", fill=0),
         directions=_stack_directions(chosen.steered),
-        push=_stack_pushes(chosen, strategies) if is_affine_in_alpha(config.steer, config.gate.layer_norm) else None,
-        gate_logits=_average_by_class(trained, run.x_train, dataset.train.labels, classes),
+        push=_stack_pushes(chosen, strategies) if choose_method(config) == "flips" else None,
+        gate_logits=_average_by_class(run) if choose_method(config) == "flips" else None,
         frequency=chosen.frequency,
         class_frequency=chosen.class_frequency,
         top_images=chosen.top_images,
@@ -638,13 +636,17 @@ def _stack_pushes(chosen: ChosenLatents, strategies: Strategies) -> np.ndarray:
     return np.array(pushes).swapaxes(0, 1)
 
 
-def _average_by_class(trained: TrainedModel, x_ND: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Average the unsteered gate logits over the training images of each class: [C, H]; NaN without images."""
+def _average_by_class(run: RunData) -> np.ndarray:
+    """Average the gate logits, which are affine in the residual, over each class's training images: [C, H].
+
+    They are NaN for a class without images.
+    """
+    trained, labels = run.trained, run.dataset.train.labels
+    mean_CD = np.full((len(run.dataset.class_names), run.x_train.shape[1]), np.nan, np.float32)
+    for label in np.unique(labels):
+        mean_CD[label] = run.x_train[labels == label].mean(axis=0, dtype=np.float64)
     gates = LayerGates(trained.config, trained.config.sae_layer)
-    m_NH = np.asarray(gates.logits(trained.model, trained.params, jnp.asarray(x_ND)), np.float64)
-    member_CN = csr_array((np.ones(len(labels)), (labels, np.arange(len(labels)))), shape=(classes, len(labels)))
-    with np.errstate(invalid="ignore"):
-        return np.asarray(member_CN @ m_NH) / np.bincount(labels, minlength=classes)[:, None]
+    return np.asarray(gates.logits(trained.model, trained.params, jnp.asarray(mean_CD)), np.float64)
 
 
 def _overlap_of_classes(latents: Mapping[str, np.ndarray]) -> np.ndarray | None:

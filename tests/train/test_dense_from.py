@@ -1,5 +1,6 @@
 """Taking over another run's dense phase: the same as training it, and refused where it is not this config's."""
 
+import functools
 import shutil
 
 import chex
@@ -58,7 +59,8 @@ def test_other_kinds_of_gates_start_from_the_same_dense_model(dataset, first_run
         [row for row in read_log(Path(place / "metrics.jsonl")) if row["phase"] != "gated"]
         for place in (first_run / "train", tmp_path)
     )
-    assert theirs == ours
+    in_order = functools.partial(sorted, key=lambda row: (row["phase"], row["step"]))
+    assert in_order(theirs) == in_order(ours)
 
 
 def test_only_the_gated_phase_is_trained(dataset, first_run, tmp_path):
@@ -86,8 +88,8 @@ def test_without_weight_decay_it_is_the_training_itself_bit_for_bit(dataset, tmp
 def test_a_control_of_another_length_is_trained(dataset, first_run, tmp_path):
     config = with_train(tiny_config(), dense_from=str(first_run), gated=PhaseConfig(steps=4))
     take_over_dense(config, dataset, tmp_path)
-    assert (tmp_path / "dense").exists()
-    assert not (tmp_path / "dense_control").exists()
+    assert (tmp_path / "dense" / "last" / "8").exists()
+    assert not list((tmp_path / "dense_control" / "last").glob("*"))
 
 
 def test_a_phase_that_has_begun_is_left_alone(dataset, first_run, tmp_path):
@@ -105,8 +107,28 @@ def test_another_dense_phase_is_refused(first_run, fields, named):
         check_dense_from(with_train(tiny_config(), dense_from=str(first_run), **fields))
 
 
+def test_other_augmentation_or_another_backbone_is_refused(first_run):
+    config = with_train(tiny_config(), dense_from=str(first_run))
+    flipped = config.model_copy(update={"data": config.data.model_copy(update={"flip": True})})
+    with pytest.raises(HeadSteerError, match=r"data.flip = False, but this config has True"):
+        check_dense_from(flipped)
+    pretrained = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "vit.safetensors"})})
+    with pytest.raises(HeadSteerError, match=r"model.pretrained = '', but this config has 'vit.safetensors'"):
+        check_dense_from(pretrained)
+
+
+def test_an_unfinished_control_is_trained(dataset, first_run, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(first_run, unfinished)
+    shutil.rmtree(unfinished / "train" / "dense_control" / "last" / "8")
+    config = with_train(tiny_config(), dense_from=str(unfinished))
+    take_over_dense(config, dataset, tmp_path / "new")
+    assert (tmp_path / "new" / "dense" / "last" / "8").exists()
+    assert not list((tmp_path / "new" / "dense_control" / "last").glob("*"))
+
+
 def test_bad_runs_are_refused(dataset, first_run, tmp_path):
-    with pytest.raises(HeadSteerError, match="damaged"):
+    with pytest.raises(HeadSteerError, match=r"config.train.dense_from = .* no run was started there"):
         check_dense_from(with_train(tiny_config(), dense_from=str(tmp_path / "nowhere")))
     other = Dataset(blobs(96, 5), dataset.validation, dataset.test, dataset.class_names)
     config = with_train(tiny_config(), dense_from=str(first_run))
