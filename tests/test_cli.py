@@ -337,7 +337,7 @@ def test_sigterm_saves_and_asks_to_be_resumed(finished, tmp_path):
             ["cifar100", "/nowhere"],
         ),
         (["--config.data.source=folder", "--config.data.path=/nowhere"], ["/nowhere"]),
-        (["--config=nowhere.py"], ["--config=nowhere.py: no such file", "cifar100_vit_s, double_digits"]),
+        (["--config=nowhere.py"], ["--config=nowhere.py: no such file", "cifar100_vit_s_32, double_digits"]),
         (["--wrokdir=x"], ["--wrokdir=x: no such flag", "--config.FIELD=VALUE"]),
         (["--config.model.depth", "3"], ["--config.model.depth: no such flag", "--config.FIELD=VALUE"]),
         (["--config.FIELD=3"], ["config.FIELD: there is no such field"]),
