@@ -9,6 +9,8 @@ phase's model 55.3%, its control, trained as long as the gated model, 58.8%, the
 multiply-accumulates (heads 61%, sublayers 75%, patches 71%). So at 17 tokens and this length of training the budget
 costs 9.7 points and is missed by 3 points. The gated model's accuracy on validation was still rising at the end.
 
+Steering the last layer is described in docs/concepts.md, under “Sublayers and patches”.
+
 Crops are padded with the mirrored image, because gates learned to drop the patches of black borders, which other images
 do not have.
 """
