@@ -22,8 +22,9 @@ class SkipCosts(NamedTuple):
 
 
 COSTS = {
-    # Two cores, ViT-S at 65 tokens: the rate is that of benchmarks/train.py on a slow machine. With half of the tokens
-    # dropped, benchmarks/skip.py took 1.14 times what their MACs allow; compiling took 20 s on a machine twice as fast.
+    # Two cores, ViT-S: the rate is that of benchmarks/train.py on a slow machine. With half of the tokens dropped,
+    # benchmarks/skip.py took 1.09 to 1.2 times what the MACs allow at 65 tokens, 0.85 times at 197, and a trained model
+    # at 17 tokens 1.16 times; compiling took 15 s on a machine twice as fast.
     "cpu": SkipCosts(3.3e10, 1.15, 40.0),
     # Estimates, not measurements: a fraction of the vendors' peaks, and large losses, as loops wait for the device.
     "gpu": SkipCosts(1e14, 1.5, 120.0),
