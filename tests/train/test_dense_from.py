@@ -95,7 +95,9 @@ def test_a_control_of_another_length_is_trained(dataset, first_run, tmp_path):
 def test_a_phase_that_has_begun_is_left_alone(dataset, first_run, tmp_path):
     config = with_train(tiny_config(), dense_from=str(first_run))
     take_over_dense(config, dataset, tmp_path)
+    before = load(config, tmp_path, "dense")
     take_over_dense(with_train(config, dense_from="nowhere"), dataset, tmp_path)
+    chex.assert_trees_all_equal(load(config, tmp_path, "dense"), before)
 
 
 @pytest.mark.parametrize(
