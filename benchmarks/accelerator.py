@@ -2,6 +2,7 @@
 
     python benchmarks/accelerator.py --out=DIR
     python benchmarks/accelerator.py --out=DIR --parts=1 --run=runs/cpu    # a run that a CPU made, as well
+    python benchmarks/accelerator.py --out=DIR --parts=2 --fast            # without the promise of the same bits
 
 There are five parts. Each runs without the others, and its error, if any, is in the results:
 1. A CPU, in a process of its own, computes the goldens of a generated model: gates, answers under every pattern, flips,
@@ -16,9 +17,10 @@ There are five parts. Each runs without the others, and its error, if any, is in
 
 Everything is meant to fit into eight minutes on one GPU: a part that is late leaves out what matters less, and no part
 begins after LATE seconds. No network is needed. Training products of float32 are computed as JAX does by default (TF32
-on a GPU) and with `highest`; --products chooses for part 1. Times are medians and exclude compilation. DIR gets
-results.json and results.md. The last line printed is one JSON object. With --small everything takes a minute or two on
-a CPU.
+on a GPU) and with `highest`; --products chooses for part 1. GPUs use no kernel that adds in any order, as the command
+line asks for, unless --fast is given or XLA_FLAGS says something else. Times are medians and exclude compilation. DIR
+gets results.json and results.md. The last line printed is one JSON object. With --small everything takes a minute or
+two on a CPU.
 """
 
 import argparse
@@ -50,6 +52,7 @@ from headsteer_jax.model.skip import make_skipping_forward
 from headsteer_jax.model.vit import TrainedModel, build_model, stack_gates, training_form
 from headsteer_jax.runs import Run, load_run
 from headsteer_jax.runtime.mesh import place, replicated_sharding
+from headsteer_jax.runtime.settings import DETERMINISM, request_determinism
 from headsteer_jax.sae import train as sae_train
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_split, fit_scaling, scale_input
 from headsteer_jax.sae.objective import init_weights
@@ -71,7 +74,7 @@ SECONDS = {1: 100, 2: 180, 3: 60, 4: 100, 5: 40}  # what each part may take befo
 PRECISIONS = ("default", "highest")  # of float32 products
 GOLDEN_STRATEGIES = 4  # of those that the goldens steer by
 LATE = 420  # seconds after the start, when no part and nothing optional begins
-SHAPES = ((32, 8, (1024, 4096)), (32, 4, (512, 1024)), (224, 16, (256, 512)))  # image side, patch, batches
+SHAPES = ((32, 8, 4096), (32, 4, 1024), (224, 16, 256))  # image side, patch, batch of training
 
 
 class Part:
@@ -179,9 +182,10 @@ def write_goldens(file: Path, small: bool) -> None:
 def compare_with_goldens(part: Part, args: argparse.Namespace) -> None:
     """Let a CPU make the goldens, and compare figures and training steps of this device with them."""
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "goldens.npz"
-        command = [sys.executable, __file__, f"--goldens={file}", f"--out={directory}", *["--small"] * part.small]
-        subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
+        file = args.goldens or Path(directory) / "goldens.npz"
+        if not file.exists():
+            command = [sys.executable, __file__, f"--write-goldens={file}", *["--small"] * part.small]
+            subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
         goldens = dict(np.load(file))
     part.note("goldens_s", round(part.seconds(), 1))
     run = golden_run(part.small)
@@ -351,8 +355,7 @@ def compare_steps(step: Step, reference: Step) -> dict[str, float]:
 def training_speed(part: Part, args: argparse.Namespace) -> None:
     """Measure images a second and MFU; the programs are compiled side by side beforehand."""
     steps = 2 if part.small else 10
-    turns = ((0, True), (0, False))  # place of the batch in SHAPES, and whether the step is gated
-    cases = [(side, patch, batches[turn], gated) for turn, gated in turns for side, patch, batches in SHAPES]
+    cases = [(*shape, gated) for gated in (True, False) for shape in SHAPES]
     cases = [(side, patch, 4, gated) for side, patch, _, gated in cases[1:4]] if part.small else cases
 
     def config_of(side: int, patch: int, batch: int) -> Config:
@@ -484,7 +487,7 @@ def generate_run(products: str, small: bool, config: Config | None = None) -> Ru
     scaling = fit_scaling(ResidualsInMemory(x_ND).chunks, config.sae)
     weights = init_weights(jax.random.key(1), scale_input(scaling, x_ND), config.sae, config.latents)
     seeds = Autoencoder(jax.tree.map(lambda leaf: leaf[None], weights), scaling, config.sae.inference_k)
-    model = model if exact else training_form(model, config)
+    model = model if exact else training_form(model, config, jax.default_backend())
     return Run(TrainedModel(config, model, params), dataset, seeds, x_ND)
 
 
@@ -584,17 +587,19 @@ def measure_skipping(side: int, patch: int, batch: int, small: bool) -> dict[str
     model, rng = build_model(config, CLASSES), np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((batch, side, side, 3)), jnp.float32)
     params = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(0), images[:1]))
-    logits = jax.jit(lambda params: model.apply(params, images, gating="thresholded")[1]["gate_logits"])
+
+    def compile_pass(gating: str) -> Any:
+        forward = jax.jit(lambda params, images: model.apply(params, images, gating=gating))
+        return forward.lower(params, images).compile()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        dense, masked = pool.map(compile_pass, ("dense", "thresholded"))
     for layer in range(gate.settings("tokens").first_layer, config.model.depth):  # each layer reads the earlier ones
         linear = params["params"][f"layers_{layer}"]["decide_tokens"]["linear"]
         linear["kernel"] = rng.standard_normal(linear["kernel"].shape).astype(np.float32)
-        linear["bias"] -= np.median(logits(params)[layer]["tokens"]).astype(np.float32)
+        linear["bias"] -= np.median(masked(params, images)[1]["gate_logits"][layer]["tokens"]).astype(np.float32)
     params = jax.device_put(params)
-    passes = {
-        "dense": jax.jit(lambda params, images: model.apply(params, images, gating="dense")),
-        "masked": jax.jit(lambda params, images: model.apply(params, images, gating="thresholded")),
-        "skipping": make_skipping_forward(model),
-    }
+    passes = {"dense": dense, "masked": masked, "skipping": make_skipping_forward(model)}
     row: dict[str, Any] = {}
     found = {}
     for name, run in passes.items():
@@ -615,14 +620,19 @@ PARTS = {1: correctness, 2: training_speed, 3: autoencoders, 4: sweeps, 5: skipp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="", help="a finished run that a CPU made, for part 1")
-    parser.add_argument("--goldens", type=Path, help="write the goldens of part 1 to this file, and nothing else")
-    parser.add_argument("--out", type=Path, required=True, help="a directory for the results")
+    parser.add_argument("--write-goldens", type=Path, help="write the goldens of part 1 to this file, and nothing else")
+    parser.add_argument("--goldens", type=Path, help="goldens of part 1 that were written before")
+    parser.add_argument("--out", type=Path, default=Path(), help="a directory for the results")
+    parser.add_argument("--fast", action="store_true", help="let GPUs use kernels that add in any order")
     parser.add_argument("--parts", type=lambda text: [int(n) for n in text.split(",")], default=list(PARTS))
     parser.add_argument("--products", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of float32, in part 1")
     parser.add_argument("--small", action="store_true", help="everything in a minute or two on a CPU")
     args = parser.parse_args()
-    if args.goldens:
-        write_goldens(args.goldens, args.small)
+    if args.fast:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISM[0]}=false".strip()
+    request_determinism()
+    if args.write_goldens:
+        write_goldens(args.write_goldens, args.small)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="headsteer-compiled-"))

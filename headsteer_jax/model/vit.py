@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headsteer_jax.config.schema import GATE_KINDS, Config, GateConfig, GateKind, ModelConfig
+from headsteer_jax.model import gpu
 from headsteer_jax.model.gates import (
     SUBLAYERS,
     Gate,
@@ -36,8 +37,11 @@ from headsteer_jax.model.gates import (
     threshold,
 )
 from headsteer_jax.runtime.precision import EXACT, training_precision
+from headsteer_jax.runtime.settings import gives_up_bits
 
 Gating = Literal["dense", "sampled", "thresholded"]
+# how a training step is computed: as written here; with the parts of `model/gpu.py`; with cuDNN's attention as well
+Form = Literal["plain", "gpu", "cudnn"]
 ALL_OPEN: Gates = types.MappingProxyType({})
 
 
@@ -76,6 +80,8 @@ class Block(nn.Module):
     gate: GateConfig
     kinds: tuple[GateKind, ...]  # the kinds of gates that this layer decides
     precision: Any = EXACT  # of the products
+    form: Form = "plain"
+    tokens: int = 0  # of an image, which form "cudnn" needs: `gpu.pad_tokens` may have appended one
 
     def setup(self) -> None:
         """Make the submodules."""
@@ -118,17 +124,26 @@ class Block(nn.Module):
           y_BQHK, the result of attention, and v_BQHK, the values of the same tokens.
         """
         n_BTD = self.norm1(x_BTD)
-        q_BQHK = self._split(_apply_to_rows(self.query, n_BTD[:, :queries]))
-        k_BTHK, v_BTHK = self._split(_apply_to_rows(self.key, n_BTD)), self._split(_apply_to_rows(self.value, n_BTD))
+        q_BQHK = self._split(self._apply(self.query, n_BTD[:, :queries]))
+        k_BTHK, v_BTHK = self._split(self._apply(self.key, n_BTD)), self._split(self._apply(self.value, n_BTD))
+        if self.form == "cudnn" and queries is None:
+            return gpu.attend(q_BQHK, k_BTHK, v_BTHK, self.tokens), v_BTHK
+        tokens, own_queries = x_BTD.shape[1], q_BQHK.shape[1]
+        if self.form != "plain":
+            q_BQHK, k_BTHK, v_BTHK = (gpu.align_tokens(heads) for heads in (q_BQHK, k_BTHK, v_BTHK))
+        padding = k_BTHK.shape[1] - tokens
         scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK, precision=self.precision)
         scores_BHQT = (scores_BHQT / (q_BQHK.shape[-1] ** 0.5)).astype(jnp.float32)
         if "tokens" in gates:
-            weights_BHQT = mask_softmax(scores_BHQT, self._keep(gates["tokens"]))
+            keep_BT = jnp.pad(self._keep(gates["tokens"]), ((0, 0), (0, padding)))
+            weights_BHQT = mask_softmax(scores_BHQT, keep_BT)
         else:
+            if padding:
+                scores_BHQT = jnp.where(jnp.arange(tokens + padding) < tokens, scores_BHQT, -jnp.inf)
             weights_BHQT = nn.softmax(scores_BHQT)
         weights_BHQT = weights_BHQT.astype(v_BTHK.dtype)
         y_BQHK = jnp.einsum("BHQT,BTHK->BQHK", weights_BHQT, v_BTHK, precision=self.precision)
-        return y_BQHK, v_BTHK[:, :queries]
+        return y_BQHK[:, :own_queries], v_BTHK[:, :own_queries]
 
     def finish(self, x_BQD: jax.Array, y_BQHK: jax.Array, v_BQHK: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
         """Compute the block's second half: gate the heads, project, add, apply the MLP, add."""
@@ -143,17 +158,18 @@ class Block(nn.Module):
             y_BQHK = y_BQHK * g_B1H1
             if self.gate.dropped == "identity":
                 y_BQHK = y_BQHK + v_BQHK * (1 - g_B1H1)
-        added_BQD = _apply_to_rows(self.out, y_BQHK.reshape(x_BQD.shape))
+        added_BQD = self._apply(self.out, y_BQHK.reshape(x_BQD.shape))
         return x_BQD + self._gate_sublayer(added_BQD, 0, gates)
 
     def feed_forward(self, x_BQD: jax.Array, gates: Gates = ALL_OPEN) -> jax.Array:
         """Add the MLP's output to the residual."""
-        gelu = exact_gelu if self.model.gelu == "exact" else nn.gelu
+        exact = exact_gelu if self.form == "plain" else gpu.gelu_from_input
+        gelu = exact if self.model.gelu == "exact" else nn.gelu
         n_BQD = self.norm2(x_BQD)
         if self.gate.dropped == "slice" and "heads" in gates:
             n_BQD = n_BQD * jnp.repeat(gates["heads"], self.model.width // self.model.heads, axis=-1)[:, None]
-        hidden_BQM = gelu(_apply_to_rows(self.mlp_in, n_BQD))
-        return x_BQD + self._gate_sublayer(_apply_to_rows(self.mlp_out, hidden_BQM), 1, gates)
+        hidden_BQM = gelu(self._apply(self.mlp_in, n_BQD))
+        return x_BQD + self._gate_sublayer(self._apply(self.mlp_out, hidden_BQM), 1, gates)
 
     def _gate_sublayer(self, added_BQD: jax.Array, sublayer: int, gates: Gates) -> jax.Array:
         """Gate what a sublayer adds to the first Q tokens, by the sublayer's gate and by those of the tokens."""
@@ -196,6 +212,10 @@ class Block(nn.Module):
         bias_D, dtype = self.out.variables["params"]["bias"], jnp.dtype(self.model.dtype)
         added_B1D = (added_BD.astype(dtype) + bias_D.astype(dtype))[:, None]
         return self.feed_forward(x_BD[:, None] + self._gate_sublayer(added_B1D, 0, gates), gates)[:, 0]
+
+    def _apply(self, dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
+        """Apply a dense layer to every token."""
+        return _apply_to_rows(dense, x_BTD) if self.form == "plain" else gpu.apply_dense(dense, x_BTD)
 
     def _split(self, x_BTD: jax.Array) -> jax.Array:
         """Split the width into heads: [B, T, D] -> [B, T, H, K]."""
@@ -302,6 +322,7 @@ class ViT(nn.Module):
     scan: bool = False  # compile one block and loop over the layers that are alike
     remat: bool = False  # compute a block's intermediates again in the backward pass
     precision: Any = EXACT  # of the products
+    form: Form = "plain"  # of a training step; evaluation is always plain
 
     def setup(self) -> None:
         """Make the submodules and the parameters."""
@@ -311,9 +332,14 @@ class ViT(nn.Module):
         self.positions = self.param("positions", lambda key: sin_cos_positions(self.positions_count, m.width))
         if m.registers:
             self.registers = self.param("registers", nn.initializers.normal(0.02), (1, m.registers, m.width))
-        self.layers = [Block(m, self.gate, self.gate.kinds_in(layer), self.precision) for layer in range(m.depth)]
+        self.layers = [self._make_block(layer) for layer in range(m.depth)]
         self.norm = nn.LayerNorm(epsilon=m.layer_norm_epsilon)
         self.head = nn.Dense(self.classes, kernel_init=nn.initializers.truncated_normal(0.02), precision=self.precision)
+
+    def _make_block(self, layer: int, **kwargs: Any) -> Block:
+        tokens = self.positions_count + self.model.registers
+        kinds = self.gate.kinds_in(layer)
+        return Block(self.model, self.gate, kinds, self.precision, self.form, tokens, **kwargs)
 
     def embed(self, images_BHWC: jax.Array) -> jax.Array:
         """Compute the residual that enters layer 0: [B, height, width, channels] normalised images -> [B, T, D]."""
@@ -380,6 +406,9 @@ class ViT(nn.Module):
           [B, 2] (attention, MLP), tokens [B, N].
         """
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
+        tokens = x_BTD.shape[1]
+        if self.form == "cudnn":
+            x_BTD = gpu.pad_tokens(x_BTD)
         layers = range(start, self.model.depth if stop is None else stop)
         scanned = range(0) if interventions else self._layers_to_scan(layers)
         for layer in layers:
@@ -387,8 +416,12 @@ class ViT(nn.Module):
                 x_BTD, by_layer = self._scan_layers(x_BTD, scanned, gating, noise)
                 for name, values in by_layer.items():
                     out[name] |= values
+            if self.form != "plain":
+                x_BTD = gpu.keep_rows_together(x_BTD)
             if layer not in scanned:
                 intervention = interventions.get(layer, Intervention())
+                if layer == self.model.depth - 1:
+                    x_BTD = x_BTD[:, :tokens]
                 x_BTD, layer_out = self._run_layer(x_BTD, layer, gating, noise, intervention)
                 for name, value in layer_out.items():
                     out[name][layer] = value
@@ -421,7 +454,7 @@ class ViT(nn.Module):
     ) -> tuple[jax.Array, dict[str, dict[int, Any]]]:
         """Run layers that are alike as one loop over their stacked parameters -> as `blocks` returns."""
         params = [self.layers[layer].variables["params"] for layer in layers]
-        block = Block(self.model, self.gate, self.gate.kinds_in(layers.start), self.precision, parent=None)
+        block = self._make_block(layers.start, parent=None)
 
         def run_layer(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             layer_params, layer_noise = inputs
@@ -475,12 +508,20 @@ def build_model(config: Config, classes: int) -> ViT:
     return ViT(exact, config.gate, classes, 1 + grid**2, scan=machine.scan_layers, remat=machine.remat)
 
 
-def training_form(model: ViT, config: Config) -> ViT:
+def training_form(model: ViT, config: Config, platform: str) -> ViT:
     """Make the form of a model that training steps run: in config.model.dtype, with products as fast as the device's.
 
     A step need not give the bits of another program; the model that is evaluated and steered must.
+
+    Args:
+      platform: of the devices, as `jax.Device` names it.
     """
-    return model.clone(model=config.model, precision=training_precision())
+    form: Form = "plain"
+    if platform in ("gpu", "cuda"):
+        # cuDNN adds gradients in any order, and has no kernel for dropped tokens or another dtype
+        fused = config.model.dtype == "bfloat16" and "tokens" not in config.gate.kinds and gives_up_bits()
+        form = "cudnn" if fused else "gpu"
+    return model.clone(model=config.model, precision=training_precision(), form=form)
 
 
 class TrainedModel(NamedTuple):

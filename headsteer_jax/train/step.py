@@ -142,6 +142,14 @@ class Layout(NamedTuple):
         return gradient if self.params is None else jax.lax.with_sharding_constraint(gradient, self.params)
 
 
+def _find_platform(shardings: State | None) -> str:
+    """Find what kind of devices a step is for; those of its mesh need not be there."""
+    if shardings is None:
+        return jax.default_backend()
+    step: Any = shardings.step  # a State of shardings in place of arrays
+    return step.mesh.devices.flat[0].platform
+
+
 def _choose_layout(shardings: State | None) -> Layout | None:
     """Choose the layout of a step; None on one device, whose program needs none."""
     if shardings is None:
@@ -210,7 +218,7 @@ def make_training_steps(
       A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]). If gates are
       sampled and the config has a teacher, its parameters are a fourth argument, which is kept.
     """
-    model = training_form(model, config)
+    model = training_form(model, config, _find_platform(shardings))
     tx, gradient = make_optimizer(config, phase), _make_gradient(model, config, _choose_layout(shardings))
     teachers = int(gated and has_teacher(config.gate))
 

@@ -68,10 +68,11 @@ def test_a_pass_that_skips_observes_the_same() -> None:
         assert 0 < gates.mean() < 1
 
 
-def test_small_passes_and_gates_of_heads_alone_never_skip() -> None:
+def test_small_passes_and_gates_of_heads_alone_never_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_skip(Config())
     gated = Config(gate=GateConfig(kinds=("heads", "tokens")))
     assert predict_saving(gated, 10, 10_000, 0.0) < 0  # the digits: compiling takes longer than the whole pass
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")  # whose costs the following are
     large = gated.model_copy(update={"model": ModelConfig.of_size("S")})
     savings = [predict_saving(large, 100, images, share) for images, share in ((10**7, 0.5), (10**7, 0.9), (64, 0.1))]
     assert savings[0] > 0 > max(savings[1:])

@@ -21,7 +21,11 @@ from headsteer_jax.model.vit import build_model
 from headsteer_jax.train.loop import init_params
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-timm = pytest.importorskip("timm", reason="timm is not installed")
+timm = pytest.importorskip(
+    "timm",
+    minversion="1.0.31",
+    reason="no timm, or one like 1.0.29, which does not write a model's options to its file",
+)
 from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked  # noqa: E402
 from timm.models import vision_transformer as vit  # noqa: E402
 

@@ -119,9 +119,10 @@ def test_a_device_that_cannot_be_opened(error: Exception, monkeypatch: pytest.Mo
     ("plugin", "before", "after"),
     [
         (None, "", None),
-        ("jax_cuda13_plugin", None, "--xla_gpu_deterministic_ops=true"),
-        ("jax_cuda12_plugin", "--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_deterministic_ops=true"),
+        ("jax_cuda13_plugin", None, "--xla_gpu_exclude_nondeterministic_ops=true"),
+        ("jax_cuda12_plugin", "--xla_dump_to=x", "--xla_dump_to=x --xla_gpu_exclude_nondeterministic_ops=true"),
         ("jax_cuda13_plugin", "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+        ("jax_cuda13_plugin", *["--xla_gpu_exclude_nondeterministic_ops=false"] * 2),
     ],
 )
 def test_gpus_are_asked_for_the_same_bits_unless_the_user_has_chosen(

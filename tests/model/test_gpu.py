@@ -1,0 +1,143 @@
+"""The form of a training step for GPUs computes what the plain form does, and lowers to what it is meant to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, TrainConfig
+from headsteer_jax.model import gpu
+from headsteer_jax.model.gates import Gates
+from headsteer_jax.model.vit import Form, ViT, build_model, draw_noise, training_form
+
+CLASSES = 5
+
+
+def small_config(**model: object) -> Config:
+    return Config(
+        data=DataConfig(source="npz", path="x", image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3),
+        model=ModelConfig(depth=3, width=32, heads=2, patch=2, **model),
+        gate=GateConfig(kinds=("heads", "sublayers")),
+        train=TrainConfig(batch=16),
+    )
+
+
+def test_a_kernels_gradient_is_summed_in_parts() -> None:
+    rng = np.random.default_rng(0)
+    x_NI, kernel_IO, gradient_NO = (rng.normal(size=shape) for shape in ((8192, 24), (24, 40), (8192, 40)))
+    assert gpu.count_parts(8192, 24, 40) == 8
+    y_NO, pull = jax.vjp(
+        lambda x, kernel: gpu.multiply_rows(x, kernel, "highest"),
+        *(jnp.asarray(a, jnp.float32) for a in (x_NI, kernel_IO)),
+    )
+    x_gradient, kernel_gradient = pull(jnp.asarray(gradient_NO, jnp.float32))
+    np.testing.assert_allclose(y_NO, x_NI @ kernel_IO, atol=1e-5)
+    np.testing.assert_allclose(x_gradient, gradient_NO @ kernel_IO.T, atol=1e-5)
+    np.testing.assert_allclose(kernel_gradient, x_NI.T @ gradient_NO, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "columns", "parts"),
+    [
+        (66_560, 384, 1536, 8),  # 36 tiles: 288 in eight parts
+        (66_560, 384, 384, 32),  # 9 tiles
+        (1024, 384, 384, 1),  # parts would be too short
+        (3 * 1025, 384, 384, 1),  # it cannot be halved
+        (10**6, 4096, 4096, 1),  # it has enough tiles
+    ],
+)
+def test_the_number_of_parts(rows: int, width: int, columns: int, parts: int) -> None:
+    assert gpu.count_parts(rows, width, columns) == parts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_and_its_gradient(dtype: str) -> None:
+    x = jnp.linspace(-6, 6, 1001).astype(dtype)
+    y, pull = jax.vjp(gpu.gelu_from_input, x)
+    (slope,) = pull(jnp.ones_like(x))
+    exact = np.asarray(x, np.float64)
+    share = 0.5 + 0.5 * erf(exact / np.sqrt(2))
+    roundoff = 2e-6 if dtype == "float32" else 2**-8
+    assert y.dtype == slope.dtype == x.dtype
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact * share, rtol=roundoff, atol=roundoff)
+    expected = share + exact * np.exp(-(exact**2) / 2) / np.sqrt(2 * np.pi)
+    np.testing.assert_allclose(np.asarray(slope, np.float64), expected, rtol=roundoff, atol=roundoff)
+
+
+def sampled_gradient(model: ViT, params: object, images: jax.Array, noise: Gates) -> tuple[object, jax.Array]:
+    """The gradient of a loss on logits and gates, and the logits."""
+
+    def loss(params: object) -> tuple[jax.Array, jax.Array]:
+        logits, out = model.apply(params, images, gating="sampled", noise=noise)
+        usage = sum(g.mean() for gates in out["gates"].values() for g in gates.values())
+        return jnp.square(logits).mean() + usage, logits
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize(
+    ("form", "kinds", "scan"),
+    [
+        ("gpu", ("heads", "sublayers"), False), ("gpu", ("heads", "sublayers"), True), ("gpu", ("tokens",), False),
+        ("cudnn", ("heads", "sublayers"), False), ("cudnn", ("heads", "sublayers"), True),
+    ],
+)  # fmt: skip
+def test_it_computes_what_the_plain_form_does(
+    form: Form, kinds: tuple, scan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An odd number of tokens (17), registers or not; cuDNN's kernel is replaced by XLA's of the same interface."""
+    attend = gpu.attend
+    monkeypatch.setattr(gpu, "attend", lambda *args: attend(*args, implementation="xla"))
+    for registers in (0, 1):
+        config = small_config(registers=registers).model_copy(update={"gate": GateConfig(kinds=kinds)})
+        plain = build_model(config, CLASSES).clone(scan=scan)
+        images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
+        params = plain.init(jax.random.key(0), images)
+        params = jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params
+        )
+        noise = draw_noise(jax.random.key(2), plain, 16)
+        found = [sampled_gradient(model, params, images, noise) for model in (plain, plain.clone(form=form))]
+        (expected_gradient, expected), (gradient, logits) = found
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "kinds", "dtype", "form"),
+    [
+        ("cpu", "", ("heads",), "bfloat16", "plain"),
+        ("tpu", "", ("heads",), "bfloat16", "plain"),
+        ("gpu", "--xla_gpu_exclude_nondeterministic_ops=true", ("heads",), "bfloat16", "gpu"),
+        ("gpu", "--xla_gpu_deterministic_ops", ("heads",), "bfloat16", "gpu"),
+        ("gpu", "--xla_gpu_exclude_nondeterministic_ops=false", ("heads",), "bfloat16", "cudnn"),
+        ("gpu", "--xla_gpu_deterministic_ops=false", ("heads", "sublayers"), "bfloat16", "cudnn"),
+        ("gpu", "", ("heads",), "bfloat16", "gpu"),
+        ("gpu", "--xla_gpu_deterministic_ops=false", ("heads", "tokens"), "bfloat16", "gpu"),
+        ("gpu", "--xla_gpu_deterministic_ops=0", ("heads",), "float32", "gpu"),
+    ],
+)
+def test_the_form_of_a_training_step(
+    platform: str, flags: str, kinds: tuple, dtype: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    config = small_config(dtype=dtype).model_copy(update={"gate": GateConfig(kinds=kinds)})
+    assert training_form(build_model(config, CLASSES), config, platform).form == form
+
+
+def test_cudnns_attention_is_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered for CUDA without a GPU: forward and backward of every layer but the last are cuDNN's calls."""
+    module = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(module, "check_cudnn_version", lambda: 91_500)
+    config = small_config(dtype="bfloat16")
+    model = build_model(config, CLASSES).clone(model=config.model, form="cudnn")
+    images = jnp.zeros((4, 8, 8, 3))
+    params = build_model(config, CLASSES).init(jax.random.key(0), images)
+
+    def loss(params: object) -> jax.Array:
+        return model.apply(params, images)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == text.count("@__cudnn$fmhaSoftmaxBackward(") == 2
