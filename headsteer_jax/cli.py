@@ -447,11 +447,15 @@ def command_config(arguments: Sequence[str]) -> None:
 def command_compile(arguments: Sequence[str]) -> None:
     """Compile a run's programs for a machine and say what they take of it: `headsteer compile`."""
     parser = Parser(
-        "compile", "Compile every large program of a run, for a TPU slice that is not there or for this machine's "
+        "compile", "Compile every large program of a run, for TPUs or GPUs that are not there or for this machine's "
         "devices, and say\nwhat each takes of them. Nothing is run; the data are read only for their sizes.",
         "docs/how-to/tpu.md explains the table.", "headsteer compile [flags] [--config.FIELD=VALUE ...]",
     )  # fmt: skip
-    parser.add_argument("--topology", metavar="NAME", help="a TPU slice, as v5e:2x4 (default: this machine's devices)")
+    parser.add_argument(
+        "--topology",
+        metavar="NAME",
+        help="a TPU slice, as v5e:2x4, or GPUs, as h100:8 (default: this machine's devices)",
+    )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help=CONFIG_HELP)
     parser.add_argument("--config.FIELD", metavar="VALUE", dest="placeholder", help="set any field of the config")
     parser.add_argument("--stages", metavar="A,B", help="only these stages' programs (default: those of headsteer run)")

@@ -37,7 +37,8 @@ JAX_DEFAULTS: dict[str, Any] = {
 
 
 # XLA's plugins for GPUs; without one of them its flags for GPUs have no effect but on the cache's keys
-GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin")
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+GPU_PLUGINS = (*CUDA_PLUGINS, "jax_rocm60_plugin", "jax_rocm7_plugin")
 DETERMINISM = ("--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_deterministic_ops")
 
 

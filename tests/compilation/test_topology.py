@@ -1,6 +1,8 @@
 """The names of topologies, what stands in the way of compiling for one, and the sizes of data that are not here."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,42 @@ from headsteer_jax.compilation.sizes import find_sizes
 from headsteer_jax.errors import HeadSteerError
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9:2x2", "", "v5p:2x4"])
+@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9:2x2", "", "v5p:2x4", "h100", "h100:3", "a10:1"])
 def test_an_unknown_topology_is_one_line_that_lists_those_that_exist(name: str) -> None:
     result = headsteer("compile", f"--topology={name}")
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --topology={name}: no such topology; those that exist are v5e:{{1x1,")
+    assert "h100:{1,2,4,8}" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_the_extra_is_named_if_libtpu_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x4", "tpu"), ("h200:1", "cuda")])
+def test_the_extra_is_named_if_the_compiler_is_missing(monkeypatch: pytest.MonkeyPatch, name: str, extra: str) -> None:
+    find, missing = importlib.util.find_spec, ("libtpu", *topology.CUDA_PLUGINS)
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+        importlib.util, "find_spec", lambda module, *rest: None if module in missing else find(module, *rest)
     )
-    result = headsteer("compile", "--topology=v5e:2x4")
+    result = headsteer("compile", f"--topology={name}")
     assert result.returncode == 2
-    assert "pip install 'headsteer-jax[tpu]'" in result.stderr
+    assert f"pip install 'headsteer-jax[{extra}]'" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, topology.CUDA_PLUGINS)), reason="needs pip install 'headsteer-jax[cuda]'"
+)
+@pytest.mark.parametrize("name", topology.GPUS)
+def test_every_gpu_is_described_and_compiles_a_step_without_one(name: str, tmp_path: Path) -> None:
+    """In a process of its own, because XLA reads its flags once."""
+    command = [
+        *(sys.executable, "-m", "headsteer_jax", "compile", f"--topology={name}:2", f"--out={tmp_path / 'out.json'}"),
+        *("--images=1000", "--classes=10", "--stages=train", "--config.model.depth=2"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"2 devices ({topology.GPUS[name].device_kind})" in result.stdout
+    assert "all-reduce" in result.stdout
 
 
 def make_bus(directory: Path, vendor: str, device: str) -> Path:
