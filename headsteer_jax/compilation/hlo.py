@@ -117,8 +117,9 @@ def summarise_program(text: str) -> Totals:
             continue  # TPUs run a collective beside several fusions, and the text has it in each of them
         if channel:
             channels.add(channel[1])
-        size = _count_bytes(instruction.result)
-        if instruction.opcode != kind and kind in ("all-gather", "collective-permute"):
+        operands = re.match(r"\(\([^()]*\), ", instruction.result)  # GPUs' types of collectives that only start
+        size = _count_bytes(instruction.result[operands.end() :] if operands else instruction.result)
+        if instruction.opcode != kind and not operands and kind in ("all-gather", "collective-permute"):
             size = _count_gathered(instruction, size)  # the type has the operand as well
         if kind == "all-reduce" and "all-reduce-scatter" in computation:
             kind = "reduce-scatter"  # the TPU's compiler fuses a sum of which every device keeps a part

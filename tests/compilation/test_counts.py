@@ -46,6 +46,8 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
   %x = f32[4,8]{1,0} parameter(0)
   %loop = (s32[], f32[4,8]) while(%x), condition=%condition, body=%body
   %moved = (f32[4,8], f32[4,8], u32[], u32[]) collective-permute-start(%x), channel_id=6, source_target_pairs={{0,1}}
+  %summed = ((f32[3]{0}), f32[3]{0}) all-reduce-start(%x), channel_id=8, to_apply=%add
+  %gathered = ((f32[2], bf16[2]), (f32[8], bf16[8])) all-gather-start(%x), channel_id=9, replica_groups=[1,4]<=[4]
   %parts = f32[4,8] reduce-scatter(%x), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   ROOT %y = f32[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"7"}
 }
@@ -55,8 +57,8 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 def test_a_text_is_summed_over_the_turns_of_its_loop() -> None:
     totals = summarise_program(PROGRAM)
     assert totals.cycles == 25 * 100 + 7
-    assert totals.collectives["all-gather"] == (25, 25 * 8 * 8 * 4)  # once, though two fusions have it
-    assert totals.collectives["all-reduce"] == (25, 25 * (4 * 8 * 2 + 3 * 4))
+    assert totals.collectives["all-gather"] == (25 + 1, 25 * 8 * 8 * 4 + 8 * 6)  # once, though two fusions have it
+    assert totals.collectives["all-reduce"] == (25 + 1, 25 * (4 * 8 * 2 + 3 * 4) + 3 * 4)
     assert totals.collectives["reduce-scatter"] == (25 + 1, 25 * 8 * 8 * 4 + 4 * (4 * 8 * 4))
     assert totals.collectives["collective-permute"][0] == 1
     assert totals.collectives["collective-permute"][1] == pytest.approx(4 * 8 * 4, abs=8)
