@@ -425,7 +425,7 @@ class ViT(nn.Module):
                 x_BTD, layer_out = self._run_layer(x_BTD, layer, gating, noise, intervention)
                 for name, value in layer_out.items():
                     out[name][layer] = value
-        return x_BTD, out
+        return x_BTD[:, :tokens], out
 
     def _run_layer(
         self, x_BTD: jax.Array, layer: int, gating: Gating, noise: Gates, intervention: Intervention
@@ -518,9 +518,10 @@ def training_form(model: ViT, config: Config, platform: str) -> ViT:
     """
     form: Form = "plain"
     if platform in ("gpu", "cuda"):
-        # cuDNN adds gradients in any order, and has no kernel for dropped tokens or another dtype
-        fused = config.model.dtype == "bfloat16" and "tokens" not in config.gate.kinds and gives_up_bits()
-        form = "cudnn" if fused else "gpu"
+        # cuDNN adds gradients in any order, and has no kernel for dropped tokens, other dtypes and odd widths of a head
+        head = config.model.width // config.model.heads
+        fused = config.model.dtype == "bfloat16" and "tokens" not in config.gate.kinds and head % 8 == 0 and head <= 128
+        form = "cudnn" if fused and gives_up_bits() else "gpu"
     return model.clone(model=config.model, precision=training_precision(), form=form)
 
 

@@ -56,9 +56,13 @@ def request_determinism() -> None:
 
 
 def gives_up_bits() -> bool:
-    """Say whether XLA_FLAGS allows GPU kernels that add in any order, in so many words."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    return any(f"{flag}={value}" in flags for flag in DETERMINISM for value in ("false", "0"))
+    """Say whether XLA_FLAGS allows GPU kernels that add in any order, in so many words.
+
+    If a flag is given twice, its last value counts, as for XLA.
+    """
+    flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+    values = [flags[flag] for flag in DETERMINISM if flag in flags]
+    return bool(values) and all(value in ("false", "0") for value in values)
 
 
 def open_devices() -> None:

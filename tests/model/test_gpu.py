@@ -17,7 +17,7 @@ CLASSES = 5
 def small_config(**model: object) -> Config:
     return Config(
         data=DataConfig(source="npz", path="x", image_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3),
-        model=ModelConfig(depth=3, width=32, heads=2, patch=2, **model),
+        model=ModelConfig(**{"depth": 3, "width": 32, "heads": 2, "patch": 2} | model),
         gate=GateConfig(kinds=("heads", "sublayers")),
         train=TrainConfig(batch=16),
     )
@@ -90,7 +90,7 @@ def test_it_computes_what_the_plain_form_does(
     attend = gpu.attend
     monkeypatch.setattr(gpu, "attend", lambda *args: attend(*args, implementation="xla"))
     for registers in (0, 1):
-        config = small_config(registers=registers).model_copy(update={"gate": GateConfig(kinds=kinds)})
+        config = small_config(registers=registers, depth=5).model_copy(update={"gate": GateConfig(kinds=kinds)})
         plain = build_model(config, CLASSES).clone(scan=scan)
         images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
         params = plain.init(jax.random.key(0), images)
@@ -100,6 +100,8 @@ def test_it_computes_what_the_plain_form_does(
         noise = draw_noise(jax.random.key(2), plain, 16)
         found = [sampled_gradient(model, params, images, noise) for model in (plain, plain.clone(form=form))]
         (expected_gradient, expected), (gradient, logits) = found
+        shapes = [model.apply(params, images, 2, method="before").shape for model in (plain, plain.clone(form=form))]
+        assert shapes[0] == shapes[1]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
@@ -115,6 +117,13 @@ def test_it_computes_what_the_plain_form_does(
         ("gpu", "--xla_gpu_exclude_nondeterministic_ops=false", ("heads",), "bfloat16", "cudnn"),
         ("gpu", "--xla_gpu_deterministic_ops=false", ("heads", "sublayers"), "bfloat16", "cudnn"),
         ("gpu", "", ("heads",), "bfloat16", "gpu"),
+        (
+            "gpu",
+            "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops",
+            ("heads",),
+            "bfloat16",
+            "gpu",
+        ),
         ("gpu", "--xla_gpu_deterministic_ops=false", ("heads", "tokens"), "bfloat16", "gpu"),
         ("gpu", "--xla_gpu_deterministic_ops=0", ("heads",), "float32", "gpu"),
     ],
