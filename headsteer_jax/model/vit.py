@@ -130,7 +130,7 @@ class Block(nn.Module):
             return gpu.attend(q_BQHK, k_BTHK, v_BTHK, self.tokens), v_BTHK
         tokens, own_queries = x_BTD.shape[1], q_BQHK.shape[1]
         if self.form != "plain":
-            q_BQHK, k_BTHK, v_BTHK = (gpu.align_tokens(heads) for heads in (q_BQHK, k_BTHK, v_BTHK))
+            q_BQHK, k_BTHK, v_BTHK = (gpu.pad_tokens(heads, gpu.ALIGNMENT) for heads in (q_BQHK, k_BTHK, v_BTHK))
         padding = k_BTHK.shape[1] - tokens
         scores_BHQT = jnp.einsum("BQHK,BTHK->BHQT", q_BQHK, k_BTHK, precision=self.precision)
         scores_BHQT = (scores_BHQT / (q_BQHK.shape[-1] ** 0.5)).astype(jnp.float32)
@@ -408,7 +408,7 @@ class ViT(nn.Module):
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
         tokens = x_BTD.shape[1]
         if self.form == "cudnn":
-            x_BTD = gpu.pad_tokens(x_BTD)
+            x_BTD = gpu.pad_tokens(x_BTD, 2)
         layers = range(start, self.model.depth if stop is None else stop)
         scanned = range(0) if interventions else self._layers_to_scan(layers)
         for layer in layers:
@@ -518,10 +518,10 @@ def training_form(model: ViT, config: Config, platform: str) -> ViT:
     """
     form: Form = "plain"
     if platform in ("gpu", "cuda"):
-        # cuDNN adds gradients in any order, and has no kernel for dropped tokens, other dtypes and odd widths of a head
+        # cuDNN adds gradients in any order, and has no kernel for dropped tokens, other dtypes or some heads
         head = config.model.width // config.model.heads
-        fused = config.model.dtype == "bfloat16" and "tokens" not in config.gate.kinds and head % 8 == 0 and head <= 128
-        form = "cudnn" if fused and gives_up_bits() else "gpu"
+        fits = config.model.dtype == "bfloat16" and "tokens" not in config.gate.kinds and head % 8 == 0 and head <= 128
+        form = "cudnn" if fits and gives_up_bits() else "gpu"
     return model.clone(model=config.model, precision=training_precision(), form=form)
 
 

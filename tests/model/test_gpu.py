@@ -97,6 +97,7 @@ def test_it_computes_what_the_plain_form_does(
         params = jax.tree.map(
             lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params
         )
+        assert len(plain.apply(params, range(5), method="_layers_to_scan")) == (3 if scan else 0)
         noise = draw_noise(jax.random.key(2), plain, 16)
         found = [sampled_gradient(model, params, images, noise) for model in (plain, plain.clone(form=form))]
         (expected_gradient, expected), (gradient, logits) = found
@@ -134,6 +135,8 @@ def test_the_form_of_a_training_step(
     monkeypatch.setenv("XLA_FLAGS", flags)
     config = small_config(dtype=dtype).model_copy(update={"gate": GateConfig(kinds=kinds)})
     assert training_form(build_model(config, CLASSES), config, platform).form == form
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"heads": 8})})  # cuDNN has no width 4
+    assert training_form(build_model(narrow, CLASSES), narrow, platform).form == form.replace("cudnn", "gpu")
 
 
 def test_cudnns_attention_is_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
