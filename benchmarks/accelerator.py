@@ -487,7 +487,8 @@ def generate_run(products: str, small: bool, config: Config | None = None) -> Ru
     scaling = fit_scaling(ResidualsInMemory(x_ND).chunks, config.sae)
     weights = init_weights(jax.random.key(1), scale_input(scaling, x_ND), config.sae, config.latents)
     seeds = Autoencoder(jax.tree.map(lambda leaf: leaf[None], weights), scaling, config.sae.inference_k)
-    model = model if exact else training_form(model, config, "cpu")  # its plain form, which can be cut at a layer
+    # in its plain form, which can be cut at a layer
+    model = model if exact else training_form(model, config, jax.devices("cpu")[:1])
     return Run(TrainedModel(config, model, params), dataset, seeds, x_ND)
 
 

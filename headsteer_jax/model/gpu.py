@@ -25,23 +25,32 @@ def keep_rows_together(x_BTD: jax.Array) -> jax.Array:
     return with_layout_constraint(x_BTD, Layout(tuple(range(x_BTD.ndim))))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def multiply_rows(x_NI: jax.Array, kernel_IO: jax.Array, precision: Any) -> jax.Array:
+def has_attention(device: jax.Device) -> bool:
+    """Say whether cuDNN has a kernel of attention for a device: for NVIDIA's, from Ampere on."""
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]  # AMD's are called gfx90a and the like
+    return major.isdigit() and int(major) >= 8
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def multiply_rows(x_NI: jax.Array, kernel_IO: jax.Array, precision: Any, devices: int = 1) -> jax.Array:
     """Multiply rows by a kernel, in the rows' dtype: [N, I], [I, O] float32 -> [N, O].
 
     The kernel's gradient is a sum over all N rows with few results, so one product of it would use few cores. It is
     computed in parts of the rows, which are summed in float32.
+
+    Args:
+      devices: how many the rows are divided among; each computes parts of its own rows.
     """
     return jnp.matmul(x_NI, kernel_IO.astype(x_NI.dtype), precision=precision)
 
 
-def _multiply_forward(x_NI: jax.Array, kernel_IO: jax.Array, precision: Any) -> tuple[jax.Array, Any]:
-    return multiply_rows(x_NI, kernel_IO, precision), (x_NI, kernel_IO)
+def _multiply_forward(x_NI: jax.Array, kernel_IO: jax.Array, precision: Any, devices: int) -> tuple[jax.Array, Any]:
+    return multiply_rows(x_NI, kernel_IO, precision, devices), (x_NI, kernel_IO)
 
 
-def _multiply_backward(precision: Any, kept: Any, gradient_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _multiply_backward(precision: Any, devices: int, kept: Any, gradient_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_NI, kernel_IO = kept
-    parts = count_parts(len(x_NI), *kernel_IO.shape)
+    parts = devices * count_parts(len(x_NI) // devices, *kernel_IO.shape)
     x_SMI, gradient_SMO = (rows.reshape(parts, len(rows) // parts, -1) for rows in (x_NI, gradient_NO))
     kernel_SIO = jnp.einsum(
         "SMI,SMO->SIO", x_SMI, gradient_SMO, precision=precision, preferred_element_type=jnp.float32
@@ -61,11 +70,11 @@ def count_parts(rows: int, width: int, columns: int) -> int:
     return parts
 
 
-def apply_dense(dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
-    """Apply a dense layer to every token: [B, T, I] -> [B, T, O]."""
+def apply_dense(dense: nn.Dense, x_BTD: jax.Array, devices: int) -> jax.Array:
+    """Apply a dense layer to every token of images that are divided among devices: [B, T, I] -> [B, T, O]."""
     params = dense.variables["params"]
     dtype = params["kernel"].dtype if dense.dtype is None else dense.dtype
-    y_NO = multiply_rows(x_BTD.reshape(-1, x_BTD.shape[-1]).astype(dtype), params["kernel"], dense.precision)
+    y_NO = multiply_rows(x_BTD.reshape(-1, x_BTD.shape[-1]).astype(dtype), params["kernel"], dense.precision, devices)
     return (y_NO + params["bias"].astype(dtype)).reshape(*x_BTD.shape[:-1], -1)
 
 

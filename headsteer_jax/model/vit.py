@@ -17,7 +17,7 @@ width, L layers, A gated layers, C classes.
 import hashlib
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -82,6 +82,7 @@ class Block(nn.Module):
     precision: Any = EXACT  # of the products
     form: Form = "plain"
     tokens: int = 0  # of an image, which form "cudnn" needs: `gpu.pad_tokens` may have appended one
+    devices: int = 1  # that the images are divided among, for the forms of GPUs
 
     def setup(self) -> None:
         """Make the submodules."""
@@ -215,7 +216,7 @@ class Block(nn.Module):
 
     def _apply(self, dense: nn.Dense, x_BTD: jax.Array) -> jax.Array:
         """Apply a dense layer to every token."""
-        return _apply_to_rows(dense, x_BTD) if self.form == "plain" else gpu.apply_dense(dense, x_BTD)
+        return _apply_to_rows(dense, x_BTD) if self.form == "plain" else gpu.apply_dense(dense, x_BTD, self.devices)
 
     def _split(self, x_BTD: jax.Array) -> jax.Array:
         """Split the width into heads: [B, T, D] -> [B, T, H, K]."""
@@ -323,6 +324,7 @@ class ViT(nn.Module):
     remat: bool = False  # compute a block's intermediates again in the backward pass
     precision: Any = EXACT  # of the products
     form: Form = "plain"  # of a training step; evaluation is always plain
+    devices: int = 1  # that the images of a training step are divided among
 
     def setup(self) -> None:
         """Make the submodules and the parameters."""
@@ -339,7 +341,7 @@ class ViT(nn.Module):
     def _make_block(self, layer: int, **kwargs: Any) -> Block:
         tokens = self.positions_count + self.model.registers
         kinds = self.gate.kinds_in(layer)
-        return Block(self.model, self.gate, kinds, self.precision, self.form, tokens, **kwargs)
+        return Block(self.model, self.gate, kinds, self.precision, self.form, tokens, self.devices, **kwargs)
 
     def embed(self, images_BHWC: jax.Array) -> jax.Array:
         """Compute the residual that enters layer 0: [B, height, width, channels] normalised images -> [B, T, D]."""
@@ -508,21 +510,21 @@ def build_model(config: Config, classes: int) -> ViT:
     return ViT(exact, config.gate, classes, 1 + grid**2, scan=machine.scan_layers, remat=machine.remat)
 
 
-def training_form(model: ViT, config: Config, platform: str) -> ViT:
+def training_form(model: ViT, config: Config, devices: Sequence[jax.Device]) -> ViT:
     """Make the form of a model that training steps run: in config.model.dtype, with products as fast as the device's.
 
     A step need not give the bits of another program; the model that is evaluated and steered must.
 
     Args:
-      platform: of the devices, as `jax.Device` names it.
+      devices: that the images are divided among; they need not be there.
     """
     form: Form = "plain"
-    if platform in ("gpu", "cuda"):
+    if devices[0].platform == "gpu":
         # cuDNN adds gradients in any order, and has no kernel for dropped tokens, other dtypes or some heads
         head = config.model.width // config.model.heads
         fits = config.model.dtype == "bfloat16" and "tokens" not in config.gate.kinds and head % 8 == 0 and head <= 128
-        form = "cudnn" if fits and gives_up_bits() else "gpu"
-    return model.clone(model=config.model, precision=training_precision(), form=form)
+        form = "cudnn" if fits and gives_up_bits() and gpu.has_attention(devices[0]) else "gpu"
+    return model.clone(model=config.model, precision=training_precision(), form=form, devices=len(devices))
 
 
 class TrainedModel(NamedTuple):

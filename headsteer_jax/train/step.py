@@ -124,30 +124,30 @@ class Layout(NamedTuple):
     """
 
     batch: NamedSharding  # of images, targets and noise
-    everywhere: NamedSharding  # of parameters while a gradient is computed
-    params: Any  # of parameters between the steps, and of gradients; None: they are everywhere then, too
+    replicated: NamedSharding  # of parameters while a gradient is computed
+    params: Any  # of parameters between the steps, and of gradients; None: they are replicated then, too
 
     def cut_batch(self, batch: Any) -> Any:
         """Give every device its own images."""
         return jax.lax.with_sharding_constraint(batch, jax.tree.map(lambda _: self.batch, batch))
 
-    def gather(self, params: Any) -> Any:
-        """Give every device all parameters, which it needs as long as it computes a gradient."""
+    def replicate(self, params: Any) -> Any:
+        """Give every device all parameters, which it needs as long as it computes a gradient, or all of a gradient."""
         if self.params is None:
             return params
-        return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: self.everywhere, params))
+        return jax.lax.with_sharding_constraint(params, jax.tree.map(lambda _: self.replicated, params))
 
     def cut_gradient(self, gradient: Any) -> Any:
         """Give every device the part of the gradient that belongs to its part of the parameters."""
         return gradient if self.params is None else jax.lax.with_sharding_constraint(gradient, self.params)
 
 
-def _find_platform(shardings: State | None) -> str:
-    """Find what kind of devices a step is for; those of its mesh need not be there."""
+def _list_devices(shardings: State | None) -> list[jax.Device]:
+    """List the devices that a step is for; those of its mesh need not be there."""
     if shardings is None:
-        return jax.default_backend()
+        return jax.devices()[:1]
     step: Any = shardings.step  # a State of shardings in place of arrays
-    return step.mesh.devices.flat[0].platform
+    return step.mesh.devices.ravel().tolist()
 
 
 def _choose_layout(shardings: State | None) -> Layout | None:
@@ -170,32 +170,40 @@ def _make_gradient(model: ViT, config: Config, layout: Layout | None) -> Callabl
 
     def gradient(params: Any, batch: Batch, progress: jax.Array, teacher: Any) -> tuple[Any, dict[str, jax.Array]]:
         if layout is not None:
-            params, teacher = layout.gather(params), teacher if teacher is None else layout.gather(teacher)
+            params, teacher = layout.replicate(params), teacher if teacher is None else layout.replicate(teacher)
 
         def loss(params: Any, batch: Batch) -> Any:
             return loss_and_metrics(model, params, batch, progress, teacher, config)
 
-        def differentiate(batch: Batch) -> Any:
-            if layout is None:
-                return jax.grad(loss, has_aux=True)(params, batch)
-            grads, metrics = jax.grad(loss, has_aux=True)(params, layout.cut_batch(batch))
-            return layout.cut_gradient(grads), metrics
+        if layout is None:
+            return _average_parts(lambda part: jax.grad(loss, has_aux=True)(params, part), batch, parts)
 
-        if parts == 1:
-            return differentiate(batch)
+        def differentiate_on_devices(batch: Batch) -> Any:
+            grads, metrics = jax.grad(loss, has_aux=True)(layout.replicate(params), layout.cut_batch(batch))
+            # cut inside of the loop over parts, gradients make XLA exchange activations between devices
+            return (layout.replicate(grads) if parts > 1 else grads), metrics
 
-        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, differentiate(part)), None
-
-        split = jax.tree.map(lambda x: _split_batch(x, parts), batch)
-        zero = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], split)),
-        )
-        total, _ = jax.lax.scan(add_part, zero, split)
-        return jax.tree.map(lambda leaf: leaf / parts, total)
+        grads, metrics = _average_parts(differentiate_on_devices, batch, parts)
+        return layout.cut_gradient(grads), metrics
 
     return gradient
+
+
+def _average_parts(differentiate: Callable[[Batch], Any], batch: Batch, parts: int) -> tuple[Any, dict[str, jax.Array]]:
+    """Average what `differentiate` returns over the parts of a batch, one after the other."""
+    if parts == 1:
+        return differentiate(batch)
+
+    def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, differentiate(part)), None
+
+    split = jax.tree.map(lambda x: _split_batch(x, parts), batch)
+    zero = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], split)),
+    )
+    total, _ = jax.lax.scan(add_part, zero, split)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
 def _split_batch(x: jax.Array, parts: int) -> jax.Array:
@@ -218,7 +226,7 @@ def make_training_steps(
       A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]). If gates are
       sampled and the config has a teacher, its parameters are a fourth argument, which is kept.
     """
-    model = training_form(model, config, _find_platform(shardings))
+    model = training_form(model, config, _list_devices(shardings))
     tx, gradient = make_optimizer(config, phase), _make_gradient(model, config, _choose_layout(shardings))
     teachers = int(gated and has_teacher(config.gate))
 

@@ -1,9 +1,15 @@
 """The form of a training step for GPUs computes what the plain form does, and lowers to what it is meant to."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import environment
 from scipy.special import erf
 
 from headsteer_jax.config import Config, DataConfig, GateConfig, ModelConfig, TrainConfig
@@ -35,6 +41,36 @@ def test_a_kernels_gradient_is_summed_in_parts() -> None:
     np.testing.assert_allclose(y_NO, x_NI @ kernel_IO, atol=1e-5)
     np.testing.assert_allclose(x_gradient, gradient_NO @ kernel_IO.T, atol=1e-5)
     np.testing.assert_allclose(kernel_gradient, x_NI.T @ gradient_NO, atol=2e-4)
+
+
+PARTS_ON_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from headsteer_jax.compilation.hlo import summarise_program
+from headsteer_jax.model.gpu import count_parts, multiply_rows
+from headsteer_jax.runtime.mesh import batch_sharding, local_mesh, replicated_sharding
+devices = local_mesh()
+rng = np.random.default_rng(0)
+shapes = (24576, 24), (24, 40), (24576, 40)
+x_NI, kernel_IO, gradient_NO = (rng.normal(size=shape).astype("float32") for shape in shapes)
+placed = [jax.device_put(a, batch_sharding(devices)) for a in (x_NI, gradient_NO)]
+def differentiate(x_NI, kernel_IO, gradient_NO):
+    return jax.vjp(lambda kernel: multiply_rows(x_NI, kernel, "highest", 8), kernel_IO)[1](gradient_NO)[0]
+program = jax.jit(differentiate, out_shardings=replicated_sharding(devices))
+compiled = program.lower(placed[0], kernel_IO, placed[1]).compile()
+assert count_parts(24576 // 8, 24, 40) == 2
+assert "f32[2,24,40]" in compiled.as_text()  # of each device
+np.testing.assert_allclose(compiled(placed[0], kernel_IO, placed[1]), x_NI.T @ gradient_NO, atol=1e-3)
+print(summarise_program(compiled.as_text()).collectives)
+"""
+
+
+def test_each_device_sums_parts_of_its_own_rows() -> None:
+    """Parts of all rows together would be cut across devices, which then exchange them."""
+    result = subprocess.run(
+        [sys.executable, "-c", PARTS_ON_DEVICES], env=environment(8), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert eval(result.stdout) == {"all-reduce": (1.0, 24 * 40 * 4.0)}
 
 
 @pytest.mark.parametrize(
@@ -109,34 +145,38 @@ def test_it_computes_what_the_plain_form_does(
 
 
 @pytest.mark.parametrize(
-    ("platform", "flags", "kinds", "dtype", "form"),
+    ("capability", "flags", "kinds", "dtype", "form"),
     [
-        ("cpu", "", ("heads",), "bfloat16", "plain"),
-        ("tpu", "", ("heads",), "bfloat16", "plain"),
-        ("gpu", "--xla_gpu_exclude_nondeterministic_ops=true", ("heads",), "bfloat16", "gpu"),
-        ("gpu", "--xla_gpu_deterministic_ops", ("heads",), "bfloat16", "gpu"),
-        ("gpu", "--xla_gpu_exclude_nondeterministic_ops=false", ("heads",), "bfloat16", "cudnn"),
-        ("gpu", "--xla_gpu_deterministic_ops=false", ("heads", "sublayers"), "bfloat16", "cudnn"),
-        ("gpu", "", ("heads",), "bfloat16", "gpu"),
+        ("", "", ("heads",), "bfloat16", "plain"),
+        ("9.0", "--xla_gpu_exclude_nondeterministic_ops=true", ("heads",), "bfloat16", "gpu"),
+        ("9.0", "--xla_gpu_deterministic_ops", ("heads",), "bfloat16", "gpu"),
+        ("9.0", "--xla_gpu_exclude_nondeterministic_ops=false", ("heads",), "bfloat16", "cudnn"),
+        ("9.0", "--xla_gpu_deterministic_ops=false", ("heads", "sublayers"), "bfloat16", "cudnn"),
+        ("9.0", "", ("heads",), "bfloat16", "gpu"),
         (
-            "gpu",
+            "9.0",
             "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops",
             ("heads",),
             "bfloat16",
             "gpu",
         ),
-        ("gpu", "--xla_gpu_deterministic_ops=false", ("heads", "tokens"), "bfloat16", "gpu"),
-        ("gpu", "--xla_gpu_deterministic_ops=0", ("heads",), "float32", "gpu"),
+        ("9.0", "--xla_gpu_deterministic_ops=false", ("heads", "tokens"), "bfloat16", "gpu"),
+        ("8.0", "--xla_gpu_deterministic_ops=0", ("heads",), "bfloat16", "cudnn"),
+        ("7.5", "--xla_gpu_deterministic_ops=0", ("heads",), "bfloat16", "gpu"),  # before Ampere
+        ("gfx942", "--xla_gpu_deterministic_ops=0", ("heads",), "bfloat16", "gpu"),  # AMD's
+        ("9.0", "--xla_gpu_deterministic_ops=0", ("heads",), "float32", "gpu"),
     ],
 )
 def test_the_form_of_a_training_step(
-    platform: str, flags: str, kinds: tuple, dtype: str, form: str, monkeypatch: pytest.MonkeyPatch
+    capability: str, flags: str, kinds: tuple, dtype: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", flags)
     config = small_config(dtype=dtype).model_copy(update={"gate": GateConfig(kinds=kinds)})
-    assert training_form(build_model(config, CLASSES), config, platform).form == form
+    device: Any = SimpleNamespace(platform="gpu", compute_capability=capability)
+    devices = [device] * 4 if capability else jax.devices()[:1]
+    assert training_form(build_model(config, CLASSES), config, devices).form == form
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"heads": 8})})  # cuDNN has no width 4
-    assert training_form(build_model(narrow, CLASSES), narrow, platform).form == form.replace("cudnn", "gpu")
+    assert training_form(build_model(narrow, CLASSES), narrow, devices).form == form.replace("cudnn", "gpu")
 
 
 def test_cudnns_attention_is_what_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:

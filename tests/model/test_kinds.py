@@ -157,7 +157,8 @@ def test_open_gates_are_the_dense_model_bit_for_bit(dropped: str, dtype: str) ->
     """All kinds together, and each by itself, in every layer, whether or not the layer decides it."""
     config = gated_config(ALL, dropped, registers=1)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    model, params = training_form(build_model(config, CLASSES), config, "cpu"), random_params(config, CLASSES)
+    model = training_form(build_model(config, CLASSES), config, jax.devices()[:1])
+    params = random_params(config, CLASSES)
     images = normal(0, 4, 8, 8, 1)
 
     @jax.jit

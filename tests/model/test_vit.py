@@ -95,7 +95,7 @@ def test_gate_input_steers_the_gate_alone(images):
 def test_bfloat16_is_the_type_of_training_only_and_keeps_parameters_and_outputs_in_float32(images):
     config = with_model(tiny_config(), dtype="bfloat16")
     params = random_params(config, 7)
-    model = vit.training_form(vit.build_model(config, 7), config, "cpu")
+    model = vit.training_form(vit.build_model(config, 7), config, jax.devices()[:1])
     logits, out = jax.jit(lambda x: model.apply(params, x, gating="dense"))(images)
     chex.assert_type([logits, out["cls"][2], out["gate_logits"][2]["heads"]], jnp.float32)
     chex.assert_type(jax.tree.leaves(params), jnp.float32)

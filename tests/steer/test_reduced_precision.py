@@ -88,7 +88,7 @@ def test_products_without_a_precision_are_rounded(split: Split) -> None:
     plain, x = logits(exact), np.asarray(steering.sae.weights.W_d[:9])
     with jax.default_matmul_precision(None), rounded_products("tf32") as rounded:
         assert np.array_equal(logits(exact), plain)
-        trained_so = logits(training_form(exact, config, "cpu"))
+        trained_so = logits(training_form(exact, config, jax.devices()[:1]))
         assert 0 < np.abs(trained_so - plain).max() < 0.05 * np.abs(plain).max()
         assert len(rounded) > 10
 
