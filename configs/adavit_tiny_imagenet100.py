@@ -20,7 +20,6 @@ from headsteer_jax.config import (
     DataConfig,
     GateConfig,
     LayersConfig,
-    MachineConfig,
     ModelConfig,
     PhaseConfig,
     SAEConfig,
@@ -87,6 +86,5 @@ def get_config() -> Config:
             latents=16,
             alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
         ),
-        machine=MachineConfig(sweep_chunk=100),  # larger chunks are slower on a CPU
         layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
     )

@@ -773,7 +773,7 @@ def test_a_memory_limit_may_be_changed_without_overwrite(finished, tmp_path):
     workdir = finished.copy(tmp_path)
     (workdir / "steer" / "done.json").unlink()
     command = ("run", f"--config={finished.config}", f"--workdir={workdir}", "--stages=steer")
-    refused(headsteer(*command, "--config.machine.sweep_memory=0"), "config.machine.sweep_memory = '0'")
+    refused(headsteer(*command, "--config.machine.sweep_memory=-1"), "config.machine.sweep_memory = '-1'")
     succeeded(headsteer(*command, "--config.machine.sweep_memory=2"))
     xarray.testing.assert_identical(read_sweep(workdir / "sweep.nc"), read_sweep(finished.workdir / "sweep.nc"))
 

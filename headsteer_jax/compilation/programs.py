@@ -9,7 +9,11 @@ from headsteer_jax.compilation.sae_programs import (
     list_layer_autoencoder_programs,
 )
 from headsteer_jax.compilation.steer_programs import list_layer_programs, list_sweep_programs
-from headsteer_jax.compilation.train_programs import list_evaluation_programs, list_training_programs
+from headsteer_jax.compilation.train_programs import (
+    list_evaluation_programs,
+    list_front_programs,
+    list_training_programs,
+)
 
 PROGRAMS: dict[str, tuple[Callable[[Experiment], Iterator[PlannedProgram]], ...]] = {
     "train": (list_training_programs, list_evaluation_programs),
@@ -17,6 +21,7 @@ PROGRAMS: dict[str, tuple[Callable[[Experiment], Iterator[PlannedProgram]], ...]
     "grid": (list_grid_programs,),
     "steer": (list_sweep_programs,),
     "layers": (list_layer_autoencoder_programs, list_layer_programs),
+    "front": (list_front_programs,),
 }
 
 

@@ -11,6 +11,7 @@ from headsteer_jax.analysis.layers import keep_first_of_each_class, list_profile
 from headsteer_jax.compilation.planned import Experiment, PlannedProgram, plan_pass
 from headsteer_jax.compilation.sae_programs import describe_weights_of_one
 from headsteer_jax.data.dataset import Split
+from headsteer_jax.model.call_limits import choose_call_limits
 from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, replicated_sharding
 from headsteer_jax.sae.autoencoder import Autoencoder, Scaling
 from headsteer_jax.steer.patches import PATCH_STRATEGIES, steers_patches
@@ -161,7 +162,8 @@ def list_layer_programs(experiment: Experiment) -> Iterator[PlannedProgram]:
         alphas = 1 + len(config.layers.alphas)
         for planned in plan_suffix(experiment, "layers", name, test, by_layer, alphas, 1):
             yield planned._replace(calls=2 * planned.calls)  # validation has about as many images
-    size = CallSize(1, min(config.machine.sweep_chunk, len(test.labels)))
+    limits = choose_call_limits(experiment.trained.model, config.machine, experiment.host)
+    size = CallSize(1, min(limits.images, len(test.labels)))
     chunks = -(-len(test.labels) // (size.images * experiment.host.size))
     for layer in layers:
         call = LayerCall(layer, find_form(experiment.trained, layer, closed=True), NOTHING, size, size.images)

@@ -583,12 +583,13 @@ class MachineConfig(Section):
     activation_cache: str = ""
     """The location of the cached residuals: a directory, or gs://bucket/path. Other runs with the same model and data
     read them too. If it is empty, it is the folder activations in the workdir."""
-    sweep_memory: PositiveInt = 1024
+    sweep_memory: NonNegativeInt = 0
     """The most MiB of a device that one call of a sweep takes in addition to the parameters. If a call needs more, it
-    takes fewer images or alphas at once."""
-    sweep_chunk: PositiveInt = 250
-    """The largest number of images on a device in one call of a sweep. A few hundred stay in a CPU's cache; a GPU can
-    take more."""
+    takes fewer images or alphas at once. With 0 it is 1024 on a CPU and 6144 on a GPU or TPU, or three eighths of a
+    GPU's memory if that is less."""
+    sweep_chunk: NonNegativeInt = 0
+    """The largest number of images on a device in one call of a sweep. With 0 it is 1000 on a GPU or TPU, and on a CPU
+    what stays in its cache: 655,360 numbers of a layer's input, and at most 250 images."""
     skip: Literal["auto", "always", "never"] = "auto"
     """Whether evaluations leave out the tokens and sublayers that closed gates drop, instead of multiplying by zero.
     auto: on one device, where a cost model predicts that this saves more time than compiling takes. always: on one

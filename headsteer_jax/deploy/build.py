@@ -171,7 +171,7 @@ def compare_speeds(built: Built, sources: Sources, answers: Mapping[str, Answers
         "gated, masked": make_vit_function(sources.gated, sources.labels, "thresholded"),
         built.kind: make_deployed_function(built.model),
     }
-    if can_skip(sources.config):
+    if can_skip(sources.config, jax.device_count()):
         functions["gated, skipping"] = make_skipping_function(sources.gated, sources.labels)
     gated = sources.convert(dynamic=True)
     known: dict[str, Any] = dict(answers) | {"gated, masked": answer_images(gated, test, "deploy: gated")}

@@ -241,7 +241,7 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
 def _choose_skipping(model: ViT, config: Config, program: Program, params: Any, split: Split) -> bool:
     """Decide whether a pass over a split skips, from the gates of its first images, which the masked program finds."""
     count, classes = len(split.labels), model.classes
-    if not can_skip(config):
+    if not can_skip(config, jax.device_count()):
         return False
     if config.machine.skip == "always":
         return True

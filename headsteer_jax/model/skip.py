@@ -257,25 +257,26 @@ def _make_call(model: ViT, kinds: tuple[GateKind, ...], layer_params: Any) -> Bl
     return BlockCall(Block(model.model, model.gate, kinds, parent=None), layer_params)
 
 
-def make_skipping_forward(model: ViT) -> Forward:
-    """Make a function `(params, images) -> (logits [B, C], out)` that skips what thresholded gates drop.
+class SkippingPrograms(NamedTuple):
+    """The jitted functions of which the host calls a few for each batch."""
 
-    It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
-    gates of all layers are computed. The host calls two compiled programs a layer, one that decides and one that
-    computes, with the layer's parameters as an argument, so that layers that are alike share a program. A program is
-    compiled once for each size of batch. In a small batch a layer that drops little runs as a whole, which may
-    compile two more programs when it is first needed, and a batch of too little work runs the masked model.
+    run_masked: Any  # (params, images) -> logits, out: the whole masked model
+    embed: Any  # (params, images) -> x_BTD
+    decide: Any  # (layer's params, x_BTD, kinds) -> Decided
+    run_layer: Any  # (layer's params, x_BTD, Decided, kinds, last, form) -> x_BTD
+    classify: Any  # (params, x_BTD) -> logits
+
+
+def jit_skipping_programs(model: ViT) -> SkippingPrograms:
+    """Make the programs of a skipping pass: two a layer, one that decides and one that computes.
+
+    The layer's parameters are an argument, so that layers that are alike share a program.
     """
-    run_masked = jax.jit(functools.partial(model.apply, gating="thresholded"))
-    embed = jax.jit(functools.partial(model.apply, method="embed"))
-    classify = jax.jit(lambda params, x_BTD: model.apply(params, x_BTD[:, 0], method="classify"))
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def decide_program(layer_params: Any, x_BTD: jax.Array, kinds: tuple[GateKind, ...]) -> Decided:
+    def decide(layer_params: Any, x_BTD: jax.Array, kinds: tuple[GateKind, ...]) -> Decided:
         return decide_layer(_make_call(model, kinds, layer_params), x_BTD)
 
-    @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-    def layer_program(
+    def run_layer(
         layer_params: Any, x_BTD: jax.Array, decided: Decided, kinds: tuple[GateKind, ...], last: bool, form: LayerForm
     ) -> jax.Array:
         call = _make_call(model, kinds, layer_params)
@@ -283,22 +284,41 @@ def make_skipping_forward(model: ViT) -> Forward:
             return run_kept_layer(call, x_BTD, decided, last)
         return run_whole_layer(call, x_BTD, decided.gates if form == "masked" else ALL_OPEN, last)
 
+    return SkippingPrograms(
+        jax.jit(functools.partial(model.apply, gating="thresholded")),
+        jax.jit(functools.partial(model.apply, method="embed")),
+        jax.jit(decide, static_argnums=2),
+        jax.jit(run_layer, static_argnums=(3, 4, 5)),
+        jax.jit(lambda params, x_BTD: model.apply(params, x_BTD[:, 0], method="classify")),
+    )
+
+
+def make_skipping_forward(model: ViT) -> Forward:
+    """Make a function `(params, images) -> (logits [B, C], out)` that skips what thresholded gates drop.
+
+    It returns what `model.apply(params, images, gating="thresholded")` returns, up to rounding; logits, residuals and
+    gates of all layers are computed. A program is compiled once for each size of batch. In a small batch a layer that
+    drops little runs as a whole, which may compile two more programs when it is first needed, and a batch of too little
+    work runs the masked model.
+    """
+    programs = jit_skipping_programs(model)
+
     def forward(params: Any, images_BHWC: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         tokens = model.positions_count + model.model.registers
         if not is_worthwhile(model.model, len(images_BHWC), tokens):
-            return cast(tuple[jax.Array, dict[str, Any]], run_masked(params, images_BHWC))
+            return cast(tuple[jax.Array, dict[str, Any]], programs.run_masked(params, images_BHWC))
         small = len(images_BHWC) * tokens <= SMALL_ROWS
-        x_BTD = embed(params, images_BHWC)
+        x_BTD = programs.embed(params, images_BHWC)
         out: dict[str, Any] = {"cls": {}, "gate_logits": {}, "gates": {}}
         for layer in range(model.model.depth):
             layer_params, last = params["params"][f"layers_{layer}"], layer == model.model.depth - 1
             kinds = model.gate.kinds_in(layer)
-            decided = decide_program(layer_params, x_BTD, kinds)
+            decided = programs.decide(layer_params, x_BTD, kinds)
             form = choose_form(decided) if small else "kept"
-            x_BTD = layer_program(layer_params, x_BTD, decided, kinds, last, form)
+            x_BTD = programs.run_layer(layer_params, x_BTD, decided, kinds, last, form)
             for name, value in decided.out.items():
                 out[name][layer] = value
-        return classify(params, x_BTD), out
+        return programs.classify(params, x_BTD), out
 
     return forward
 

@@ -32,10 +32,10 @@ COSTS = {
 }
 
 
-def can_skip(config: Config) -> bool:
+def can_skip(config: Config, devices: int) -> bool:
     """Return whether a pass may skip: on one device, with gates of sublayers or tokens, unless machine.skip forbids."""
     skippable = {"sublayers", "tokens"} & set(config.gate.kinds)
-    return bool(skippable) and config.machine.skip != "never" and jax.device_count() == 1
+    return bool(skippable) and config.machine.skip != "never" and devices == 1
 
 
 def predict_saving(config: Config, classes: int, images: int, share: float) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from headsteer_jax.config.schema import SteerConfig
+from headsteer_jax.model.call_limits import choose_call_limits
 from headsteer_jax.model.passes import replicate
 from headsteer_jax.model.vit import Intervention, TrainedModel, ViT
 from headsteer_jax.runtime.mesh import batch_sharding, local_mesh
@@ -25,7 +26,7 @@ from headsteer_jax.sae.autoencoder import Autoencoder
 from headsteer_jax.steer.gates import LayerGates, gates_to_pattern
 from headsteer_jax.steer.strategies import Choice
 
-ACCELERATOR_ROWS = 4096  # of a call on each device; a CPU's cache holds config.machine.sweep_chunk of them
+ACCELERATOR_ROWS = 4096  # of a call on each device; on a CPU as many as the images of a call
 Mode = Literal["add", "scale", "clamp", "ablate"]
 
 
@@ -144,7 +145,8 @@ class GateProgram:
         config, model = trained.config, trained.model
         gates, steer, self._mesh = LayerGates(config, config.sae_layer), config.steer, local_mesh()
         is_cpu = self._mesh.devices.flat[0].platform == "cpu"
-        self._chunk = self._mesh.size * (config.machine.sweep_chunk if is_cpu else ACCELERATOR_ROWS)
+        images = choose_call_limits(model, config.machine, self._mesh).images if is_cpu else ACCELERATOR_ROWS
+        self._chunk = self._mesh.size * images
 
         def pattern(
             params: Any, steering: Steering, x_BD: jax.Array, class_B: jax.Array, alpha: jax.Array

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from headsteer_jax.config.schema import DataConfig, GateKind, SteerConfig
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split, gather_images
+from headsteer_jax.model.call_limits import choose_call_limits
 from headsteer_jax.model.gates import Gates
 from headsteer_jax.model.passes import (
     CALLS_IN_FLIGHT,
@@ -254,8 +255,8 @@ def choose_size(
     """
     config, model, first, everywhere = trained.config, trained.model, min(steerings), replicated_sharding(mesh)
     params, steerings = describe_arrays((trained.params["params"], dict(steerings)), everywhere)
-    tokens, memory = model.positions_count + model.model.registers, config.machine.sweep_memory
-    size, sharding = min(config.machine.sweep_chunk, images), batch_sharding(mesh)
+    tokens, limits = model.positions_count + model.model.registers, choose_call_limits(model, config.machine, mesh)
+    size, sharding = min(limits.images, images), batch_sharding(mesh)
 
     def compile_layer(layer: int, rows: int, size: int, alphas: int) -> Any:
         x = jax.ShapeDtypeStruct((rows * mesh.size, tokens, config.model.width), jnp.float32, sharding=sharding)
@@ -276,11 +277,11 @@ def choose_size(
                 programs.append(compile_layer(first + 1, alphas * size, size, alphas))
             return max(programs, key=planned_bytes)
 
-        fit = compile_within_memory(compile_for, alphas, memory, calls=CALLS_IN_FLIGHT)
+        fit = compile_within_memory(compile_for, alphas, limits.memory, calls=CALLS_IN_FLIGHT)
         if fit.size:
             return CallSize(fit.size, size)
         if size == 1:
-            raise memory_error(fit, memory, "one image under one alpha")
+            raise memory_error(fit, limits.memory, "one image under one alpha")
         size = max(1, size // 2)
 
 
@@ -406,7 +407,7 @@ def _gather_images(values: np.ndarray) -> np.ndarray:
 def predict_without_gates(trained: TrainedModel, split: Split, layer: int, description: str) -> np.ndarray:
     """Predict every image's class, [N], with one layer's gates that read its CLS residual closed."""
     calls, count, depth = LayerCalls(trained), len(split.labels), trained.config.model.depth
-    size = min(trained.config.machine.sweep_chunk, count)
+    size = min(choose_call_limits(trained.model, trained.config.machine, calls.mesh).images, count)
     begin, end = (min(call * size, count) for call in hosts.process_share(-(-count // size)))
     chunks = padded_chunks(begin, end, size, calls.mesh.size)
 

@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
+from headsteer_jax.model.call_limits import choose_call_limits
 from headsteer_jax.model.passes import Program, compile_program_within_memory, per_image_program, run_over_split
 from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class
+from headsteer_jax.runtime.mesh import local_mesh
 from headsteer_jax.runtime.precision import EXACT
 from headsteer_jax.steer.gates import LayerGates, force_gates, gates_to_pattern
 
@@ -135,7 +137,7 @@ def make_table_program(trained: TrainedModel, mesh: Mesh | None = None) -> Progr
         patches_B = count_kept_patches(model, params, x_BTD, gates.layer)
         return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, patches_B
 
-    return per_image_program(run, config.machine.sweep_chunk, mesh=mesh)
+    return per_image_program(run, choose_call_limits(model, config.machine, mesh or local_mesh()).images, mesh=mesh)
 
 
 def compile_table_program(trained: TrainedModel, split: Split, mesh: Mesh | None = None) -> Program:
@@ -145,7 +147,8 @@ def compile_table_program(trained: TrainedModel, split: Split, mesh: Mesh | None
       HeadSteerError: the budget is too small for one image.
     """
     program, config = make_table_program(trained, mesh), trained.config
-    return compile_program_within_memory(program, trained.params, split, config.machine.sweep_memory, mesh)
+    memory = choose_call_limits(trained.model, config.machine, mesh or local_mesh()).memory
+    return compile_program_within_memory(program, trained.params, split, memory, mesh)
 
 
 def fill_table(program: Program, params: Any, split: Split, description: str) -> Table:

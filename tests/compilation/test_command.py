@@ -14,8 +14,12 @@ from helpers import CONFIG, ROOT, environment
 from headsteer_jax.compilation.command import check_outcomes, compile_run
 from headsteer_jax.compilation.listing import estimate_chip_hours, format_bytes, format_count, format_outcome
 from headsteer_jax.compilation.outcome import Outcome, explain_failure
+from headsteer_jax.compilation.planned import describe_experiment
+from headsteer_jax.compilation.programs import list_programs
 from headsteer_jax.compilation.sizes import imagine_dataset
 from headsteer_jax.compilation.topology import Machine
+from headsteer_jax.compilation.train_programs import list_evaluation_programs
+from headsteer_jax.config import FrontConfig, TrainConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.macs import training_flops
 
@@ -44,6 +48,30 @@ def test_every_training_program_is_compiled_once_and_what_does_not_fit_is_named(
     assert shown.count("train: ") >= len(outcomes)
     with pytest.raises(HeadSteerError, match=r"^train: dense: 2 steps: needs .* GiB more than a device has"):
         check_outcomes(outcomes)
+
+
+def test_passes_that_skip_and_the_budgets_of_a_front_are_listed() -> None:
+    config = tiny_config(kinds=("heads", "tokens"), budget=0.8)
+    config = config.model_copy(update={"front": FrontConfig(budgets=(0.7, 0.9)), "train": TrainConfig(batch=16)})
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"width": 96}),
+            "data": config.data.model_copy(update={"eval_per_class": 0}),
+        }
+    )
+    experiment = describe_experiment(config, imagine_dataset(config, 4000, None, 3, 8), jax.devices()[:1])
+    planned = {program.name: program for program in list_programs(experiment, ("train", "front"))}
+    kept = planned["gated: test, skipping: layer 1 runs"]
+    for program in (kept, planned["gated: test, skipping: layer 1 decides"]):
+        assert program.calls == 0  # nobody knows yet what the gates will drop
+        program.trace().lower()
+    assert "stablehlo.while" in kept.trace().lower().as_text()  # pieces of a size, as many as are needed
+    front = [program for program in planned.values() if program.stage == "front"]
+    steps = [program for program in planned.values() if program.name.startswith("gated: ") and "step" in program.name]
+    assert len({program.trace().lower().as_text() for program in steps}) == len(steps)  # the budget is a constant
+    assert {program.name.rpartition(" ")[2] for program in front} == {"0.7", "0.9"}
+    several = experiment._replace(devices=[*experiment.devices] * 2)
+    assert not any("skipping" in program.name for program in list_evaluation_programs(several))
 
 
 def test_a_compiler_that_gives_up_says_by_how_much() -> None:

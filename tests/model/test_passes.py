@@ -59,7 +59,8 @@ def test_a_pass_that_skips_observes_the_same() -> None:
     seen = {}
     for skip in ("always", "never"):
         own = config.model_copy(update={"machine": MachineConfig(skip=skip)})
-        assert can_skip(own) == (skip == "always" and jax.device_count() == 1)
+        assert can_skip(own, 1) == (skip == "always")
+        assert not can_skip(own, 2)
         seen[skip] = make_observer(model, own, "thresholded", 1)(params, split, "test")
     np.testing.assert_array_equal(seen["always"].prediction, seen["never"].prediction)
     np.testing.assert_allclose(seen["always"].x, seen["never"].x, rtol=1e-5, atol=1e-5)
@@ -69,7 +70,7 @@ def test_a_pass_that_skips_observes_the_same() -> None:
 
 
 def test_small_passes_and_gates_of_heads_alone_never_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not can_skip(Config())
+    assert not can_skip(Config(), 1)
     gated = Config(gate=GateConfig(kinds=("heads", "tokens")))
     assert predict_saving(gated, 10, 10_000, 0.0) < 0  # the digits: compiling takes longer than the whole pass
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")  # whose costs the following are
