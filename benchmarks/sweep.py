@@ -35,10 +35,17 @@ from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.steer.catalogue import find_strategy, per_class_strategy
 from headsteer_jax.steer.flips import gate_effect
-from headsteer_jax.steer.gates import gates_to_pattern
+from headsteer_jax.steer.gates import LayerGates, gates_to_pattern
 from headsteer_jax.steer.steering import GateProgram, Steering, apply_steering
 from headsteer_jax.steer.strategies import LatentStatistics, latent_statistics
-from headsteer_jax.steer.sweep import SplitSweep, make_split_sweep, sweep_by_flips, sweep_by_gates
+from headsteer_jax.steer.sweep import (
+    SplitSweep,
+    bound_logits,
+    gate_jacobian,
+    make_split_sweep,
+    sweep_by_flips,
+    sweep_by_gates,
+)
 from headsteer_jax.steer.table import Table, compile_table_program, fill_table
 from headsteer_jax.steer.tally import unpack_bits
 
@@ -69,8 +76,7 @@ class Bench:
         self.split = Split(gather_images(test.images, np.arange(len(test.labels))), test.labels)
         self.program = compile_table_program(self.trained, self.split)
         self.gates = GateProgram(self.trained)
-        linear = self.params["params"][f"layers_{self.config.sae_layer}"]["decide"]["linear"]
-        self.kernel, self.bias = np.asarray(linear["kernel"]), np.asarray(linear["bias"])
+        self.kernel = gate_jacobian(self.trained, run.x_train)  # [D, G], of gates that are linear
         began = time.perf_counter()
         self.sae = run.autoencoder(0)
         self.steered = self._steerings()
@@ -100,8 +106,7 @@ class Bench:
         return fill_table(self.program, self.params, split, "test")
 
     def job(self, split: Split, table: Table) -> SplitSweep:
-        size = np.abs(table.x) @ np.abs(self.kernel) + np.abs(self.bias)
-        return make_split_sweep("test", split, table, [self.steered], 0, size)
+        return make_split_sweep("test", split, table, [self.steered], 0, bound_logits(self.trained, table.x))
 
     def look_up(self, job: SplitSweep, alphas: np.ndarray, predicted: bool = False) -> list[Any]:
         """Sweep every setting by the label, or with `predicted` by the predicted class as well."""
@@ -141,7 +146,8 @@ def plain_forward(trained: TrainedModel) -> Callable[..., Any]:
         pixels = preprocess(images, config.data)
         intervention = Intervention(gate_input=steer)
         logits, out = trained.model.apply(params, pixels, interventions={config.sae_layer: intervention})
-        return gates_to_pattern(out["gates"][config.sae_layer]["heads"]), jnp.argmax(logits, axis=-1)
+        gates = LayerGates(config, config.sae_layer)
+        return gates_to_pattern(gates.join(out["gates"][config.sae_layer])), jnp.argmax(logits, axis=-1)
 
     return forward
 
@@ -185,7 +191,7 @@ def pass_gflop(config: Config, images: int, classes: int) -> dict[str, float]:
     """Count the operations, in 1e9, of the matrix products of a plain pass and of the pass that fills the table."""
     m, d = config.model, config.model.width
     tokens = (config.data.image_size // m.patch) ** 2 + 1 + m.registers
-    hidden, patterns = round(m.mlp_ratio * d), 2**m.heads
+    hidden, patterns = round(m.mlp_ratio * d), 2 ** LayerGates(config, config.sae_layer).count
     embed = 2 * (tokens - 1) * m.patch**2 * config.data.channels * d
     block = 2 * tokens * (4 * d * d + 2 * d * hidden) + 4 * tokens * tokens * d
     cls_block = 2 * (2 * d * d + 2 * d * hidden) + 4 * tokens * d + 4 * tokens * d * d
@@ -253,7 +259,7 @@ def measure_digest(workdir: str, memory: int, devices: int) -> dict[str, Any]:
 
 def compare_settings(bench: Bench, settings: int, batch: int) -> dict[str, Any]:
     """Compare gates and predictions of random settings with plain forward passes, on every image."""
-    rng, heads = np.random.default_rng(0), bench.config.model.heads
+    rng, gates = np.random.default_rng(0), LayerGates(bench.config, bench.config.sae_layer)
     count, labels = len(bench.split.labels), bench.split.labels
     job = bench.job(bench.split, bench.table(bench.split))
     drawn = [
@@ -275,7 +281,7 @@ def compare_settings(bench: Bench, settings: int, batch: int) -> dict[str, Any]:
                     swept = sweep_by_gates(single, alphas, program, bench.classes)
                 _, _, (tally, _), _ = next(swept)
                 patterns, predictions = steer_split(forward, bench.params, bench.split, batch, bench.steered[g], alpha)
-                swept_patterns = unpack_bits(tally.gates[a], count).T @ (1 << np.arange(heads))
+                swept_patterns = unpack_bits(tally.gates[a], count).T @ (1 << np.arange(gates.count))
                 answers = job.table.answers[np.arange(count), swept_patterns]
                 assert (unpack_bits(tally.right[a], count) == (answers == labels)).all()
                 wrong = int((swept_patterns != patterns).sum()), int((answers != predictions).sum())
