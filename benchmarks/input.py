@@ -79,14 +79,14 @@ def step_rate(config: Config, repeats: int) -> float:
     state = loop.init_state(params, "gated", config)
     shardings = mesh.state_shardings(state, devices)
     state = mesh.place(state, shardings)
-    run = step.make_training_steps(model, config, config.train.gated, True, shardings)
+    run = step.make_training_steps(model, config, True, shardings)
     side, batch = config.data.image_size, config.train.batch
     images = np.random.default_rng(0).integers(0, 256, (1, batch, side, side, 3), dtype=np.uint8)
     batches_on_device = jax.device_put((images, np.zeros((1, batch), np.int32)), mesh.batch_sharding(devices, axis=1))
-    seconds = []
+    schedule, seconds = step.schedule_steps(config.train.gated, 0, 1), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(run(state, *batches_on_device))
+        state, _ = jax.block_until_ready(run(state, schedule, *batches_on_device))
         seconds.append(time.perf_counter() - began)
     return batch / median(seconds[1:])
 

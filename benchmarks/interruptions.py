@@ -54,7 +54,7 @@ from headsteer_jax.runtime.staging import replace_stage
 from headsteer_jax.stages import STAGES as TABLE
 from headsteer_jax.train.log import read_log
 from headsteer_jax.train.loop import PHASES, init_params
-from headsteer_jax.train.step import State, make_optimizer
+from headsteer_jax.train.step import State, init_optimizer
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("train", "sae", "grid", "steer", "layers", "report")
@@ -610,7 +610,7 @@ def empty_state(campaign: Campaign) -> State:
     params = init_params(build_model(config, len(dataset.class_names)), config, config.seed)
     average = params if config.train.ema else None
     key = jax.random.key_data(jax.random.key(0))
-    return State(params, average, make_optimizer(config, config.train.gated).init(params), key, np.int32(0))
+    return State(params, average, init_optimizer(config, params), key, np.int32(0))
 
 
 def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:

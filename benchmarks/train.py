@@ -154,7 +154,7 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
 
     from headsteer_jax.data.augment import preprocess
     from headsteer_jax.model.vit import build_model
-    from headsteer_jax.train.step import State, make_optimizer, make_training_steps
+    from headsteer_jax.train.step import State, init_optimizer, make_training_steps, schedule_steps
 
     phase, batch = config.train.dense, config.train.batch
     model = build_model(config, CLASSES)
@@ -165,13 +165,11 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
 
     def training(gated: bool) -> Callable[[], Any]:
         key = jax.random.key_data(jax.random.key(1))
-        state = [
-            State(jax.tree.map(jnp.array, params), None, make_optimizer(config, phase).init(params), key, jnp.int32(0))
-        ]
-        run = make_training_steps(model, config, phase, gated)
+        state = [State(jax.tree.map(jnp.array, params), None, init_optimizer(config, params), key, jnp.int32(0))]
+        run, schedule = make_training_steps(model, config, gated), schedule_steps(phase, 0, steps)
 
         def call() -> Any:
-            state[0], metrics = run(state[0], images, labels)
+            state[0], metrics = run(state[0], schedule, images, labels)
             return state[0].step, metrics
 
         return call

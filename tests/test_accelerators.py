@@ -22,7 +22,7 @@ from headsteer_jax.sae.autoencoder import encode_compiled
 from headsteer_jax.steer import replacement, suffix, table
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.train.loop import init_state
-from headsteer_jax.train.step import make_training_steps
+from headsteer_jax.train.step import make_training_steps, schedule_steps
 
 LATENTS = 48  # of tiny_config's autoencoders
 
@@ -44,9 +44,11 @@ def training(gated: bool, **gate: Any) -> Any:
     model, phase = build_model(config, CLASSES), config.train.gated
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
     state = jax.eval_shape(lambda p: init_state(p, "gated", config), params)
-    steps = make_training_steps(model, config, phase, gated)
+    steps = make_training_steps(model, config, gated)
     teacher = [params] * (gated and config.gate.teacher_logits > 0)
-    return steps.trace(state, images(16, 2), jax.ShapeDtypeStruct((2, 16), np.int32), *teacher)
+    return steps.trace(
+        state, schedule_steps(phase, 0, 2), images(16, 2), jax.ShapeDtypeStruct((2, 16), np.int32), *teacher
+    )
 
 
 def autoencoder_step(members: int = 3, **fields: Any) -> Any:

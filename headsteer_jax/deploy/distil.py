@@ -18,7 +18,7 @@ from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.deploy.model import DeployedModel, compute_logits_and_cls
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.train.losses import follow_teacher
-from headsteer_jax.train.step import make_optimizer
+from headsteer_jax.train.step import make_learning_rate, make_optimizer
 
 TEACHING = GateConfig(teacher_logits=1.0, teacher_temperature=2.0)
 STEPS_PER_CALL = 10  # in one program: allocating its buffers afresh costs a CPU a quarter of a small step
@@ -37,7 +37,7 @@ def distil_model(
     calls = -(-steps // STEPS_PER_CALL)
     phase = PhaseConfig(steps=calls * STEPS_PER_CALL, learning_rate=config.train.gated.learning_rate)
     batch = min(config.train.batch, len(train.labels))
-    optimizer = make_optimizer(config, phase)
+    optimizer = make_optimizer(config, make_learning_rate(phase))
     run_call = _compile_call(student, teacher, optimizer, config)
     params: Any = jax.tree.map(jnp.asarray, student.params)
     state, key = optimizer.init(params), jax.random.fold_in(jax.random.key(config.seed), 4)

@@ -44,7 +44,7 @@ from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.train.log import TrainingLog, open_log
 from headsteer_jax.train.losses import check_budget, is_taught, name_usage
-from headsteer_jax.train.step import State, evaluation_params, make_optimizer, make_training_steps
+from headsteer_jax.train.step import State, evaluation_params, init_optimizer, make_training_steps, schedule_steps
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,9 @@ def init_params(model: ViT, config: Config, seed: int, class_names: Sequence[str
 
 def init_state(params: Any, phase: Phase, config: Config) -> State:
     """Make the state in which a phase starts from these parameters."""
-    plan = phase_plan(config, phase)
     key = jax.random.fold_in(jax.random.key(config.seed), 1 + PHASES.index(phase))
     average = params if config.train.ema else None
-    return State(params, average, make_optimizer(config, plan).init(params), jax.random.key_data(key), jnp.int32(0))
+    return State(params, average, init_optimizer(config, params), jax.random.key_data(key), jnp.int32(0))
 
 
 def describe_state(params: Any, phase: Phase, config: Config, devices: Mesh) -> State:
@@ -199,14 +198,15 @@ class _PhaseRun:
         """
         t, steps, start = self.config.train, self.plan.steps, int(self.state.step)
         calls = list_calls(start, steps, t.steps_per_call)
-        program = make_training_steps(self.model, self.config, self.plan, self.phase == "gated", shardings)
+        program = make_training_steps(self.model, self.config, self.phase == "gated", shardings)
         observe = make_observer(self.model, self.config, EVALUATION_GATING[self.phase], self.config.sae_layer)
         self.recorded = time.monotonic()
         with defer_to_checkpoints() as must_stop, progress(steps, self.phase, initial=start) as bar:
             batches = device_batches(self.dataset.train, self.config, self.devices, calls, self.offset)
             for number, ((first, end), (images, labels)) in enumerate(zip(calls, batches, strict=True)):
                 profiled = self.config.machine.profile and number == 1
-                metrics = self.run_call(program, (images, labels, *teacher), profiled)
+                schedule = schedule_steps(self.plan, first, end)
+                metrics = self.run_call(program, (schedule, images, labels, *teacher), profiled)
                 note = _describe(self.record()) if self.pending else ""
                 self.pending = (end, metrics)
                 stopping = must_stop()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
@@ -35,10 +36,17 @@ def evaluation_params(state: State) -> Any:
     return state.params if state.average is None else state.average
 
 
-def make_optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransformation:
-    """Make AdamW with clipping, linear warm-up, a cosine, and weight decay on matrices only."""
+class Schedule(NamedTuple):
+    """What a phase prescribes for each of n steps; arguments of the program, so that phases can share one."""
+
+    learning_rate: Any  # [n] float32
+    progress: Any  # [n] float32, the share of the phase that is done before the step
+
+
+def make_learning_rate(phase: PhaseConfig) -> optax.Schedule:
+    """Make a phase's learning rate: linear warm-up, then a cosine."""
     warmup = min(round(phase.warmup * phase.steps), phase.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else phase.learning_rate,
         phase.learning_rate,
         warmup,
@@ -46,13 +54,29 @@ def make_optimizer(config: Config, phase: PhaseConfig) -> optax.GradientTransfor
         phase.final * phase.learning_rate,
     )
 
+
+def schedule_steps(phase: PhaseConfig, first: int = 0, end: int | None = None) -> Schedule:
+    """Compute the schedule of the steps from `first` up to and without `end` (None: the phase's end)."""
+    steps = np.arange(first, phase.steps if end is None else end, dtype=np.int32)
+    rates = np.broadcast_to(np.asarray(make_learning_rate(phase)(steps), np.float32), steps.shape)
+    return Schedule(rates, steps.astype(np.float32) / np.float32(phase.steps))
+
+
+def make_optimizer(config: Config, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Make AdamW with clipping, and weight decay on matrices only."""
+
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.train.clip),
-        optax.adamw(schedule, weight_decay=config.train.weight_decay, mask=matrices),
+        optax.adamw(learning_rate, weight_decay=config.train.weight_decay, mask=matrices),
     )
+
+
+def init_optimizer(config: Config, params: Any) -> optax.OptState:
+    """Make the optimizer's state before a phase's first step."""
+    return make_optimizer(config, lambda _: 0.0).init(params)  # which has no learning rate, but counts the steps
 
 
 def is_gate(path: Any) -> bool:
@@ -211,9 +235,7 @@ def _split_batch(x: jax.Array, parts: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
 
-def make_training_steps(
-    model: ViT, config: Config, phase: PhaseConfig, gated: bool, shardings: State | None = None
-) -> Callable[..., Any]:
+def make_training_steps(model: ViT, config: Config, gated: bool, shardings: State | None = None) -> Callable[..., Any]:
     """Compile n training steps as one program.
 
     Several steps in a call let XLA keep its buffers: on a CPU, allocating them afresh costs a quarter of a small step.
@@ -223,15 +245,18 @@ def make_training_steps(
       shardings: the shardings of the state's arrays (`mesh.state_shardings`); None: they are on one device.
 
     Returns:
-      A function (state, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each [n, ...]). If gates are
-      sampled and the config has a teacher, its parameters are a fourth argument, which is kept.
+      A function (state, Schedule of n steps, images [n, B, h, w, c] uint8, labels [n, B]) -> (state, metrics, each
+      [n, ...]). If gates are sampled and the config has a teacher, its parameters are a last argument, which is kept.
     """
     model = training_form(model, config, _list_devices(shardings))
-    tx, gradient = make_optimizer(config, phase), _make_gradient(model, config, _choose_layout(shardings))
+    gradient = _make_gradient(model, config, _choose_layout(shardings))
     teachers = int(gated and has_teacher(config.gate))
 
-    def step(state: State, batch: tuple[jax.Array, jax.Array], teacher: Any) -> tuple[State, dict[str, jax.Array]]:
-        images, labels = batch
+    def step(
+        state: State, inputs: tuple[Schedule, jax.Array, jax.Array], teacher: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
+        (learning_rate, progress), images, labels = inputs
+        tx = make_optimizer(config, lambda _: learning_rate)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key_images, key_mixup, key_noise = jax.random.split(key, 3)
         images = augment_and_normalise(key_images, images, config.data)
@@ -239,7 +264,7 @@ def make_training_steps(
         if config.train.mixup > 0:
             images, targets = mixup(key_mixup, images, targets, config.train.mixup)
         noise = draw_noise(key_noise, model, len(images)) if gated else None
-        grads, metrics = gradient(state.params, Batch(images, targets, noise), state.step / phase.steps, teacher)
+        grads, metrics = gradient(state.params, Batch(images, targets, noise), progress, teacher)
         updates, opt = tx.update(grads, state.optimizer, state.params)
         updates = scale_gates(updates, config.gate.learning_rate_scale)
         params = optax.apply_updates(state.params, updates)
@@ -249,15 +274,18 @@ def make_training_steps(
         metrics["gradient_norm"] = optax.global_norm(grads)
         return State(params, average, opt, state.key, state.step + 1), metrics
 
-    def steps(state: State, images: jax.Array, labels: jax.Array, *teacher: Any) -> tuple[State, dict[str, jax.Array]]:
+    def steps(
+        state: State, schedule: Schedule, images: jax.Array, labels: jax.Array, *teacher: Any
+    ) -> tuple[State, dict[str, jax.Array]]:
         assert len(teacher) == teachers
-        return jax.lax.scan(lambda state, batch: step(state, batch, *teacher or (None,)), state, (images, labels))
+        inputs = schedule, images, labels
+        return jax.lax.scan(lambda state, inputs: step(state, inputs, *teacher or (None,)), state, inputs)
 
     if shardings is None:
         return jax.jit(steps, donate_argnums=0)
     devices = shardings.step.mesh  # type: ignore[attr-defined]
-    batch = mesh.batch_sharding(devices, axis=1)
+    batch, replicated = mesh.batch_sharding(devices, axis=1), mesh.replicated_sharding(devices)
     return jax.jit(
-        steps, donate_argnums=0, in_shardings=(shardings, batch, batch, *[shardings.params] * teachers),
-        out_shardings=(shardings, mesh.replicated_sharding(devices)),
+        steps, donate_argnums=0, in_shardings=(shardings, replicated, batch, batch, *[shardings.params] * teachers),
+        out_shardings=(shardings, replicated),
     )  # fmt: skip

@@ -30,18 +30,21 @@ def test_every_training_program_is_compiled_once_and_what_does_not_fit_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = tiny_config()
+    control = config.train.gated.model_copy(update={"steps": 6, "learning_rate": 1e-3})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"gated": control})})
     dataset = imagine_dataset(config, 60, None, 3, 8)
     machine = Machine("a small machine", jax.devices()[:1], 64 * KIB)
     record, outcomes = compile_run(config, dataset, machine, ("train",), 0.4)
     names = {outcome.name: outcome for outcome in outcomes}
     assert list(names)[:3] == ["dense: 2 steps", "gated: 2 steps", "dense_control: 2 steps"]
     gated = names["gated: 2 steps"]
-    assert gated.calls == 4
+    assert gated.calls == 3
     assert gated.model_flops == 2 * 16 * training_flops(config, 3)
     assert gated.model_share == pytest.approx(1, abs=0.05)
     assert gated.collectives == {}
     assert "more than a device has; try config.machine.remat = true or a larger" in gated.problem
     assert names["dense_control: test"].same_as  # the same pass as the dense model's
+    assert names["dense_control: 2 steps"].same_as == "train: dense: 2 steps"  # learning rates are arguments
     assert record["programs"][0]["collectives"] == {}
     json.dumps(record)
     shown = capsys.readouterr().out

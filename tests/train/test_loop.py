@@ -54,11 +54,10 @@ def final_states(config, dataset, directory):
         checkpoints = Checkpoints(directory / phase / "last", 2)
         model = build_model(config, 3)
         params = loop.init_params(model, config, config.seed)
-        plan = config.train.dense if phase == "dense" else config.train.gated
         like = step.State(
             params,
             params if config.train.ema else None,
-            step.make_optimizer(config, plan).init(params),
+            step.init_optimizer(config, params),
             jnp.zeros(2, jnp.uint32),
             jnp.int32(0),
         )
@@ -154,7 +153,7 @@ def test_schedule_and_decay_mask():
     plan = PhaseConfig(steps=100, learning_rate=1e-2, warmup=0.1, final=0.1)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
     config = with_train(weight_decay=0.5)
-    tx = step.make_optimizer(config, plan)
+    tx = step.make_optimizer(config, step.make_learning_rate(plan))
     update, state, zero = jax.jit(tx.update), tx.init(params), jax.tree.map(np.zeros_like, params)
     decays = []
     for _ in range(100):
@@ -164,6 +163,11 @@ def test_schedule_and_decay_mask():
         assert not np.any(updates["scale"])
     expected = [1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)]
     np.testing.assert_allclose(decays, expected, rtol=1e-4, atol=1e-9)
+    schedule = step.schedule_steps(plan, 5, 15)
+    np.testing.assert_allclose(schedule.learning_rate, expected[5:15], rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(schedule.progress, np.arange(5, 15) / 100, rtol=1e-6)
+    constant = step.schedule_steps(PhaseConfig(steps=3, learning_rate=1e-2, warmup=0.0, final=1.0))
+    np.testing.assert_allclose(constant.learning_rate, [1e-2] * 3, rtol=1e-6)
 
 
 def test_loss_by_hand():
@@ -297,7 +301,8 @@ def test_accumulated_gradients_are_the_batchs(gated):
         one = config.model_copy(update={"train": train})
         model = build_model(one, 3)
         state = loop.init_state(loop.init_params(model, one, 0), "gated", one)
-        state, metrics = step.make_training_steps(model, one, one.train.gated, gated)(state, *batch)
+        schedule = step.schedule_steps(one.train.gated, 0, 2)
+        state, metrics = step.make_training_steps(model, one, gated)(state, schedule, *batch)
         names = ("loss", "train_accuracy", "gradient_norm")
         found.append((state.optimizer[1][0].mu, {name: metrics[name] for name in names}))
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
