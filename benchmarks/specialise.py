@@ -1,6 +1,6 @@
 """Measures smaller models for ten classes of a run: images a second and accuracy, against the dense model.
 
-    python benchmarks/specialise.py RUN [--budget=0.43] [--steps=300] [--sets=10] [--batch=64] [--rounds=15]
+    python benchmarks/specialise.py RUN [--budget=0.43] [--steps=200] [--sets=10] [--batch=64] [--rounds=15] [--rows=FILE]
 
 Half of the sets are drawn at random; the others begin with classes that the dataset relates, such as superclasses, and
 are filled up with those whose classifier weights are nearest. Each set gets one model cut to the budget, which is
@@ -9,13 +9,15 @@ same classes, is the baseline: it is the run's own forward pass, as evaluation r
 
 `speedup` is the ratio of medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CPU time of this
 process, which other programs on the machine disturb less. Test images are used once for each model. The last line is
-one JSON object with a row for each set.
+one JSON object with a row for each set. With --rows every row is also added to a file, and a set that has a row there is
+not measured again, so that the same command continues where it was stopped.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,10 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--budget", type=float, default=0.43)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--sets", type=int, default=10)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", type=Path)
     flags = parser.parse_args()
     workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
@@ -51,10 +54,16 @@ def main() -> None:
     _start()
     config, dataset = load_run_dataset(config, workdir, None, "")
     sources = load_sources(config, dataset, workdir, np.arange(len(dataset.class_names)))
-    rows = []
-    for kind, labels in list_sets(sources, flags.sets):
+    rows: list[dict[str, Any]] = []
+    if flags.rows is not None and flags.rows.exists():
+        rows = [json.loads(line) for line in flags.rows.read_text().splitlines()]
+    for kind, labels in list_sets(sources, flags.sets)[len(rows) :]:
         rows.append({"set": len(rows), "kind": kind} | measure_set(sources._replace(labels=labels), flags))
-        print(json.dumps(rows[-1]), flush=True)
+        line = json.dumps(rows[-1])
+        print(line, flush=True)
+        if flags.rows is not None:
+            with flags.rows.open("a") as file:
+                file.write(line + "\n")
     print(json.dumps({"device": jax.devices()[0].device_kind, **summarise_rows(rows), "rows": rows}))
 
 

@@ -24,7 +24,7 @@ from headsteer_jax.runtime.progress import progress
 logger = logging.getLogger(__name__)
 
 CALIBRATION_ROWS = 32_768  # tokens of training images from which projections are fitted
-SCORED_IMAGES = 256  # training images on which every size of every sublayer is tried
+SCORED_IMAGES = 128  # training images on which every size of every sublayer is tried
 BUDGET_STEP = 0.025  # between the budgets that --max-loss tries
 
 
