@@ -1,6 +1,7 @@
 """Measures smaller models for ten classes of a run: images a second and accuracy, against the dense model.
 
-    python benchmarks/specialise.py RUN [--budget=0.43] [--steps=200] [--sets=10] [--batch=64] [--rounds=15] [--rows=FILE]
+    python benchmarks/specialise.py RUN [--budget=0.43] [--steps=200] [--sets=10] [--batch=64] [--rounds=15]
+        [--rows=FILE.jsonl]
 
 Half of the sets are drawn at random; the others begin with classes that the dataset relates, such as superclasses, and
 are filled up with those whose classifier weights are nearest. Each set gets one model cut to the budget, which is
@@ -9,8 +10,8 @@ same classes, is the baseline: it is the run's own forward pass, as evaluation r
 
 `speedup` is the ratio of medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CPU time of this
 process, which other programs on the machine disturb less. Test images are used once for each model. The last line is
-one JSON object with a row for each set. With --rows every row is also added to a file, and a set that has a row there is
-not measured again, so that the same command continues where it was stopped.
+one JSON object with a row for each set. With --rows every row is also added to a file, and a set that has a row there
+is not measured again, so that the same command continues where it was stopped.
 """
 
 import argparse

@@ -73,8 +73,9 @@ def format_totals(outcomes: Sequence[Outcome], chips: int, peak_tflops: float | 
     """Format the lines below the table: the time to compile, the FLOPs of a run, and the hours that these take."""
     flops = sum(outcome.total_flops for outcome in outcomes)
     compiled = [outcome for outcome in outcomes if not outcome.same_as]
+    seconds, cpu_seconds = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("seconds", "cpu_seconds"))
     lines = [
-        f"compiling: {sum(outcome.seconds for outcome in outcomes):.0f} s for {len(compiled)} programs",
+        f"compiling: {seconds:.0f} s for {len(compiled)} programs, {cpu_seconds:.0f} s of the processor",
         f"a whole run: {format_count(flops)}FLOP",
     ]
     if peak_tflops:
@@ -97,6 +98,7 @@ def to_record(outcomes: Sequence[Outcome], header: dict[str, Any]) -> dict[str, 
         rows.append(row)
     return header | {
         "compile_seconds": sum(outcome.seconds for outcome in outcomes),
+        "compile_cpu_seconds": sum(outcome.cpu_seconds for outcome in outcomes),
         "total_flops": sum(outcome.total_flops for outcome in outcomes),
         "programs": rows,
     }

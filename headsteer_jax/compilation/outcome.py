@@ -26,6 +26,7 @@ class Outcome(NamedTuple):
     name: str
     calls: int  # in a whole run
     seconds: float  # to compile
+    cpu_seconds: float = 0.0  # of the processor, all threads together, to compile
     same_as: str = ""  # a program before it that is identical, and is not compiled twice
     problem: str = ""  # empty: it compiles and fits
     argument_bytes: int | None = None
@@ -59,7 +60,7 @@ def compile_programs(planned: Iterable[PlannedProgram], machine: Machine) -> Ite
 def _compile_program(program: PlannedProgram, machine: Machine, known: dict[str, Outcome]) -> Outcome:
     """Compile one program; `known` has the outcomes of those before it by a hash of their text."""
     outcome = Outcome(program.stage, program.name, program.calls, 0.0, hbm_bytes=machine.hbm_bytes)
-    began = time.monotonic()
+    began, began_cpu = time.monotonic(), time.process_time()
     try:
         with jax.set_mesh(program.mesh):
             traced = program.trace()
@@ -68,7 +69,7 @@ def _compile_program(program: PlannedProgram, machine: Machine, known: dict[str,
             if digest in known:
                 first = known[digest]
                 return first._replace(
-                    stage=program.stage, name=program.name, calls=program.calls, seconds=0.0,
+                    stage=program.stage, name=program.name, calls=program.calls, seconds=0.0, cpu_seconds=0.0,
                     same_as=f"{first.stage}: {first.name}",
                 )  # fmt: skip
             compiled = lowered.compile()
@@ -77,7 +78,7 @@ def _compile_program(program: PlannedProgram, machine: Machine, known: dict[str,
     except jax.errors.JaxRuntimeError as error:
         problem, needed = explain_failure(str(error), program.remedies)
         return outcome._replace(problem=problem, needed_bytes=needed, seconds=time.monotonic() - began)
-    outcome = outcome._replace(seconds=time.monotonic() - began)
+    outcome = outcome._replace(seconds=time.monotonic() - began, cpu_seconds=time.process_time() - began_cpu)
     known[digest] = _measure(outcome, program, traced, compiled, machine)
     return known[digest]
 

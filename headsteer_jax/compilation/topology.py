@@ -30,18 +30,21 @@ class Gpu(NamedTuple):
     memory_mib: int
     capability: tuple[int, int]  # compute capability: major, minor
     cores: int  # streaming multiprocessors
+    float_units: int  # of a core, for float32
+    threads: int  # of a core, at most
+    gigahertz: float  # the largest clock
     bandwidth_gb: int  # of the memory, in 10^9 bytes a second
     l2_mib: int
     shared_kib: int  # memory that the threads of a core share
 
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100", 81_920, (8, 0), 108, 2039, 40, 164),
-    "l4": Gpu("NVIDIA L4", 23_034, (8, 9), 58, 300, 48, 100),
-    "l40s": Gpu("NVIDIA L40S", 46_068, (8, 9), 142, 864, 96, 100),
-    "h100": Gpu("NVIDIA H100", 81_559, (9, 0), 132, 3350, 50, 228),
-    "h200": Gpu("NVIDIA H200", 143_771, (9, 0), 132, 4800, 60, 228),
-    "b200": Gpu("NVIDIA B200", 183_359, (10, 0), 148, 8000, 126, 228),
+    "a100": Gpu("NVIDIA A100", 81_920, (8, 0), 108, 64, 2048, 1.41, 2039, 40, 164),
+    "l4": Gpu("NVIDIA L4", 23_034, (8, 9), 58, 128, 1536, 2.04, 300, 48, 100),
+    "l40s": Gpu("NVIDIA L40S", 46_068, (8, 9), 142, 128, 1536, 2.52, 864, 96, 100),
+    "h100": Gpu("NVIDIA H100", 81_559, (9, 0), 132, 128, 2048, 1.98, 3350, 50, 228),
+    "h200": Gpu("NVIDIA H200", 143_771, (9, 0), 132, 128, 2048, 1.98, 4800, 60, 228),
+    "b200": Gpu("NVIDIA B200", 183_359, (10, 0), 148, 128, 2048, 1.96, 8000, 126, 228),
 }
 GPU_COUNTS = ("1", "2", "4", "8")  # in one machine
 MEMORY_SHARE = 0.75  # of a GPU's memory, which JAX takes by default
@@ -173,11 +176,11 @@ def _describe_gpus(name: str, gpu: Gpu, count: int) -> Machine:
     major, minor = gpu.capability
     target = f"""
         gpu_device_info {{
-          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
           shared_memory_per_block: 49152 shared_memory_per_block_optin: {(gpu.shared_kib - 1) << 10}
-          shared_memory_per_core: {gpu.shared_kib << 10} core_count: {gpu.cores} fpus_per_core: 128
+          shared_memory_per_core: {gpu.shared_kib << 10} core_count: {gpu.cores} fpus_per_core: {gpu.float_units}
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          memory_bandwidth: {gpu.bandwidth_gb * 10**9} l2_cache_size: {gpu.l2_mib << 20} clock_rate_ghz: 1.7
+          memory_bandwidth: {gpu.bandwidth_gb * 10**9} l2_cache_size: {gpu.l2_mib << 20} clock_rate_ghz: {gpu.gigahertz}
           device_memory_size: {gpu.memory_mib << 20} registers_per_core_limit: 65536 registers_per_block_limit: 65536
           cuda_compute_capability {{ major: {major} minor: {minor} }}
         }}
