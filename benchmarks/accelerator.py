@@ -66,7 +66,7 @@ from headsteer_jax.steer.sweep import run_sweep, sweep_by_flips
 from headsteer_jax.steer.table import compile_table_program, fill_table
 from headsteer_jax.steer.tally import unpack_bits
 from headsteer_jax.train.loop import init_state
-from headsteer_jax.train.step import make_training_steps, schedule_steps
+from headsteer_jax.train.step import make_schedule, make_training_steps
 
 Arrays = dict[str, np.ndarray]
 BEGAN = time.perf_counter()
@@ -310,7 +310,7 @@ def vit_step(run: Run, device: jax.Device) -> Step:
     config = change_sections(config, train={"gated": plan})
     first, train = np.arange(config.train.batch), run.dataset.train
     before = jax.tree.map(np.array, init_state(run.trained.params, "gated", config))
-    inputs = before, schedule_steps(plan, 0, 1), gather_images(train.images, first)[None], train.labels[first][None]
+    inputs = before, make_schedule(plan).cut(0, 1), gather_images(train.images, first)[None], train.labels[first][None]
     after, metrics = make_training_steps(run.trained.model, config, True)(*jax.device_put(inputs, device))
     numbers = {name: float(metrics[name][0]) for name in ("loss", "gradient_norm")}
     return before.params, jax.device_get(after.params), numbers
@@ -372,7 +372,9 @@ def training_speed(part: Part, args: argparse.Namespace) -> None:
         config, shape = config_of(side, patch, batch), (steps, batch)
         images, labels = jax.ShapeDtypeStruct((*shape, side, side, 3), np.uint8), jax.ShapeDtypeStruct(shape, np.int32)
         program = make_training_steps(build_model(config, CLASSES), config, gated)
-        return program.lower(state_of(config), schedule_steps(config.train.gated, 0, steps), images, labels).compile()
+        return program.lower(
+            state_of(config), make_schedule(config.train.gated).cut(0, steps), images, labels
+        ).compile()
 
     pool = concurrent.futures.ThreadPoolExecutor(min(6, os.cpu_count() or 1))
     programs = {case: pool.submit(compile_steps, *case) for case in cases}
@@ -398,7 +400,7 @@ def speed_of(program: Any, config: Config, steps: int, params: Any) -> dict[str,
     labels = jax.random.randint(jax.random.key(2), (steps, batch), 0, CLASSES, np.int32)
     params = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(0, 0.05, leaf.shape).astype(np.float32), params)
     state = [jax.device_put(init_state(params, "gated", config))]
-    schedule = schedule_steps(config.train.gated, 0, steps)
+    schedule = make_schedule(config.train.gated).cut(0, steps)
 
     def call() -> Any:
         state[0], metrics = program(state[0], schedule, images, labels)

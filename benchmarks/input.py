@@ -83,7 +83,7 @@ def step_rate(config: Config, repeats: int) -> float:
     side, batch = config.data.image_size, config.train.batch
     images = np.random.default_rng(0).integers(0, 256, (1, batch, side, side, 3), dtype=np.uint8)
     batches_on_device = jax.device_put((images, np.zeros((1, batch), np.int32)), mesh.batch_sharding(devices, axis=1))
-    schedule, seconds = step.schedule_steps(config.train.gated, 0, 1), []
+    schedule, seconds = step.make_schedule(config.train.gated).cut(0, 1), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         state, _ = jax.block_until_ready(run(state, schedule, *batches_on_device))

@@ -154,7 +154,7 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
 
     from headsteer_jax.data.augment import preprocess
     from headsteer_jax.model.vit import build_model
-    from headsteer_jax.train.step import State, init_optimizer, make_training_steps, schedule_steps
+    from headsteer_jax.train.step import State, init_optimizer, make_schedule, make_training_steps
 
     phase, batch = config.train.dense, config.train.batch
     model = build_model(config, CLASSES)
@@ -166,7 +166,7 @@ def our_calls(config: Any, steps: int) -> tuple[dict[Any, Callable[[], Any]], fl
     def training(gated: bool) -> Callable[[], Any]:
         key = jax.random.key_data(jax.random.key(1))
         state = [State(jax.tree.map(jnp.array, params), None, init_optimizer(config, params), key, jnp.int32(0))]
-        run, schedule = make_training_steps(model, config, gated), schedule_steps(phase, 0, steps)
+        run, schedule = make_training_steps(model, config, gated), make_schedule(phase).cut(0, steps)
 
         def call() -> Any:
             state[0], metrics = run(state[0], schedule, images, labels)

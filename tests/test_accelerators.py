@@ -22,7 +22,7 @@ from headsteer_jax.sae.autoencoder import encode_compiled
 from headsteer_jax.steer import replacement, suffix, table
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.train.loop import init_state
-from headsteer_jax.train.step import make_training_steps, schedule_steps
+from headsteer_jax.train.step import make_schedule, make_training_steps
 
 LATENTS = 48  # of tiny_config's autoencoders
 
@@ -47,7 +47,7 @@ def training(gated: bool, **gate: Any) -> Any:
     steps = make_training_steps(model, config, gated)
     teacher = [params] * (gated and config.gate.teacher_logits > 0)
     return steps.trace(
-        state, schedule_steps(phase, 0, 2), images(16, 2), jax.ShapeDtypeStruct((2, 16), np.int32), *teacher
+        state, make_schedule(phase).cut(0, 2), images(16, 2), jax.ShapeDtypeStruct((2, 16), np.int32), *teacher
     )
 
 

@@ -17,7 +17,7 @@ from headsteer_jax.model.vit import TrainedModel, build_model
 from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, replicated_sharding
 from headsteer_jax.train.loop import EVALUATION_GATING, Phase, describe_state, list_calls, list_phases, phase_plan
 from headsteer_jax.train.losses import is_taught
-from headsteer_jax.train.step import make_training_steps, schedule_steps
+from headsteer_jax.train.step import Schedule, make_training_steps
 
 TRAINING_REMEDIES = ("config.machine.remat = true", "a larger config.train.accumulate", "a larger config.machine.fsdp")
 
@@ -29,11 +29,8 @@ def _describe_training_call(experiment: Experiment, phase: Phase, steps: int) ->
     sharding, shape = batch_sharding(devices, axis=1), (steps, config.train.batch)
     images = jax.ShapeDtypeStruct((*shape, *experiment.dataset.train.images.shape[1:]), jnp.uint8, sharding=sharding)
     labels = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    schedule = jax.tree.map(
-        lambda values_n: jax.ShapeDtypeStruct(values_n.shape, values_n.dtype, sharding=replicated_sharding(devices)),
-        schedule_steps(phase_plan(config, phase), 0, steps),
-    )
-    return state, schedule, images, labels, *([state.params] if is_taught(config, phase) else [])
+    values_n = jax.ShapeDtypeStruct((steps,), jnp.float32, sharding=replicated_sharding(devices))
+    return state, Schedule(values_n, values_n), images, labels, *([state.params] if is_taught(config, phase) else [])
 
 
 def list_training_programs(experiment: Experiment) -> Iterator[PlannedProgram]:

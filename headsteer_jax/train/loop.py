@@ -44,7 +44,7 @@ from headsteer_jax.runtime.preemption import Preempted, defer_to_checkpoints
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.train.log import TrainingLog, open_log
 from headsteer_jax.train.losses import check_budget, is_taught, name_usage
-from headsteer_jax.train.step import State, evaluation_params, init_optimizer, make_training_steps, schedule_steps
+from headsteer_jax.train.step import State, evaluation_params, init_optimizer, make_schedule, make_training_steps
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class _PhaseRun:
           teacher: the teacher's parameters on the devices, if the phase has one.
         """
         t, steps, start = self.config.train, self.plan.steps, int(self.state.step)
-        calls = list_calls(start, steps, t.steps_per_call)
+        calls, schedule = list_calls(start, steps, t.steps_per_call), make_schedule(self.plan)
         program = make_training_steps(self.model, self.config, self.phase == "gated", shardings)
         observe = make_observer(self.model, self.config, EVALUATION_GATING[self.phase], self.config.sae_layer)
         self.recorded = time.monotonic()
@@ -205,8 +205,7 @@ class _PhaseRun:
             batches = device_batches(self.dataset.train, self.config, self.devices, calls, self.offset)
             for number, ((first, end), (images, labels)) in enumerate(zip(calls, batches, strict=True)):
                 profiled = self.config.machine.profile and number == 1
-                schedule = schedule_steps(self.plan, first, end)
-                metrics = self.run_call(program, (schedule, images, labels, *teacher), profiled)
+                metrics = self.run_call(program, (schedule.cut(first, end), images, labels, *teacher), profiled)
                 note = _describe(self.record()) if self.pending else ""
                 self.pending = (end, metrics)
                 stopping = must_stop()

@@ -42,6 +42,10 @@ class Schedule(NamedTuple):
     learning_rate: Any  # [n] float32
     progress: Any  # [n] float32, the share of the phase that is done before the step
 
+    def cut(self, first: int, end: int) -> "Schedule":
+        """Cut out the steps from `first` up to and without `end`."""
+        return Schedule(*(values_n[first:end] for values_n in self))
+
 
 def make_learning_rate(phase: PhaseConfig) -> optax.Schedule:
     """Make a phase's learning rate: linear warm-up, then a cosine."""
@@ -55,9 +59,9 @@ def make_learning_rate(phase: PhaseConfig) -> optax.Schedule:
     )
 
 
-def schedule_steps(phase: PhaseConfig, first: int = 0, end: int | None = None) -> Schedule:
-    """Compute the schedule of the steps from `first` up to and without `end` (None: the phase's end)."""
-    steps = np.arange(first, phase.steps if end is None else end, dtype=np.int32)
+def make_schedule(phase: PhaseConfig) -> Schedule:
+    """Compute the schedule of all of a phase's steps, as NumPy arrays; this waits for the device."""
+    steps = np.arange(phase.steps, dtype=np.int32)
     rates = np.broadcast_to(np.asarray(make_learning_rate(phase)(steps), np.float32), steps.shape)
     return Schedule(rates, steps.astype(np.float32) / np.float32(phase.steps))
 

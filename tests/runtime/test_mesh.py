@@ -26,7 +26,7 @@ from headsteer_jax.sae.residuals import ResidualsInMemory
 from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.train import loop
 from headsteer_jax.train.log import open_log
-from headsteer_jax.train.step import make_training_steps, schedule_steps
+from headsteer_jax.train.step import make_schedule, make_training_steps
 
 out, steps = Path(sys.argv[1]), int(sys.argv[2])
 assert jax.device_count() == 8
@@ -52,7 +52,7 @@ for name, machine in machines.items():
     live = mesh.state_shardings(start, devices)
     run = make_training_steps(build_model(one, 3), one, True, live)
     batches = images.images.reshape(steps, 16, 8, 8, 1), images.labels.reshape(steps, 16)
-    state, metrics = run(mesh.place(start, live), schedule_steps(one.train.gated, 0, steps), *batches)
+    state, metrics = run(mesh.place(start, live), make_schedule(one.train.gated), *batches)
     if machine.fsdp > 1:
         kernel = state.optimizer[1][0].mu["params"]["layers_1"]["mlp_in"]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // machine.fsdp
@@ -67,7 +67,7 @@ for name, machine in machines.items():
     live = mesh.state_shardings(start, devices)
     run = make_training_steps(build_model(one, 3), one, True, live)
     batches = images.images[:160].reshape(10, 16, 8, 8, 1), images.labels[:160].reshape(10, 16)
-    batches = schedule_steps(one.train.gated, 0, 10), *batches, mesh.place(params, live.params)
+    batches = make_schedule(one.train.gated).cut(0, 10), *batches, mesh.place(params, live.params)
     state, metrics = run(mesh.place(start, live), *batches)
     save(f"taught {name}", to_numpy({"params": state.params, "loss": metrics["loss"]}))
 for name, machine in machines.items():

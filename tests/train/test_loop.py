@@ -163,10 +163,10 @@ def test_schedule_and_decay_mask():
         assert not np.any(updates["scale"])
     expected = [1e-2 * i / 10 if i < 10 else 1e-3 + 9e-3 * (1 + np.cos(np.pi * (i - 10) / 90)) / 2 for i in range(100)]
     np.testing.assert_allclose(decays, expected, rtol=1e-4, atol=1e-9)
-    schedule = step.schedule_steps(plan, 5, 15)
+    schedule = step.make_schedule(plan).cut(5, 15)
     np.testing.assert_allclose(schedule.learning_rate, expected[5:15], rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(schedule.progress, np.arange(5, 15) / 100, rtol=1e-6)
-    constant = step.schedule_steps(PhaseConfig(steps=3, learning_rate=1e-2, warmup=0.0, final=1.0))
+    constant = step.make_schedule(PhaseConfig(steps=3, learning_rate=1e-2, warmup=0.0, final=1.0))
     np.testing.assert_allclose(constant.learning_rate, [1e-2] * 3, rtol=1e-6)
 
 
@@ -301,7 +301,7 @@ def test_accumulated_gradients_are_the_batchs(gated):
         one = config.model_copy(update={"train": train})
         model = build_model(one, 3)
         state = loop.init_state(loop.init_params(model, one, 0), "gated", one)
-        schedule = step.schedule_steps(one.train.gated, 0, 2)
+        schedule = step.make_schedule(one.train.gated).cut(0, 2)
         state, metrics = step.make_training_steps(model, one, gated)(state, schedule, *batch)
         names = ("loss", "train_accuracy", "gradient_norm")
         found.append((state.optimizer[1][0].mu, {name: metrics[name] for name in names}))
