@@ -15,6 +15,7 @@ import numpy as np
 from etils.epath import Path
 
 from headsteer_jax.analysis.front import train_front
+from headsteer_jax.analysis.headlines import list_headlines
 from headsteer_jax.analysis.layers import profile_layers
 from headsteer_jax.analysis.patches import claim_own_patches, summarise_patches
 from headsteer_jax.analysis.summary import summarise
@@ -230,8 +231,11 @@ def report_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 
 
 def _write_report(config: Config, dataset: Dataset, workdir: Workdir) -> None:
-    write_json(workdir / "summary.json", collect_summary(config, dataset, workdir))
+    summary = collect_summary(config, dataset, workdir)
+    write_json(workdir / "summary.json", summary)
     write_pages(config, dataset, workdir, (workdir / "report.html").parent)
+    for line in list_headlines(summary):
+        logger.info(line)
 
 
 def collect_summary(config: Config, dataset: Dataset, workdir: Workdir) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What a finished run found, in six lines for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def list_headlines(summary: Mapping[str, Any]) -> list[str]:
+    """List what was found: the model, the steering, its controls, the claims, the autoencoder and what it took.
+
+    Args:
+      summary: the content of summary.json.
+    """
+    return [
+        _describe_model(summary),
+        _describe_steering(summary),
+        _describe_controls(summary),
+        _describe_claims(summary),
+        _describe_autoencoder(summary),
+        _describe_resources(summary),
+    ]
+
+
+def _describe_model(summary: Mapping[str, Any]) -> str:
+    """Describe the gated model beside its dense control."""
+    layer, unsteered = summary["last_layer"], summary["steering"]["unsteered"]
+    control = summary["dense_control_accuracy"] or summary["dense_accuracy"]
+    beside = f"; the dense model: {control:.1%}" if control is not None else ""
+    return (
+        f"model: accuracy {unsteered['accuracy']:.1%} with {unsteered['usage']:.1%} of layer {layer['layer']}'s gates "
+        f"open{beside}"
+    )
+
+
+def _describe_steering(summary: Mapping[str, Any]) -> str:
+    """Describe class steering, with the interval of its change."""
+    row = summary["steering"]["class"]
+    low, high = (100 * end for end in row["accuracy_change_ci"])
+    return (
+        f"class steering, alpha {row['alpha']:g}: accuracy {row['accuracy']:.1%} with {row['usage']:.1%} open; change "
+        f"{low:+.2f} to {high:+.2f} points; {row['classes_saved']} of {len(summary['classes'])} classes saved"
+    )
+
+
+def _describe_controls(summary: Mapping[str, Any]) -> str:
+    """Describe which strategies save more than class steering, and how many save less."""
+    usage = {name: row["usage"] for name, row in summary["steering"].items() if name != "unsteered"}
+    lower = sorted((name for name in usage if usage[name] < usage["class"]), key=usage.__getitem__)
+    named = ", ".join(f"{name} {usage[name]:.1%}" for name in lower) or "none"
+    return f"strategies that leave fewer open at their own choice: {named}; {len(usage) - 1 - len(lower)} leave more"
+
+
+def _describe_claims(summary: Mapping[str, Any]) -> str:
+    """Count the claims that hold, and name the first that does not."""
+    judged = [claim for claim in summary["claims"] if claim["holds"] is not None]
+    failed = [claim["claim"] for claim in judged if not claim["holds"]]
+    first = f"; the first that does not: {failed[0]}" if failed else ""
+    return f"claims: {len(judged) - len(failed)} of {len(judged)} hold{first}"
+
+
+def _describe_autoencoder(summary: Mapping[str, Any]) -> str:
+    """Describe how well the autoencoders explain the residual on test."""
+    sae = summary["sae"]
+    return (
+        f"autoencoder: {sae['explained_variance']:.1%} of the variance by {sae['l0']:.3g} of {sae['latents']} latents, "
+        f"{sae['gate_agreement']:.1%} of the gates agree, {sae['dead_fraction']:.1%} of the latents are dead"
+    )
+
+
+def _describe_resources(summary: Mapping[str, Any]) -> str:
+    """Describe the time and memory that it took."""
+    seconds = summary["seconds"]
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return f"took {sum(seconds.values()):.0f} s ({parts}) and {summary['peak_memory_bytes'] / 2**30:.1f} GiB of memory"
