@@ -28,10 +28,12 @@ def made_summary(control: float | None, holds: tuple[bool | None, ...]) -> dict[
 def test_six_lines_say_what_was_found() -> None:
     assert list_headlines(made_summary(0.94, (True, False, None, False))) == [
         "model: accuracy 90.0% with 80.0% of layer 4's gates open; the dense model: 94.0%",
-        "class steering, alpha 2.5: accuracy 91.3% with 50.0% open; change -0.40 to +1.25 points; 3 of 10 classes saved",
+        "class steering, alpha 2.5: accuracy 91.3% with 50.0% open; change -0.40 to +1.25 points; "
+        "3 of 10 classes saved",
         "strategies that leave fewer open at their own choice: gate_aligned 25.0%; 1 leave more",
         "claims: 1 of 3 hold; the first that does not: claim 1",
-        "autoencoder: 88.0% of the variance by 16 of 768 latents, 97.0% of the gates agree, 1.0% of the latents are dead",
+        "autoencoder: 88.0% of the variance by 16 of 768 latents, 97.0% of the gates agree, "
+        "1.0% of the latents are dead",
         "took 123 s (train 100 s, sae 23 s) and 1.5 GiB of memory",
     ]
 
