@@ -13,7 +13,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, gather_images
 from headsteer_jax.report.render import render_template
 from headsteer_jax.runtime.files import write_text
-from headsteer_jax.sae.latents import Arrays
+from headsteer_jax.sae.latents import Arrays, rank_latent_classes
 
 THUMBNAIL = 56  # pixels: the page shows no image larger
 CLASSES_SHOWN = 5  # in each latent's histogram
@@ -83,10 +83,9 @@ def page_data(arrays: Arrays, dataset: Dataset, config: Config) -> dict[str, Any
     used = np.unique(arrays["top_images"][shown][arrays["top_activations"][shown] > 0])
     parts = np.array_split(used, max(1, len(used) // 256))  # unscaled images are large
     histogram, spread = [], []
-    for count_C, mean_C in zip(arrays["class_counts"][:, order].T, arrays["class_means"][:, order].T, strict=True):
-        # the means decide between equal counts: a dense latent fires on every image of several classes
-        top_classes = np.lexsort((-mean_C, -count_C))[:CLASSES_SHOWN]
-        histogram.append([[int(c), int(count_C[c])] for c in top_classes if count_C[c]])
+    counts_CF, means_CF = (arrays[name][:, order] for name in ("class_counts", "class_means"))
+    for count_C, top_classes in zip(counts_CF.T, rank_latent_classes(counts_CF, means_CF, CLASSES_SHOWN), strict=True):
+        histogram.append([[int(c), int(count_C[c])] for c in top_classes if c >= 0])
         spread.append([int(np.count_nonzero(count_C)), int(count_C.sum())])
     names = [name for name in ("frequency", "token_frequency", "cls_frequency") if name in arrays]
     return {

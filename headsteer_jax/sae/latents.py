@@ -103,6 +103,20 @@ def _count_cls_firings(sae: Autoencoder, x_cls_ND: np.ndarray) -> np.ndarray:
     return fired_F
 
 
+def rank_latent_classes(class_counts_CF: np.ndarray, class_means_CF: np.ndarray, count: int) -> np.ndarray:
+    """Rank the classes on whose images each latent fires most often: [F, `count`] int32, -1 if there are fewer.
+
+    Args:
+      class_counts_CF: images of each class on which a latent fires.
+      class_means_CF: its mean activation on the images of each class. The means decide between equal counts: a dense
+        latent fires on every image of several classes.
+    """
+    order_CF = np.lexsort((-class_means_CF, -class_counts_CF), axis=0)[:count]
+    fires_CF = np.take_along_axis(class_counts_CF, order_CF, axis=0) > 0
+    ranked_FC = np.where(fires_CF, order_CF, -1).T.astype(np.int32)
+    return np.pad(ranked_FC, ((0, 0), (0, count - ranked_FC.shape[1])), constant_values=-1)
+
+
 def profile_latents(sae: Autoencoder, split: LabelledResiduals, gate_DH: np.ndarray, top_images: int) -> Arrays:
     """Profile what each latent of one autoencoder does on a split.
 
