@@ -4,6 +4,7 @@ Example:
   run = load_run("runs/double_digits")
   sweep = run.sweep({"class": "class", "mine": my_strategy}, alphas=np.linspace(-4, 16, 401))
   sweep.accuracy.sel(named_by="true").plot.line(x="alpha")
+  predictions = run.predict(run.dataset.test.images[:8], steer="class:42", alpha=2)
 """
 
 import os
@@ -26,12 +27,20 @@ from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_cha
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.buckets import check_reachable
-from headsteer_jax.runtime.files import REMAKE, Workdir
+from headsteer_jax.runtime.files import REMAKE, Workdir, read_arrays
 from headsteer_jax.runtime.settings import open_devices, use_own_settings
 from headsteer_jax.runtime.staging import locate_complete
 from headsteer_jax.sae.autoencoder import Autoencoder
+from headsteer_jax.sae.latents import rank_latent_classes
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.stages import STAGES, load_run_data
+from headsteer_jax.steer.answers import (
+    Predictions,
+    check_images,
+    find_steering_rule,
+    make_predict,
+    parse_steering,
+)
 from headsteer_jax.steer.by_image import ImageStrategy
 from headsteer_jax.steer.catalogue import ClassStrategy, find_strategy, per_class_strategy
 from headsteer_jax.steer.results import SweepResult
@@ -39,10 +48,14 @@ from headsteer_jax.steer.strategies import Strategy
 from headsteer_jax.steer.sweep import check_strategies_and_classes, check_validation, run_sweep
 from headsteer_jax.steer.tally import StepFunction
 
+LATENT_CLASSES = 5  # that name a latent, as on the page of the latents
+
 
 @dataclass(frozen=True)
 class Run(RunData):
-    """A finished run in memory: its model, data and autoencoders, and sweeps over them."""
+    """A finished run in memory: its model, data and autoencoders, sweeps over them, and answers for images."""
+
+    latent_classes: np.ndarray  # [F, LATENT_CLASSES] int32, the classes on which a latent fires most often, -1: no more
 
     @property
     def config(self) -> Config:
@@ -102,6 +115,34 @@ class Run(RunData):
             raise HeadSteerError(f"there is no split {split!r} to steer; choose from {', '.join(steps)}")
         return steps[split]["strategy"]
 
+    @use_own_settings()
+    def predict(
+        self, images: np.ndarray, steer: str | None = None, alpha: float | None = None, latents: int = 5
+    ) -> Predictions:
+        """Predict the classes of images, with the gates and latents behind them, and steer them if that is asked.
+
+        Args:
+          images: [N, height, width, channels] uint8, as run.dataset has them.
+          steer: `STRATEGY:CLASS`, or `STRATEGY` alone, which steers each image by the class that the model predicts.
+          alpha: the steering strength.
+          latents: K, how many of each image's strongest latents are returned; `latent_classes` names them.
+
+        Returns:
+          label [N] int32, confidence [N] float32, gates by kind [N, A, n] bool of the A layers that have it, latents
+          [N, K] int32, activations [N, K] float32, and steered: the first three under steering, or None.
+
+        Raises:
+          HeadSteerError: the images have another shape or type, or there is no such strategy, class or latent.
+        """
+        check_images(images, tuple(self.dataset.train.images.shape[1:]))
+        check_alpha(steer, alpha, ("steer", "alpha"))
+        if not 0 <= latents <= len(self.latent_classes):
+            raise HeadSteerError(f"latents = {latents}: must be from 0 to {len(self.latent_classes)}")
+        rule = None
+        if steer is not None:
+            rule = find_steering_rule(self, *parse_steering(steer, self.dataset.class_names, "steer"))
+        return make_predict(self.trained, self.autoencoders.member(0), latents, rule, alpha or 0.0)(images)
+
     def _run_sweep(self, strategies: "Strategies", steer: Mapping[str, Any]) -> tuple[Config, SweepResult]:
         """Run a sweep with changed fields of config.steer; return the config as well."""
         if isinstance(strategies, str):
@@ -123,6 +164,22 @@ class Run(RunData):
 
 
 Strategies = str | Sequence[str] | Mapping[str, str | ClassStrategy]
+
+
+def check_alpha(steer: str | None, alpha: float | None, flags: tuple[str, str]) -> None:
+    """Check that a strategy and its strength are given together, and that the strength is a finite number.
+
+    Args:
+      flags: how a user gives each.
+
+    Raises:
+      HeadSteerError: they are not.
+    """
+    if (steer is None) != (alpha is None):
+        given, missing = flags if alpha is None else flags[::-1]
+        raise HeadSteerError(f"{given}: needs {missing} as well; give both, the strategy and its strength, or neither")
+    if alpha is not None and not np.isfinite(alpha):
+        raise HeadSteerError(f"{flags[1]}={alpha}: must be a finite number")
 
 
 def _resolve_strategy(choose: "str | Callable[..., Any]", name: str) -> "Strategy | ImageStrategy":
@@ -153,7 +210,17 @@ def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | 
         check_done(config, workdir, name, "load_run")
     config, dataset = load_run_dataset(config, workdir, data, "load_run(..., data=PATH)")
     loaded = load_run_data(config, dataset, workdir)
-    return Run(loaded.trained, loaded.dataset, loaded.autoencoders, loaded.x_train)
+    return Run(loaded.trained, loaded.dataset, loaded.autoencoders, loaded.x_train, read_latent_classes(workdir))
+
+
+def read_latent_classes(workdir: Workdir) -> np.ndarray:
+    """Read the classes that name each latent of the first autoencoder: [F, LATENT_CLASSES] int32, -1 if it has fewer.
+
+    Raises:
+      HeadSteerError: the file is missing or damaged.
+    """
+    arrays = read_arrays(workdir / "sae/inside.npz")
+    return rank_latent_classes(arrays["class_counts"], arrays["class_means"], LATENT_CLASSES)
 
 
 def load_run_dataset(
@@ -194,10 +261,20 @@ def count_classes(workdir: Workdir) -> int:
     Raises:
       HeadSteerError: the record is missing or damaged.
     """
+    return len(read_data_record(workdir)["classes"])
+
+
+def read_data_record(workdir: Workdir) -> dict[str, Any]:
+    """Read the description of a run's data (`describe_data`) from the record of its stage train.
+
+    Raises:
+      HeadSteerError: the record is missing or damaged.
+    """
     record = read_record(workdir, "train")
     if record is None or not record["data"]:
         raise HeadSteerError(f"{workdir / 'train'}: its record does not say which data it was made with; {REMAKE}")
-    return len(record["data"]["classes"])
+    data: dict[str, Any] = record["data"]
+    return data
 
 
 def read_config(workdir: Workdir) -> Config:

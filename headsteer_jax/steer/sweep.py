@@ -36,6 +36,7 @@ from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.steering import GateProgram, Steering, replicate_once
 from headsteer_jax.steer.strategies import (
+    NO_COST,
     Choice,
     LatentStatistics,
     Residuals,
@@ -386,6 +387,45 @@ class ChosenLatents(NamedTuple):
     top_activations: np.ndarray  # [F, T]
 
 
+def strategy_rng(config: Config, seed: int, number: int) -> np.random.Generator:
+    """Make the random generator of a strategy: that of its number among the strategies, for one autoencoder."""
+    return np.random.default_rng([config.seed, 3, seed, number])
+
+
+def _measure_latents(
+    run: RunData, sae: Autoencoder, z_NF: np.ndarray, gate_DH: np.ndarray, evidence: tuple[Outcomes, ...],
+    cost_P: np.ndarray,
+) -> LatentStatistics:  # fmt: skip
+    """Measure one autoencoder's latents z on the training split: everything that a strategy may look at."""
+    dataset = run.dataset
+    labels, names = dataset.train.labels, dataset.class_names
+    stats = latent_statistics(z_NF, labels, len(names), sae.decoder, gate_DH, evidence, names)
+    residuals = Residuals(run.x_train, labels, gate_DH)
+    return stats._replace(cost=cost_P, related=dataset.related, residuals=residuals)
+
+
+def measure_for_strategy(run: RunData, name: str) -> LatentStatistics:
+    """Measure what one strategy looks at to choose from the first autoencoder, as the sweep does.
+
+    The tables of gate patterns, a pass over training and validation images, are filled only if it may look at them.
+
+    Args:
+      name: of the strategy; it exists.
+    """
+    trained, dataset, config = run.trained, run.dataset, run.trained.config
+    evidence, cost_P = tuple[Outcomes, ...](), NO_COST
+    if name in TABLE_STRATEGIES or name not in STRATEGIES:
+        test, validation = (
+            select_classes(split, config, dataset.class_names) for split in (dataset.test, dataset.validation)
+        )
+        program = compile_table_program(trained, test)  # of the sweep's size, for the same bits
+        table = fill_table(program, trained.params, validation, "validation: every gate pattern")
+        cost_P = _price_patterns(config, table)
+        evidence = _pattern_evidence(run, name in TABLE_STRATEGIES, program, table.outcomes(validation.labels))
+    sae, gate_DH = run.autoencoders.member(0), gate_jacobian(trained, run.x_train)
+    return _measure_latents(run, sae, encode_split(sae, run.x_train), gate_DH, evidence, cost_P)
+
+
 def _choose_latents(
     run: RunData, strategies: Strategies, evidence: tuple[Outcomes, ...], cost_P: np.ndarray, fold_N: np.ndarray
 ) -> ChosenLatents:
@@ -396,9 +436,8 @@ def _choose_latents(
       cost_P: what each pattern costs.
       fold_N: the half of validation to which each image belongs.
     """
-    config, dataset, classes = run.trained.config, run.dataset, len(run.dataset.class_names)
+    config, classes = run.trained.config, len(run.dataset.class_names)
     gate_DH = gate_jacobian(run.trained, run.x_train)
-    residuals = Residuals(run.x_train, dataset.train.labels, gate_DH)
     no_choice = Choice(np.zeros((classes, 0), np.int32), np.zeros((classes, 0), np.float32))
     steered: list[list[Steering]] = []
     crossed: list[list[Steering]] = []
@@ -406,9 +445,7 @@ def _choose_latents(
     for seed in range(config.sae.seeds):
         sae = run.autoencoders.member(seed)
         z_NF = encode_split(sae, run.x_train)
-        stats = latent_statistics(
-            z_NF, dataset.train.labels, classes, sae.decoder, gate_DH, evidence, dataset.class_names
-        )._replace(cost=cost_P, related=dataset.related, residuals=residuals)
+        stats = _measure_latents(run, sae, z_NF, gate_DH, evidence, cost_P)
         if seed == 0:
             class_frequency = stats.class_frequency.astype(np.float32)
             top_images, top_activations = _top_images(z_NF, INSPECTED_IMAGES)
@@ -421,7 +458,7 @@ def _choose_latents(
                 steered[-1].append(Steering(sae, stats.strength, no_choice))
                 crossed[-1].append(Steering(sae, stats.strength, no_choice))
                 continue
-            rngs = (np.random.default_rng([config.seed, 3, seed, number]) for _ in versions)
+            rngs = (strategy_rng(config, seed, number) for _ in versions)
             choice, *halves = (choose(version, config.steer, rng) for version, rng in zip(versions, rngs, strict=True))
             crossed_choice = concatenate_choices(halves)
             steered[-1].append(Steering(sae, stats.strength, choice))
@@ -449,7 +486,7 @@ def _choose_by_image(
         images = ReadResiduals(x_ND, encode_sparse(steered[s][0].sae, x_ND))
         versions = [stats] if fold_N is None else [_without_fold(stats, fold_N, fold) for fold in (0, 1)]
         for g, choose in chosen.items():
-            rngs = (np.random.default_rng([config.seed, 3, s, g]) for _ in versions)
+            rngs = (strategy_rng(config, s, g) for _ in versions)
             parts = [
                 choose.choose(images, version, config.steer, rng) for version, rng in zip(versions, rngs, strict=True)
             ]
