@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ commands:
   study    run an experiment with several training seeds, and report on all of them
   export   write a run's model or autoencoders for timm, SAELens or overcomplete
   deploy   write a smaller model for the classes you see, as safetensors, StableHLO and ONNX
-  predict  predict the classes of image files with a deployed model
+  predict  answer for image files with a run or a deployed model: class, heads, latents, steering
   page     write a run's pages again, or a results page for the documentation
   config   show, explain or check a config, or write the reference of all fields
   compile  compile a run's programs for a TPU that is not there: time, memory, cost
@@ -346,31 +346,104 @@ def command_deploy(arguments: Sequence[str]) -> None:
 
 
 def command_predict(arguments: Sequence[str]) -> None:
-    """Predict the classes of image files with a deployed model: `headsteer predict`."""
-    parser = Parser("predict", "Predict the classes of image files with a model that headsteer deploy wrote.")
-    parser.add_argument("deployed", metavar="DEPLOYED", help="the directory of the deployed model")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or directories that hold some")
+    """Predict the classes of image files with a run's model or a deployed one: `headsteer predict`."""
+    parser = Parser(
+        "predict", "Predict the classes of image files with the gated model of a run, or with a model that headsteer "
+        "deploy wrote.\nOf a run it also says which heads ran and which latents are strongest.",
+        "docs/how-to/predict.md explains the table and the JSON.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="the directory of a run or of a deployed model")
+    help_images = "image files, directories that hold some, or - for paths on standard input, one a line"
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=help_images)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    help_steer = "of a run: steer it too; without a class, by the one that it predicts"
+    parser.add_argument("--steer", metavar="STRATEGY[:CLASS]", help=help_steer)
+    parser.add_argument("--alpha", type=float, help="with --steer: the steering strength")
+    parser.add_argument("--data", metavar="PATH", help="with --steer: the data's new path, if they have moved")
     flags = parser.parse_args(list(arguments))
+    _import_from_here()
     _import_jax()
 
-    from headsteer_jax.deploy.predict import list_images, predict_files
-    from headsteer_jax.deploy.store import load_deployed
+    from headsteer_jax.data.image_files import list_images
+    from headsteer_jax.deploy.store import find_kind
 
-    model = load_deployed(flags.deployed)
-    files = list_images([expand_path(image, "IMAGE", buckets=False) for image in flags.images])
+    directory = _workdir(flags.model, "MODEL")
+    predict = _prepare_run(directory, flags) if find_kind(directory.path) == "run" else _prepare_deployed(flags)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a path may have bytes that are not UTF-8
+    files = list_images([expand_path(image, "IMAGE", buckets=False) for image in flags.images], sys.stdin)
     _start()
-    unread, width = 0, max(len(str(file)) for file in files)
-    for prediction in predict_files(model, files):
-        unread += bool(prediction.error)
-        if flags.json:
-            print(json.dumps(prediction.to_json(), ensure_ascii=False))
-        elif prediction.error:
-            print(f"warning: {prediction.error}", file=sys.stderr)
+    unread = 0
+    for error, lines in predict(files):
+        unread += bool(error)
+        if error and not flags.json:
+            print(f"warning: {error}", file=sys.stderr)
         else:
-            print(f"{prediction.path:<{width}}  {prediction.probability:7.1%}  {prediction.class_name}")
+            print(*lines, sep="\n")
     if unread:
         raise HeadSteerError(f"{unread} of {len(files)} images could not be read; the others are answered above")
+
+
+# image files -> of each, why it cannot be read, and the lines that are printed
+PredictFiles = Callable[[Sequence[Path]], Iterator[tuple[str, list[str]]]]
+
+
+def _prepare_run(workdir: Any, flags: argparse.Namespace) -> PredictFiles:
+    """Check what is asked of a run, and return the function that answers."""
+    _import_matplotlib()
+
+    from headsteer_jax.prediction import (
+        Request,
+        check_request,
+        load_reader,
+        path_width,
+        predict_run_files,
+        table_head,
+        table_rows,
+        to_json,
+    )
+
+    request = Request(flags.steer, flags.alpha, flags.data)
+    check_request(workdir, request)
+
+    def predict(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
+        reader, width = load_reader(workdir, request), path_width(files, request)
+        if not len(reader.latent_classes):
+            print(
+                "note: latents are left out, because the stage sae is not done; compute it with headsteer run "
+                f"--workdir={workdir.path} --stages=sae",
+                file=sys.stderr,
+            )
+        if not flags.json:
+            yield "", [table_head(reader, width)]
+        for answer in predict_run_files(reader, files):
+            if flags.json:
+                yield answer.error, [json.dumps(to_json(answer, reader), ensure_ascii=False)]
+            else:
+                yield answer.error, list(table_rows(answer, reader, width))
+
+    return predict
+
+
+def _prepare_deployed(flags: argparse.Namespace) -> PredictFiles:
+    """Load a deployed model, and return the function that answers."""
+    from headsteer_jax.deploy.predict import predict_files
+    from headsteer_jax.deploy.store import load_deployed
+
+    for name in ("steer", "alpha", "data"):
+        if getattr(flags, name) is not None:
+            raise HeadSteerError(
+                f"--{name}: leave it out; {flags.model} is a deployed model, and only runs are steered"
+            )
+    model = load_deployed(flags.model)
+
+    def predict(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
+        width = max(len(str(file)) for file in files)
+        for answer in predict_files(model, files):
+            row = f"{answer.path:<{width}}  {answer.probability:7.1%}  {answer.class_name}"
+            yield answer.error, [json.dumps(answer.to_json(), ensure_ascii=False) if flags.json else row]
+
+    return predict
 
 
 def command_page(arguments: Sequence[str]) -> None:

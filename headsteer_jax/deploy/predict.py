@@ -7,10 +7,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from headsteer_jax.data.decode import decode_image, readable_suffixes
-from headsteer_jax.data.names import is_system_name
+from headsteer_jax.data.image_files import read_images
 from headsteer_jax.deploy.model import DeployedModel, predict
-from headsteer_jax.errors import HeadSteerError
 
 BATCH = 64
 
@@ -30,30 +28,6 @@ class Prediction(NamedTuple):
         return {"path": self.path, "class": self.class_name, "probability": round(self.probability, 6)}
 
 
-def list_images(paths: Sequence[str]) -> list[Path]:
-    """List image files: those that are named, and those that lie below directories that are named, in order.
-
-    Raises:
-      HeadSteerError: a path does not exist, or a directory holds no image.
-    """
-    files: list[Path] = []
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*")
-                if file.suffix.lower() in readable_suffixes() and not is_system_name(file.name) and file.is_file()
-            )  # fmt: skip
-            if not inside:
-                raise HeadSteerError(f"{path}: there is no image in it; give image files, or directories of them")
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise HeadSteerError(f"{path}: no such file; give image files, or directories of them")
-    return files
-
-
 def predict_files(model: DeployedModel, files: Sequence[Path]) -> Iterator[Prediction]:
     """Predict the class of image files, in order; a file that cannot be read gets a line that says why.
 
@@ -62,13 +36,9 @@ def predict_files(model: DeployedModel, files: Sequence[Path]) -> Iterator[Predi
     size = min(BATCH, len(files))
     for begin in range(0, len(files), size):
         chunk = files[begin : begin + size]
-        images, errors = np.zeros((size, *model.config.image), np.uint8), [""] * len(chunk)
-        for place, file in enumerate(chunk):
-            try:
-                images[place] = decode_image(file, str(file), model.config.image, fit=True)
-            except HeadSteerError as error:
-                errors[place] = str(error)
-        best_B, probability_BC = jax.device_get(predict(model.config, model.params, images))
+        images, errors = read_images(chunk, model.config.image)
+        padded = np.pad(images, ((0, size - len(chunk)), (0, 0), (0, 0), (0, 0)))
+        best_B, probability_BC = jax.device_get(predict(model.config, model.params, padded))
         for place, (file, fault) in enumerate(zip(chunk, errors, strict=True)):
             if fault:
                 yield Prediction(str(file), error=fault)

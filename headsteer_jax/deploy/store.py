@@ -8,11 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import safetensors.numpy
+from etils import epath
 from pydantic import ValidationError
 
 from headsteer_jax.config.files import first_fault
@@ -90,6 +91,24 @@ def _count_parts(config: DeployedConfig, params: Params) -> tuple[tuple[int, ...
         for name in ("out", "mlp_out")
     ]
     return tuple(count // config.head_width for count in rows[0]), tuple(rows[1])
+
+
+def find_kind(directory: epath.Path) -> Literal["run", "deployed"]:
+    """Find out what a directory holds: a run whose stage train has begun, or a deployed model.
+
+    Raises:
+      HeadSteerError: it holds neither.
+    """
+    if (directory / "train/started.json").exists():
+        return "run"
+    try:
+        content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        return "deployed"
+    problem = "holds neither a run nor a deployed model" if directory.is_dir() else "no such directory"
+    raise HeadSteerError(f"{directory}: {problem}; give one that headsteer run or headsteer deploy wrote")
 
 
 def read_description(directory: Path) -> DeployedConfig:

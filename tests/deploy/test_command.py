@@ -96,12 +96,14 @@ def test_predict_refuses_what_it_cannot_answer(deployed: Path, tmp_path: Path) -
     assert "no such file" in refusal("predict", deployed, "missing.png", cwd=tmp_path)
     (tmp_path / "empty").mkdir()
     assert "there is no image in it" in refusal("predict", deployed, "empty", cwd=tmp_path)
-    assert "give a directory that headsteer deploy wrote" in refusal("predict", "empty", "x.png", cwd=tmp_path)
+    assert "holds neither a run nor a deployed model" in refusal("predict", "empty", "x.png", cwd=tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(deployed, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"version": 2}))
     assert "version 2 of the format" in refusal("predict", copy, "x.png", cwd=tmp_path)
+    line = refusal("predict", deployed, "x.png", "--steer=class", "--alpha=1", cwd=tmp_path)
+    assert f"--steer: leave it out; {deployed} is a deployed model" in line
 
 
 def test_a_steered_model_is_deployed_for_one_class(finished: FinishedRun, tmp_path: Path) -> None:
