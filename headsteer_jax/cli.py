@@ -450,9 +450,7 @@ def command_page(arguments: Sequence[str]) -> None:
     """Write a run's pages again from what its stages saved: `headsteer page`."""
     parser = Parser("page", "Write the pages of a finished run again, from what its stages saved.")
     parser.add_argument("run", metavar="RUN", help="the run's directory")
-    parser.add_argument(
-        "--output", metavar="DIR", help="where to write report.html, latents.html and figures/ (default: RUN)"
-    )
+    parser.add_argument("--output", metavar="DIR", help="where to write the pages and figures/ (default: RUN)")
     parser.add_argument("--data", metavar="PATH", help="the new path of the data, if they have moved since the run")
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="with --results: the config that the run began with")
@@ -465,10 +463,12 @@ def command_page(arguments: Sequence[str]) -> None:
     from headsteer_jax.report.page import check_output, write_pages
     from headsteer_jax.report.results import check_results_page, write_results
     from headsteer_jax.runs import check_done, load_run_dataset, read_config
+    from headsteer_jax.stages import load_test_readings
 
     workdir = _workdir(flags.run, "RUN")
     config = read_config(workdir)
-    check_done(config, workdir, "report", "headsteer page")
+    for stage in ("steer", "report"):
+        check_done(config, workdir, stage, "headsteer page")
     if flags.results:
         page = epath.Path(expand_path(flags.results, "--results"))
         check_results_page(page)
@@ -480,7 +480,7 @@ def command_page(arguments: Sequence[str]) -> None:
     output = epath.Path(expand_path(flags.output, "--output")) if flags.output else workdir.path
     if flags.output:
         check_output(output)
-    write_pages(config, dataset, workdir, output)
+    write_pages(config, dataset, workdir, load_test_readings(config, dataset, workdir), output)
     print(output / "report.html")
 
 

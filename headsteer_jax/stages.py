@@ -48,8 +48,9 @@ from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_co
 from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.preflight import check_dataset, check_plans, check_workdir
+from headsteer_jax.report.explorer import TestReadings, read_test_images
 from headsteer_jax.report.figures import FIGURE_FILES
-from headsteer_jax.report.page import write_pages
+from headsteer_jax.report.page import PAGES, write_pages
 from headsteer_jax.runtime import hosts, preemption
 from headsteer_jax.runtime.files import Workdir, make_directory, read_arrays, read_json, write_json, write_text
 from headsteer_jax.runtime.lock import hold_lock
@@ -227,13 +228,25 @@ def front_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 
 def report_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Write summary.json, the figures and the pages."""
-    hosts.on_first_process(lambda: _write_report(config, dataset, workdir))
+    readings = load_test_readings(config, dataset, workdir)
+    hosts.on_first_process(lambda: _write_report(config, dataset, workdir, readings))
 
 
-def _write_report(config: Config, dataset: Dataset, workdir: Workdir) -> None:
+def load_test_readings(config: Config, dataset: Dataset, workdir: Workdir) -> TestReadings:
+    """Load what the page explorer.html computes with, on all hosts together.
+
+    Residuals that the stage sae has cached are read, others computed.
+    """
+    run, cache = load_run_data(config, dataset, workdir), activation_cache(config, workdir)
+    is_cached = config.sae.tokens == "cls" and Path(cache).exists()
+    stored = _load_residuals(cache if is_cached else None, run.trained, dataset, "test", "cls")
+    return read_test_images(run, load_all(stored))
+
+
+def _write_report(config: Config, dataset: Dataset, workdir: Workdir, readings: TestReadings) -> None:
     summary = collect_summary(config, dataset, workdir)
     write_json(workdir / "summary.json", summary)
-    write_pages(config, dataset, workdir, (workdir / "report.html").parent)
+    write_pages(config, dataset, workdir, readings, (workdir / "report.html").parent)
     for line in list_headlines(summary):
         logger.info(line)
 
@@ -309,10 +322,10 @@ STAGES: dict[str, Stage] = {
             optional=True, by_default=False, file="model.pretrained", entries=("front.json", "budgets"),
         ),
         Stage(
-            "report", "summary.json, figures/, report.html and latents.html",
+            "report", "summary.json, figures/, report.html, latents.html and explorer.html",
             report_stage, fields=(*TRAINED, "sae", "grid", "steer", "layers", "front", "report"),
             reads=("train", "sae", "grid", "steer", "layers", "front"), derived=True,
-            entries=(), products=("summary.json", "report.html", "latents.html", *FIGURE_FILES),
+            entries=(), products=("summary.json", *PAGES, *FIGURE_FILES),
         ),
     )
 }  # fmt: skip

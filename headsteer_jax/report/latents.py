@@ -20,17 +20,27 @@ CLASSES_SHOWN = 5  # in each latent's histogram
 HEAT_LEVELS = 15  # a patch's heat is one hexadecimal digit
 
 
-def _thumbnail_uri(image: np.ndarray) -> str:
-    """Encode an image, [height, width, channels] uint8, as a small PNG or JPEG, whichever is shorter."""
+def shrink_image(image: np.ndarray, side: int) -> Image.Image:
+    """Shrink an image, [height, width, channels] uint8, to at most `side` pixels in height and width."""
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    if max(picture.size) > THUMBNAIL:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    if max(picture.size) > side:
+        picture.thumbnail((side, side), Image.Resampling.BOX)
+    return picture
+
+
+def encode_image(picture: Image.Image, kinds: tuple[str, ...], quality: int) -> str:
+    """Encode a picture as a data URI, in the kind of file that is shortest."""
     uris = []
-    for kind in ("png", "jpeg"):
+    for kind in kinds:
         buffer = io.BytesIO()
-        picture.save(buffer, kind, quality=85, optimize=True)  # a PNG has no quality
+        picture.save(buffer, kind, quality=quality, optimize=True)  # a PNG has no quality
         uris.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
     return min(uris, key=len)
+
+
+def _thumbnail_uri(image: np.ndarray) -> str:
+    """Encode an image, [height, width, channels] uint8, as a small PNG or JPEG."""
+    return encode_image(shrink_image(image, THUMBNAIL), ("png", "jpeg"), quality=85)
 
 
 def _heat_digits(patches_T: np.ndarray, most: float) -> str:

@@ -1,4 +1,4 @@
-"""The pages report.html and latents.html, with figures, tables, and explanations of both."""
+"""The pages report.html, latents.html and explorer.html, with figures, tables, and explanations of all."""
 
 import base64
 
@@ -10,6 +10,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.compute import ImageGates, measure_compute, unpack_gates
+from headsteer_jax.report.explorer import TestReadings, write_explorer
 from headsteer_jax.report.figures import FIGURE_FILES, FIGURES, render_figure
 from headsteer_jax.report.latents import write_latents_page
 from headsteer_jax.report.render import render_template
@@ -25,6 +26,8 @@ from headsteer_jax.runtime.files import (
 )
 from headsteer_jax.train.log import read_log
 
+PAGES = ("report.html", "latents.html", "explorer.html")
+
 
 def check_output(directory: Path) -> None:
     """Check that pages and figures replace nothing but earlier ones.
@@ -33,7 +36,7 @@ def check_output(directory: Path) -> None:
       HeadSteerError: a file that would be written exists, and HeadSteer did not write it.
     """
     remedy = "choose another --output"
-    pages = [directory / "report.html", directory / "latents.html"]
+    pages = [directory / name for name in PAGES]
     for page in pages:
         check_replaceable(page, 'content="HeadSteer"', remedy)
     for file in () if any(page.exists() for page in pages) else FIGURE_FILES:
@@ -41,11 +44,14 @@ def check_output(directory: Path) -> None:
             raise HeadSteerError(f"{directory / file}: exists, and HeadSteer did not write it; {remedy}")
 
 
-def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path | None = None) -> None:
+def write_pages(
+    config: Config, dataset: Dataset, workdir: Workdir, readings: TestReadings, output: Path | None = None
+) -> None:
     """Draw a run's figures and write its pages from summary.json, sweep.nc and the other files of its stages.
 
     Args:
-      output: the directory for `figures/`, `report.html` and `latents.html`; None means the workdir.
+      readings: of the test images, for explorer.html.
+      output: the directory for `figures/` and the pages; None means the workdir.
 
     Raises:
       HeadSteerError: a file is missing or damaged, or the directory is not writable.
@@ -63,6 +69,7 @@ def write_pages(config: Config, dataset: Dataset, workdir: Workdir, output: Path
     )
     output = make_directory(output or workdir.path)  # nothing is written unless everything could be read
     write_latents_page(output / "latents.html", workdir.name, latents, dataset, config)
+    write_explorer(output / "explorer.html", workdir.name, config, dataset, data.arrays, readings, data.gates)
     write_report(data, workdir.name, output)
 
 
