@@ -36,8 +36,9 @@ from headsteer_jax.steer.sweep import bound_logits, choose_method, encode_sparse
 
 Arrays = dict[str, np.ndarray]
 
-PAGE_BYTES = 6_000_000  # more is slow to open and to send
-THUMBNAIL_BYTES = 2_400_000  # of them, before base64
+# a page of 6 MB still opens quickly and can be sent; both are counted as base64
+ARRAY_BYTES = 2_700_000
+THUMBNAIL_BYTES = 3_100_000
 TILES = (56, 48, 40, 32, 24)  # pixels: the sides that thumbnails may have
 NEIGHBOURS = 5  # latents of the nearest decoder rows
 LEVELS = 255  # of bounds, which are rounded up to a byte
@@ -69,7 +70,8 @@ def read_test_images(run: RunData, x_ND: np.ndarray) -> TestReadings:
     sae, gate_DH = run.autoencoders.member(0), gate_jacobian(run.trained, run.x_train)
     z_NF = encode_split(sae, run.x_train)
     stats = latent_statistics(z_NF, dataset.train.labels, len(names), sae.decoder)
-    mean_CF = np.stack([z_NF[dataset.train.labels == label].mean(axis=0) for label in range(len(names))])
+    counts_C = np.maximum(np.bincount(dataset.train.labels, minlength=len(names)), 1)
+    sums_CF = np.stack([z_NF[dataset.train.labels == label].sum(axis=0) for label in range(len(names))])
     logits = np.asarray(gates.logits(run.trained.model, run.trained.params, x_ND))
     linear = choose_method(config) == "flips"
     neighbours, cosines = find_neighbours(sae.decoder, stats.frequency > 0)
@@ -80,7 +82,7 @@ def read_test_images(run: RunData, x_ND: np.ndarray) -> TestReadings:
         active=encode_sparse(sae, x_ND),
         strength=stats.strength,
         frequency=stats.frequency,
-        selectivity=class_selectivity(mean_CF),
+        selectivity=class_selectivity(sums_CF / counts_C[:, None]),
         effect=gate_effect(sae.decoder, gate_DH, config.steer.latents, jax.default_backend()),
         neighbours=neighbours,
         cosines=cosines,
@@ -217,7 +219,7 @@ def draw_sprite(split: Split, order: np.ndarray) -> Sprite:
     if longest <= TILES[0]:
         sides = [longest, *(side for side in sides if side < longest)]
     sample = order[np.linspace(0, len(order) - 1, min(len(order), 256)).astype(int)]
-    fits = {side: THUMBNAIL_BYTES / (len(_draw_tiles(split, sample, side)[0]) * 3 / 4 / len(sample)) for side in sides}
+    fits = {side: THUMBNAIL_BYTES * len(sample) / len(_draw_tiles(split, sample, side)[0]) for side in sides}
     side = next((side for side in sides if fits[side] >= len(order)), sides[-1])
     counts = np.bincount(labels)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # among the images of its class
@@ -243,21 +245,23 @@ def _draw_tiles(split: Split, images: np.ndarray, side: int) -> tuple[str, int, 
 
 
 def explorer_data(
-    config: Config, dataset: Dataset, arrays: Arrays, readings: TestReadings, gates: ImageGates | None = None
-) -> tuple[dict[str, Any], Arrays, np.ndarray]:
+    config: Config, dataset: Dataset, arrays: Arrays, readings: TestReadings, gates: ImageGates | None = None,
+    step: int = 1,
+) -> tuple[dict[str, Any], Arrays, np.ndarray]:  # fmt: skip
     """Collect the page's content.
 
     Args:
       arrays: those of sweep.nc.
       gates: of the whole test split, for its patches.
+      step: every how many-th image is held, by class.
 
     Returns:
-      What goes into JSON, the arrays to pack, and the order [N] of the test images in both: by class. The blob and the
-      thumbnails are not in them yet.
+      What goes into JSON, the arrays to pack, and which test images they hold in which order, [N]: by class. The blob
+      and the thumbnails are not in them yet.
     """
     layer, why = LayerGates(config, config.sae_layer), explain_why_recorded(config)
     strategies = _describe_strategies(arrays, live=not why)
-    order = np.argsort(arrays["test_labels"], kind="stable")
+    order = np.argsort(arrays["test_labels"], kind="stable")[::step]
     patterns, patches = arrays["subset"], arrays["test_kept_patches"][order]
     active = csr_array(readings.active[order])
     active.sort_indices()
@@ -294,7 +298,7 @@ def explorer_data(
     }
     if gates is not None and "tokens" in gates.gates and "tokens" in config.gate.kinds_in(config.sae_layer):
         kept_NP = gates.gates["tokens"][:, config.sae_layer - config.gate.settings("tokens").first_layer]
-        if len(kept_NP) == len(order):  # not if only some classes are steered
+        if len(kept_NP) == len(arrays["test_labels"]):  # not if only some classes are steered
             contents["kept"] = np.packbits(kept_NP[order], axis=1, bitorder="little")
     related = [] if dataset.related is None else [np.flatnonzero(row).tolist() for row in dataset.related]
     header = {
@@ -332,7 +336,12 @@ def write_explorer(
       arrays: those of sweep.nc.
       gates: of the whole test split.
     """
-    header, contents, order = explorer_data(config, dataset, arrays, readings, gates)
+    step = 1
+    while True:
+        header, contents, order = explorer_data(config, dataset, arrays, readings, gates, step)
+        if len(pack_arrays(contents).blob) <= ARRAY_BYTES or len(order) <= len(dataset.class_names):
+            break
+        step *= 2
     sprite = draw_sprite(readings.split, order)
     packed = pack_arrays(contents | {"tile": sprite.tile})
     header |= {"index": packed.index, "tile": {"side": sprite.side, "columns": sprite.columns}}

@@ -1,0 +1,397 @@
+"""explorer.html: its arrays against the package's own, and the page in a browser against the package's counts."""
+
+import base64
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import CLASSES, random_sae, steer_config, trained_model
+from etils import epath
+
+from headsteer_jax.analysis.summary import summarise
+from headsteer_jax.analysis.sweep_file import to_arrays, to_dataset
+from headsteer_jax.data.dataset import Dataset, Split
+from headsteer_jax.model.passes import run_over_split
+from headsteer_jax.report import explorer
+from headsteer_jax.sae.autoencoder import Autoencoder, fit_scaling
+from headsteer_jax.sae.residuals import make_residual_program
+from headsteer_jax.sae.store import RunData
+from headsteer_jax.steer.catalogue import STRATEGIES
+from headsteer_jax.steer.gates import pattern_to_gates
+from headsteer_jax.steer.steering import GateProgram, Steering
+from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.sweep import run_sweep
+
+CHROMIUM = "/usr/bin/chromium"
+NAMES = (
+    "<script>document.title = 'run'</script>",
+    "\"quotes\" & 'others' &amp;",
+    "😀 emoji",
+    "עברית (rtl)",
+    "</script><b>bold",
+    "${x} `tick` \\n",
+    "plain",
+)
+STRATEGY_NAMES = ("class", "matched_random", "mean_difference", "image_latents")
+
+
+class Made(NamedTuple):
+    """A made run, swept, and its page."""
+
+    run: RunData
+    arrays: dict[str, np.ndarray]
+    readings: explorer.TestReadings
+    x: np.ndarray  # [N, D] of the test images
+    file: Path
+
+
+def make_split(count: int, seed: int) -> Split:
+    """Make random images of all classes by turns."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
+    return Split(images, (np.arange(count) % CLASSES).astype(np.int32))
+
+
+def make_page(directory: Path, **steer: Any) -> Made:
+    """Sweep a model with random parameters, and write its page."""
+    alphas = (-2.0, -0.5, 0.0, 0.5, 2.0, 6.0)
+    config = steer_config(**{"strategies": STRATEGY_NAMES, "alphas": alphas, "least_validation": 1} | steer)
+    trained, train = trained_model(config), make_split(140, 1)
+    related = np.arange(CLASSES)[:, None] // 2 == np.arange(CLASSES) // 2
+    dataset = Dataset(train, make_split(70, 2), make_split(105, 3), NAMES, related & ~np.eye(CLASSES, dtype=bool))
+    layer, width = config.sae_layer, config.model.width
+    program = make_residual_program(trained, (layer,), "cls")
+    x_train, x_test = (run_over_split(program, trained.params, split, "x")[0][:, 0] for split in (train, dataset.test))
+    weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(random_sae(seed, width, 2 * width) for seed in (0, 1)))
+    autoencoders = Autoencoder(weights, fit_scaling(lambda: [x_train], config.sae), config.sae.k)
+    run = RunData(trained, dataset, autoencoders, x_train)
+    result = run_sweep(run, {name: STRATEGIES[name] for name in config.steer.strategies})
+    arrays = to_arrays(to_dataset(result, summarise(result, config)[1]))
+    readings, file = explorer.read_test_images(run, x_test), directory / "explorer.html"
+    explorer.write_explorer(epath.Path(file), "a <run> & more", config, dataset, arrays, readings)
+    return Made(run, arrays, readings, x_test, file)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_page(tmp_path_factory.mktemp("explorer"))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_page(tmp_path_factory.mktemp("recorded"), target="residual", strategies=("class", "random"))
+
+
+def read_data(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read a page's JSON and unpack its arrays, without the package."""
+    text = file.read_text("utf-8")
+    (header,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    (blob,) = re.findall(r'<script type="text/plain" id="blob">(.*?)</script>', text, re.DOTALL)
+    data, content, arrays = json.loads(header), zlib.decompress(base64.b64decode(blob)), {}
+    for entry in data["index"]:
+        dtype, size, planes = np.dtype(entry["type"]), int(np.prod(entry["shape"])), entry["planes"]
+        stored = np.frombuffer(content, np.uint8, size * planes, entry["offset"]).reshape(planes, size)
+        bytes_ = np.zeros((size, dtype.itemsize), np.uint8)
+        bytes_[:, dtype.itemsize - planes :] = stored.T
+        arrays[entry["name"]] = bytes_.view(dtype).reshape(entry["shape"])
+    return data, arrays
+
+
+def test_the_arrays_come_back(made: Made) -> None:
+    data, arrays = read_data(made.file)
+    order = arrays["image"]
+    assert np.array_equal(np.sort(order), np.arange(105))
+    assert np.all(np.diff(made.arrays["test_labels"][order]) >= 0)
+    for name, stored in (
+        ("labels", "labels"),
+        ("prediction", "prediction"),
+        ("answers", "table"),
+        ("pattern", "pattern"),
+    ):
+        assert np.array_equal(arrays[name], made.arrays[f"test_{stored}"][order]), name
+    assert np.array_equal(arrays["gate_logits"], made.readings.gate_logits[order])
+    z_NF = np.asarray(made.run.autoencoders.member(0).encode(made.x))[order]
+    ends = np.cumsum(arrays["active_count"])
+    for n, (begin, end) in enumerate(zip(ends - arrays["active_count"], ends, strict=True)):
+        latents = np.cumsum(arrays["active_latents"][begin:end])
+        assert np.array_equal(latents, np.flatnonzero(z_NF[n]))
+        assert arrays["active_values"][begin:end] == pytest.approx(z_NF[n, latents], rel=2**-16)
+    assert data["classes"] == list(NAMES)
+    assert [row["kind"] for row in data["strategies"]] == ["latents", "latents", "directions", "recorded"]
+
+
+def test_bounds_are_rounded_up(made: Made) -> None:
+    data, arrays = read_data(made.file)
+    for name, exact in (("size", made.readings.size[arrays["image"]]), ("reach", made.readings.effect.size)):
+        stored = arrays[name] * np.array(data["rounding"][name])
+        assert np.all(stored >= exact * (1 - 1e-9)), name
+        assert np.all(stored <= exact + np.array(data["rounding"][name]) * 1.001), name
+
+
+def test_stored_arrays_give_the_counts_of_the_sweep(made: Made) -> None:
+    """Steer with nothing but the page's arrays, in NumPy, and compare with the sweep's counts at its alphas."""
+    data, a = read_data(made.file)
+    labels, C = a["labels"].astype(int), CLASSES
+    z_NF, ends = np.zeros((len(labels), len(a["strength"]))), np.cumsum(a["active_count"])
+    for n, (begin, end) in enumerate(zip(ends - a["active_count"], ends, strict=True)):
+        z_NF[n, np.cumsum(a["active_latents"][begin:end])] = a["active_values"][begin:end]
+    for g, name in enumerate(("class", "matched_random")):
+        for y, by in enumerate((labels, a["prediction"].astype(int))):
+            shift_NS = (a["weights"][g] * a["strength"][a["latents"][g]])[by]
+            chosen_NS = a["latents"][g][by].astype(int)
+            z_NS = np.take_along_axis(z_NF, chosen_NS, axis=1)
+            for i, alpha in enumerate(data["alphas"]):
+                change_NS = np.maximum(z_NS + alpha * shift_NS, 0) - z_NS
+                m_NG = a["gate_logits"] + np.einsum("NS,NSG->NG", change_NS, a["effect"].astype(float)[chosen_NS])
+                assert np.abs(m_NG).min() > 1e-5  # none is in doubt
+                pattern_N = (m_NG > 0) @ (1 << np.arange(m_NG.shape[1]))
+                right_N = a["answers"][np.arange(len(labels)), pattern_N] == labels
+                counts = np.bincount(labels[right_N], minlength=C)
+                assert np.array_equal(counts, made.arrays["test_correct"][g, 0, y, i]), (name, alpha)
+                on_CG = np.stack([(m_NG > 0)[labels == c].sum(axis=0) for c in range(C)])
+                assert np.array_equal(on_CG, made.arrays["test_heads_on"][g, 0, y, i]), (name, alpha)
+
+
+def test_neighbours_are_the_largest_cosines() -> None:
+    decoder = np.random.default_rng(0).standard_normal((12, 4))
+    living = np.arange(12) % 3 != 0
+    latents, cosines = explorer.find_neighbours(decoder, living)
+    unit = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
+    for f in range(12):
+        others = [j for j in np.argsort(-(unit @ unit[f])) if j != f and living[j]][: explorer.NEIGHBOURS]
+        assert latents[f].tolist() == others
+        assert cosines[f] == pytest.approx(unit[others] @ unit[f], abs=1e-6)
+    latents, cosines = explorer.find_neighbours(decoder, np.arange(12) < 2)
+    assert latents[0].tolist() == [1, 0, 0, 0, 0]
+    assert cosines[0, 1:].tolist() == [0, 0, 0, 0]
+
+
+def test_a_large_run_is_thinned_and_the_page_says_so(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explorer, "ARRAY_BYTES", 12_000)
+    monkeypatch.setattr(explorer, "THUMBNAIL_BYTES", 1_500)
+    config, dataset = made.run.trained.config, made.run.dataset
+    explorer.write_explorer(epath.Path(tmp_path / "e.html"), "run", config, dataset, made.arrays, made.readings)
+    text, (_, arrays) = (tmp_path / "e.html").read_text(), read_data(tmp_path / "e.html")
+    assert len(arrays["image"]) < 105
+    assert f"this page holds {len(arrays['image'])} of the 105 test images" in text
+    shown = int((arrays["tile"] >= 0).sum())
+    assert 0 < shown < len(arrays["image"])
+    assert f"it has thumbnails of {shown} images" in text
+
+
+def test_the_page_loads_nothing_and_holds_no_name_as_html(made: Made) -> None:
+    text = made.file.read_text("utf-8")
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in text
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert "<title>a &lt;run&gt; &amp; more: HeadSteer explorer</title>" in text
+    for name in ("<script>document", "</script><b>"):
+        assert name not in text
+
+
+# in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"there is no {CHROMIUM} (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Any]:
+    """Open a page; at the end of the test there must have been no error in its console."""
+    problems: list[str] = []
+    context = browser.new_context(viewport={"width": 1100, "height": 900})
+
+    def open_page(file: Path, hash_: str = "") -> Any:
+        tab = context.new_page()
+        tab.on(
+            "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
+        )
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.goto(file.as_uri() + hash_)
+        tab.wait_for_function("document.documentElement.dataset.firstMs")
+        return tab
+
+    yield open_page
+    context.close()
+    assert not problems
+
+
+def shown_counts(tab: Any) -> tuple[int, list[int], int]:
+    """Read the counts of the current setting: right answers, images on which each gate is open, flagged images."""
+    shown = tab.evaluate("({...document.querySelector('#numbers tr.now').dataset})")
+    return int(shown["right"]), [int(on) for on in shown["on"].split()], int(shown["flagged"])
+
+
+def count_by_gate(
+    made: Made, program: GateProgram, choice: Choice, by: np.ndarray, alpha: float, classes: list[int]
+) -> tuple[int, list[int]]:
+    """Count what the page shows through the gate itself and the sweep's table."""
+    steering = Steering(made.run.autoencoders.member(0), made.readings.strength, choice)
+    (pattern_N,) = program.patterns_on_grid(steering, made.x, by, np.array([alpha]))
+    labels = made.arrays["test_labels"]
+    chosen = np.isin(labels, classes)
+    right = made.arrays["test_table"][np.arange(len(labels)), pattern_N] == labels
+    return int(right[chosen].sum()), pattern_to_gates(pattern_N[chosen], len(made.arrays["gates"])).sum(axis=0).tolist()
+
+
+def test_random_settings_count_as_the_gate_itself(made: Made, visit: Any) -> None:
+    tab, rng, program = visit(made.file), np.random.default_rng(5), GateProgram(made.run.trained)
+    labels, prediction, none = made.arrays["test_labels"], made.arrays["test_prediction"], np.zeros((CLASSES, 0))
+    for number in range(20):
+        g, y, alpha = number % 3, int(rng.integers(2)), float(np.float32(round(float(rng.uniform(-3, 8)), 2)))
+        c = "all" if number % 4 == 0 else int(rng.integers(CLASSES))
+        classes = list(range(CLASSES)) if c == "all" else [c]
+        if g == 2:
+            directions = made.arrays["directions"][2, 0]
+            choice = Choice(none.astype(np.int32), none.astype(np.float32), directions)
+        else:
+            choice = Choice(made.arrays["latents"][g, 0], made.arrays["weights"][g, 0])
+        by = prediction if y else labels
+        query = f"class={c}&strategy={STRATEGY_NAMES[g]}&by={('true', 'predicted')[y]}&alpha={alpha}"
+        tab.evaluate("hash => { location.hash = hash }", query)
+        tab.wait_for_function("hash => document.documentElement.dataset.drawn.includes(hash)", arg=query)
+        right, on, flagged = shown_counts(tab)
+        expected = count_by_gate(made, program, choice, by, alpha, classes)
+        assert flagged == 0, query  # a float32 within rounding of 0 is rare among so few images
+        assert (right, on) == expected, query
+
+
+def test_latents_by_hand_count_as_the_gate_itself(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#strategy=hand&alpha=1.5&class=all")
+    assert tab.locator("#none-picked").is_visible()
+    tab.fill("#find", "7")
+    tab.locator("#found button").first.click()
+    tab.fill("#find", "11")
+    tab.locator("#found button").first.click()
+    weight = tab.get_by_label("weight of latent 11")
+    weight.fill("2.5")
+    tab.get_by_label("change the sign of latent 7").click()
+    assert "latents=7%3A-1%2C11%3A2.5" in tab.evaluate("location.hash")
+    program = GateProgram(made.run.trained)
+    choice = Choice(
+        np.tile([7, 11], (CLASSES, 1)).astype(np.int32), np.tile([-1, 2.5], (CLASSES, 1)).astype(np.float32)
+    )
+    labels = made.arrays["test_labels"]
+    for alpha in (1.5, -4.0):
+        tab.fill("#alpha", str(alpha))
+        assert shown_counts(tab)[:2] == count_by_gate(made, program, choice, labels, alpha, list(range(CLASSES)))
+    tab.get_by_label("remove latent 7").click()
+    choice = Choice(choice.latents[:, 1:], choice.weights[:, 1:])
+    assert shown_counts(tab)[:2] == count_by_gate(made, program, choice, labels, -4.0, list(range(CLASSES)))
+
+
+def test_the_slider_moves_everything_and_the_keyboard_moves_the_slider(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#class=2&strategy=class&alpha=0")
+    unsteered = tab.evaluate("({...document.querySelector('#numbers tr[data-setting=unsteered]').dataset})")
+    right, on, _ = shown_counts(tab)
+    assert (str(right), " ".join(map(str, on))) == (unsteered["right"], unsteered["on"])
+    tab.focus("#slider")
+    tab.keyboard.press("End")
+    tab.wait_for_function("document.querySelector('#alpha').value === '6'")
+    index = made.arrays["alphas"].tolist().index(6.0)
+    assert shown_counts(tab)[0] == made.arrays["test_correct"][0, 0, 0, index, 2]
+    assert shown_counts(tab)[1] == made.arrays["test_heads_on"][0, 0, 0, index, 2].tolist()
+    assert tab.locator("#heads .head small").all_text_contents() == [str(count) for count in shown_counts(tab)[1]]
+    marks = tab.locator("#tiles .tile.right").count()
+    assert marks == shown_counts(tab)[0]
+    tab.wait_for_function("document.querySelector('#spoken').textContent.startsWith('Alpha 6: accuracy')")
+
+
+def test_the_curve_ends_where_the_sweep_does(made: Made, visit: Any) -> None:
+    """The drawn steps end at the counts of the sweep at the largest and the smallest alpha."""
+    tab = visit(made.file, "#class=all&strategy=class")
+    paths = tab.evaluate("[...document.querySelectorAll('#plot path[fill=none]')].map(path => path.getAttribute('d'))")
+    usage, accuracy = (np.array(re.findall(r"[MV](?:[\d.]+ )?([\d.-]+)", path), float) for path in paths[-2:])
+    shown = {"correct": accuracy, "heads_on": usage}
+    for name, values in shown.items():
+        for end, index in ((values[0], 0), (values[-1], -1)):
+            counts = made.arrays[f"test_{name}"][0, 0, 0, index]
+            share = counts.sum() / (105 * (counts.shape[1] if counts.ndim == 2 else 1))
+            assert end == pytest.approx(240 - 240 * share, abs=0.06), name
+
+
+def test_every_state_is_an_address_and_back_leads_back(made: Made, visit: Any) -> None:
+    tab = visit(made.file)
+    tab.select_option("#class", "3")
+    tab.select_option("#strategy", "1")
+    tab.locator("#tiles .tile").nth(2).click()
+    assert tab.locator("#image").is_visible()
+    tab.click("#to-latent")
+    address, heading = tab.url, tab.locator("#latent-body h2").first.text_content()
+    again = visit(made.file, "#" + address.split("#")[1])
+    assert again.locator("#latent-body h2").first.text_content() == heading
+    assert again.url == address
+    for expected in ("view=steer.*image=", "class=3&strategy=matched_random", "class=3&strategy=class"):
+        tab.go_back()
+        tab.wait_for_function("pattern => new RegExp(pattern).test(location.hash)", arg=expected)
+    assert tab.input_value("#class") == "3"
+    assert tab.locator("#image").is_hidden()
+    visit(made.file, "#view=nowhere&class=-1&strategy=none&alpha=x&latents=9999:1,a:b&image=1e9&latent=-3")
+
+
+def test_names_are_shown_as_they_are(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#view=class&class=4")
+    assert tab.locator("#class-body h2").first.text_content() == NAMES[4]
+    assert tab.locator("#class-of-view option").all_text_contents() == list(NAMES)
+    tab.click("#to-steer")
+    assert tab.locator("#class option").all_text_contents()[1:] == list(NAMES)
+    assert tab.title() == "a <run> & more: HeadSteer explorer"
+    assert tab.locator("main b", has_text="bold").count() == 0
+    tab.locator("#tiles .tile").first.click()
+    assert tab.locator("#detail b").first.text_content() == NAMES[4]
+
+
+def test_a_class_has_the_accuracy_of_every_subset(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#view=class&class=1")
+    rows = tab.evaluate("[...document.querySelectorAll('details tr[data-pattern]')].map(row => ({...row.dataset}))")
+    chosen = made.arrays["test_labels"] == 1
+    right_P = (made.arrays["test_table"][chosen] == 1).sum(axis=0)
+    assert {int(row["pattern"]): int(row["right"]) for row in rows} == dict(enumerate(right_P.tolist()))
+
+
+def test_recorded_settings_are_all_that_a_run_by_the_suffix_shows(recorded: Made, visit: Any) -> None:
+    tab = visit(recorded.file, "#class=2&strategy=class&alpha=2.2")
+    assert "the block itself reads the steered residual" in str(tab.locator("#recorded").text_content())
+    assert tab.locator("#strategy option").all_text_contents() == ["class", "random (control)"]
+    index = recorded.arrays["alphas"].tolist().index(2.0)  # the nearest
+    right, on, _ = shown_counts(tab)
+    assert right == recorded.arrays["test_correct"][0, 0, 0, index, 2]
+    assert on == recorded.arrays["test_heads_on"][0, 0, 0, index, 2].tolist()
+    tab.focus("#slider")
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_function("document.querySelector('#alpha').value === '6'")
+    for view in ("class", "latent"):
+        tab.click(f"#to-{view}")
+        assert tab.locator(f"#{view}-body .card").count() >= 3
+
+
+def test_a_strategy_that_chooses_for_each_image_shows_its_recorded_settings(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#class=all&strategy=image_latents&alpha=0.5&by=predicted")
+    index = made.arrays["alphas"].tolist().index(0.5)
+    assert shown_counts(tab)[0] == made.arrays["test_correct"][3, 0, 1, index].sum()
+
+
+def test_a_narrow_and_a_dark_page_fit(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#class=1&image=1")
+    tab.set_viewport_size({"width": 390, "height": 800})
+    tab.emulate_media(color_scheme="dark")
+    for view in ("steer", "class", "latent"):
+        tab.click(f"#to-{view}")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, view
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 21)"
