@@ -63,7 +63,7 @@ PRODUCTS = {  # what a stage writes outside its own directory
     "grid": ("activations",),
     "steer": ("sweep.nc",),
     "layers": ("activations",),
-    "report": ("summary.json", "report.html", "latents.html", "figures"),
+    "report": ("summary.json", "report.html", "latents.html", "explorer.html", "figures"),
 }
 DAMAGED = {"train": "train/dense_control/last", "sae": "sae/checkpoints"}  # a stage's checkpoints
 RESUME = 75  # exit code of a run that saved what it had and asks for the same command again
@@ -163,7 +163,11 @@ def contents(workdir: Path, stages: Iterable[str]) -> Iterator[tuple[str, Any]]:
         for name, value in json.loads((workdir / "summary.json").read_text()).items():
             if name not in ("seconds", "peak_memory_bytes"):
                 yield f"summary.json: {name}", value
-        for name in ("report.html", "latents.html"):  # they hold times and paths: only check that they are complete
+        for name in (
+            "report.html",
+            "latents.html",
+            "explorer.html",
+        ):  # they hold times and paths: only check that they are complete
             yield name, (workdir / name).read_text().rstrip().endswith("</html>")
 
 
@@ -177,7 +181,7 @@ def difference(workdir: Path, reference: dict[str, str], stages: Iterable[str] =
     stages = tuple(stages)
     prefixes = [f"{stage}/" for stage in stages]
     prefixes += ["sweep.nc"] if "steer" in stages else []
-    prefixes += ["summary.json", "report.html", "latents.html"] if "report" in stages else []
+    prefixes += ["summary.json", "report.html", "latents.html", "explorer.html"] if "report" in stages else []
     expected = {name: value for name, value in reference.items() if name.startswith(tuple(prefixes))}
     try:
         actual = digest(workdir, stages)

@@ -551,7 +551,7 @@ def test_results_page(finished, tmp_path):
 def test_pages_written_again_are_the_same_bytes(finished, tmp_path):
     result = succeeded(headsteer("page", finished.workdir, f"--output={tmp_path / 'new'}"))
     assert result.stdout == f"{tmp_path / 'new' / 'report.html'}\n"
-    for name in ("report.html", "latents.html", "figures/front.png"):
+    for name in ("report.html", "latents.html", "explorer.html", "figures/front.png"):
         assert (tmp_path / "new" / name).read_bytes() == (finished.workdir / name).read_bytes()
 
 

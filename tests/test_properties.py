@@ -166,9 +166,9 @@ OUR_NAMES = st.one_of(
     STAGE_NAMES,
     STAGE_NAMES.map(lambda name: f".{name}.new"),
     STAGE_NAMES.map(lambda name: f".{name}.removed"),
-    st.sampled_from(["config.json", "sweep.nc", "summary.json", "report.html", "latents.html", "figures", "activations",
-                     ".lock", ".config.json.part", ".git", "started.json", "done.json", "result", "front.png",
-                     ".started.json.part", "checkpoints", "notes[1].txt", "notes1.txt"]),
+    st.sampled_from(["config.json", "sweep.nc", "summary.json", "report.html", "latents.html", "figures",
+                     "explorer.html", "activations", ".lock", ".config.json.part", ".git", "started.json", "done.json",
+                     "result", "front.png", ".started.json.part", "checkpoints", "notes[1].txt", "notes1.txt"]),
 )  # fmt: skip
 ANY_NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name not in (".", "..")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from PIL import Image
@@ -72,7 +73,7 @@ def read_test_images(run: RunData, x_ND: np.ndarray) -> TestReadings:
     stats = latent_statistics(z_NF, dataset.train.labels, len(names), sae.decoder)
     counts_C = np.maximum(np.bincount(dataset.train.labels, minlength=len(names)), 1)
     sums_CF = np.stack([z_NF[dataset.train.labels == label].sum(axis=0) for label in range(len(names))])
-    logits = np.asarray(gates.logits(run.trained.model, run.trained.params, x_ND))
+    logits = np.asarray(gates.logits(run.trained.model, run.trained.params, jnp.asarray(x_ND)))
     linear = choose_method(config) == "flips"
     neighbours, cosines = find_neighbours(sae.decoder, stats.frequency > 0)
     return TestReadings(
@@ -114,7 +115,7 @@ class Packed(NamedTuple):
     """Arrays as one compressed blob, and the list of what is where in it."""
 
     blob: str  # base64 of zlib
-    index: list[dict[str, Any]]  # name, type, shape and first byte of each array
+    places: list[dict[str, Any]]  # name, type, shape and first byte of each array
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray]) -> Packed:
@@ -123,7 +124,7 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> Packed:
     The bytes of numbers are separated into planes, first the lowest byte of all of them, which compresses better. Of
     activations (`active_values`) the lowest byte is left out; their rounding is part of the page's bound.
     """
-    parts, index, offset = [], [], 0
+    parts, places, offset = list[bytes](), list[dict[str, Any]](), 0
     for name, values in arrays.items():
         flat = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).ravel()
         kind = {"f": "float", "u": "uint", "i": "int"}[values.dtype.kind] + str(8 * values.dtype.itemsize)
@@ -132,9 +133,9 @@ def pack_arrays(arrays: Mapping[str, np.ndarray]) -> Packed:
             bits = flat.view(np.uint32).astype(np.uint64) + 0x80  # rounds to the nearest
             planes = np.stack([bits >> 8 & 255, bits >> 16 & 255, bits >> 24 & 255]).astype(np.uint8)
         parts.append(np.ascontiguousarray(planes).tobytes())
-        index.append({"name": name, "type": kind, "planes": len(planes), "shape": values.shape, "offset": offset})
+        places.append({"name": name, "type": kind, "planes": len(planes), "shape": values.shape, "offset": offset})
         offset += len(parts[-1])
-    return Packed(base64.b64encode(zlib.compress(b"".join(parts), 9)).decode(), index)
+    return Packed(base64.b64encode(zlib.compress(b"".join(parts), 9)).decode(), places)
 
 
 def _as_unsigned(values: np.ndarray) -> np.ndarray:
@@ -344,7 +345,7 @@ def write_explorer(
         step *= 2
     sprite = draw_sprite(readings.split, order)
     packed = pack_arrays(contents | {"tile": sprite.tile})
-    header |= {"index": packed.index, "tile": {"side": sprite.side, "columns": sprite.columns}}
+    header |= {"index": packed.places, "tile": {"side": sprite.side, "columns": sprite.columns}}
     page = render_template(
         "explorer.html.j2", name=name, config=config, data=header, blob=packed.blob, sprite=sprite,
         images=len(order), pictures=int((sprite.tile >= 0).sum()), latents=len(readings.strength),

@@ -176,9 +176,10 @@ def test_neighbours_are_the_largest_cosines() -> None:
 def test_a_large_run_is_thinned_and_the_page_says_so(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explorer, "ARRAY_BYTES", 12_000)
-    monkeypatch.setattr(explorer, "THUMBNAIL_BYTES", 1_500)
     config, dataset = made.run.trained.config, made.run.dataset
+    stored = explorer.pack_arrays(explorer.explorer_data(config, dataset, made.arrays, made.readings)[1]).blob
+    monkeypatch.setattr(explorer, "ARRAY_BYTES", len(stored) * 3 // 4)
+    monkeypatch.setattr(explorer, "THUMBNAIL_BYTES", 1_500)
     explorer.write_explorer(epath.Path(tmp_path / "e.html"), "run", config, dataset, made.arrays, made.readings)
     text, (_, arrays) = (tmp_path / "e.html").read_text(), read_data(tmp_path / "e.html")
     assert len(arrays["image"]) < 105
@@ -282,7 +283,7 @@ def test_latents_by_hand_count_as_the_gate_itself(made: Made, visit: Any) -> Non
     weight = tab.get_by_label("weight of latent 11")
     weight.fill("2.5")
     tab.get_by_label("change the sign of latent 7").click()
-    assert "latents=7%3A-1%2C11%3A2.5" in tab.evaluate("location.hash")
+    tab.wait_for_function("location.hash.includes('latents=7%3A-1%2C11%3A2.5')")
     program = GateProgram(made.run.trained)
     choice = Choice(
         np.tile([7, 11], (CLASSES, 1)).astype(np.int32), np.tile([-1, 2.5], (CLASSES, 1)).astype(np.float32)

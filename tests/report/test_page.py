@@ -144,7 +144,7 @@ def test_page_is_self_contained(written: Written) -> None:
     assert len(images) == len(drawn)
     for tag, attrs in written.page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base"), tag
-        if attrs.get("href") == "latents.html":  # the page beside it, the only link
+        if attrs.get("href") in ("latents.html", "explorer.html"):  # the pages beside it, the only links
             continue
         for attribute in ("href", "srcset", "action", "data", "poster", "background"):
             assert attribute not in attrs, (tag, attribute)
@@ -341,7 +341,7 @@ def test_spread_labels_keeps_the_order_and_moves_only_close_neighbours() -> None
     assert np.array(places)[[0, 1, 3]] == pytest.approx([0.41, 0.51, 0.61], abs=0.002)
 
 
-@pytest.mark.parametrize("name", ["report.html", "latents.html", "figures/front.png"])
+@pytest.mark.parametrize("name", ["report.html", "latents.html", "explorer.html", "figures/front.png"])
 def test_pages_replace_no_file_of_another_program(tmp_path: Path, name: str) -> None:
     page.check_output(epath.Path(tmp_path))
     (tmp_path / "figures").mkdir()
