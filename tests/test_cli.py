@@ -564,6 +564,8 @@ def test_pages_need_a_finished_report_of_this_version(finished, tmp_path):
     )
     record.unlink()
     refused(headsteer("page", workdir), "headsteer page needs the stage report", "--stages=report")
+    (workdir / "steer" / "done.json").unlink()
+    refused(headsteer("page", workdir), "headsteer page needs the stage steer", "--stages=steer")
 
 
 @pytest.mark.slow

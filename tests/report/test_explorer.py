@@ -18,6 +18,7 @@ from etils import epath
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_arrays, to_dataset
 from headsteer_jax.data.dataset import Dataset, Split
+from headsteer_jax.model.compute import ImageGates
 from headsteer_jax.model.passes import run_over_split
 from headsteer_jax.report import explorer
 from headsteer_jax.sae.autoencoder import Autoencoder, fit_scaling
@@ -187,6 +188,25 @@ def test_a_large_run_is_thinned_and_the_page_says_so(
     shown = int((arrays["tile"] >= 0).sum())
     assert 0 < shown < len(arrays["image"])
     assert f"it has thumbnails of {shown} images" in text
+
+
+def gate_patches(made: Made, file: Path) -> np.ndarray:
+    """Write the page of the same run as if its patches had gates; return the kept patches, [N, patches] bool."""
+    config = made.run.trained.config
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"kinds": ("heads", "tokens")})})
+    layers = len(config.layers_with("tokens"))
+    kept_NLP = np.random.default_rng(8).random((105, layers, 4)) < 0.6
+    gates = ImageGates({"tokens": kept_NLP}, np.zeros(105, np.float32), made.arrays["test_prediction"])
+    dataset = made.run.dataset
+    explorer.write_explorer(epath.Path(file), "run", config, dataset, made.arrays, made.readings, gates)
+    return kept_NLP[:, config.layers_with("tokens").index(config.sae_layer)]
+
+
+def test_the_page_holds_the_kept_patches(made: Made, tmp_path: Path) -> None:
+    kept_NP = gate_patches(made, tmp_path / "e.html")
+    _, arrays = read_data(tmp_path / "e.html")
+    bits = np.unpackbits(arrays["kept"], axis=1, count=4, bitorder="little").astype(bool)
+    assert np.array_equal(bits, kept_NP[arrays["image"]])
 
 
 def test_the_page_loads_nothing_and_holds_no_name_as_html(made: Made) -> None:
@@ -364,6 +384,20 @@ def test_a_class_has_the_accuracy_of_every_subset(made: Made, visit: Any) -> Non
     chosen = made.arrays["test_labels"] == 1
     right_P = (made.arrays["test_table"][chosen] == 1).sum(axis=0)
     assert {int(row["pattern"]): int(row["right"]) for row in rows} == dict(enumerate(right_P.tolist()))
+
+
+def test_an_image_shows_its_answers_and_its_kept_patches(made: Made, visit: Any, tmp_path: Path) -> None:
+    kept_NP = gate_patches(made, tmp_path / "e.html")
+    number = int(np.flatnonzero(made.arrays["test_labels"] == 2)[3])
+    tab = visit(tmp_path / "e.html", f"#class=2&strategy=class&alpha=1&image={number}")
+    classes = tab.evaluate("[...document.querySelectorAll('#detail .patches i')].map(patch => patch.className)")
+    assert [name == "kept" for name in classes] == kept_NP[number].tolist()
+    titles = tab.evaluate("[...document.querySelectorAll('#detail .answers span')].map(answer => answer.title)")
+    table = made.arrays["test_table"][number]
+    assert [title.split(": ", 1)[1] for title in titles] == [NAMES[answer] for answer in table]
+    margins = tab.locator("#detail tbody").first.locator("td:nth-child(2)").all_text_contents()
+    logits = [float(text.replace("\u2212", "-")) for text in margins]
+    assert logits == pytest.approx(made.readings.gate_logits[number].tolist(), abs=6e-4)
 
 
 def test_recorded_settings_are_all_that_a_run_by_the_suffix_shows(recorded: Made, visit: Any) -> None:
