@@ -21,6 +21,7 @@ def test_every_cell_of_the_notebook_runs(
     settings[0].source = f"RUN, CONFIG, FIELDS = {str(workdir)!r}, {str(finished.config)!r}, {{}}"
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # so that figures are drawn into the notebook
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("<iframe srcdoc=" in data.get("text/html", "") for data in shown)
