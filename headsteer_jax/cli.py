@@ -164,6 +164,8 @@ def command_run(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", help="short for --config.seed")
     parser.add_argument("--overwrite", action="store_true", help="compute stages again whose settings or data changed")
     parser.add_argument("--profile", action="store_true", help="short for --config.machine.profile=true")
+    help_logger = "short for --config.machine.logger: wandb logs to Weights & Biases beside TensorBoard"
+    parser.add_argument("--logger", choices=("tensorboard", "wandb"), help=help_logger)
     parser.add_argument(
         "--distributed", default="", metavar="auto|HOST:PORT,N,I", help="join a cluster, as process I of N"
     )
@@ -179,6 +181,8 @@ def command_run(arguments: Sequence[str]) -> None:
         overrides = {"seed": flags.seed} | overrides
     if flags.profile:
         overrides["machine.profile"] = "true"
+    if flags.logger is not None:
+        overrides = {"machine.logger": flags.logger} | overrides
     config = load_config(find_config(flags.config), overrides)
     expand_path(config.machine.activation_cache, "config.machine.activation_cache")  # it is needed only later
     _import_from_here()

@@ -27,6 +27,7 @@ from headsteer_jax.steer.sweep import check_strategies_and_classes, check_valida
 from headsteer_jax.train.dense_from import check_dense_from
 from headsteer_jax.train.loop import abstract_params
 from headsteer_jax.train.losses import check_budget
+from headsteer_jax.train.tracker import check_logger
 
 REPOSITORIES = (".git", ".hg", ".svn")
 OTHER_NAMES = ("config.json", "activations")  # what a run writes beside the stages' directories and products
@@ -126,10 +127,12 @@ def check_plans(config: Config, dataset: Dataset, workdir: Workdir, plans: Seque
     Raises:
       HeadSteerError: a file that is not a stage's would be overwritten; an image, the backbone or the autoencoder
         cannot be read or does not suit the config; the model sees values out of range; a batch cannot be divided among
-        the devices; the gates cannot reach a budget; or the disk has too little space.
+        the devices; the gates cannot reach a budget; a package is missing; or the disk has too little space.
     """
     hosts.on_first_process(lambda: check_products(workdir, plans))
     actions = {plan.stage.name: plan.action for plan in plans}
+    if any(actions.get(name, "nothing") != "nothing" for name in ("train", "front")):
+        hosts.on_first_process(lambda: check_logger(config))
     if actions.get("train", "nothing") != "nothing" and not _has_begun(workdir, "train", actions["train"]):
         _check_training(config, dataset, workdir)
     if any(actions.get(name, "nothing") != "nothing" for name in ("sae", "steer", "layers")):

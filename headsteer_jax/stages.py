@@ -294,7 +294,9 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train", "the vision transformer: dense, then with head gates, then a dense control of the same length",
             train_stage, fields=TRAINED, file="model.pretrained",
-            entries=("test.json", "gates.npz", "metrics.jsonl", "speed.jsonl", "tensorboard", "profile", *PHASES),
+            entries=(
+                "test.json", "gates.npz", "metrics.jsonl", "speed.jsonl", "tensorboard", "wandb", "profile", *PHASES,
+            ),
         ),
         Stage(
             "sae", "the sparse autoencoders of one layer's residual",

@@ -73,7 +73,7 @@ def train_front(config: Config, dataset: Dataset, train_directory: Path, directo
         if budgeted != config:
             place = directory / "budgets" / f"{budget:g}"
             logger.info(f"front: the budget {budget:g}")
-            with open_log(place) as log:
+            with open_log(place, budgeted) as log:
                 train_phase(build_model(budgeted, classes), params, "gated", dataset, budgeted, place, log)
         models[budget] = load_trained(budgeted, classes, place)
     return _measure_front(config, dataset, models, _find_right_answers(config, dataset, train_directory))

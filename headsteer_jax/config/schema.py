@@ -577,6 +577,9 @@ class MachineConfig(Section):
     own."""
     profile: bool = False
     """Write a jax.profiler trace of one training call of each phase to train/profile in the workdir."""
+    logger: Literal["tensorboard", "wandb"] = "tensorboard"
+    """Where the curves of training are written beside metrics.jsonl. tensorboard: to train/tensorboard in the workdir.
+    wandb: there and to Weights & Biases, which needs the extra `wandb` and a login, or WANDB_MODE=offline."""
     image_memory: PositiveInt = 4096
     """The most MiB that a split takes in memory when it is decoded. The images of a larger split are decoded batch by
     batch, in threads."""

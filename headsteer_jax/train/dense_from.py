@@ -144,7 +144,7 @@ def _write_phase(phase: Phase, config: Config, initial: Any, adopted: _Adopted, 
             lambda path, leaf: leaf if is_gate(path) else np.asarray(theirs[path]), initial
         )
 
-    with open_log(directory) as log:
+    with open_log(directory, config) as log:
         log.forget_after(phase, -1)
         for row in read_log(source / "metrics.jsonl"):
             if row["phase"] == phase:

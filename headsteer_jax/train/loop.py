@@ -341,7 +341,7 @@ def train_model(config: Config, dataset: Dataset, directory: Path) -> None:
     first = PHASES[0] if config.train.dense.steps else PHASES[1]
     begun = Checkpoints(directory / first / "last", config.machine.keep).latest() is not None
     params = init_params(model, config, config.seed, dataset.class_names, not begun)  # a checkpoint has the backbone
-    with open_log(directory) as log:
+    with open_log(directory, config) as log:
         if config.train.dense.steps:
             params = hosts.to_numpy(
                 evaluation_params(train_phase(model, params, "dense", dataset, config, directory, log))

@@ -92,7 +92,7 @@ for name, meshes in {"whole": ("8",), "parts": ("2x4", "1")}.items():
         params = loop.init_params(build_model(one, 3), one, 0)
         Checkpoints.save = stopping if name == "parts" and part == "2x4" else real
         try:
-            with open_log(out / name) as log:
+            with open_log(out / name, one) as log:
                 state = loop.train_phase(build_model(one, 3), params, "dense", dataset, one, out / name, log)
         except Stop:
             assert Checkpoints(out / name / "dense" / "last", 2).latest() == 4

@@ -134,7 +134,7 @@ def test_metrics_show_sampled_and_thresholded_usage(finished_training):
 def test_training_learns(dataset, tmp_path):
     config = with_train(dense=PhaseConfig(steps=60, learning_rate=3e-3), eval_every=30)
     model = build_model(config, 3)
-    with open_log(tmp_path) as log:
+    with open_log(tmp_path, config) as log:
         loop.train_phase(model, loop.init_params(model, config, 0), "dense", dataset, config, tmp_path, log)
     accuracy = [
         row["validation_accuracy"] for row in read_log(tmp_path / "metrics.jsonl") if "validation_accuracy" in row
@@ -206,7 +206,7 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(dataset, tmp_path, monk
         loop.train_model(config, dataset, tmp_path / "early")
     monkeypatch.setattr(step, "augment_and_normalise", real)
     params = loop.init_params(build_model(config, 3), config, 0)
-    with open_log(tmp_path) as log:
+    with open_log(tmp_path, config) as log:
         loop.train_phase(
             build_model(config, 3), params, "dense", dataset, with_train(dense=PhaseConfig(steps=4)), tmp_path, log
         )
