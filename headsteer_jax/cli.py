@@ -30,6 +30,7 @@ from headsteer_jax.runtime import preemption
 
 DEFAULT_CONFIG = "double_digits"
 CONFIG_HELP = "a shipped config's name, or a file (default: %(default)s)"
+RUN_HELP = "the run's directory, or hf://owner/name"
 HELP = """Train a gated vision transformer, find concepts with a sparse autoencoder, steer its heads, and report.
 
 commands:
@@ -105,7 +106,9 @@ def _silence_libraries() -> None:
 
     Orbax logs every save, and a failed save once for each array; its threads print what they raise.
     """
-    for name in ("absl", "asyncio", "matplotlib", "gcsfs"):
+    if not sys.stderr.isatty():  # it is read when huggingface_hub is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("absl", "asyncio", "matplotlib", "gcsfs", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     default = sys.excepthook
@@ -190,10 +193,11 @@ def command_run(arguments: Sequence[str]) -> None:
     _import_matplotlib()
 
     from headsteer_jax.runtime import hosts  # JAX is imported only once the flags are known to be right
+    from headsteer_jax.runtime.buckets import open_workdir
     from headsteer_jax.stages import parse_stages, run_stages
 
     names = parse_stages(flags.stages)
-    workdir = _workdir(flags.workdir or str(Path("runs") / Path(flags.config).stem))
+    workdir = open_workdir(flags.workdir or str(Path("runs") / Path(flags.config).stem), "--workdir")
     hosts.start(flags.distributed, flags.distributed_timeout)
     _start()
     per_process = ("distributed", "distributed_timeout")
@@ -237,6 +241,7 @@ def command_study(arguments: Sequence[str]) -> int:
     import jax
 
     from headsteer_jax.runtime import hosts
+    from headsteer_jax.runtime.buckets import open_workdir
     from headsteer_jax.runtime.jobs import divide_accelerators
     from headsteer_jax.runtime.progress import show_log
     from headsteer_jax.stages import parse_stages
@@ -250,7 +255,7 @@ def command_study(arguments: Sequence[str]) -> int:
         raise HeadSteerError(
             f"{variable}: a study is started by one process alone; start it once, or unset the variable"
         )
-    workdir = _workdir(flags.workdir or str(Path("studies") / Path(flags.config).stem))
+    workdir = open_workdir(flags.workdir or str(Path("studies") / Path(flags.config).stem), "--workdir")
     environments = divide_accelerators(flags.jobs)
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the runs'
     show_log()
@@ -271,7 +276,7 @@ def command_export(arguments: Sequence[str]) -> None:
         "  saelens:DIR            an SAELens directory for each autoencoder: DIR/seed_0, ...\n"
         "  overcomplete:DIR       an overcomplete state_dict for each: DIR/seed_0.safetensors, ...",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="the run's directory")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("targets", metavar="TARGET", nargs="+", help="LIBRARY:PATH, see below")
     parser.add_argument("--overwrite", action="store_true", help="replace files that HeadSteer did not write")
     flags = parser.parse_args(list(arguments))
@@ -285,12 +290,12 @@ def command_export(arguments: Sequence[str]) -> None:
         export_timm,
         parse_target,
     )
-    from headsteer_jax.runs import check_done, count_classes, read_config
+    from headsteer_jax.runs import check_done, count_classes, locate_run, read_config
     from headsteer_jax.sae.store import read_autoencoders
     from headsteer_jax.train.loop import load_trained
 
     targets = [parse_target(target) for target in flags.targets]
-    workdir = _workdir(flags.run, "RUN")
+    workdir = locate_run(flags.run, "RUN")
     config = read_config(workdir)
     for library, _ in targets:
         check_done(config, workdir, "train" if library == "timm" else "sae", "headsteer export")
@@ -316,7 +321,7 @@ def command_deploy(arguments: Sequence[str]) -> None:
         "deploy", "Write a model for some classes of a finished run: smaller, or gated with --dynamic or --steer.",
         "A list of names may also be a JSON list. docs/how-to/deploy.md explains what is written.",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="the run's directory")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--classes", metavar="A,B,...", help="the classes (with --dynamic or --steer: default all)")
     share: dict[str, Any] = {"type": float, "metavar": "SHARE"}
     help_loss = "cut as far as validation accuracy falls by at most this much (default: 0.01)"
@@ -336,9 +341,10 @@ def command_deploy(arguments: Sequence[str]) -> None:
     _import_matplotlib()
 
     from headsteer_jax.deploy.request import read_request
+    from headsteer_jax.runs import locate_run
 
     request = read_request(flags)
-    workdir = _workdir(flags.run, "RUN")
+    workdir = locate_run(flags.run, "RUN")
 
     from headsteer_jax.deployment import check_request, deploy_run
 
@@ -453,7 +459,7 @@ def _prepare_deployed(flags: argparse.Namespace) -> PredictFiles:
 def command_page(arguments: Sequence[str]) -> None:
     """Write a run's pages again from what its stages saved: `headsteer page`."""
     parser = Parser("page", "Write the pages of a finished run again, from what its stages saved.")
-    parser.add_argument("run", metavar="RUN", help="the run's directory")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--output", metavar="DIR", help="where to write the pages and figures/ (default: RUN)")
     parser.add_argument("--data", metavar="PATH", help="the new path of the data, if they have moved since the run")
     parser.add_argument("--results", metavar="PAGE.md", help="write a results page for the documentation instead")
@@ -466,10 +472,13 @@ def command_page(arguments: Sequence[str]) -> None:
 
     from headsteer_jax.report.page import check_output, write_pages
     from headsteer_jax.report.results import check_results_page, write_results
-    from headsteer_jax.runs import check_done, load_run_dataset, read_config
+    from headsteer_jax.runs import check_done, load_run_dataset, locate_run, read_config
+    from headsteer_jax.runtime.hub import is_on_hub
     from headsteer_jax.stages import load_test_readings
 
-    workdir = _workdir(flags.run, "RUN")
+    if is_on_hub(flags.run) and not (flags.output or flags.results):
+        raise HeadSteerError(f"RUN={flags.run}: pages are not written to the hub; give --output=DIR")
+    workdir = locate_run(flags.run, "RUN")
     config = read_config(workdir)
     for stage in ("steer", "report"):
         check_done(config, workdir, stage, "headsteer page")
@@ -645,22 +654,6 @@ def _import_from_here() -> None:
     """Let Python import from the current directory, last: a strategy `module:function` may lie beside the command."""
     with suppress(FileNotFoundError):  # the directory was deleted
         sys.path.append(os.getcwd())
-
-
-def _workdir(path: str, name: str = "--workdir") -> Any:
-    """Make the record of a run's directory, which may be in a bucket.
-
-    Raises:
-      HeadSteerError: the path is of a kind that is not supported, or the bucket cannot be reached.
-    """
-    from etils import epath
-
-    from headsteer_jax.runtime.buckets import check_reachable
-    from headsteer_jax.runtime.files import Workdir
-
-    workdir = Workdir(epath.Path(expand_path(path, name)))
-    check_reachable(workdir.path)
-    return workdir
 
 
 def _start() -> None:

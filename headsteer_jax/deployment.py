@@ -23,7 +23,7 @@ from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.store import read_autoencoders
 from headsteer_jax.steer.strategies import latent_statistics
-from headsteer_jax.train.loop import Phase, load_trained
+from headsteer_jax.train.loop import Phase, load_trained, reference_phase
 
 
 def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarray:
@@ -82,10 +82,8 @@ def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: P
 
 def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Sequence[int] | np.ndarray) -> Sources:
     """Load the models of a run from which a model for some classes is deployed."""
-    dense: Phase = "dense_control" if config.train.dense_control else "dense"
-    if not config.train.dense_control and not config.train.dense.steps:
-        dense = "gated"  # there is no other model; with all gates open it is a dense one
-    models = [load_trained(config, len(dataset.class_names), workdir / "train", phase) for phase in (dense, "gated")]
+    phases: tuple[Phase, ...] = (reference_phase(config), "gated")
+    models = [load_trained(config, len(dataset.class_names), workdir / "train", phase) for phase in phases]
     return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels))
 
 

@@ -21,13 +21,13 @@ from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_dataset
 from headsteer_jax.books import explain_staleness, is_done, read_inputs, read_record
 from headsteer_jax.config.files import first_fault, read_saved_config
-from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_change
 from headsteer_jax.data.sources import load_dataset
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.runtime.buckets import check_reachable
+from headsteer_jax.runtime.buckets import open_workdir
 from headsteer_jax.runtime.files import REMAKE, Workdir, read_arrays
+from headsteer_jax.runtime.hub import download_run, is_on_hub, parse_address
 from headsteer_jax.runtime.settings import open_devices, use_own_settings
 from headsteer_jax.runtime.staging import locate_complete
 from headsteer_jax.sae.autoencoder import Autoencoder
@@ -197,14 +197,15 @@ def load_run(directory: str | os.PathLike[str], data: "str | os.PathLike[str] | 
     """Load a run whose stages train and sae are done, with the config of the last command that ran there.
 
     Args:
+      directory: the run's directory, gs://bucket/path, or hf://owner/name for a run that `headsteer push` wrote to the
+        Hugging Face hub (hf://owner/name@revision: of a branch, tag or commit), which is downloaded once.
       data: the new path of the data, if they have moved since; or the dataset itself.
 
     Raises:
-      HeadSteerError: a stage is missing, stale or damaged, or the data are missing or have changed.
+      HeadSteerError: a stage is missing, stale or damaged, or the data are missing or have changed; or as `locate_run`.
     """
     open_devices()
-    workdir = Workdir(Path(expand_path(os.fspath(directory), "load_run")))
-    check_reachable(workdir.path)
+    workdir = locate_run(os.fspath(directory), "load_run")
     config = read_config(workdir)
     for name in ("train", "sae"):
         check_done(config, workdir, name, "load_run")
@@ -221,6 +222,23 @@ def read_latent_classes(workdir: Workdir) -> np.ndarray:
     """
     arrays = read_arrays(workdir / "sae/inside.npz")
     return rank_latent_classes(arrays["class_counts"], arrays["class_means"], LATENT_CLASSES)
+
+
+def locate_run(location: str, name: str) -> Workdir:
+    """Locate a run that is to be read: in a directory, in a bucket, or on the hub, from where it is downloaded once.
+
+    Args:
+      location: the directory, gs://bucket/path, hf://owner/name or hf://owner/name@revision.
+      name: what it was given as, such as RUN, for the error.
+
+    Raises:
+      HeadSteerError: the location is of a kind that is not supported; the bucket or the hub cannot be reached; or the
+        repository does not exist, may not be read or holds no run.
+    """
+    if not is_on_hub(location):
+        return open_workdir(location, name)
+    address = parse_address(location, name)
+    return Workdir(Path(download_run(address)), title=address.name)
 
 
 def load_run_dataset(

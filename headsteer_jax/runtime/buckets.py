@@ -1,13 +1,32 @@
-"""A first look into a bucket, so that missing credentials or a missing network give a one-line error at the start."""
+"""Workdirs by their paths, with a first look into a bucket.
+
+Missing credentials or a missing network thus give a one-line error at the start.
+"""
 
 import threading
 
 from etils.epath import Path
 
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.errors import HeadSteerError, explain_errors
-from headsteer_jax.runtime.files import is_in_bucket
+from headsteer_jax.runtime.files import Workdir, is_in_bucket
 
 REACH_SECONDS = 30.0  # libraries retry for minutes
+
+
+def open_workdir(path: str, name: str) -> Workdir:
+    """Make the record of a run's directory, which may be in a bucket and need not exist.
+
+    Args:
+      path: as it was given.
+      name: what it was given as, such as --workdir, for the error.
+
+    Raises:
+      HeadSteerError: the path is of a kind that is not supported, or the bucket cannot be reached.
+    """
+    workdir = Workdir(Path(expand_path(path, name)))
+    check_reachable(workdir.path)
+    return workdir
 
 
 def check_reachable(path: Path) -> None:

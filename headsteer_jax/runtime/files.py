@@ -145,6 +145,8 @@ class Workdir:
     path: Path
     redirected: Mapping[str, str] = field(default_factory=dict)
     """The first parts of names that are redirected while a stage is computed again beside its old results."""
+    title: str = ""
+    """The run's name, if the directory is not named after it: the hub's cache names one after a commit."""
 
     def __truediv__(self, name: str) -> Path:
         """Return the path of a file or directory in it."""
@@ -153,8 +155,8 @@ class Workdir:
 
     @property
     def name(self) -> str:
-        """Return the last part of the path, which names the run."""
-        return self.path.name or os.path.basename(os.path.abspath(self.path))  # `.` has no last part
+        """Return the run's name: its title, else the last part of the path."""
+        return self.title or self.path.name or os.path.basename(os.path.abspath(self.path))  # `.` has no last part
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value of JSON's types.

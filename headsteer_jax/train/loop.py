@@ -34,6 +34,7 @@ from headsteer_jax.data.dataset import Dataset, describe_data, describe_data_cha
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.compute import measure_compute, measure_usage
 from headsteer_jax.model.macs import training_flops, training_speed
+from headsteer_jax.model.params_file import PARAMS_FILE, read_params
 from headsteer_jax.model.passes import Observe, make_observer
 from headsteer_jax.model.pretrained import load_backbone
 from headsteer_jax.model.vit import Gating, TrainedModel, ViT, build_model, fingerprint_params
@@ -107,6 +108,16 @@ def list_phases(config: Config) -> tuple[Phase, ...]:
     """List the phases that a config trains, in order."""
     trained = {"dense": config.train.dense.steps > 0, "gated": True, "dense_control": config.train.dense_control}
     return tuple(phase for phase in PHASES if trained[phase])
+
+
+def reference_phase(config: Config) -> Phase:
+    """Return the phase whose model is the dense reference: the control, else the dense phase.
+
+    If neither is trained it is the gated phase, whose model with all gates open is a dense one.
+    """
+    if config.train.dense_control:
+        return "dense_control"
+    return "dense" if config.train.dense.steps else "gated"
 
 
 def train_phase(
@@ -360,11 +371,13 @@ def abstract_params(config: Config, classes: int) -> Any:
 def load_trained(config: Config, classes: int, directory: Path, phase: Phase = "gated") -> TrainedModel:
     """Load the model that a finished training left in `directory`.
 
+    A run from the hub has the parameters of a phase in PARAMS_FILE, without any checkpoints.
+
     Args:
       classes: the number of classes of its dataset.
 
     Raises:
-      HeadSteerError: the checkpoint is missing, damaged or of another config.
+      HeadSteerError: the checkpoint or the file is missing, damaged or of another config.
     """
     params = abstract_params(config, classes)
 
@@ -373,7 +386,9 @@ def load_trained(config: Config, classes: int, directory: Path, phase: Phase = "
         return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
 
     steps = phase_plan(config, phase).steps
-    if config.train.use == "best" and phase == "gated":
+    if (directory / phase / PARAMS_FILE).exists():
+        params = read_params(directory / phase / PARAMS_FILE, params)
+    elif config.train.use == "best" and phase == "gated":
         params = Checkpoints(directory / phase / "best", writes=False).restore(empty_like(params))[0]
     else:
         last = Checkpoints(directory / phase / "last", writes=False)
