@@ -40,6 +40,7 @@ commands:
   deploy   write a smaller model for the classes you see, as safetensors, StableHLO and ONNX
   predict  answer for image files with a run or a deployed model: class, heads, latents, steering
   page     write a run's pages again, or a results page for the documentation
+  push     write a run to the Hugging Face hub, from where load_run("hf://owner/name") reads it
   config   show, explain or check a config, or write the reference of all fields
   compile  compile a run's programs for a TPU that is not there: time, memory, cost
 
@@ -497,6 +498,38 @@ def command_page(arguments: Sequence[str]) -> None:
     print(output / "report.html")
 
 
+def command_push(arguments: Sequence[str]) -> None:
+    """Write a finished run to the Hugging Face hub: `headsteer push`."""
+    parser = Parser(
+        "push", "Write what is needed to steer, explore and report a finished run to the Hugging Face hub, in one "
+        "commit.",
+        "load_run(\"hf://owner/name\") and the commands that read a RUN read it again. docs/how-to/share.md lists\n"
+        "what is written. The extra hub is needed, and a token: hf auth login.",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="the run's directory")
+    parser.add_argument("address", metavar="hf://owner/name", help="the repository; it is made if there is none")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--message", help="the message of the commit (default: Add the run NAME)")
+    help_overwrite = "add the run to a repository that headsteer push did not write, replacing files of the same names"
+    parser.add_argument("--overwrite", action="store_true", help=help_overwrite)
+    flags = parser.parse_args(list(arguments))
+    if flags.message is not None and not flags.message.strip():
+        raise HeadSteerError("--message: must not be empty; leave it out for the default")
+    _import_jax()
+    _import_matplotlib()
+
+    from headsteer_jax.runs import locate_run
+    from headsteer_jax.runtime.hub import parse_address, upload_run
+    from headsteer_jax.sharing import PushRequest, check_push, collect_files
+
+    address = parse_address(flags.address, "hf://owner/name")
+    workdir = locate_run(flags.run, "RUN")
+    found = check_push(workdir, PushRequest(address, flags.private, flags.overwrite))
+    _start()
+    files = collect_files(workdir, address)
+    print(upload_run(address, found, files, flags.message or f"Add the run {workdir.name}", flags.private))
+
+
 def command_config(arguments: Sequence[str]) -> None:
     """Show, explain or check a config, or write the reference of all fields: `headsteer config`."""
     parser = Parser(
@@ -583,7 +616,8 @@ def command_compile(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "run": command_run, "study": command_study, "export": command_export, "deploy": command_deploy,
-    "predict": command_predict, "page": command_page, "config": command_config, "compile": command_compile,
+    "predict": command_predict, "page": command_page, "push": command_push, "config": command_config,
+    "compile": command_compile,
 }  # fmt: skip
 
 
