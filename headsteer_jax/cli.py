@@ -363,7 +363,9 @@ def command_predict(arguments: Sequence[str]) -> None:
         "deploy wrote.\nOf a run it also says which heads ran and which latents are strongest.",
         "docs/how-to/predict.md explains the table and the JSON.",
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="the directory of a run or of a deployed model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="the directory of a run or of a deployed model, or hf://owner/name"
+    )
     help_images = "image files, directories that hold some, or - for paths on standard input, one a line"
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=help_images)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
@@ -377,8 +379,9 @@ def command_predict(arguments: Sequence[str]) -> None:
 
     from headsteer_jax.data.image_files import list_images
     from headsteer_jax.deploy.store import find_kind
+    from headsteer_jax.runs import locate_run
 
-    directory = _workdir(flags.model, "MODEL")
+    directory = locate_run(flags.model, "MODEL")
     predict = _prepare_run(directory, flags) if find_kind(directory.path) == "run" else _prepare_deployed(flags)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a path may have bytes that are not UTF-8
