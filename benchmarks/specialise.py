@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from headsteer_jax.cli import _start, _workdir
+from headsteer_jax.cli import _start
 from headsteer_jax.data.dataset import gather_images
 from headsteer_jax.deploy.build import Sources, make_deployed_function, make_vit_function, propose_open_heads
 from headsteer_jax.deploy.card import compare_answers
@@ -34,7 +34,7 @@ from headsteer_jax.deploy.distil import distil_model
 from headsteer_jax.deploy.images import answer_images, select_images
 from headsteer_jax.deploy.specialise import Goal, specialise
 from headsteer_jax.deployment import load_sources
-from headsteer_jax.runs import check_done, load_run_dataset, read_config
+from headsteer_jax.runs import check_done, load_run_dataset, locate_run, read_config
 
 SET = 10  # classes
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=Path)
     flags = parser.parse_args()
-    workdir = _workdir(flags.run, "RUN")
+    workdir = locate_run(flags.run, "RUN")
     config = read_config(workdir)
     check_done(config, workdir, "train", "benchmarks/specialise.py")
     _start()
