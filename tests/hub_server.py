@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {path}")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.server.fail and re.search(self.server.fail, path):
-            return self.send(500, {"error": "out of order"})
+            return self.send(507, {"error": "no storage is left"})  # huggingface_hub tries some others again
         if token not in ("", TOKEN, READ_TOKEN):
             return self.send(401, {"error": "no"}, {"X-Error-Message": "Invalid credentials in Authorization header"})
         if path == "/api/whoami-v2":

@@ -113,6 +113,7 @@ def test_without_the_extra_one_line_names_it(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_package_itself_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="needs wandb")
     (tmp_path / "tiny.py").write_text(CONFIG)
