@@ -10,6 +10,7 @@ layer, F latents, K strongest latents.
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -91,9 +92,10 @@ def parse_steering(text: str, class_names: tuple[str, ...], flag: str) -> tuple[
     try:
         strategy = find_strategy(name)
     except HeadSteerError as error:
-        if ":" in name and not isinstance(error.__cause__, ModuleNotFoundError):
+        unknown, cause = text.partition(":")[0], error.__cause__
+        is_missing = isinstance(cause, ModuleNotFoundError) and f"{unknown}.".startswith(f"{cause.name}.")
+        if re.fullmatch(r"[\w.]+:[^\W\d][\w.]*", name) and not is_missing:  # a user's module, which has a fault
             raise
-        unknown = text.partition(":")[0]
         close = difflib.get_close_matches(unknown, STRATEGIES, n=1)
         advice = f"did you mean {close[0]!r}? There are" if close else "choose from"
         raise HeadSteerError(

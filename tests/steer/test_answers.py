@@ -1,6 +1,7 @@
 """Predictions against the plain model and a float64 reference; steering by rules; what --steer refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import chex
 import jax
@@ -196,6 +197,8 @@ def test_what_is_asked_is_parsed() -> None:
         ("class:catt", "--steer: the dataset has no class 'catt'; did you mean 'cat'?"),
         ("class:", "--steer: the dataset has no class ''; it has cat, dog, a:b"),
         ("clas:cat", "--steer=clas:cat: there is no strategy 'clas'; did you mean 'class'? There are class, global, "),
+        ("clas:42", "--steer=clas:42: there is no strategy 'clas'; did you mean 'class'?"),
+        ("clas:snow leopard", "there is no strategy 'clas'; did you mean 'class'?"),
         ("qqq", "--steer=qqq: there is no strategy 'qqq'; choose from class, global, "),
         ("numpy:none", "'numpy:none' cannot be imported"),
         ("image_latents:cat", "chooses for each image by itself; leave out the class: --steer=image_latents"),
@@ -206,6 +209,13 @@ def test_what_does_not_exist_is_refused(text: str, line: str) -> None:
         parse_steering(text, NAMES, "--steer")
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_fault_of_a_users_module_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("import a_package_that_is_missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(HeadSteerError, match="'needy:choose' cannot be imported: No module named 'a_package"):
+        parse_steering("needy:choose:cat", NAMES, "--steer")
 
 
 def test_wrong_arguments_of_predict_are_refused(finished: FinishedRun) -> None:
