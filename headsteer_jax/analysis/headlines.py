@@ -8,16 +8,15 @@ def list_headlines(summary: Mapping[str, Any]) -> list[str]:
     """List what was found: the model, the steering, its controls, the claims, the autoencoder and what it took.
 
     Args:
-      summary: the content of summary.json.
+      summary: the content of summary.json. If `class` is not among the strategies, there are no claims, and the first
+        strategy stands in its place.
     """
-    return [
-        _describe_model(summary),
-        _describe_steering(summary),
-        _describe_controls(summary),
-        _describe_claims(summary),
-        _describe_autoencoder(summary),
-        _describe_resources(summary),
-    ]
+    strategies = [name for name in summary["steering"] if name != "unsteered"]
+    main = "class" if "class" in strategies else strategies[0]
+    lines = [_describe_model(summary), _describe_steering(summary, main), _describe_controls(summary, main)]
+    if "claims" in summary:
+        lines.append(_describe_claims(summary))
+    return [*lines, _describe_autoencoder(summary), _describe_resources(summary)]
 
 
 def _describe_model(summary: Mapping[str, Any]) -> str:
@@ -31,20 +30,20 @@ def _describe_model(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_steering(summary: Mapping[str, Any]) -> str:
-    """Describe class steering, with the interval of its change."""
-    row = summary["steering"]["class"]
+def _describe_steering(summary: Mapping[str, Any], main: str) -> str:
+    """Describe steering by the main strategy, with the interval of its change."""
+    row = summary["steering"][main]
     low, high = (100 * end for end in row["accuracy_change_ci"])
     return (
-        f"class steering, alpha {row['alpha']:g}: accuracy {row['accuracy']:.1%} with {row['usage']:.1%} open; change "
-        f"{low:+.2f} to {high:+.2f} points; {row['classes_saved']} of {len(summary['classes'])} classes saved"
+        f"{main} steering, alpha {row['alpha']:g}: accuracy {row['accuracy']:.1%} with {row['usage']:.1%} open; change "
+        f"{low:+.2f} to {high:+.2f} points; classes saved: {row['classes_saved']}"
     )
 
 
-def _describe_controls(summary: Mapping[str, Any]) -> str:
-    """Describe which strategies save more than class steering, and how many save less."""
+def _describe_controls(summary: Mapping[str, Any], main: str) -> str:
+    """Describe which strategies save more than the main one, and how many save less."""
     usage = {name: row["usage"] for name, row in summary["steering"].items() if name != "unsteered"}
-    lower = sorted((name for name in usage if usage[name] < usage["class"]), key=usage.__getitem__)
+    lower = sorted((name for name in usage if usage[name] < usage[main]), key=usage.__getitem__)
     named = ", ".join(f"{name} {usage[name]:.1%}" for name in lower) or "none"
     return f"strategies that leave fewer open at their own choice: {named}; {len(usage) - 1 - len(lower)} leave more"
 

@@ -74,13 +74,13 @@ class TrainingLog:
             for name, path in self._paths.items():
                 write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows[name]))
 
-    def close(self) -> None:
-        """Close TensorBoard's file, and end the run of Weights & Biases."""
-        if self._tracker is not None:
-            self._tracker.close()
+    def close(self, failed: bool) -> None:
+        """Close TensorBoard's file, and end the run of Weights & Biases, as one that failed if it did."""
         with suppress(OSError):  # the next checkpoint or row reports a full disk
             if self._board is not None:
                 self._board.close()
+        if self._tracker is not None:
+            self._tracker.close(failed)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -101,8 +101,9 @@ def open_log(directory: Path, config: Config) -> Iterator[TrainingLog]:
     Raises:
       HeadSteerError: the directory is not writable, or Weights & Biases does not start.
     """
-    log = TrainingLog(directory, config)
+    log, failed = TrainingLog(directory, config), True
     try:
         yield log
+        failed = False
     finally:
-        log.close()
+        log.close(failed)

@@ -4,6 +4,8 @@ import logging
 import os
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from etils.epath import Path
@@ -64,26 +66,42 @@ class Tracker:
                 project=os.environ.get("WANDB_PROJECT", PROJECT), name=_name_run(directory),
                 settings=wandb.Settings(silent=True, console="off"),
             )  # fmt: skip
-        except wandb.Error as error:
+        except Exception as error:  # wandb.Error, and other types for a wrong WANDB_MODE and the like
             reason = " ".join(str(error).split())[:160]
             raise HeadSteerError(
                 f"config.machine.logger = 'wandb': Weights & Biases does not start ({reason}); log in with wandb "
                 "login, check the network, or set WANDB_MODE=offline"
             ) from None
-        self._phases: set[str] = set()
+        self._phases, self._has_failed = set[str](), False
         logger.info(f"wandb: {self._run.url or self._run.dir}")
 
     def write(self, phase: str, step: int, scalars: dict[str, float]) -> None:
         """Write numbers by their tags, which begin with the phase; each phase has an axis of steps of its own."""
         axis = f"{phase}/step"
-        if phase not in self._phases:
-            self._run.define_metric(f"{phase}/*", step_metric=axis)
-            self._phases.add(phase)
-        self._run.log(scalars | {axis: step})
+        with self._outlive_failure():
+            if phase not in self._phases:
+                self._run.define_metric(f"{phase}/*", step_metric=axis)
+                self._phases.add(phase)
+            self._run.log(scalars | {axis: step})
 
-    def close(self) -> None:
-        """Send what is left, and end the run."""
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        """Send what is left, and end the run.
+
+        Args:
+          failed: whether the training ends with an error.
+        """
+        with self._outlive_failure():
+            self._run.finish(exit_code=int(failed))
+
+    @contextmanager
+    def _outlive_failure(self) -> Iterator[None]:
+        """Let a training go on without its curves if wandb fails; only the first failure is said."""
+        try:
+            yield
+        except Exception as error:  # of its service process or of the network, in many types
+            if not self._has_failed:
+                logger.warning(f"wandb: {' '.join(str(error).split())[:160]}; training goes on without it")
+            self._has_failed = True
 
 
 def _name_run(directory: Path) -> str:

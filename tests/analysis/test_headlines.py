@@ -17,7 +17,6 @@ def made_summary(control: float | None, holds: tuple[bool | None, ...]) -> dict[
             "random": steered | {"usage": 0.7},
             "gate_aligned": steered | {"usage": 0.25},
         },
-        "classes": [{}] * 10,
         "claims": [{"claim": f"claim {number}", "holds": held} for number, held in enumerate(holds)],
         "sae": {"explained_variance": 0.88, "l0": 16.0, "latents": 768, "gate_agreement": 0.97, "dead_fraction": 0.01},
         "seconds": {"train": 100.0, "sae": 23.4},
@@ -28,8 +27,7 @@ def made_summary(control: float | None, holds: tuple[bool | None, ...]) -> dict[
 def test_six_lines_say_what_was_found() -> None:
     assert list_headlines(made_summary(0.94, (True, False, None, False))) == [
         "model: accuracy 90.0% with 80.0% of layer 4's gates open; the dense model: 94.0%",
-        "class steering, alpha 2.5: accuracy 91.3% with 50.0% open; change -0.40 to +1.25 points; "
-        "3 of 10 classes saved",
+        "class steering, alpha 2.5: accuracy 91.3% with 50.0% open; change -0.40 to +1.25 points; classes saved: 3",
         "strategies that leave fewer open at their own choice: gate_aligned 25.0%; 1 leave more",
         "claims: 1 of 3 hold; the first that does not: claim 1",
         "autoencoder: 88.0% of the variance by 16 of 768 latents, 97.0% of the gates agree, "
@@ -39,9 +37,13 @@ def test_six_lines_say_what_was_found() -> None:
 
 
 def test_what_is_missing_is_not_said() -> None:
-    summary = made_summary(None, (True, True)) | {"dense_accuracy": None}
+    summary: dict[str, Any] = made_summary(None, (True, True)) | {"dense_accuracy": None}
     del summary["steering"]["gate_aligned"]
     model, _, strategies, claims, *_ = list_headlines(summary)
     assert model == "model: accuracy 90.0% with 80.0% of layer 4's gates open"
     assert strategies == "strategies that leave fewer open at their own choice: none; 1 leave more"
     assert claims == "claims: 2 of 2 hold"
+    del summary["steering"]["class"], summary["claims"]  # neither is there if the strategy `class` is not asked for
+    _, steering, *rest = list_headlines(summary)
+    assert steering.startswith("random steering, alpha 2.5: accuracy 91.3% with 70.0% open")
+    assert not any(line.startswith("claims") for line in rest)

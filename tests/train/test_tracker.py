@@ -28,17 +28,31 @@ class StandIn(types.ModuleType):
         def __init__(self, **values: Any) -> None:
             self.values = values
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: str = "", dies: bool = False) -> None:
         super().__init__("wandb")
-        self.fails, self.runs = fails, []  # type: ignore[var-annotated]
+        self.fails, self.dies, self.runs = fails, dies, []  # type: ignore[var-annotated]
 
-    def init(self, **arguments: Any) -> Any:
+    def init(
+        self, *, id: str, resume: str, dir: str, config: dict[str, Any], project: str, name: str, settings: Any
+    ) -> Any:
         if self.fails:
             raise self.Error(self.fails)
-        run = types.SimpleNamespace(**arguments, url=None, rows=[], axes={}, finished=False)
-        run.log = run.rows.append
-        run.define_metric = lambda name, step_metric: run.axes.update({name: step_metric})
-        run.finish = lambda: setattr(run, "finished", True)
+        run = types.SimpleNamespace(
+            id=id, resume=resume, dir=dir, config=config, project=project, name=name, settings=settings,
+            url=None, rows=[], axes={}, exit_code=None,
+        )  # fmt: skip
+
+        def use(*_: Any) -> None:
+            if self.dies:
+                raise BrokenPipeError("the service process is gone")
+
+        def finish(exit_code: int) -> None:
+            use()
+            run.exit_code = exit_code
+
+        run.log = lambda row: use() or run.rows.append(row)
+        run.define_metric = lambda name, step_metric: use() or run.axes.update({name: step_metric})
+        run.finish = finish
         self.runs.append(run)
         return run
 
@@ -68,7 +82,7 @@ def test_the_same_rows_are_written_and_a_resumed_training_continues_its_run(
     first, second = wandb.runs
     assert first.id == second.id == json.loads((tmp_path / "w/train/wandb/run.json").read_text())["id"]
     assert first.resume == second.resume == "allow"
-    assert (first.name, first.project, first.finished) == ("w/train", "headsteer", True)
+    assert (first.name, first.project, first.exit_code) == ("w/train", "headsteer", 0)
     assert first.config["gate"]["first_layer"] == config.gate.first_layer
     assert first.axes == {"dense/*": "dense/step"}
     rows = read_log(tmp_path / "w/train/metrics.jsonl")
@@ -79,6 +93,23 @@ def test_the_same_rows_are_written_and_a_resumed_training_continues_its_run(
     ]
     assert {"dense/images_per_second": 9.0, "dense/step": 1} in first.rows
     assert list((tmp_path / "w/train/tensorboard").iterdir())
+
+
+def test_a_training_outlives_its_tracker_and_one_that_fails_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(dies=True))
+    with caplog.at_level("WARNING", logger="headsteer_jax"):
+        write_rows(tmp_path / "a", tracked_config(), range(1, 3))
+    assert [row["step"] for row in read_log(tmp_path / "a/metrics.jsonl")] == [1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "wandb: the service process is gone; training goes on without it"
+    ]
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ZeroDivisionError):
+        write_rows(tmp_path / "b", tracked_config(), range(1))
+    assert wandb.runs[0].exit_code == 1
 
 
 def test_without_the_flag_nothing_is_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
