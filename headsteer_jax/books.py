@@ -281,6 +281,9 @@ def _plan_stage(now: Inputs, workdir: Workdir, stage: Stage, remade: set[str], l
     again = [name for name in stage.reads if name in remade]
     if record is not None and again:
         reason = reason or f"{again[0]}, which it reads, is computed again"
+    if record is not None and stage.derived and not reason and is_done(workdir, stage):
+        pages = [name for name in stage.products if name.endswith(".html")]  # an earlier version wrote fewer
+        reason = next((f"{name} is missing" for name in pages if not (workdir / name).exists()), "")
     if record is not None and reason:
         return Plan(stage, "replace", reason, left_out)
     return Plan(stage, "nothing" if is_done(workdir, stage) else "make", "", left_out)

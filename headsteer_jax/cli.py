@@ -511,7 +511,9 @@ def command_push(arguments: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="the run's directory")
     parser.add_argument("address", metavar="hf://owner/name", help="the repository; it is made if there is none")
-    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument(
+        "--private", action="store_true", help="make a private repository; the pages show images of the data"
+    )
     parser.add_argument("--message", help="the message of the commit (default: Add the run NAME)")
     help_overwrite = "add the run to a repository that headsteer push did not write, replacing files of the same names"
     parser.add_argument("--overwrite", action="store_true", help=help_overwrite)
@@ -523,13 +525,15 @@ def command_push(arguments: Sequence[str]) -> None:
 
     from headsteer_jax.runs import locate_run
     from headsteer_jax.runtime.hub import parse_address, upload_run
-    from headsteer_jax.sharing import PushRequest, check_push, collect_files
+    from headsteer_jax.sharing import PushRequest, check_files, check_push, collect_files
 
     address = parse_address(flags.address, "hf://owner/name")
     workdir = locate_run(flags.run, "RUN")
-    found = check_push(workdir, PushRequest(address, flags.private, flags.overwrite))
+    request = PushRequest(address, flags.private, flags.overwrite)
+    found = check_push(workdir, request)
     _start()
     files = collect_files(workdir, address)
+    check_files(request, found, files)
     print(upload_run(address, found, files, flags.message or f"Add the run {workdir.name}", flags.private))
 
 

@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from headsteer_jax.books import is_done, read_record
@@ -58,6 +59,19 @@ def check_push(workdir: Workdir, request: PushRequest) -> Repository | None:
             f"{address}: exists and is public; make it private on its page first, or leave out --private"
         )
     return found
+
+
+def check_files(request: PushRequest, found: Repository | None, files: Mapping[str, str | bytes]) -> None:
+    """Check that nothing is replaced that other than a push has written.
+
+    Raises:
+      HeadSteerError: it would be.
+    """
+    if found is not None and not request.overwrite and (replaced := sorted(found.foreign & set(files))):
+        raise HeadSteerError(
+            f"{request.address}: holds {replaced[0]}, which headsteer push did not write; move it there, or pass "
+            "--overwrite to replace it"
+        )
 
 
 def collect_files(workdir: Workdir, address: Address) -> dict[str, str | bytes]:

@@ -117,12 +117,12 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 
 
 def _load_residuals(
-    cache: str | None, trained: TrainedModel, dataset: Dataset, name: str, tokens: Tokens
+    cache: str | None, trained: TrainedModel, dataset: Dataset, name: str, tokens: Tokens, may_write: bool = True
 ) -> StoredResiduals:
     """Load or compute the residuals of one split at the autoencoders' layer; without a cache they stay in memory."""
     layer = trained.config.sae_layer
     selection = ResidualSelection(getattr(dataset, name), name, (layer,), tokens)
-    return load_or_compute_residuals(cache, trained, selection)[layer]
+    return load_or_compute_residuals(cache, trained, selection, may_write=may_write)[layer]
 
 
 def _load_training_residuals(
@@ -235,11 +235,10 @@ def report_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
 def load_test_readings(config: Config, dataset: Dataset, workdir: Workdir) -> TestReadings:
     """Load what the page explorer.html computes with, on all hosts together.
 
-    Residuals that the stage sae has cached are read, others computed.
+    Residuals that the stage sae has cached are read, others computed; nothing is written.
     """
     run, cache = load_run_data(config, dataset, workdir), activation_cache(config, workdir)
-    is_cached = config.sae.tokens == "cls" and Path(cache).exists()
-    stored = _load_residuals(cache if is_cached else None, run.trained, dataset, "test", "cls")
+    stored = _load_residuals(cache, run.trained, dataset, "test", "cls", may_write=False)
     return read_test_images(run, load_all(stored))
 
 

@@ -222,13 +222,18 @@ def draw_sprite(split: Split, order: np.ndarray) -> Sprite:
     sample = order[np.linspace(0, len(order) - 1, min(len(order), 256)).astype(int)]
     fits = {side: THUMBNAIL_BYTES * len(sample) / len(_draw_tiles(split, sample, side)[0]) for side in sides}
     side = next((side for side in sides if fits[side] >= len(order)), sides[-1])
-    counts = np.bincount(labels)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # among the images of its class
+    counts, rank = np.bincount(labels), _rank_in_class(labels)
     per_class = next(n for n in range(int(counts.max()), 0, -1) if np.minimum(counts, n).sum() <= fits[side] or n == 1)
     shown = np.flatnonzero(rank < per_class)
     tile = np.full(len(order), -1, np.int32)
     tile[shown] = np.arange(len(shown))
     return Sprite(*_draw_tiles(split, order[shown], side), tile)
+
+
+def _rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """Number the images of each class, where images are sorted by class: [N]."""
+    counts = np.bincount(labels)
+    return np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _draw_tiles(split: Split, images: np.ndarray, side: int) -> tuple[str, int, int]:
@@ -254,7 +259,7 @@ def explorer_data(
     Args:
       arrays: those of sweep.nc.
       gates: of the whole test split, for its patches.
-      step: every how many-th image is held, by class.
+      step: every how many-th image of each class is held.
 
     Returns:
       What goes into JSON, the arrays to pack, and which test images they hold in which order, [N]: by class. The blob
@@ -262,7 +267,8 @@ def explorer_data(
     """
     layer, why = LayerGates(config, config.sae_layer), explain_why_recorded(config)
     strategies = _describe_strategies(arrays, live=not why)
-    order = np.argsort(arrays["test_labels"], kind="stable")[::step]
+    order = np.argsort(arrays["test_labels"], kind="stable")
+    order = order[_rank_in_class(arrays["test_labels"]) % step == 0]
     patterns, patches = arrays["subset"], arrays["test_kept_patches"][order]
     active = csr_array(readings.active[order])
     active.sort_indices()
@@ -348,6 +354,6 @@ def write_explorer(
     header |= {"index": packed.places, "tile": {"side": sprite.side, "columns": sprite.columns}}
     page = render_template(
         "explorer.html.j2", name=name, config=config, data=header, blob=packed.blob, sprite=sprite,
-        images=len(order), pictures=int((sprite.tile >= 0).sum()), latents=len(readings.strength),
+        images=len(order), pictures=int((sprite.tile >= 0).sum()), latents=len(readings.strength), step=step,
     )  # fmt: skip
     write_text(file, page)

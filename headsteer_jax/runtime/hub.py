@@ -52,6 +52,11 @@ class Repository(NamedTuple):
         """Say whether it holds a run or nothing at all."""
         return self.listed is not None or self.files <= set(EMPTY_FILES)
 
+    @property
+    def foreign(self) -> frozenset[str]:
+        """The files that no push has written."""
+        return self.files - (self.listed or frozenset()) - {*EMPTY_FILES, MANIFEST}
+
 
 def is_on_hub(location: str) -> bool:
     """Say whether a location is meant as a hub's."""
@@ -187,7 +192,7 @@ def upload_run(
     with explain_errors(address), _explain_hub_errors(address, hub):
         api = hub.HfApi()
         if found is None:
-            api.create_repo(address.repository, private=private)
+            _create(address, api, hub, private)
         operations: list[Any] = [hub.CommitOperationAdd(path, content) for path, content in contents.items()]
         if found is not None and found.listed:
             outdated = (found.listed & found.files) - set(contents)
@@ -195,6 +200,18 @@ def upload_run(
         parent = found.commit if found else None
         api.create_commit(address.repository, operations, commit_message=message, parent_commit=parent)
         return f"{api.endpoint}/{address.repository}"
+
+
+def _create(address: Address, api: Any, hub: ModuleType, private: bool) -> None:
+    """Create a repository; without `private` it is what the owner's settings say, which is public for most."""
+    try:
+        api.create_repo(address.repository, private=private or None)
+    except hub.errors.HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) != 409:
+            raise
+        raise HeadSteerError(
+            f"{address}: exists, but your token may not read it; choose another name, or use a token that may"
+        ) from None
 
 
 @contextmanager
@@ -238,7 +255,7 @@ def _explain(error: BaseException, hub: ModuleType) -> str:
         if status == 401:
             return f"the hub refuses your token; {LOG_IN}"
         if status == 403:
-            return "your token may not write there; use one with the right to write, or another owner"
+            return "your token may not do this there; use one with the right to, or another owner"
         if status in (409, 412):
             return "the repository changed meanwhile; run the same command again"
         return f"the hub answers with an error ({status}: {reason}); try again later"

@@ -475,8 +475,9 @@ def _complete_arrays(root: Location) -> list[str]:
 
 
 def load_or_compute_residuals(
-    directory: Directory | None, trained: TrainedModel, selection: ResidualSelection, shard_bytes: int = SHARD_BYTES
-) -> dict[int, StoredResiduals]:
+    directory: Directory | None, trained: TrainedModel, selection: ResidualSelection, shard_bytes: int = SHARD_BYTES,
+    may_write: bool = True,
+) -> dict[int, StoredResiduals]:  # fmt: skip
     """Load residuals from the cache; one forward pass computes those that are not there.
 
     Args:
@@ -484,6 +485,7 @@ def load_or_compute_residuals(
       trained: the model.
       selection: of which split, layers and tokens.
       shard_bytes: size of a shard, about.
+      may_write: whether computed residuals are written to the cache; otherwise they are held in memory.
 
     Returns:
       {layer: its residuals}.
@@ -501,7 +503,10 @@ def load_or_compute_residuals(
         metas = {layer: _read_meta(_locate_layer(directory, fingerprint, name, layer, tokens)) for layer in layers}
         return tuple(layer for layer, meta in metas.items() if meta is None)
 
-    if missing := hosts.on_first_process(find_missing):
+    missing = hosts.on_first_process(find_missing)
+    if missing and not may_write:
+        return _compute_residuals(trained, selection, shard_bytes)
+    if missing:
         if hosts.is_first_process():
             _report_stale(_locate(directory), fingerprint, name)
         write_cache(directory, trained, selection._replace(layers=missing), shard_bytes, ingredients)
