@@ -357,7 +357,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["bake"], ["bake: no such command", "run, study, export, deploy, predict, page, config, compile"]),
+        (["bake"], ["bake: no such command", "run, study, export, deploy, predict, page, push, config, compile"]),
         (["export"], ["RUN, TARGET", "headsteer export --help"]),
         (["export", "RUN", "torch:x"], ["torch:x: must be timm:FILE.safetensors, saelens:DIR or overcomplete:DIR"]),
         (["export", "RUN", "timm:model.bin"], ["timm:model.bin", "timm:FILE.safetensors"]),

@@ -169,7 +169,7 @@ def test_what_cannot_be_pushed_is_one_line_and_uploads_nothing(
         ({}, ["push", run, "hf://owner/tiny@v1"], "a run is pushed as the newest commit; leave out @v1"),
         ({}, ["push", run, "hf://owner/other"], "exists, and headsteer push did not write it; choose another name"),
         ({}, ["push", run, "hf://owner/other", "--overwrite", "--private"], "exists and is public"),
-        ({"HF_TOKEN": READ_TOKEN}, ["push", run, "hf://owner/new"], "your token may not write there"),
+        ({"HF_TOKEN": READ_TOKEN}, ["push", run, "hf://owner/new"], "your token may not do this there"),
         ({"HF_TOKEN": "hf_wrong"}, ["push", run, "hf://owner/new"], "the hub refuses your token; log in with hf auth"),
         (nobody, ["push", run, "hf://owner/new"], "there is no token of the hub on this machine; log in with hf auth"),
     ]

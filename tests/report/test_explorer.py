@@ -5,8 +5,9 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +26,10 @@ from headsteer_jax.report import explorer
 from headsteer_jax.sae.autoencoder import Autoencoder, fit_scaling
 from headsteer_jax.sae.residuals import make_residual_program
 from headsteer_jax.sae.store import RunData
-from headsteer_jax.steer.catalogue import STRATEGIES
+from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
 from headsteer_jax.steer.gates import pattern_to_gates
 from headsteer_jax.steer.steering import GateProgram, Steering
-from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.strategies import Choice, Strategy
 from headsteer_jax.steer.sweep import run_sweep
 
 CHROMIUM = "/usr/bin/chromium"
@@ -61,8 +62,8 @@ def make_split(count: int, seed: int) -> Split:
     return Split(images, (np.arange(count) % CLASSES).astype(np.int32))
 
 
-def make_page(directory: Path, **steer: Any) -> Made:
-    """Sweep a model with random parameters, and write its page."""
+def make_page(directory: Path, own: Mapping[str, Strategy] = MappingProxyType({}), **steer: Any) -> Made:
+    """Sweep a model with random parameters, by built-in strategies and some of the test's own, and write its page."""
     alphas = (-2.0, -0.5, 0.0, 0.5, 2.0, 6.0)
     config = steer_config(**{"strategies": STRATEGY_NAMES, "alphas": alphas, "least_validation": 1} | steer)
     trained, train = trained_model(config), make_split(140, 1)
@@ -74,7 +75,7 @@ def make_page(directory: Path, **steer: Any) -> Made:
     weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(random_sae(seed, width, 2 * width) for seed in (0, 1)))
     autoencoders = Autoencoder(weights, fit_scaling(lambda: [x_train], config.sae), config.sae.k)
     run = RunData(trained, dataset, autoencoders, x_train)
-    result = run_sweep(run, {name: STRATEGIES[name] for name in config.steer.strategies})
+    result = run_sweep(run, {name: STRATEGIES[name] for name in config.steer.strategies} | dict(own))
     arrays = to_arrays(to_dataset(result, summarise(result, config)[1]))
     readings, file = explorer.read_test_images(run, x_test), directory / "explorer.html"
     explorer.write_explorer(epath.Path(file), "a <run> & more", config, dataset, arrays, readings)
@@ -181,7 +182,7 @@ def test_a_large_run_is_thinned_and_the_page_says_so(
     config, dataset = made.run.trained.config, made.run.dataset
     stored = explorer.pack_arrays(explorer.explorer_data(config, dataset, made.arrays, made.readings)[1]).blob
     monkeypatch.setattr(explorer, "ARRAY_BYTES", len(stored) * 3 // 4)
-    monkeypatch.setattr(explorer, "THUMBNAIL_BYTES", 1_500)
+    monkeypatch.setattr(explorer, "THUMBNAIL_BYTES", 700)
     explorer.write_explorer(epath.Path(tmp_path / "e.html"), "run", config, dataset, made.arrays, made.readings)
     text, (_, arrays) = (tmp_path / "e.html").read_text(), read_data(tmp_path / "e.html")
     assert len(arrays["image"]) < 105
@@ -300,6 +301,19 @@ def test_random_settings_count_as_the_gate_itself(made: Made, visit: Any) -> Non
         expected = count_by_gate(made, program, choice, by, alpha, classes)
         assert flagged == 0, query  # a float32 within rounding of 0 is rare among so few images
         assert (right, on) == expected, query
+
+
+def test_what_fills_up_the_choices_of_a_strategy_is_not_taken_for_latent_0(tmp_path: Path, visit: Any) -> None:
+    many = per_class_strategy(lambda _, label: (np.arange(label, label + 6), np.ones(6)), "many")
+    made = make_page(tmp_path, {"many": many}, strategies=("class",))
+    latents_CS = made.arrays["latents"][0, 0]
+    chosen = [set(row[row >= 0].tolist()) for row in latents_CS]
+    assert (latents_CS < 0).any()
+    for c in range(CLASSES):
+        tab = visit(made.file, f"#view=class&class={c}")
+        shares = tab.locator("#class-body .bars").first.locator("span").all_text_contents()[2::3]
+        expected = [len(chosen[c] & chosen[other]) / len(chosen[c]) for other in range(CLASSES) if other != c]
+        assert shares == [f"{share:.1%}" for share in sorted(expected, reverse=True) if share > 0], c
 
 
 def test_latents_by_hand_count_as_the_gate_itself(made: Made, visit: Any) -> None:
