@@ -20,6 +20,7 @@ class StoredRepository:
     """A repository: its commits from the first to the last, each with the content of every file."""
 
     private: bool = False
+    hidden: bool = False  # the tokens here may not read it, so that it seems not to exist
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
@@ -127,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.send(400, {"error": f"the stand-in does not know {self.command} {path}"})
         repository = self.server.repositories.get(found["repository"])
-        if repository is None or (repository.private and not token):
+        if repository is None or repository.hidden or (repository.private and not token):
             return self.send(404 if token else 401, {"error": "none"}, {"X-Error-Code": "RepoNotFound"})
         asked = found.groupdict().get("revision") or "main"
         revision = repository.refs.get(asked, asked)

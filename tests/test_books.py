@@ -40,7 +40,10 @@ ICING = Stage("icing", "is optional", lambda *_: None, fields=("seed",), entries
 TASTE = Stage(
     "taste", "reads all", lambda *_: None, fields=("report",), entries=(), reads=("mix", "bake", "icing")
 )  # fmt: skip
-LABEL = Stage("label", "follows from the first", MIX.run, fields=("report",), reads=("mix",), derived=True)
+LABEL = Stage(
+    "label", "follows from the first", MIX.run, fields=("report",), reads=("mix",), derived=True,
+    products=("label.html",),
+)  # fmt: skip
 TABLE = [MIX, BAKE, ICING, TASTE, LABEL]
 
 
@@ -303,6 +306,16 @@ def test_what_follows_from_other_stages_is_replaced_without_being_asked_for(work
     changed = Config(report=ReportConfig(dpi=60))
     assert run(changed, workdir, MIX, LABEL) == ["nothing", "replace"]
     assert "label needs mix" in refusal(with_depth(5), workdir, LABEL)
+
+
+def test_a_page_that_an_earlier_version_did_not_write_is_written(workdir: Workdir) -> None:
+    run(Config(), workdir, MIX, LABEL)
+    assert run(Config(), workdir, MIX, LABEL) == ["nothing", "nothing"]
+    (workdir / "label.html").unlink()
+    (label,) = plan(Config(), workdir, LABEL)
+    assert (label.action, label.reason) == ("replace", "label.html is missing")
+    run(Config(), workdir, LABEL)
+    assert (workdir / "label.html").exists()
 
 
 def test_a_stage_may_be_read_without_an_optional_one_that_was_never_made(workdir: Workdir) -> None:

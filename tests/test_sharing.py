@@ -159,6 +159,10 @@ def test_what_cannot_be_pushed_is_one_line_and_uploads_nothing(
     (unfinished / "report/done.json").unlink()
     other = hub.create("owner/other")
     other.commit({"model.bin": b"x", "README.md": b"mine"}, "mine")
+    hub.create("owner/hidden", private=True).hidden = True
+    ours = hub.create("owner/ours")  # a run of an earlier version, and a file of somebody else's under a new name
+    manifest = json.dumps({"format": 1, "files": ["config.json"]}).encode()
+    ours.commit({"headsteer.json": manifest, "config.json": b"{}", "explorer.html": b"mine"}, "a run")
     before = {name: dict(repository.refs) for name, repository in hub.repositories.items()}
     run, uploads = finished.workdir, len([line for line in hub.requests if line.startswith("PUT")])
     nobody = {"HF_TOKEN": "", "HF_HOME": str(tmp_path)}
@@ -169,6 +173,12 @@ def test_what_cannot_be_pushed_is_one_line_and_uploads_nothing(
         ({}, ["push", run, "hf://owner/tiny@v1"], "a run is pushed as the newest commit; leave out @v1"),
         ({}, ["push", run, "hf://owner/other"], "exists, and headsteer push did not write it; choose another name"),
         ({}, ["push", run, "hf://owner/other", "--overwrite", "--private"], "exists and is public"),
+        (
+            {},
+            ["push", run, "hf://owner/ours"],
+            "holds explorer.html, which headsteer push did not write; move it",
+        ),
+        ({}, ["push", run, "hf://owner/hidden"], "exists, but your token may not read it; choose another name"),
         ({"HF_TOKEN": READ_TOKEN}, ["push", run, "hf://owner/new"], "your token may not do this there"),
         ({"HF_TOKEN": "hf_wrong"}, ["push", run, "hf://owner/new"], "the hub refuses your token; log in with hf auth"),
         (nobody, ["push", run, "hf://owner/new"], "there is no token of the hub on this machine; log in with hf auth"),

@@ -1,4 +1,4 @@
-"""What a finished run found, in six lines for the terminal."""
+"""What a finished run found, in up to six lines for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any

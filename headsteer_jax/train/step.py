@@ -197,8 +197,8 @@ def _make_gradient(model: ViT, config: Config, layout: Layout | None) -> Callabl
     parts = config.train.accumulate
 
     def gradient(params: Any, batch: Batch, progress: jax.Array, teacher: Any) -> tuple[Any, dict[str, jax.Array]]:
-        if layout is not None:
-            params, teacher = layout.replicate(params), teacher if teacher is None else layout.replicate(teacher)
+        if layout is not None and teacher is not None:
+            teacher = layout.replicate(teacher)
 
         def loss(params: Any, batch: Batch) -> Any:
             return loss_and_metrics(model, params, batch, progress, teacher, config)

@@ -35,6 +35,7 @@ from headsteer_jax.sae.residuals import (
     ResidualSelection,
     StoredResiduals,
     fingerprint_residuals,
+    load_all,
     load_or_compute_residuals,
     open_cache,
     write_cache,
@@ -278,6 +279,18 @@ def test_an_interrupted_pass_is_continued(
     assert counts == [-(-90 // batch) - written_shards // 2 * 12 // batch]  # calls: only those of the missing shards
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+
+
+def test_a_reader_writes_nothing(split: Split, tmp_path: Path) -> None:
+    chosen = selection(split, "test", [1], "cls")
+    computed = load_or_compute_residuals(tmp_path / "cache", TRAINED, chosen, may_write=False)
+    assert not (tmp_path / "cache").exists()
+    written = load_or_compute_residuals(tmp_path / "cache", TRAINED, chosen)
+    np.testing.assert_array_equal(load_all(computed[1]), load_all(written[1]))
+    before = files(tmp_path / "cache")
+    read = load_or_compute_residuals(tmp_path / "cache", TRAINED, chosen, may_write=False)
+    np.testing.assert_array_equal(load_all(read[1]), load_all(written[1]))
+    assert files(tmp_path / "cache") == before
 
 
 def test_only_meta_json_is_missing(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,8 @@ class StandIn(types.ModuleType):
 
     def __init__(self, fails: str = "", dies: bool = False) -> None:
         super().__init__("wandb")
-        self.fails, self.dies, self.runs = fails, dies, []  # type: ignore[var-annotated]
+        self.fails, self.dies = fails, dies
+        self.runs: list[Any] = []
 
     def init(
         self, *, id: str, resume: str, dir: str, config: dict[str, Any], project: str, name: str, settings: Any
