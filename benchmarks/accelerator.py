@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def compare_with_goldens(part: Part, args: argparse.Namespace) -> None:
     leaves = [goldens[f"state {i}"] for i in range(len(jax.tree.leaves(state)))]
     params, weights, scaling, x_ND = jax.tree.unflatten(jax.tree.structure(state), leaves)
     autoencoders = Autoencoder(weights, scaling, run.autoencoders.k)
-    run = Run(run.trained._replace(params=params), run.dataset, autoencoders, x_ND)
+    run = replace(run, trained=run.trained._replace(params=params), autoencoders=autoencoders, x_train=x_ND)
     numbers = range(sum(name.startswith("choice ") for name in goldens) // 2)
     choices = [Choice(goldens[f"choice {i} latents"], goldens[f"choice {i} weights"]) for i in numbers]
     for name, found in golden_figures(run, choices)[0].items():
@@ -492,7 +493,8 @@ def generate_run(products: str, small: bool, config: Config | None = None) -> Ru
     seeds = Autoencoder(jax.tree.map(lambda leaf: leaf[None], weights), scaling, config.sae.inference_k)
     # in its plain form, which can be cut at a layer
     model = model if exact else training_form(model, config, jax.devices("cpu")[:1])
-    return Run(TrainedModel(config, model, params), dataset, seeds, x_ND)
+    unnamed = np.zeros((config.latents, 0), np.int32)  # no class names a latent that was never trained
+    return Run(TrainedModel(config, model, params), dataset, seeds, x_ND, unnamed)
 
 
 def measure_sweep(run: Run, row: dict[str, Any], small: bool) -> None:
