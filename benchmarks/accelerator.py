@@ -153,6 +153,7 @@ def golden_figures(run: Run, choices: list[Choice] | None = None) -> tuple[Array
     for setting in sweep_by_flips(job, alphas, bench.gates, bench.effects, bench.classes):
         name = f"strategy {setting.strategy}"
         arrays |= {f"{name} gates": setting.tallies[0].gates, f"{name} right": setting.tallies[0].right}
+        assert setting.flips is not None, "the policy target has flips"
         arrays[f"{name} flips"] = np.sort(setting.flips.alpha)[:: len(setting.flips.alpha) // 100 + 1]
     settings = [SuffixSetting({config.sae_layer: bench.steered[0]}, split.labels)]
     suffix = run_suffix(trained, split, settings, alphas[::10], "suffix")
@@ -177,7 +178,7 @@ def write_goldens(file: Path, small: bool) -> None:
     figures, chosen = golden_figures(run)
     for i, choice in enumerate(chosen):
         arrays |= {f"choice {i} latents": choice.latents, f"choice {i} weights": choice.weights}
-    np.savez(file, **arrays, **figures)
+    np.savez(file, allow_pickle=False, **arrays, **figures)
 
 
 def compare_with_goldens(part: Part, args: argparse.Namespace) -> None:

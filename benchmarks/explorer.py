@@ -21,6 +21,7 @@ findings   serious and critical findings of axe-core in the three views, light a
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -181,7 +182,7 @@ def main() -> None:
         browser.close()
     for problem in problems:
         print(json.dumps({"problem": problem}))
-    figures = {"settings": len(settings), "differing": differing, "flagged": flagged, "beyond": beyond}
+    figures: dict[str, Any] = {"settings": len(settings), "differing": differing, "flagged": flagged, "beyond": beyond}
     figures |= {"step_ms": round(float(np.median(times)), 1), "step_ms_95": round(float(np.quantile(times, 0.95)), 1)}
     figures["draw_ms"] = round(float(np.median(drawing)), 1)
     figures |= {"first_ms": round(float(np.median(firsts)), 1), "bytes": file.stat().st_size}

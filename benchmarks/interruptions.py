@@ -39,6 +39,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, here and in the runs
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import Path as EPath
@@ -157,8 +158,8 @@ def contents(workdir: Path, stages: Iterable[str]) -> Iterator[tuple[str, Any]]:
             yield f"{stage}/{stage}.json", json.loads((workdir / stage / f"{stage}.json").read_text())
     if "steer" in stages:
         sweep = read_sweep(workdir / "sweep.nc")
-        for name in sweep.variables:
-            yield f"sweep.nc: {name}", sweep[name].values
+        for variable in sweep.variables:
+            yield f"sweep.nc: {variable}", sweep[variable].values
     if "report" in stages:
         for name, value in json.loads((workdir / "summary.json").read_text()).items():
             if name not in ("seconds", "peak_memory_bytes"):
@@ -614,7 +615,7 @@ def empty_state(campaign: Campaign) -> State:
     params = init_params(build_model(config, len(dataset.class_names)), config, config.seed)
     average = params if config.train.ema else None
     key = jax.random.key_data(jax.random.key(0))
-    return State(params, average, init_optimizer(config, params), key, np.int32(0))
+    return State(params, average, init_optimizer(config, params), key, jnp.int32(0))
 
 
 def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:
@@ -642,7 +643,7 @@ def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:
                 came = f"{type(error).__name__}"
                 failures.append(f"{came}: {' '.join(str(error).split())[:200]}")
             else:
-                step = about.get("step")
+                step = int(about["step"])
                 came = {newest: "restored", earlier: "restored the one before"}.get(step, f"restored step {step}")
                 leaves, true_about = truth.get(step, ({}, ""))
                 failures += [
