@@ -65,14 +65,16 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
     before_R = scores.resampled_unsteered
     saving, change = unsteered["usage"] - result["usage"], result["accuracy"] - unsteered["accuracy"]
     return {
-        "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.tolerance:g} of accuracy",
+        "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.allowed_loss:g} of accuracy",
         "value": saving,
         "interval": sorted(-value for value in result["usage_change_ci"]),
         "accuracy_change": change,
-        "holds": -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.tolerance,
+        "holds": (
+            -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.allowed_loss
+        ),
         "conditions": (
             Condition(saving, before_R.usage - steered_R.usage, steer.saving, inclusive=True),
-            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.tolerance, inclusive=True),
+            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.allowed_loss, inclusive=True),
         ),
     }
 
@@ -155,7 +157,7 @@ def claim_compute(
 ) -> Claim:
     """Judge whether a strategy lowers the layer's MACs by at least a share `least` of its dense MACs at no loss.
 
-    No loss means that the interval of the accuracy's change stays above -steer.tolerance. There are two controls. In
+    No loss means that the interval of the accuracy's change stays above -steer.allowed_loss. There are two controls. In
     `random_pattern` every image has a random pattern with as many heads and the same sublayers as its steered one, so
     that the MACs are the same; the mean over all such patterns is taken. `fixed_pattern` is the pattern, the same for
     every image, that is the most accurate on validation among those that cost no more than steering does on average.
@@ -174,11 +176,11 @@ def claim_compute(
     right_on_validation = (result.validation.table[:, affordable] == result.validation.labels[:, None]).mean(axis=0)
     fixed = affordable[np.argmax(right_on_validation)] if len(affordable) else None
     saved_ci = sorted(-end / dense for end in row["macs_change_ci"])
-    tolerance, place = gates.config.steer.tolerance, (slice(None), g, BY_LABEL, a)
+    allowed, place = gates.config.steer.allowed_loss, (slice(None), g, BY_LABEL, a)
     saved_R = (scores.macs.resampled_unsteered - scores.macs.resampled[place]) / dense
     change_R = scores.resampled.accuracy[place] - scores.resampled_unsteered.accuracy
     saved, change = (unsteered["macs"] - row["macs"]) / dense, row["accuracy"] - unsteered["accuracy"]
-    holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -tolerance
+    holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -allowed
     return {
         "claim": f"{name} steering lowers the layer's MACs by at least {least:.0%} of the dense layer's at no loss",
         "value": saved,
@@ -190,7 +192,7 @@ def claim_compute(
         "holds": bool(holds and lead_ci[0] > 0),
         "conditions": (
             Condition(saved, saved_R, least, inclusive=True),
-            Condition(change, change_R, -tolerance, inclusive=True),
+            Condition(change, change_R, -allowed, inclusive=True),
             Condition(float((steered_N - random_N).mean()), lead_R),
         ),
     }

@@ -500,6 +500,9 @@ class SteerConfig(Section):
     """The number of validation images that every steered class must have, because alpha is chosen on them."""
     tolerance: Fraction = 0.01
     """The most accuracy on validation that the chosen alpha may give up."""
+    allowed_loss: Fraction = 0.01
+    """The most accuracy that steering may cost on test by the claims: the interval of the change must stay above minus
+    this. It should be at least steer.tolerance, because a loss that validation allows shows on test as well."""
     saving: Fraction = 0.2
     """A class counts as saved if its usage falls by at least this much and its accuracy does not fall."""
     bootstrap: PositiveInt = 1000

@@ -152,7 +152,7 @@ def test_claims_are_counted_and_pooled(runs) -> None:
     saving = rows[next(text for text in rows if text.startswith("class steering lowers usage"))]
     assert saving["least"] == config.steer.saving
     metrics = {row["metric"]: row for row in summarise_seeds(measured, config)["metrics"]}
-    kept = metrics["class.accuracy_change"]["interval"][0] >= -config.steer.tolerance
+    kept = metrics["class.accuracy_change"]["interval"][0] >= -config.steer.allowed_loss
     assert saving["pooled_holds"] == (saving["interval"][0] >= config.steer.saving and kept)
 
 
