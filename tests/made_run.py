@@ -74,7 +74,8 @@ def made_sweep(
         sae=SAEConfig(seeds=seeds, expansion=4, k=4),
         steer=SteerConfig(
             strategies=strategies or ("class", "global", "random", "matched_random", "gate_aligned"),
-            alphas=alphas, latents=4, bootstrap=bootstrap, classes=class_names[:only], tolerance=0.02, allowed_loss=0.03,
+            alphas=alphas, latents=4, bootstrap=bootstrap, classes=class_names[:only], tolerance=0.02,
+            allowed_loss=0.03,
         ),
         report=ReportConfig(top_images=5, dpi=60),
     )  # fmt: skip
