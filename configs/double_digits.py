@@ -9,6 +9,7 @@ from headsteer_jax.config import (
     Config,
     DataConfig,
     GateConfig,
+    LayersConfig,
     ModelConfig,
     PhaseConfig,
     SAEConfig,
@@ -32,20 +33,24 @@ def get_config() -> Config:
         # With four blocks, accuracy depends so much on the last block's heads that none can be spared; with wider MLPs
         # the last block does not matter. Therefore there are five thin blocks.
         model=ModelConfig(patch=4, depth=5, width=96, heads=6, mlp_ratio=1),
-        gate=GateConfig(target=0.8),
+        gate=GateConfig(target=0.88),  # class steering tends to a usage of about 0.55, wherever it starts
         train=TrainConfig(
             batch=128,
-            # with 1e-3 or 5e-3 a model of this size learns several times more slowly
-            dense=PhaseConfig(steps=1200, learning_rate=2e-3),
-            gated=PhaseConfig(steps=600, learning_rate=2e-3),
-            eval_every=300,
+            # With 1e-3 or 5e-3 a model of this size learns several times more slowly. With 1200 and 600 steps its
+            # accuracy is 94%, but then strategies differ too little for 10,000 test images to tell.
+            dense=PhaseConfig(steps=750, learning_rate=2e-3),
+            gated=PhaseConfig(steps=400, learning_rate=2e-3),
+            eval_every=400,  # an evaluation takes as long as twenty steps
             eval_batch=250,  # on a CPU twice as fast as 1000: the activations stay in its cache
         ),
-        # 16 active latents of 768 explain 0.9 of the variance, and separate the classes better than more latents do
-        sae=SAEConfig(expansion=8, k=16, epochs=9, batch=1024, learning_rate=1e-3),
+        # 16 active latents separate the classes better than more do. Five seeds: with three, the worst of them is drawn
+        # three times in 4% of the resamplings, and an interval of 95% is as wide as all seeds.
+        sae=SAEConfig(expansion=8, k=16, epochs=9, batch=1024, learning_rate=1e-3, seeds=5),
         steer=SteerConfig(
-            latents=16,
+            latents=8,  # at equal usage, 16 cost more accuracy
             alphas=(-4, -2, -1, -0.5, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
+            evidence=100,  # of each class; there are as many validation images
             tolerance=0.005,  # on validation; accuracy on test may fall by more
         ),
+        layers=LayersConfig(epochs=6, alphas=(1, 2, 4, 8), per_class=10),
     )

@@ -88,9 +88,12 @@ def _measure_training(test: Mapping[str, Any]) -> dict[str, Measure]:
 
 
 def _measure_steering(scores: Scores, summary: Mapping[str, Any]) -> dict[str, Measure]:
-    """Measure usage and accuracy without steering, and under every strategy at its chosen alpha."""
+    """Measure usage and accuracy without steering, and under every strategy at its chosen alpha.
+
+    `all_on` and `all_off` are the model with all gates of the layer open, or closed.
+    """
     before, before_R = summary["steering"]["unsteered"], scores.resampled_unsteered
-    metrics = {
+    metrics = {f"{name}.accuracy": Measure(summary["last_layer"][name]) for name in ("all_on", "all_off")} | {
         "unsteered.usage": Measure(before["usage"], before_R.usage),
         "unsteered.accuracy": Measure(before["accuracy"], before_R.accuracy),
     }

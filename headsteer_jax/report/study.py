@@ -42,6 +42,8 @@ LABELS = {
     "gate_agreement": "gates that agree when they read the reconstruction",
     "unsteered.usage": "usage, unsteered",
     "unsteered.accuracy": "accuracy, unsteered",
+    "all_on.accuracy": "accuracy, all gates of the layer open",
+    "all_off.accuracy": "accuracy, all gates of the layer closed",
 }
 ENDINGS = {
     "usage": "usage",
@@ -54,8 +56,9 @@ ENDINGS = {
 CELL_METRICS = ("gated_accuracy", "unsteered.usage", "class.usage_change", "class.accuracy_change")
 # what the short table of study.md shows, with what steering by class does
 MAIN_METRICS = (
-    "gated_accuracy", "dense_control_accuracy", "gated_minus_dense_control", "macs_share", "explained_variance",
-    "dead_fraction", "unsteered.usage", "class.usage", "class.usage_change", "class.accuracy_change",
+    "gated_accuracy", "dense_control_accuracy", "gated_minus_dense_control", "macs_share", "all_on.accuracy",
+    "all_off.accuracy", "explained_variance", "dead_fraction", "gate_agreement", "unsteered.usage", "class.usage",
+    "class.usage_change", "class.accuracy_change",
     "class.by_predicted_class.usage_change", "class.by_predicted_class.accuracy_change", "class.classes_saved",
     "gate_aligned.usage_change", "gate_aligned.accuracy_change",
 )  # fmt: skip
@@ -235,7 +238,8 @@ def write_study(content: dict[str, Any], directory: Path, dpi: int) -> None:
     values = {
         "name": title, "content": content, "settings": content["settings"], "cells": cells, "images": images,
         "label": label_metric, "value": _format_value, "interval": _format_interval, "cell_metrics": CELL_METRICS,
-        "main_metrics": MAIN_METRICS, "level": f"{100 * content['settings']['confidence']:g}%",
+        "main_metrics": MAIN_METRICS, "strategies": list_strategies,
+        "level": f"{100 * content['settings']['confidence']:g}%",
         "failed": [run for run in content["runs"] if run["state"] == "failed"],
     }  # fmt: skip
     write_text(directory / "study.html", render_template("study.html.j2", **values))

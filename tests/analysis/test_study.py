@@ -133,6 +133,10 @@ def test_metrics_are_the_runs_and_their_resamplings_lie_around_them(runs) -> Non
             ends = np.quantile(metrics[f"{name}.{quantity}_change"].resampled, [0.025, 0.975])
             np.testing.assert_allclose(ends, [low, high], atol=0.35 * (high - low) + 1e-6)
     assert metrics["gated_minus_dense_control"].value == pytest.approx(-0.01)
+    arrays = made_run()["arrays"]
+    for name, pattern in (("all_on", -1), ("all_off", 0)):
+        right = arrays["test_table"][:, pattern] == arrays["test_labels"]
+        assert metrics[f"{name}.accuracy"].value == pytest.approx(right.mean())
     np.testing.assert_array_equal(metrics["class.usage"].resampled, measured[2].metrics["class.usage"].resampled)
 
 

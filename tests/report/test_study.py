@@ -28,8 +28,9 @@ def made_content(cells: tuple[str, ...] = ("",), failed: bool = False) -> dict[s
             claims[-1]["pooled_holds"] = None if value is None else holds == 3
         for name in (
             "gated_accuracy", "unsteered.usage", "unsteered.accuracy", "class.usage", "class.accuracy",
-            "class.usage_change", "class.accuracy_change", "class.by_predicted_class.usage_change",
-            "class.classes_saved",
+            "class.usage_change", "class.accuracy_change", "class.by_predicted_class.usage",
+            "class.by_predicted_class.accuracy", "class.by_predicted_class.usage_change",
+            "class.by_predicted_class.accuracy_change", "class.classes_saved",
         ):  # fmt: skip
             row = {"cell": cell, "metric": name, "mean": 0.5 + number, "interval": [0.4, 0.6 + number], "seeds": 3}
             by_seed = [{"seed": seed, "value": 0.5 + 0.01 * seed} for seed in SEEDS]
@@ -67,6 +68,9 @@ def test_the_pages_of_one_setting(tmp_path: Path) -> None:
     table = (tmp_path / "study.md").read_text()
     assert "headsteer study double_digits --seeds=0,1,3" in table
     assert "| b is worse | 3 of 3 seeds | +0.050 | +0.030 to +0.070 |" in table
+    assert "| unsteered | 0.500 | | 0.500 | |" in table
+    assert "| class | 0.500 | +0.400 to +0.600 | 0.500 | +0.400 to +0.600 |" in table
+    assert "| class, by predicted class | 0.500 | +0.400 to +0.600 | 0.500 | +0.400 to +0.600 |" in table
     assert "**Failed**: seed 3 (the loss is <NaN>)." in table
     assert "| classes saved, class steering | 0.5 | 0.4 to 0.6 | 0.5, 0.5, 0.5 |" in table
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {
