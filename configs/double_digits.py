@@ -52,5 +52,5 @@ def get_config() -> Config:
             evidence=100,  # of each class; there are as many validation images
             tolerance=0.005,  # on validation; accuracy on test may fall by more
         ),
-        layers=LayersConfig(epochs=6, alphas=(1, 2, 4, 8), per_class=10),
+        layers=LayersConfig(epochs=4, alphas=(1, 2, 4, 8), per_class=10),
     )

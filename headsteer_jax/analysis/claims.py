@@ -46,7 +46,7 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
     claims += [claim_control(name, scores) for name in scores.names if name in CONTROLS]
     if {"gate_aligned", "gate_bias"} <= set(scores.names):
         claims.append(claim_control("gate_bias", scores, "gate_aligned"))
-    claims.append(claim_subsets(summary, scores))
+    claims.append(claim_subsets(summary, result, scores))
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
     claims.append(claim_related("latents", summary["overlap"]))
@@ -120,14 +120,23 @@ def claim_control(control: str, scores: Scores, method: str = "class") -> Claim:
     }  # fmt: skip
 
 
-def claim_subsets(summary: dict[str, Any], scores: Scores) -> Claim:
-    """Judge whether random head subsets are less accurate than class steering at its usage."""
-    result, sizes, g = summary["steering"]["class"], summary["last_layer"]["by_size"], scores.names.index("class")
-    subset = float(np.interp(result["usage"], [row["usage"] for row in sizes], [row["random"] for row in sizes]))
-    lead, lead_R = (
-        result["accuracy"] - subset,
-        scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]] - subset,
+def claim_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) -> Claim:
+    """Judge whether random head subsets are less accurate than class steering at its usage.
+
+    Between two sizes of subsets their accuracies are interpolated. The subsets answer the images that steering answers,
+    so a resampling takes the same images for both.
+    """
+    row, test, g = summary["steering"]["class"], result.test, scores.names.index("class")
+    right_NP, size_P = test.table == test.labels[:, None], np.bitwise_count(result.subset)
+    heads_on = row["usage"] * test.heads
+    fewer = min(int(heads_on), test.heads - 1)
+    random_N = sum(
+        weight * right_NP[:, size_P == size].mean(axis=1)
+        for size, weight in ((fewer, fewer + 1 - heads_on), (fewer + 1, heads_on - fewer))
     )
+    lead = row["accuracy"] - float(np.mean(random_N))
+    steered_R = scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]]
+    lead_R = steered_R - scores.weights @ random_N / len(test.labels)
     ci = to_float_list(scores.interval(lead_R))
     return {
         "claim": "at the usage of class steering, random head subsets are less accurate",

@@ -7,6 +7,7 @@ Axes: C classes, E eligible latents, F latents, S chosen latents, D width, H gat
 attention and the MLP, as far as it gates them), N images, P = 2^H gate patterns (bit h is gate h).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -242,8 +243,9 @@ def wanted_push(
     if not len(alphas):
         return np.zeros(heads)
     path = np.zeros((len(alphas), heads), np.int8)
+    measure = measure_wishes(outcomes, label, cost_P)
     for a, alpha in enumerate(alphas):
-        path[a] = wanted_heads(outcomes, label, alpha * config.price, path[max(a - 1, 0)], cost_P)
+        path[a] = wanted_heads(measure, alpha * config.price, path[max(a - 1, 0)])
     logits = np.concatenate([part.gate_logits[part.labels == label] for part in outcomes])
     margin = 0.05 * np.abs(logits).mean() if len(logits) else 0.0
     push = np.zeros(heads)
@@ -257,35 +259,54 @@ def wanted_push(
     return push
 
 
-def wanted_heads(
-    outcomes: tuple[Outcomes, ...], label: int, price: float, start: np.ndarray, cost_P: np.ndarray = NO_COST
-) -> np.ndarray:
-    """Decide for each gate what is best for a class at a price of usage: [H] -1 close, 0 leave to the gate, 1 open.
+def measure_wishes(
+    outcomes: tuple[Outcomes, ...], label: int, cost_P: np.ndarray = NO_COST
+) -> Callable[[int, int], tuple[float, float]]:
+    """Return a function that measures what opening and closing gates does to a class's images.
 
-    Accuracy - price * cost is maximised, each the mean of its values on training and on validation images of the
-    class, one gate at a time from `start` until no change of one gate helps. That finds a near optimum, not always the
-    optimum; which is as well, since the best of all 3^H on so few images is best by chance.
+    It is called with the gates that are opened and those that are closed, as bits, and returns accuracy and cost, each
+    the mean of its values on training and on validation images of the class. It remembers what it has measured.
 
     Args:
       cost_P: what each pattern costs; empty: the share of gates that are open.
     """
-    heads = len(start)
     class_outcomes = [(part.pattern[part.labels == label], part.right[part.labels == label]) for part in outcomes]
     class_outcomes = [(pattern, right) for pattern, right in class_outcomes if len(pattern)]
-    used_P = cost_P if len(cost_P) else np.bitwise_count(np.arange(2**heads)) / heads
+    gates = outcomes[0].gate_logits.shape[1]
+    used_P = cost_P if len(cost_P) else np.bitwise_count(np.arange(2**gates)) / gates
 
-    def worth(wish: np.ndarray) -> float:
-        opened, closed = (int((wish == sign) @ (1 << np.arange(heads))) for sign in (1, -1))
-        total = 0.0
+    @functools.cache
+    def measure(opened: int, closed: int) -> tuple[float, float]:
+        accuracy = cost = 0.0
         for pattern_N, right_NP in class_outcomes:
             pattern_N = (pattern_N | opened) & ~closed
-            total += np.mean(right_NP[np.arange(len(pattern_N)), pattern_N]) - price * np.mean(used_P[pattern_N])
-        return total / max(len(class_outcomes), 1)
+            accuracy += np.mean(right_NP[np.arange(len(pattern_N)), pattern_N]) / len(class_outcomes)
+            cost += np.mean(used_P[pattern_N]) / len(class_outcomes)
+        return accuracy, cost
+
+    return measure
+
+
+def wanted_heads(measure: Callable[[int, int], tuple[float, float]], price: float, start: np.ndarray) -> np.ndarray:
+    """Decide for each gate what is best for a class at a price of usage: [H] -1 close, 0 leave to the gate, 1 open.
+
+    Accuracy - price * cost is maximised, one gate at a time from `start` until no change of one gate helps. That finds
+    a near optimum, not always the optimum; which is as well, since the best of all 3^H on so few images is best by
+    chance.
+
+    Args:
+      measure: as `measure_wishes` returns it.
+    """
+    bits = 1 << np.arange(len(start))
+
+    def worth(wish: np.ndarray) -> float:
+        accuracy, cost = measure(int((wish > 0) @ bits), int((wish < 0) @ bits))
+        return accuracy - price * cost
 
     best, value = start.copy(), worth(start)
     while True:
         before = value
-        for head in range(heads):
+        for head in range(len(start)):
             for state in (-1, 0, 1):
                 wish = best.copy()
                 wish[head] = state

@@ -181,6 +181,25 @@ def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(name: str, 
     assert found["value"] == pytest.approx(at[0] - at[1])
 
 
+def test_random_subsets_answer_the_images_that_steering_answers() -> None:
+    """The lead against loops; and if every subset answers as the steered model does, nothing is left to chance."""
+    config, result = made_sweep(classes=6, heads=3, seeds=1, per_class=20, strategies=("class",))
+    summary, extra = summarise(result, config)
+    found, row = claim(summary, "random head subsets"), summary["steering"]["class"]
+    by_size = [
+        np.mean([(result.test.table[:, p] == result.test.labels).mean() for p in range(8) if p.bit_count() == size])
+        for size in range(4)
+    ]
+    assert found["value"] == pytest.approx(row["accuracy"] - np.interp(3 * row["usage"], range(4), by_size))
+    assert found["interval"][0] < found["value"] < found["interval"][1]
+    right_N = per_image(result.test)[0][0, 0, 0, extra["chosen"][0, 0]].astype(bool)
+    answers_N = np.where(right_N, result.test.labels, (result.test.labels + 1) % 6)
+    table = np.repeat(answers_N[:, None], 8, axis=1).astype(np.int32)
+    again, _ = summarise(replace(result, test=replace(result.test, table=table)), config)
+    assert claim(again, "random head subsets")["value"] == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(claim(again, "random head subsets")["interval"], 0, atol=1e-6)
+
+
 def test_a_strategy_that_never_comes_down_is_not_judged(config: Config, result: SweepResult) -> None:
     g = result.strategies.index("global")
     heads_on = result.test.heads_on.copy()

@@ -14,6 +14,7 @@ from headsteer_jax.steer.strategies import (
     LatentStatistics,
     latent_overlap,
     latent_statistics,
+    measure_wishes,
     random_latents,
     shift_norm,
     wanted_heads,
@@ -175,7 +176,7 @@ def worth(seen: tuple[Outcomes, ...], label: int, wish: tuple[int, ...], price: 
 @settings(max_examples=25, deadline=None)
 def test_wanted_heads_cannot_be_bettered_by_changing_one(seed: int, price: float) -> None:
     seen, label = (outcomes(seed), outcomes(seed + 1000)), seed % C
-    wish = wanted_heads(seen, label, price, np.zeros(3, np.int8))
+    wish = wanted_heads(measure_wishes(seen, label), price, np.zeros(3, np.int8))
     own = worth(seen, label, tuple(wish), price)
     assert own >= worth(seen, label, (0, 0, 0), price) - 1e-9
     for head, state in itertools.product(range(3), (-1, 0, 1)):
@@ -195,7 +196,7 @@ def test_the_push_flips_the_wanted_heads_on_every_image_seen() -> None:
         start = np.zeros(3, np.int8)
         path = []
         for alpha in config.alphas:
-            start = wanted_heads(seen, label, alpha * config.price, start)
+            start = wanted_heads(measure_wishes(seen, label), alpha * config.price, start)
             path.append(start)
         logits = np.concatenate([one.gate_logits[one.labels == label] for one in seen])
         for head in range(3):
