@@ -178,7 +178,7 @@ def write_goldens(file: Path, small: bool) -> None:
     figures, chosen = golden_figures(run)
     for i, choice in enumerate(chosen):
         arrays |= {f"choice {i} latents": choice.latents, f"choice {i} weights": choice.weights}
-    np.savez(file, allow_pickle=False, **arrays, **figures)
+    np.savez(file, **arrays, **figures)
 
 
 def compare_with_goldens(part: Part, args: argparse.Namespace) -> None:

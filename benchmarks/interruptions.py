@@ -643,7 +643,7 @@ def damaged_directly(campaign: Campaign, numbers: Iterable[int]) -> None:
                 came = f"{type(error).__name__}"
                 failures.append(f"{came}: {' '.join(str(error).split())[:200]}")
             else:
-                step = int(about["step"])
+                step = int(about.get("step", -1))
                 came = {newest: "restored", earlier: "restored the one before"}.get(step, f"restored step {step}")
                 leaves, true_about = truth.get(step, ({}, ""))
                 failures += [

@@ -76,7 +76,7 @@ def make_vectors(file: Path, config: Config) -> None:
         split = getattr(dataset, name)
         (arrays[name],) = run_over_split(per_image_program(run, config.train.eval_batch), params, split, name)
         arrays[f"{name}_labels"] = split.labels
-    np.savez(file, allow_pickle=False, **arrays)
+    np.savez(file, **arrays)
 
 
 class Bench:

@@ -1,8 +1,8 @@
 """AdaViT with one budget on the default data: two handwritten digits on a canvas that is mostly empty, 100 classes.
 
 The gates of patches, heads and sublayers share a budget of 39% of the dense model's multiply-accumulates, and the dense
-phase's model teaches the gated one. Data and model are those of double_digits.py. The dense phase is half as long
-again: after a shorter one the dense control still gained much, and the gated models that we tried gained less.
+phase's model teaches the gated one. Data and model are those of double_digits.py. The dense phase is longer
+than there: after a shorter one the dense control still gained much, and the gated models that we tried gained less.
 
 The settings of the gates were chosen with seed 5. On test, `headsteer run --config=adavit_double_digits --stages=train
 --seed=N` gave, in 5 minutes each on 2 cores:

@@ -238,7 +238,9 @@ def _check_settings(request: Request, directory: Path, runs: Sequence[StudyRun])
         names = [", ".join(settings["grid"]) or "no fields" for settings in (before, now)]
         change = f"its grid was over {names[0]}, now {names[1]}"
     else:
-        change = describe_field_changes(before["fields"], now["fields"])
+        defaults = flatten(Config())  # of fields that an older version did not have
+        added = {path: defaults[path] for path in now["fields"] if path in defaults}
+        change = describe_field_changes(added | before["fields"], now["fields"])
     if change:
         raise HeadSteerError(
             f"{directory}: this study was made with other settings: {change}; choose another --workdir"

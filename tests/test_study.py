@@ -137,6 +137,18 @@ def test_a_seed_that_fails_is_named_and_the_others_are_reported(finished: Finish
     assert study(tmp_path / "s")["failed"] == []
 
 
+def test_a_study_of_a_version_without_a_field_goes_on(finished: FinishedRun, tmp_path: Path) -> None:
+    run(finished, tmp_path / "s")
+    content = study(tmp_path / "s")
+    assert content["settings"]["fields"].pop("steer.allowed_loss") == 0
+    (tmp_path / "s" / "study.json").write_text(json.dumps(content))
+    assert run(finished, tmp_path / "s") == ([], [])
+    content["settings"]["fields"]["steer.allowed_loss"] = 0.5
+    (tmp_path / "s" / "study.json").write_text(json.dumps(content))
+    with pytest.raises(HeadSteerError, match=r"other settings: config.steer.allowed_loss was 0.5, now 0"):
+        run(finished, tmp_path / "s")
+
+
 def test_runs_of_other_data_or_settings_are_refused(finished: FinishedRun, tmp_path: Path) -> None:
     run(finished, tmp_path / "s")
     with pytest.raises(HeadSteerError, match=r"its grid was over no fields, now gate.target"):

@@ -65,16 +65,16 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
     before_R = scores.resampled_unsteered
     saving, change = unsteered["usage"] - result["usage"], result["accuracy"] - unsteered["accuracy"]
     return {
-        "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.allowed_loss:g} of accuracy",
+        "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.claimed_loss:g} of accuracy",
         "value": saving,
         "interval": sorted(-value for value in result["usage_change_ci"]),
         "accuracy_change": change,
         "holds": (
-            -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.allowed_loss
+            -result["usage_change_ci"][1] >= steer.saving and result["accuracy_change_ci"][0] >= -steer.claimed_loss
         ),
         "conditions": (
             Condition(saving, before_R.usage - steered_R.usage, steer.saving, inclusive=True),
-            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.allowed_loss, inclusive=True),
+            Condition(change, steered_R.accuracy - before_R.accuracy, -steer.claimed_loss, inclusive=True),
         ),
     }
 
@@ -123,20 +123,18 @@ def claim_control(control: str, scores: Scores, method: str = "class") -> Claim:
 def claim_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) -> Claim:
     """Judge whether random head subsets are less accurate than class steering at its usage.
 
-    Between two sizes of subsets their accuracies are interpolated. The subsets answer the images that steering answers,
-    so a resampling takes the same images for both.
+    Between two sizes of subsets their accuracies are interpolated. A resampling takes the same images for the subsets
+    as for steering, at the usage that steering has in it.
     """
     row, test, g = summary["steering"]["class"], result.test, scores.names.index("class")
-    right_NP, size_P = test.table == test.labels[:, None], np.bitwise_count(result.subset)
-    heads_on = row["usage"] * test.heads
-    fewer = min(int(heads_on), test.heads - 1)
-    random_N = sum(
-        weight * right_NP[:, size_P == size].mean(axis=1)
-        for size, weight in ((fewer, fewer + 1 - heads_on), (fewer + 1, heads_on - fewer))
-    )
-    lead = row["accuracy"] - float(np.mean(random_N))
-    steered_R = scores.resampled.accuracy[:, g, BY_LABEL, scores.chosen[g, BY_LABEL]]
-    lead_R = steered_R - scores.weights @ random_N / len(test.labels)
+    right_NP, size_P, sizes = test.table == test.labels[:, None], np.bitwise_count(result.subset), test.heads + 1
+    random_NK = np.stack([right_NP[:, size_P == size].mean(axis=1) for size in range(sizes)], axis=1)
+    usage_K = np.arange(sizes) / test.heads
+    lead = row["accuracy"] - float(np.interp(row["usage"], usage_K, random_NK.mean(axis=0)))
+    steered_R = scores.resampled.select(slice(None), g, BY_LABEL, scores.chosen[g, BY_LABEL])
+    random_RK = scores.weights @ random_NK / len(test.labels)
+    random_R = [np.interp(usage, usage_K, row_K) for usage, row_K in zip(steered_R.usage, random_RK, strict=True)]
+    lead_R = steered_R.accuracy - np.array(random_R)
     ci = to_float_list(scores.interval(lead_R))
     return {
         "claim": "at the usage of class steering, random head subsets are less accurate",
@@ -185,7 +183,7 @@ def claim_compute(
     right_on_validation = (result.validation.table[:, affordable] == result.validation.labels[:, None]).mean(axis=0)
     fixed = affordable[np.argmax(right_on_validation)] if len(affordable) else None
     saved_ci = sorted(-end / dense for end in row["macs_change_ci"])
-    allowed, place = gates.config.steer.allowed_loss, (slice(None), g, BY_LABEL, a)
+    allowed, place = gates.config.steer.claimed_loss, (slice(None), g, BY_LABEL, a)
     saved_R = (scores.macs.resampled_unsteered - scores.macs.resampled[place]) / dense
     change_R = scores.resampled.accuracy[place] - scores.resampled_unsteered.accuracy
     saved, change = (unsteered["macs"] - row["macs"]) / dense, row["accuracy"] - unsteered["accuracy"]

@@ -23,7 +23,7 @@ from headsteer_jax.analysis.stats import percentile_interval, to_float_list
 from headsteer_jax.analysis.summary import compare_fronts
 from headsteer_jax.analysis.sweep_file import to_result
 from headsteer_jax.config.schema import Config
-from headsteer_jax.steer.results import BY_LABEL, BY_PREDICTION, SweepResult
+from headsteer_jax.steer.results import BY_LABEL, BY_PREDICTION, SplitResult, SweepResult
 
 RESAMPLINGS = 2000  # of the seeds of metrics that have no images
 SHARES = ("usage", "accuracy", "dead_fraction", "gate_agreement")  # metrics from 0 to 1 end so
@@ -71,9 +71,8 @@ def measure_run(
     result = to_result(sweep)
     # the same generator for every run: a resampling takes the same images in all of them
     scores = score_settings(result, config, np.random.default_rng([config.data_seed, 12]))
-    return RunMeasures(
-        config.seed, metrics | _measure_steering(scores, summary), _find_conditions(summary, result, scores, config)
-    )
+    metrics |= _measure_layer(result.test, scores) | _measure_steering(scores, summary)
+    return RunMeasures(config.seed, metrics, _find_conditions(summary, result, scores, config))
 
 
 def _measure_training(test: Mapping[str, Any]) -> dict[str, Measure]:
@@ -87,13 +86,20 @@ def _measure_training(test: Mapping[str, Any]) -> dict[str, Measure]:
     return metrics
 
 
-def _measure_steering(scores: Scores, summary: Mapping[str, Any]) -> dict[str, Measure]:
-    """Measure usage and accuracy without steering, and under every strategy at its chosen alpha.
+def _measure_layer(test: SplitResult, scores: Scores) -> dict[str, Measure]:
+    """Measure the accuracy with all gates of the steered layer open, `all_on`, or closed, `all_off`."""
+    right_N2 = test.table[:, [-1, 0]] == test.labels[:, None]
+    resampled_R2 = scores.weights @ right_N2 / len(test.labels)
+    return {
+        f"{name}.accuracy": Measure(float(right_N.mean()), resampled_R)
+        for name, right_N, resampled_R in zip(("all_on", "all_off"), right_N2.T, resampled_R2.T, strict=True)
+    }
 
-    `all_on` and `all_off` are the model with all gates of the layer open, or closed.
-    """
+
+def _measure_steering(scores: Scores, summary: Mapping[str, Any]) -> dict[str, Measure]:
+    """Measure usage and accuracy without steering, and under every strategy at its chosen alpha."""
     before, before_R = summary["steering"]["unsteered"], scores.resampled_unsteered
-    metrics = {f"{name}.accuracy": Measure(summary["last_layer"][name]) for name in ("all_on", "all_off")} | {
+    metrics = {
         "unsteered.usage": Measure(before["usage"], before_R.usage),
         "unsteered.accuracy": Measure(before["accuracy"], before_R.accuracy),
     }

@@ -500,9 +500,10 @@ class SteerConfig(Section):
     """The number of validation images that every steered class must have, because alpha is chosen on them."""
     tolerance: Fraction = 0.01
     """The most accuracy on validation that the chosen alpha may give up."""
-    allowed_loss: Fraction = 0.01
+    allowed_loss: Fraction = 0.0
     """The most accuracy that steering may cost on test by the claims: the interval of the change must stay above minus
-    this. It should be at least steer.tolerance, because a loss that validation allows shows on test as well."""
+    this. With 0 it is steer.tolerance. A loss that validation allows shows on test as well, with its own chance, so it
+    should be larger."""
     saving: Fraction = 0.2
     """A class counts as saved if its usage falls by at least this much and its accuracy does not fall."""
     bootstrap: PositiveInt = 1000
@@ -512,6 +513,11 @@ class SteerConfig(Section):
     subsets: Annotated[int, Field(ge=64, le=4096)] = 512
     """The number of head subsets, of every size, that the controls try if a layer has more than 12 heads. With up to 12
     heads they try all 2^H."""
+
+    @property
+    def claimed_loss(self) -> float:
+        """Return the most accuracy that steering may cost on test by the claims."""
+        return self.allowed_loss or self.tolerance
 
 
 class LayersConfig(Section):
@@ -777,6 +783,8 @@ class Config(Section):
             "steer.alphas", t.alphas, len(t.alphas) > 0 and _distinct(t.alphas), "at least one number, without repeats"
         )
         yield Rule("steer.classes", t.classes, _distinct(t.classes), "distinct names")
+        limits = f"0, or at least steer.tolerance = {t.tolerance:g}"
+        yield Rule("steer.allowed_loss", t.allowed_loss, t.claimed_loss >= t.tolerance, limits)
 
     def _machine_rules(self) -> Iterator[Rule]:
         """Yield the rules of the section machine."""

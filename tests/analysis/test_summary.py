@@ -209,6 +209,16 @@ def test_a_strategy_that_never_comes_down_is_not_judged(config: Config, result: 
     assert claim(summary, ", global is")["value"] is None
 
 
+def test_what_steering_may_cost_on_test_is_a_limit_of_its_own() -> None:
+    config, result = made_sweep(classes=6, heads=3, strategies=("class",))
+    lowest = summarise(result, config)[0]["steering"]["class"]["accuracy_change_ci"][0]
+    for allowed, kept in ((0.0, lowest >= -config.steer.tolerance), (0.02 - lowest, True), (-lowest - 1e-4, False)):
+        steer = config.steer.model_copy(update={"allowed_loss": allowed, "saving": 0.0})
+        found = claim(summarise(result, config.model_copy(update={"steer": steer}))[0], "lowers usage by at least 0")
+        assert found["claim"].endswith(f"within {allowed or config.steer.tolerance:g} of accuracy")
+        assert found["holds"] == (kept and found["interval"][0] >= 0)
+
+
 def test_suppression_is_judged_at_the_alpha_below_0_that_uses_most_on_validation() -> None:
     config, result = made_sweep(classes=6, heads=3, alphas=(-3.0, -1.0, -0.5, 1.0), strategies=("class",))
     usage = per_image(result.validation)[1][0, :, 0].mean(axis=(0, 2))

@@ -131,6 +131,7 @@ def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -
         ("train.label_smoothing", "1", ["config.train.label_smoothing", "less than 1"]),
         ("steer.mode", "boost", ["config.steer.mode", "'add'", "'ablate'"]),
         ("steer.alphas", "1,x", ["config.steer.alphas"]),
+        ("steer.allowed_loss", "0.001", ["config.steer.allowed_loss = 0.001: must be 0, or at least steer.tolerance"]),
         ("steer.classes", "[x]", ["config.steer.classes = '[x]'", "a JSON list of quoted strings"]),
         ("steer.classes", "[1, 2]", ["config.steer.classes = '[1, 2]'", "a JSON list of quoted strings"]),
         ("steer.classes", '["x"', ["config.steer.classes", "a JSON list of quoted strings"]),
