@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
+from jax import experimental
 
 from headsteer_jax.errors import HeadSteerError
 
@@ -114,8 +115,10 @@ def use_own_settings_in_thread() -> Iterator[None]:
     """Do the same in this thread alone, which is quicker and suits a function that is traced."""
     with ExitStack() as restored:
         for name in _find_differences():
-            context = getattr(jax, name.removeprefix("jax_"), None)
-            if context is not None:  # a few settings cannot be set for one thread
+            short = name.removeprefix("jax_")
+            # enable_x64 was experimental in JAX 0.7; a few settings cannot be set for one thread
+            context = getattr(jax, short, None) or getattr(experimental, short, None)
+            if context is not None:
                 restored.enter_context(context(JAX_DEFAULTS[name]))
         yield
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import FinishedRun
+from jax import experimental
 
 from headsteer_jax import HeadSteerError, load_run
 from headsteer_jax.runtime import settings as own_settings
@@ -57,7 +58,8 @@ def test_own_settings_are_those_of_a_fresh_jax() -> None:
 
 
 def test_own_settings_count_in_every_thread_and_the_users_come_back(hostile: dict[str, Any]) -> None:
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"), ThreadPoolExecutor(1) as worker:
+    enable_x64 = getattr(jax, "enable_x64", None) or experimental.enable_x64  # its place in JAX 0.7
+    with enable_x64(False), jax.numpy_dtype_promotion("strict"), ThreadPoolExecutor(1) as worker:
         with use_own_settings():
             assert seen() == JAX_DEFAULTS
             assert worker.submit(seen).result() == JAX_DEFAULTS
