@@ -117,7 +117,7 @@ def use_own_settings_in_thread() -> Iterator[None]:
         for name in _find_differences():
             short = name.removeprefix("jax_")
             # enable_x64 was experimental in JAX 0.7; a few settings cannot be set for one thread
-            context = getattr(jax, short, None) or getattr(experimental, short, None)
+            context = getattr(jax if hasattr(jax, short) else experimental, short, None)
             if context is not None:
                 restored.enter_context(context(JAX_DEFAULTS[name]))
         yield

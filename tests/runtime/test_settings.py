@@ -58,7 +58,7 @@ def test_own_settings_are_those_of_a_fresh_jax() -> None:
 
 
 def test_own_settings_count_in_every_thread_and_the_users_come_back(hostile: dict[str, Any]) -> None:
-    enable_x64 = getattr(jax, "enable_x64", None) or experimental.enable_x64  # its place in JAX 0.7
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else experimental.enable_x64  # in JAX 0.7
     with enable_x64(False), jax.numpy_dtype_promotion("strict"), ThreadPoolExecutor(1) as worker:
         with use_own_settings():
             assert seen() == JAX_DEFAULTS
