@@ -530,11 +530,11 @@ def command_push(arguments: Sequence[str]) -> None:
     address = parse_address(flags.address, "hf://owner/name")
     workdir = locate_run(flags.run, "RUN")
     request = PushRequest(address, flags.private, flags.overwrite)
-    found = check_push(workdir, request)
+    repository = check_push(workdir, request)
     _start()
     files = collect_files(workdir, address)
-    check_files(request, found, files)
-    print(upload_run(address, found, files, flags.message or f"Add the run {workdir.name}", flags.private))
+    check_files(request, repository, files)
+    print(upload_run(address, repository, files, flags.message or f"Add the run {workdir.name}", flags.private))
 
 
 def command_config(arguments: Sequence[str]) -> None:

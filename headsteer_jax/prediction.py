@@ -135,8 +135,10 @@ def _take(predictions: Predictions, place: int) -> Predictions:
         return {kind: g[place] for kind, g in answers.gates.items()}
 
     p, steered = predictions, predictions.steered
-    taken = None if steered is None else Answers(steered.label[place], steered.confidence[place], gates_of(steered))
-    return Predictions(p.label[place], p.confidence[place], gates_of(p), p.latents[place], p.activations[place], taken)
+    if steered is not None:
+        steered = Answers(steered.label[place], steered.confidence[place], gates_of(steered))
+    latents = p.latents[place], p.activations[place]
+    return Predictions(p.label[place], p.confidence[place], gates_of(p), *latents, steered)
 
 
 def to_json(answer: FileAnswer, reader: RunReader) -> dict[str, Any]:
@@ -153,8 +155,8 @@ def to_json(answer: FileAnswer, reader: RunReader) -> dict[str, Any]:
     if len(reader.latent_classes):
         record["latents"] = latents
     if p.steered is not None:
-        by = {"steer": reader.request.steer, "alpha": reader.request.alpha}
-        record["steered"] = by | _describe_answer(p.steered, reader)
+        steering = {"steer": reader.request.steer, "alpha": reader.request.alpha}
+        record["steered"] = steering | _describe_answer(p.steered, reader)
     return record
 
 

@@ -176,8 +176,8 @@ def check_alpha(steer: str | None, alpha: float | None, flags: tuple[str, str]) 
       HeadSteerError: they are not.
     """
     if (steer is None) != (alpha is None):
-        given, missing = flags if alpha is None else flags[::-1]
-        raise HeadSteerError(f"{given}: needs {missing} as well; give both, the strategy and its strength, or neither")
+        first, missing = flags if alpha is None else flags[::-1]
+        raise HeadSteerError(f"{first}: needs {missing} as well; give both, the strategy and its strength, or neither")
     if alpha is not None and not np.isfinite(alpha):
         raise HeadSteerError(f"{flags[1]}={alpha}: must be a finite number")
 

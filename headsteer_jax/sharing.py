@@ -46,28 +46,28 @@ def check_push(workdir: Workdir, request: PushRequest) -> Repository | None:
     for name in NEEDED:
         check_done(config, workdir, name, "headsteer push")
     check_token(address)
-    found = find_repository(address)
-    if found is None:
+    repository = find_repository(address)
+    if repository is None:
         return None
-    if not (found.is_replaceable or request.overwrite):
+    if not (repository.is_replaceable or request.overwrite):
         raise HeadSteerError(
             f"{address}: exists, and headsteer push did not write it; choose another name, or pass --overwrite to add "
             "the run to it"
         )
-    if request.private and not found.private:
+    if request.private and not repository.private:
         raise HeadSteerError(
             f"{address}: exists and is public; make it private on its page first, or leave out --private"
         )
-    return found
+    return repository
 
 
-def check_files(request: PushRequest, found: Repository | None, files: Mapping[str, str | bytes]) -> None:
+def check_files(request: PushRequest, repository: Repository | None, files: Mapping[str, str | bytes]) -> None:
     """Check that nothing is replaced that other than a push has written.
 
     Raises:
       HeadSteerError: it would be.
     """
-    if found is not None and not request.overwrite and (replaced := sorted(found.foreign & set(files))):
+    if repository is not None and not request.overwrite and (replaced := sorted(repository.foreign & set(files))):
         raise HeadSteerError(
             f"{request.address}: holds {replaced[0]}, which headsteer push did not write; move it there, or pass "
             "--overwrite to replace it"

@@ -43,9 +43,9 @@ def make_views(split: Split, config: Config, views: int) -> Split:
                 views[first] = np.asarray(jnp.round(255 * plain), np.uint8)
             yield from views[: len(places) - begin]
 
-    own = data.model_dump(include={"image_size", "crop_padding", "crop_fill", "crop_scale", "flip"})
-    own |= data.model_dump(include={"rand_augment_ops", "rand_augment_magnitude"})
-    mark = np.uint64(int(sha256_of(own, config.seed)[:16], 16))
+    augmentation = data.model_dump(include={"image_size", "crop_padding", "crop_fill", "crop_scale", "flip"})
+    augmentation |= data.model_dump(include={"rand_augment_ops", "rand_augment_magnitude"})
+    mark = np.uint64(int(sha256_of(augmentation, config.seed)[:16], 16))
     numbers_V1 = np.arange(views, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)  # far apart
     keys_VN = (image_keys(split)[None] + numbers_V1) ^ mark
     shape = (data.image_size, data.image_size, data.channels)

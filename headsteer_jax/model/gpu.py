@@ -48,8 +48,8 @@ def _multiply_forward(x_NI: jax.Array, kernel_IO: jax.Array, precision: Any, dev
     return multiply_rows(x_NI, kernel_IO, precision, devices), (x_NI, kernel_IO)
 
 
-def _multiply_backward(precision: Any, devices: int, kept: Any, gradient_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_NI, kernel_IO = kept
+def _multiply_backward(precision: Any, devices: int, saved: Any, gradient_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_NI, kernel_IO = saved
     parts = devices * count_parts(len(x_NI) // devices, *kernel_IO.shape)
     x_SMI, gradient_SMO = (rows.reshape(parts, len(rows) // parts, -1) for rows in (x_NI, gradient_NO))
     kernel_SIO = jnp.einsum(

@@ -35,12 +35,12 @@ def render_run_card(summary: Mapping[str, Any], data: Mapping[str, Any], name: s
         for path, value in flatten(config).items()
         if value != defaults[path]
     ]
-    names = [escape_markdown(each) for each in data["classes"]]
+    class_names = [escape_markdown(label) for label in data["classes"]]
     return render_template(
         "card.md.j2", name=escape_markdown(name), location=location, summary=summary, config=config, fields=fields,
-        source=escape_markdown(config.data.name or config.data.source), classes=names, shown=SHOWN_CLASSES,
+        source=escape_markdown(config.data.name or config.data.source), classes=class_names, shown=SHOWN_CLASSES,
         images={split: sum(data[split]["images"]) for split in SPLITS},
         rows=[(escape_markdown(row["name"]), row) for row in summary.get("classes", [])[:SHOWN_CLASSES]],
-        strategies=[(escape_markdown(each), row) for each, row in summary["steering"].items() if each != "unsteered"],
+        strategies=[(escape_markdown(key), row) for key, row in summary["steering"].items() if key != "unsteered"],
         claims=[(escape_markdown(claim["claim"]), claim) for claim in summary.get("claims", [])],
     ) + "\n"  # fmt: skip

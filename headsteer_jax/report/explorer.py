@@ -185,20 +185,20 @@ def _collect_strategies(arrays: Arrays, readings: TestReadings, kinds: list[str]
     """
     latents, directions, recorded = ([r for r, kind in enumerate(kinds) if kind == name]
                                      for name in ("latents", "directions", "recorded"))  # fmt: skip
-    found: Arrays = {}
+    collected: Arrays = {}
     units: dict[str, Any] = {}
     if latents:
-        found["latents"] = _as_unsigned(np.maximum(arrays["latents"][latents, 0], 0))
-        found["weights"] = np.where(arrays["latents"][latents, 0] < 0, 0, arrays["weights"][latents, 0])
+        collected["latents"] = _as_unsigned(np.maximum(arrays["latents"][latents, 0], 0))
+        collected["weights"] = np.where(arrays["latents"][latents, 0] < 0, 0, arrays["weights"][latents, 0])
     if directions:
         v_RCD, gate_DG = arrays["directions"][directions, 0].astype(np.float64), readings.effect.gate
-        found["direction_effect"] = (v_RCD @ gate_DG).astype(np.float32)
-        found["direction_reach"], units["direction_reach"] = _round_up(np.abs(v_RCD) @ np.abs(gate_DG))
+        collected["direction_effect"] = (v_RCD @ gate_DG).astype(np.float32)
+        collected["direction_reach"], units["direction_reach"] = _round_up(np.abs(v_RCD) @ np.abs(gate_DG))
     if recorded:
-        found["recorded_correct"] = _as_unsigned(arrays["test_correct"][recorded, 0])
-        found["recorded_heads_on"] = _as_unsigned(arrays["test_heads_on"][recorded, 0])
-        found["recorded_macs"] = arrays["test_macs"][recorded, 0]
-    return found, units
+        collected["recorded_correct"] = _as_unsigned(arrays["test_correct"][recorded, 0])
+        collected["recorded_heads_on"] = _as_unsigned(arrays["test_heads_on"][recorded, 0])
+        collected["recorded_macs"] = arrays["test_macs"][recorded, 0]
+    return collected, units
 
 
 class Sprite(NamedTuple):
@@ -265,29 +265,61 @@ def explorer_data(
       What goes into JSON, the arrays to pack, and which test images they hold in which order, [N]: by class. The blob
       and the thumbnails are not in them yet.
     """
-    layer, why = LayerGates(config, config.sae_layer), explain_why_recorded(config)
-    strategies = _describe_strategies(arrays, live=not why)
+    strategies = _describe_strategies(arrays, live=not explain_why_recorded(config))
     order = np.argsort(arrays["test_labels"], kind="stable")
     order = order[_rank_in_class(arrays["test_labels"]) % step == 0]
-    patterns, patches = arrays["subset"], arrays["test_kept_patches"][order]
-    active = csr_array(readings.active[order])
-    active.sort_indices()
+    collected, strategy_units = _collect_strategies(arrays, readings, [row["kind"] for row in strategies])
+    latents, latent_units = _collect_latents(readings, order)
+    contents = _collect_answers(config, arrays, order) | latents | collected
+    if gates is not None and "tokens" in gates.gates and "tokens" in config.gate.kinds_in(config.sae_layer):
+        kept_NP = gates.gates["tokens"][:, config.sae_layer - config.gate.settings("tokens").first_layer]
+        if len(kept_NP) == len(arrays["test_labels"]):  # not if only some classes are steered
+            contents["kept"] = np.packbits(kept_NP[order], axis=1, bitorder="little")
+    rounding = {
+        "unit": UNIT_ROUNDOFF,
+        # in roundings, beside the square root of the number of terms: products, and float32 here of effects
+        "more": readings.effect.slack / UNIT_ROUNDOFF - math.sqrt(config.model.width + config.steer.latents) + 2,
+        "activation": ROUNDED,
+    }
+    header = _describe_run(config, dataset, arrays) | {
+        "strategies": strategies,
+        "rounding": rounding | latent_units | strategy_units,
+    }
+    return header, contents, order
+
+
+def _collect_answers(config: Config, arrays: Arrays, order: np.ndarray) -> Arrays:
+    """Collect the answers of images, in an order, under every gate pattern, and what each pattern computes."""
+    patches = arrays["test_kept_patches"][order]
     patch_counts = np.unique(patches)
-    size, size_unit = _round_up(readings.size)
-    reach, reach_unit = _round_up(readings.effect.size)
-    found, units = _collect_strategies(arrays, readings, [row["kind"] for row in strategies])
-    step_M = np.diff(active.indices, prepend=0)  # within an image, latents ascend
-    starts = active.indptr[:-1][np.diff(active.indptr) > 0]
-    step_M[starts] = active.indices[starts]
-    contents = {
+    layer = LayerGates(config, config.sae_layer)
+    return {
         "image": _as_unsigned(order),
         "labels": _as_unsigned(arrays["test_labels"][order]),
         "prediction": _as_unsigned(arrays["test_prediction"][order]),
         "pattern": _as_unsigned(arrays["test_pattern"][order]),
         "answers": _as_unsigned(arrays["test_table"][order]),
-        "patterns": _as_unsigned(patterns),
+        "patterns": _as_unsigned(arrays["subset"]),
         "patches": _as_unsigned(np.searchsorted(patch_counts, patches)),
-        "macs": np.stack([layer.macs(patterns, count) for count in patch_counts]),
+        "macs": np.stack([layer.macs(arrays["subset"], count) for count in patch_counts]),
+        "class_chosen": _as_unsigned(arrays["class_chosen"]),
+    }
+
+
+def _collect_latents(readings: TestReadings, order: np.ndarray) -> tuple[Arrays, dict[str, Any]]:
+    """Collect the gate logits and active latents of images, in an order, and what each latent does.
+
+    Returns:
+      Arrays, and the units of the bounds among them.
+    """
+    active = csr_array(readings.active[order])
+    active.sort_indices()
+    step_M = np.diff(active.indices, prepend=0)  # within an image, latents ascend
+    starts = active.indptr[:-1][np.diff(active.indptr) > 0]
+    step_M[starts] = active.indices[starts]
+    size, size_unit = _round_up(readings.size)
+    reach, reach_unit = _round_up(readings.effect.size)
+    collected: Arrays = {
         "gate_logits": readings.gate_logits[order],
         "size": size[order],
         "active_count": _as_unsigned(np.diff(active.indptr)),
@@ -300,36 +332,27 @@ def explorer_data(
         "reach": reach,
         "neighbours": _as_unsigned(readings.neighbours),
         "cosines": readings.cosines,
-        "class_chosen": _as_unsigned(arrays["class_chosen"]),
-        **found,
     }
-    if gates is not None and "tokens" in gates.gates and "tokens" in config.gate.kinds_in(config.sae_layer):
-        kept_NP = gates.gates["tokens"][:, config.sae_layer - config.gate.settings("tokens").first_layer]
-        if len(kept_NP) == len(arrays["test_labels"]):  # not if only some classes are steered
-            contents["kept"] = np.packbits(kept_NP[order], axis=1, bitorder="little")
-    related = [] if dataset.related is None else [np.flatnonzero(row).tolist() for row in dataset.related]
-    header = {
+    return collected, {"size": size_unit, "reach": reach_unit}
+
+
+def _describe_run(config: Config, dataset: Dataset, arrays: Arrays) -> dict[str, Any]:
+    """Describe the classes, gates and recorded settings of a run, for the page's JSON."""
+    layer = LayerGates(config, config.sae_layer)
+    return {
         "classes": list(dataset.class_names),
         "count": arrays["test_count"].tolist(),
         "total": len(arrays["test_labels"]),
         "gates": [name if name in ("attention", "mlp") else f"h{name}" for name in layer.names],
-        "why_recorded": why,
-        "strategies": strategies,
+        "why_recorded": explain_why_recorded(config),
         "alphas": arrays["alphas"].tolist(),
         "chosen": arrays["chosen"].tolist(),
-        "related": related,
+        "related": [] if dataset.related is None else [np.flatnonzero(row).tolist() for row in dataset.related],
         "dense_macs": layer.dense_macs,
         "unsteered_macs": arrays["test_unsteered_macs"].tolist(),
         "width": config.model.width,
-        "rounding": {
-            "unit": UNIT_ROUNDOFF,
-            # in roundings, beside the square root of the number of terms: products, and float32 here of effects
-            "more": readings.effect.slack / UNIT_ROUNDOFF - math.sqrt(config.model.width + config.steer.latents) + 2,
-            "activation": ROUNDED, "size": size_unit, "reach": reach_unit, **units,
-        },
         "grid": config.data.image_size // config.model.patch,
-    }  # fmt: skip
-    return header, contents, order
+    }
 
 
 def write_explorer(

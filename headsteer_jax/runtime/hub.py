@@ -73,10 +73,10 @@ def parse_address(location: str, name: str) -> Address:
     Raises:
       HeadSteerError: it has another form.
     """
-    found = ADDRESS.fullmatch(location)
-    if not found:
+    match = ADDRESS.fullmatch(location)
+    if not match:
         raise HeadSteerError(f"{name}={location}: must be hf://owner/name, or hf://owner/name@revision to read a run")
-    return Address(found["repository"], found["revision"])
+    return Address(match["repository"], match["revision"])
 
 
 def import_hub(address: Address) -> ModuleType:
@@ -170,12 +170,12 @@ def find_repository(address: Address) -> Repository | None:
 
 
 def upload_run(
-    address: Address, found: Repository | None, files: Mapping[str, str | bytes], message: str, private: bool
+    address: Address, repository: Repository | None, files: Mapping[str, str | bytes], message: str, private: bool
 ) -> str:
     """Write a run into a repository in one commit, which also deletes files that only an earlier run there had.
 
     Args:
-      found: the repository as it is; None: it is created.
+      repository: the repository as it is; None: it is created.
       files: for each path in the repository a local file or the content, without the manifest.
       message: of the commit.
       private: create the repository as a private one.
@@ -191,13 +191,13 @@ def upload_run(
     contents = {**files, MANIFEST: manifest.encode()}
     with explain_errors(address), _explain_hub_errors(address, hub):
         api = hub.HfApi()
-        if found is None:
+        if repository is None:
             _create(address, api, hub, private)
         operations: list[Any] = [hub.CommitOperationAdd(path, content) for path, content in contents.items()]
-        if found is not None and found.listed:
-            outdated = (found.listed & found.files) - set(contents)
+        if repository is not None and repository.listed:
+            outdated = (repository.listed & repository.files) - set(contents)
             operations += [hub.CommitOperationDelete(path, is_folder=False) for path in sorted(outdated)]
-        parent = found.commit if found else None
+        parent = repository.commit if repository else None
         api.create_commit(address.repository, operations, commit_message=message, parent_commit=parent)
         return f"{api.endpoint}/{address.repository}"
 

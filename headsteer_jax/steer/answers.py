@@ -239,8 +239,8 @@ def make_predict(
         for begin in range(0, max(1, len(images)), count):  # even without images one call, which knows the shapes
             part = images[begin : begin + count]
             calls.append(run_call(np.pad(part, ((0, count - len(part)), *[(0, 0)] * 3))))
-        joined: Predictions = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(images)], *calls)
-        return joined
+        predictions: Predictions = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(images)], *calls)
+        return predictions
 
     return predict
 

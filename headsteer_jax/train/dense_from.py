@@ -68,7 +68,7 @@ def check_dense_from(config: Config) -> Config:
         )
     record = directory / "train" / "started.json"
     begun_with = read_json(record)["file"]["hash"] if record.exists() and other.model.pretrained else ""
-    other_file = begun_with and (own := fingerprint_weights(config.model.pretrained)) and own != begun_with
+    other_file = begun_with and (this_file := fingerprint_weights(config.model.pretrained)) and this_file != begun_with
     if bool(other.model.pretrained) != bool(config.model.pretrained) or other_file:
         raise HeadSteerError(
             f"{name}: its dense phase began with model.pretrained = {other.model.pretrained!r}, but this config has "
@@ -155,6 +155,6 @@ def _write_phase(phase: Phase, config: Config, initial: Any, adopted: _Adopted, 
         state = state._replace(average=adopt(adopted.average))
     described = describe_state(initial, phase, config, mesh.training_mesh(config.machine))
     state = mesh.place(hosts.to_numpy(state), jax.tree.map(lambda leaf: leaf.sharding, described))
-    own = _open(directory, phase, config)
-    own.save(steps, state, adopted.metadata)
-    own.close()
+    checkpoints = _open(directory, phase, config)
+    checkpoints.save(steps, state, adopted.metadata)
+    checkpoints.close()
