@@ -74,7 +74,8 @@ def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: P
     sources = load_sources(config, dataset, workdir, answered)
     if request.dynamic:
         steering = load_steering(config, dataset, workdir, request.strategy, labels) if request.strategy else None
-        built = build_dynamic(sources, steering, request.strategy, request.alpha)
+        towards = [dataset.class_names[label] for label in labels]
+        built = build_dynamic(sources, steering, request.strategy, request.alpha, towards)
     else:
         built = build_specialised(sources, request.goal, request.distil)
     replace_directory(output, lambda directory: write_deployed(built, sources, directory, write_formats, draw_speed))

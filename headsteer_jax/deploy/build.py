@@ -92,18 +92,26 @@ def build_specialised(sources: Sources, goal: Goal, distil_steps: int) -> Built:
     return Built("specialised", model, dense, images, provenance)
 
 
-def build_dynamic(sources: Sources, steering: ClassSteering | None, strategy: str, alpha: float) -> Built:
-    """Make a gated model, with a steering folded into the biases of its gates if there is one."""
+def build_dynamic(
+    sources: Sources, steering: ClassSteering | None, strategy: str, alpha: float, towards: Sequence[str]
+) -> Built:
+    """Make a gated model, with a steering folded into the biases of its gates if there is one.
+
+    Args:
+      strategy, alpha, towards: of the steering, for the card: `towards` names the classes that it was made for.
+    """
     images, model = select_images(sources.dataset, sources.labels), sources.convert(dynamic=True)
     text = "A vision transformer whose gates decide for every image what runs; what they close is multiplied by 0."
     if steering is not None:
         model = fold_steering(model, sources.config, steering, alpha)
-        text += f" Its gates are steered by the strategy {strategy} with alpha {alpha:g}."
+        goal = f"towards {', '.join(towards)}" if len(towards) < len(sources.dataset.class_names) else "for all classes"
+        text += f" Its gates are steered {goal} by the strategy {strategy} with alpha {alpha:g}."
     kind = "gated" if steering is None else "steered"
     dense = sources.convert(dynamic=False)
     provenance = {
         "title": f"{len(sources.labels)} classes of {sources.run}, {kind}", "text": text, "run": sources.run,
         "what": kind, "strategy": strategy or None, "alpha": None if steering is None else alpha,
+        "steered_towards": None if steering is None else list(towards),
     }  # fmt: skip
     return Built(kind, model, dense, images, provenance)
 

@@ -76,6 +76,8 @@ def load_deployed(directory: str | os.PathLike[str]) -> DeployedModel:
             params = unflatten_params(safetensors.numpy.load_file(path / WEIGHTS))
         except safetensors.SafetensorError as error:
             raise ValueError(error) from None
+        if len(params["layers"]) != config.depth:
+            raise ValueError(f"it has {len(params['layers'])} layers, but config.json has {config.depth}")
         images = jax.ShapeDtypeStruct((1, *config.image), np.uint8)
         shape = jax.eval_shape(lambda images: compute_logits(config, params, images), images).shape
         if shape != (1, len(config.classes)) or _count_parts(config, params) != (config.heads, config.neurons):
@@ -143,17 +145,19 @@ def check_output(output: Path) -> None:
     """Check that a deployed model may be written to a directory: it is new, empty, or one that HeadSteer wrote.
 
     Raises:
-      HeadSteerError: it is something else, or it holds other files as well.
+      HeadSteerError: it is something else, it holds other files as well, or it is the current directory.
     """
     remedy = "choose another --output"
     with explain_errors(output, remedy):
         place = next(place for place in (output, *output.parents) if place.exists() or place.is_symlink())
         if not place.is_dir():
             raise HeadSteerError(f"{place}: is not a directory; {remedy}")
-        if place != output:
-            return
-        entries = sorted(entry.name for entry in output.iterdir())
-        if not entries:
+        if output.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise HeadSteerError(f"{output}: is the current directory or around it, and it is replaced; {remedy}")
+        for leftover in _list_leftovers(output.resolve()):
+            if leftover.is_symlink() or (leftover.exists() and (not leftover.is_dir() or _list_foreign(leftover))):
+                raise HeadSteerError(f"{leftover}: HeadSteer did not write it; move it away, or {remedy}")
+        if place != output or not any(output.iterdir()):
             return
         try:
             ours = json.loads((output / CONFIG).read_text(encoding="utf-8")).get("format") == FORMAT
@@ -161,12 +165,27 @@ def check_output(output: Path) -> None:
             ours = False
         if not ours:
             raise HeadSteerError(f"{output}: exists, and HeadSteer did not write it; {remedy}")
-        if foreign := [name for name in entries if name not in FILES]:
-            raise HeadSteerError(f"{output / foreign[0]}: HeadSteer did not write it; move it away, or {remedy}")
+        if foreign := _list_foreign(output):
+            raise HeadSteerError(f"{foreign[0]}: HeadSteer did not write it; move it away, or {remedy}")
+
+
+def _list_leftovers(output: Path) -> tuple[Path, Path]:
+    """List what a killed command may leave beside a directory: the new one, unfinished, and the one it replaces.
+
+    They always have the same names, so that the next command finds them.
+    """
+    return output.with_name(f".{output.name}.new"), output.with_name(f".{output.name}.old")
+
+
+def _list_foreign(directory: Path) -> list[Path]:
+    """List what a directory holds that is none of a deployed model's files."""
+    return sorted(entry for entry in directory.iterdir() if entry.name not in FILES or not entry.is_file())
 
 
 def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
     """Write a directory completely or not at all: beside its place, and then moved into it.
+
+    If the directory is a link, what it points to is replaced. Files that others have put there meanwhile stay.
 
     Args:
       output: checked by `check_output`; what it holds is replaced.
@@ -175,9 +194,9 @@ def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
     Raises:
       HeadSteerError: the disk is full or not writable; what was there before is intact.
     """
+    output = output.resolve()
+    new, old = _list_leftovers(output)
     with explain_errors(output):
-        # always the same names, so that nothing of a killed command stays behind
-        new, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("new", "old"))
         if old.exists() and not output.exists():  # the command was killed between its last two steps
             old.rename(output)
         for leftover in (new, old):
@@ -187,6 +206,8 @@ def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
             write(new)
             if output.exists():
                 output.rename(old)
+                for entry in _list_foreign(old):
+                    entry.rename(new / entry.name)
             new.rename(output)
         finally:
             if old.exists() and not output.exists():

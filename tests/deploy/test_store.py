@@ -48,6 +48,10 @@ def test_what_is_not_a_whole_deployed_model_is_refused(model: DeployedModel, tmp
     edit_config(tmp_path, version=1, heads=[1, 1, 3])  # layer 1 has none
     with pytest.raises(HeadSteerError, match=r"model\.safetensors: missing or damaged"):
         load_deployed(tmp_path)
+    deeper = model.config.model.model_copy(update={"depth": 4}).model_dump()
+    edit_config(tmp_path, heads=[1, 1, 1, 1], neurons=[1, 1, 1, 1], model=deeper)
+    with pytest.raises(HeadSteerError, match=r"model\.safetensors: missing or damaged \(it has 3 layers, but"):
+        load_deployed(tmp_path)
     edit_config(tmp_path, format="another")
     with pytest.raises(HeadSteerError, match="not of a deployed model"):
         load_deployed(tmp_path)
@@ -75,6 +79,51 @@ def test_only_our_own_directories_are_replaced(model: DeployedModel, tmp_path: P
     (ours / "notes.txt").write_text("mine")
     with pytest.raises(HeadSteerError, match=r"notes\.txt: HeadSteer did not write it"):
         check_output(ours)
+
+
+def test_directories_that_cannot_be_replaced_are_refused(
+    model: DeployedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    for output in (Path("."), inside, tmp_path):
+        with pytest.raises(HeadSteerError, match="is the current directory or around it"):
+            check_output(output)
+    for name in (".ours.new", ".ours.old"):
+        (tmp_path / name).mkdir()
+        check_output(tmp_path / "ours")  # empty, as a killed command may leave it
+        (tmp_path / name / "thesis.txt").write_text("mine")
+        with pytest.raises(HeadSteerError, match=rf"\{name}: HeadSteer did not write it"):
+            check_output(tmp_path / "ours")
+        (tmp_path / name / "thesis.txt").unlink()
+
+
+def test_a_link_keeps_pointing_to_what_is_replaced(model: DeployedModel, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for classes in (("a", "b"), ("x", "y")):
+        changed = model._replace(config=model.config.model_copy(update={"classes": classes}))
+        check_output(tmp_path / "link")
+        replace_directory(tmp_path / "link", lambda directory, changed=changed: write_model(directory, changed))
+        assert load_deployed(tmp_path / "disk").config.classes == classes
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_file_that_comes_meanwhile_stays(model: DeployedModel, tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+
+    def write(directory: Path) -> None:
+        write_model(directory, model)
+        if ours.exists():
+            (ours / "notes.txt").write_text("mine")
+
+    for _ in range(2):
+        replace_directory(ours, write)
+    assert (ours / "notes.txt").read_text() == "mine"
+    assert load_deployed(ours).config == model.config
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ours"]
 
 
 def test_an_interrupted_write_leaves_what_was_there(model: DeployedModel, tmp_path: Path) -> None:
