@@ -21,7 +21,7 @@ from headsteer_jax.deploy.calibration import (
     sum_moments,
     walk_sublayers,
 )
-from headsteer_jax.deploy.convert import KeptParts, expand_heads
+from headsteer_jax.deploy.convert import KeptParts, cut_model
 from headsteer_jax.deploy.model import DeployedModel, normalise
 
 DAMPING = 1e-2
@@ -29,33 +29,34 @@ PENALTIES = (1.0, 0.1, 0.01, 0.001)  # of the classifier's change, from which va
 
 
 def refit_model(model: DeployedModel, parts: KeptParts, images: np.ndarray) -> DeployedModel:
-    """Set to 0 what does not stay, and fit the rest of every projection so that the residuals stay the whole model's.
+    """Cut what does not stay, and fit what stays of every projection so that the residuals stay the whole model's.
 
-    The sublayers are fitted one after the other, each on the residuals of the model that is cut so far: a later one
-    also corrects what the earlier ones got wrong.
+    The sublayers are fitted one after the other, each on the residuals of the cut model up to there: a later one also
+    corrects what the earlier ones got wrong.
 
     Args:
       images: training images of the classes.
 
     Returns:
-      A model of the same shape, from which `cut_model` cuts the zeros.
+      The cut model.
     """
-    config, params = model
-    fitted = [dict(layer) for layer in params["layers"]]
-    x = [embed_chunk(config, params, chunk) for chunk in cut_into_chunks(config, images)]
+    cut = cut_model(model, parts)
+    x = [embed_chunk(cut.config, cut.params, chunk) for chunk in cut_into_chunks(cut.config, images)]
     for layer, sublayer, features, dense_x in walk_sublayers(model, images):
-        queries, name = count_queries(config, layer), SUBLAYER_PARAMS[sublayer]
-        stay = parts.neurons[layer] if sublayer else expand_heads(config, parts.heads[layer])
-        layer_params = fitted[layer]
-        targets = [
-            add_projection(layer_params[name], f, queries, chunk) for f, chunk in zip(features, dense_x, strict=True)
-        ]
-        features = [compute_features(config, layer_params, sublayer, chunk, queries) for chunk in x]
-        x = [chunk[:, :queries] for chunk in x]
-        missing = [after - chunk for after, chunk in zip(targets, x, strict=True)]
-        layer_params[name] = fit_projection(sum_moments(features, missing), stay, layer_params[name], DAMPING)
+        queries, name = count_queries(cut.config, layer), SUBLAYER_PARAMS[sublayer]
+        dense, layer_params = model.params["layers"][layer][name], cut.params["layers"][layer]
+        targets = [add_projection(dense, f, queries, chunk) for f, chunk in zip(features, dense_x, strict=True)]
+        missing = [after - chunk[:, :queries] for after, chunk in zip(targets, x, strict=True)]
+        if "kernel" not in layer_params[name]:  # nothing stays but a constant
+            constant = np.mean([np.asarray(part, np.float64).mean(axis=(0, 1)) for part in missing], axis=0)
+            layer_params[name] = {"bias": constant.astype(np.float32)}
+            x = [chunk[:, :queries] + layer_params[name]["bias"] for chunk in x]
+            continue
+        features = [compute_features(cut.config, layer_params, sublayer, chunk, queries) for chunk in x]
+        moments, size = sum_moments(features, missing), len(layer_params[name]["kernel"])
+        layer_params[name] = fit_projection(moments, np.arange(size), layer_params[name], DAMPING)
         x = [add_projection(layer_params[name], f, queries, chunk) for f, chunk in zip(features, x, strict=True)]
-    return DeployedModel(config, params | {"layers": fitted})
+    return cut
 
 
 def refit_classifier(

@@ -69,7 +69,8 @@ def measure_options(
         moments = _project_moments(features, model.params["layers"][layer][SUBLAYER_PARAMS[sublayer]])
         candidates = list_candidates(model, layer, sublayer, moments)
         if sublayer == 0:
-            candidates += [stay for stay in propose_heads(layer) if 0 < len(stay) < model.config.heads[layer]]
+            known = {tuple(stay) for stay in candidates}
+            candidates += [stay for stay in propose_heads(layer) if tuple(stay) not in known]
         all_units = np.arange((model.config.neurons if sublayer else model.config.heads)[layer])
         measured = [Option(all_units, _count(model.config, layer, sublayer, len(all_units)), 0.0)]
         for stay in candidates:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from headsteer_jax.deploy.convert import KeptParts, cut_model, keep_all
 from headsteer_jax.deploy.cost import count_tokens
 from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, draw_images
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
@@ -28,7 +27,7 @@ SCORED_IMAGES = 128  # training images on which every size of every sublayer is 
 BUDGET_STEP = 0.025  # between the budgets that --max-loss tries
 
 
-Candidate = tuple[KeptParts, DeployedModel, Answers]  # what stays, the refitted model, its answers on validation
+Candidate = tuple[DeployedModel, Answers]  # the cut model, and its answers on validation
 
 
 class Goal(NamedTuple):
@@ -82,31 +81,29 @@ def specialise(
     dense_validation = answer_images(model, images.validation, "deploy: validation")
 
     def try_budget(budget: float) -> Candidate:
-        parts, fitted, answers = _cut_to_budget(model, images, options, calibration, budget)
+        cut, answers = _cut_to_budget(model, images, options, calibration, budget)
         logger.info(
             f"deploy: budget {budget:.3f}: validation accuracy {answers.accuracy:.4f} "
             f"(dense {dense_validation.accuracy:.4f})"
         )
-        return parts, fitted, answers
+        return cut, answers
 
     if goal.budget is not None:
-        parts, fitted, answers = try_budget(goal.budget)
+        cut, answers = try_budget(goal.budget)
     else:
         floor = dense_validation.accuracy - goal.max_loss
-        uncut = (keep_all(model.config), model, dense_validation)
-        parts, fitted, answers = _search_budget(uncut, try_budget, floor)
-    return Specialised(cut_model(fitted, parts), model, answers, dense_validation)
+        cut, answers = _search_budget((model, dense_validation), try_budget, floor)
+    return Specialised(cut, model, answers, dense_validation)
 
 
 def _cut_to_budget(
     model: DeployedModel, images: ClassImages, options: Options, calibration: np.ndarray, budget: float
 ) -> Candidate:
-    """Choose the sizes for a budget and refit what stays -> what stays, the model and its answers on validation."""
-    parts = choose_sizes(model.config, options, budget)
-    fitted = refit_model(model, parts, calibration)
-    train, validation = (answer_images(fitted, split, "deploy: answers") for split in (images.train, images.validation))
-    fitted = refit_classifier(fitted, (train.cls, images.train.labels), (validation.cls, images.validation.labels))
-    return parts, fitted, answer_images(fitted, images.validation, "deploy: validation")
+    """Choose the sizes for a budget, cut the model and refit what stays."""
+    cut = refit_model(model, choose_sizes(model.config, options, budget), calibration)
+    train, validation = (answer_images(cut, split, "deploy: answers") for split in (images.train, images.validation))
+    cut = refit_classifier(cut, (train.cls, images.train.labels), (validation.cls, images.validation.labels))
+    return cut, answer_images(cut, images.validation, "deploy: validation")
 
 
 def _search_budget(uncut: Candidate, try_budget: Callable[[float], Candidate], floor: float) -> Candidate:
@@ -117,12 +114,12 @@ def _search_budget(uncut: Candidate, try_budget: Callable[[float], Candidate], f
     Args:
       uncut: the model from which nothing is cut, which is the result if no other keeps the accuracy.
     """
-    budgets = np.arange(1.0, least_budget(uncut[1].config), -BUDGET_STEP)
+    budgets = np.arange(1.0, least_budget(uncut[0].config), -BUDGET_STEP)
     low, high, best = 0, len(budgets), uncut
     while high - low > 1:
         middle = (low + high) // 2
         tried = try_budget(float(budgets[middle]))
-        if tried[2].accuracy >= floor:
+        if tried[1].accuracy >= floor:
             low, best = middle, tried
         else:
             high = middle

@@ -20,8 +20,8 @@ from headsteer_jax.data.dataset import Split, gather_images
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.compute import count_image_macs
 from headsteer_jax.model.macs import count_dense_macs
-from headsteer_jax.model.skip import make_skipping_forward
-from headsteer_jax.model.skip_choice import SAMPLE, can_skip, predict_saving
+from headsteer_jax.model.skip import is_worthwhile, make_skipping_forward
+from headsteer_jax.model.skip_choice import SAMPLE, can_skip, predict_seconds
 from headsteer_jax.model.vit import Gating, ViT, predict_class, stack_gates
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, local_mesh, replicated_sharding
@@ -238,20 +238,31 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
     return [hosts.gather_rows(array) for array in hosts.on_every_process(run_share)]
 
 
-def _choose_skipping(model: ViT, config: Config, program: Program, params: Any, split: Split) -> bool:
-    """Decide whether a pass over a split skips, from the gates of its first images, which the masked program finds."""
+def _choose_skipping(
+    model: ViT, config: Config, program: Program, params: Any, split: Split, passes: int
+) -> tuple[bool, str]:
+    """Decide whether a pass over a split skips, from the gates of its first images, which the masked program finds.
+
+    Returns:
+      The decision, and its reason for the log; the reason is empty if skipping is out of the question.
+    """
     count, classes = len(split.labels), model.classes
-    if not can_skip(config, jax.device_count()):
-        return False
+    tokens = model.positions_count + model.model.registers
+    if not can_skip(config, jax.device_count()) or not is_worthwhile(model.model, program.size, tokens):
+        return False, ""
     if config.machine.skip == "always":
-        return True
-    if predict_saving(config, classes, count, 0.0) <= 0:  # not even with all gates closed
-        return False
+        return True, "machine.skip is always"
+    best = predict_seconds(config, classes, count, 0.0, passes)
+    if best.skipping >= best.masked:  # not even with all gates closed
+        return False, ""
     sample = min(SAMPLE, count)
     images = jax.device_put(gather_images(split.images, np.arange(sample)), batch_sharding(local_mesh()))
     gates = jax.device_get(program.run(replicate(params), images)[2:])
     macs = count_image_macs(config, classes, dict(zip(config.gate.kinds, gates, strict=True)))
-    return predict_saving(config, classes, count, float(macs.mean()) / count_dense_macs(config, classes)) > 0
+    share = float(macs.mean()) / count_dense_macs(config, classes)
+    seconds = predict_seconds(config, classes, count, share, passes)
+    reason = f"predicted {seconds.skipping:.0f} s with skipping, {seconds.masked:.0f} s without"
+    return seconds.skipping < seconds.masked, reason
 
 
 def _select_observed(config: Config, layer: int) -> Callable[[jax.Array, dict[str, Any]], tuple[jax.Array, ...]]:
@@ -278,7 +289,7 @@ def make_observer_program(model: ViT, config: Config, gating: Gating, layer: int
     return per_image_program(forward, config.train.eval_batch, mesh=mesh)
 
 
-def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Observe:
+def make_observer(model: ViT, config: Config, gating: Gating, layer: int, passes: int = 1) -> Observe:
     """Make a function `(params, split, label) -> Observed` that runs the model on a split, without augmentation.
 
     The function is made once and called often, so that the forward pass is compiled once. `label` is the name of the
@@ -287,6 +298,7 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
     Args:
       gating: dense (every head runs) or thresholded (evaluation's gates).
       layer: the layer whose CLS residual is returned.
+      passes: how often the function will be called, if that is known; the more often, the sooner skipping pays.
     """
     program = make_observer_program(model, config, gating, layer)
     select = _select_observed(config, layer)
@@ -295,14 +307,15 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int) -> Obs
     def forward_skipping(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
         return finish(*skip(params, prepare(images)))
 
-    said = False
+    said: set[bool] = set()  # decisions that the log has
 
     def observe(params: Any, split: Split, label: str) -> Observed:
-        nonlocal said
-        skips = gating == "thresholded" and _choose_skipping(model, config, program, params, split)
-        if skips and not said:
-            logger.info(f"{label}: the pass leaves out what the gates drop")
-            said = True
+        skips, reason = False, ""
+        if gating == "thresholded":
+            skips, reason = _choose_skipping(model, config, program, params, split, passes)
+        if reason and skips not in said:
+            said.add(skips)
+            logger.info(f"{label}: {'leaves out what the gates drop' if skips else 'runs everything'} ({reason})")
         chosen = Program(forward_skipping, program.size) if skips else program
         prediction_N, x_ND, *gates = run_over_split(chosen, params, split, label)
         return Observed(prediction_N, x_ND, dict(zip(config.gate.kinds, gates, strict=True)))

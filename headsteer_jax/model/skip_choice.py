@@ -38,12 +38,20 @@ def can_skip(config: Config, devices: int) -> bool:
     return bool(skippable) and config.machine.skip != "never" and devices == 1
 
 
-def predict_saving(config: Config, classes: int, images: int, share: float) -> float:
-    """Predict the seconds that skipping saves in a pass over images; negative if the masked model is faster.
+class PassSeconds(NamedTuple):
+    """Holds how long a pass over images is predicted to take."""
+
+    masked: float  # all of it runs, and is multiplied by 0 where it is dropped
+    skipping: float  # with a share of the time that compiling takes
+
+
+def predict_seconds(config: Config, classes: int, images: int, share: float, passes: int = 1) -> PassSeconds:
+    """Predict the seconds of a pass over images, beyond what both forms of it take.
 
     Args:
       share: the images' mean MACs, divided by the dense model's.
+      passes: how many such passes share the time that compiling takes.
     """
     costs = COSTS.get(jax.default_backend(), COSTS["gpu"])
-    dense = images * count_dense_macs(config, classes) / costs.macs_per_second
-    return dense * (1 - costs.relative_time * share) - costs.compile_seconds
+    masked = images * count_dense_macs(config, classes) / costs.macs_per_second
+    return PassSeconds(masked, masked * costs.relative_time * share + costs.compile_seconds / passes)

@@ -210,7 +210,8 @@ class _PhaseRun:
         t, steps, start = self.config.train, self.plan.steps, int(self.state.step)
         calls, schedule = list_calls(start, steps, t.steps_per_call), make_schedule(self.plan)
         program = make_training_steps(self.model, self.config, self.phase == "gated", shardings)
-        observe = make_observer(self.model, self.config, EVALUATION_GATING[self.phase], self.config.sae_layer)
+        gating, passes = EVALUATION_GATING[self.phase], -(-steps // t.eval_every)
+        observe = make_observer(self.model, self.config, gating, self.config.sae_layer, passes)
         self.recorded = time.monotonic()
         with defer_to_checkpoints() as must_stop, progress(steps, self.phase, initial=start) as bar:
             batches = device_batches(self.dataset.train, self.config, self.devices, calls, self.offset)

@@ -11,7 +11,7 @@ from headsteer_jax.config import Config, GateConfig, MachineConfig, ModelConfig,
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import LazyImages, Split
 from headsteer_jax.model.passes import make_observer, padded_chunks
-from headsteer_jax.model.skip_choice import can_skip, predict_saving
+from headsteer_jax.model.skip_choice import PassSeconds, can_skip, predict_seconds
 from headsteer_jax.model.vit import build_model
 
 
@@ -72,8 +72,37 @@ def test_a_pass_that_skips_observes_the_same() -> None:
 def test_small_passes_and_gates_of_heads_alone_never_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_skip(Config(), 1)
     gated = Config(gate=GateConfig(kinds=("heads", "tokens")))
-    assert predict_saving(gated, 10, 10_000, 0.0) < 0  # the digits: compiling takes longer than the whole pass
+    digits = predict_seconds(gated, 10, 10_000, 0.0)
+    assert digits.skipping > digits.masked  # compiling takes longer than the whole pass
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")  # whose costs the following are
     large = gated.model_copy(update={"model": ModelConfig.of_size("S")})
-    savings = [predict_saving(large, 100, images, share) for images, share in ((10**7, 0.5), (10**7, 0.9), (64, 0.1))]
-    assert savings[0] > 0 > max(savings[1:])
+    for images, share, passes, faster in (
+        (10**7, 0.5, 1, True),
+        (10**7, 0.9, 1, False),
+        (64, 0.1, 1, False),
+        (10**4, 0.7, 1, False),
+        (10**4, 0.7, 10, True),  # ten passes share the time that compiling takes
+    ):
+        seconds = predict_seconds(large, 100, images, share, passes)
+        assert (seconds.skipping < seconds.masked) == faster
+        more = predict_seconds(large, 100, 2 * images, share, passes)
+        assert more.masked == 2 * seconds.masked  # as there is nothing to compile
+
+
+@pytest.mark.parametrize(("faster", "words"), [(True, "leaves out what the gates drop"), (False, "runs everything")])
+def test_the_log_says_once_why_a_pass_skips_or_not(
+    faster: bool, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(kinds=("heads", "tokens"))
+    shares = iter([PassSeconds(9.0, 1.0), PassSeconds(9.0, 2.0 if faster else 12.0)] * 2)  # at best, and as sampled
+    monkeypatch.setattr("headsteer_jax.model.passes.predict_seconds", lambda *_: next(shares))
+    monkeypatch.setattr("headsteer_jax.model.passes.can_skip", lambda *_: True)  # whatever the number of devices
+    monkeypatch.setattr("headsteer_jax.model.skip.SMALLEST", 0)
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8), rng.integers(0, 7, 3))
+    observe = make_observer(build_model(config, 7), config, "thresholded", 1)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            observe(random_params(config, 7), split, "validation")
+    lines = [record.message for record in caplog.records if words in record.message]
+    assert lines == [f"validation: {words} (predicted {2 if faster else 12} s with skipping, 9 s without)"]
