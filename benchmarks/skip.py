@@ -14,9 +14,10 @@ split (or its first N images) from uint8 images to predictions, as evaluations p
 
 The dense and the skipping pass take turns, and times are medians without compilation. A row has the speedup over the
 dense model, its ceiling (dense MACs / gated MACs), share_of_gain = (speedup - 1) / (ceiling - 1), the predictions and
-gates that differ from the masked model's, the largest difference of a logit over the largest logit, the seconds of the
-dense pass, and those of the skipping pass's first call, which compiles. --masked times the masked model, too. The last
-line printed is one JSON object.
+gates that differ from the masked model's, how many of these gates have a logit beyond rounding of 0 (1e-5 of the mean
+size of its kind's; must be 0), the largest difference of a logit over the largest logit, the seconds of the dense pass,
+and those of the skipping pass's first call, which compiles. --masked times the masked model, too. The last line printed
+is one JSON object.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.train.loop import load_trained
 
 CLASSES = 100
+ROUNDING = 1e-5  # of the mean size of the gate logits of a kind: a smaller logit may fall on either side of 0
 IMAGES = {17: (32, 8), 65: (32, 4), 197: (224, 16)}  # tokens -> side of the image, side of a patch
 # by the name of a row: the kinds of gates, and the share of gates of each kind that is closed
 GATES: dict[str, dict[str, float]] = {
@@ -118,6 +120,34 @@ def describe_row(
     return row | {"dense_seconds": round(seconds["dense"], 4)}
 
 
+def compare_answers(
+    config: Config, masked: tuple[jax.Array, dict[str, Any]], skipping: tuple[jax.Array, dict[str, Any]]
+) -> dict[str, Any]:
+    """Compare the logits and the gates of the two passes on the same images."""
+    (expected, out), (logits, found) = masked, skipping
+    row: dict[str, Any] = {"differing": int((jnp.argmax(logits, -1) != jnp.argmax(expected, -1)).sum())}
+    row |= {"differing_gates": 0, "gates_beyond_rounding": 0}
+    for kind in config.gate.kinds:
+        differs = np.asarray((stack_gates(found["gates"], kind) > 0) != (stack_gates(out["gates"], kind) > 0))
+        size = np.abs(np.asarray(stack_gates(out["gate_logits"], kind)))  # counted from the threshold
+        row["differing_gates"] += int(differs.sum())
+        row["gates_beyond_rounding"] += int((differs & (size > ROUNDING * size.mean())).sum())
+    return row | {"logit_error": float(jnp.abs(logits - expected).max() / jnp.abs(expected).max())}
+
+
+def compare_split(trained: TrainedModel, split: Split) -> dict[str, Any]:
+    """Compare the two passes on every image of a split."""
+    config, model, params = trained
+    masked = jax.jit(lambda params, x: model.apply(params, x, gating="thresholded"))
+    skipping, rows = make_skipping_forward(model), []
+    count, size = len(split.labels), min(config.train.eval_batch, len(split.labels))
+    for begin in [*range(0, count - size, size), count - size]:  # the last may overlap: one size, one program
+        images = gather_images(split.images, np.arange(begin, begin + size))
+        x = preprocess(jnp.asarray(images), config.data)
+        rows.append(compare_answers(config, masked(params, x), skipping(params, x)))
+    return {key: (max if key == "logit_error" else sum)(row[key] for row in rows) for key in rows[0]}
+
+
 def measure(what: str, trained: TrainedModel, images: jax.Array, repeats: int, masked_too: bool) -> dict[str, Any]:
     """Measure one batch."""
     config, model, params = trained
@@ -128,12 +158,8 @@ def measure(what: str, trained: TrainedModel, images: jax.Array, repeats: int, m
     gates = {kind: np.asarray(stack_gates(out["gates"], kind)) > 0 for kind in config.gate.kinds}
     calls = {"dense": dense, "skipping": skipping} | ({"masked": masked} if masked_too else {})
     seconds, first = take_turns({name: lambda f=f: f(params, images) for name, f in calls.items()}, repeats)
-    logits, found = skipping(params, images)
-    differing = [np.asarray(stack_gates(found["gates"], kind) > 0) != gates[kind] for kind in gates]
     row = describe_row(what, trained, len(images), seconds, gates)
-    row["differing"] = int((jnp.argmax(logits, -1) != jnp.argmax(expected, -1)).sum())
-    row["differing_gates"] = int(sum(d.sum() for d in differing))
-    row["logit_error"] = float(jnp.abs(logits - expected).max() / jnp.abs(expected).max())
+    row |= compare_answers(config, (expected, out), skipping(params, images))
     row["first_call_seconds"] = round(first["skipping"], 1)
     print(json.dumps(row), flush=True)
     return row
@@ -156,12 +182,11 @@ def measure_split(trained: TrainedModel, split: Split, repeats: int) -> dict[str
 
     observe("masked")
     seconds, _ = take_turns({name: lambda name=name: observe(name) for name in ("dense", "skipping")}, repeats)
-    expected, found = seen["masked"], seen["skipping"]
-    row = describe_row("run, test split", trained, config.train.eval_batch, seconds, expected.gates)
+    row = describe_row("run, test split", trained, config.train.eval_batch, seconds, seen["masked"].gates)
     row |= {"images": len(split.labels), "images_per_second": round(len(split.labels) / seconds["skipping"], 1)}
     row["accuracy"] = {name: round(observed.accuracy(split.labels), 4) for name, observed in seen.items()}
-    row["differing"] = int((found.prediction != expected.prediction).sum())
-    row["differing_gates"] = int(sum((found.gates[kind] != g).sum() for kind, g in expected.gates.items()))
+    row |= compare_split(trained, split)
+    row["differing"] = int((seen["skipping"].prediction != seen["masked"].prediction).sum())
     print(json.dumps(row), flush=True)
     return row
 

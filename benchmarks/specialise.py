@@ -9,7 +9,8 @@ measured as it is (`refitted`) and after --steps steps of distillation (`distill
 same classes, is the baseline: it is the run's own forward pass, as evaluation runs it.
 
 `speedup` is the ratio of medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CPU time of this
-process, which other programs on the machine disturb less. Test images are used once for each model. The last line is
+process, which other programs on the machine disturb less. `ceiling` is what the multiply-accumulates allow, and
+`share_of_gain` is (speedup - 1) / (ceiling - 1). Test images are used once for each model. The last line is
 one JSON object with a row for each set. With --rows every row is also added to a file, and a set that has a row there
 is not measured again, so that the same command continues where it was stopped.
 """
@@ -106,13 +107,15 @@ def measure_set(sources: Sources, flags: argparse.Namespace) -> dict[str, Any]:
         "cut": make_deployed_function(made.model),
     }
     pixels = gather_images(images.test.images, np.arange(flags.batch) % len(images.test.labels))
+    share = count_macs(made.model.config) / count_macs(dense.config)
+    speed = time_functions(functions, jax.device_put(pixels), flags.rounds)
     return {
         "classes": list(dense.config.classes),
-        "share_of_macs": count_macs(made.model.config) / count_macs(dense.config),
+        "share_of_macs": share, "ceiling": 1 / share,
         "share_of_parameters": count_parameters(made.model.params) / count_parameters(dense.params),
         "heads": made.model.config.heads, "neurons": made.model.config.neurons,
         "dense_accuracy": dense_score["accuracy"], "images": dense_score["images"],
-        **time_functions(functions, jax.device_put(pixels), flags.rounds),
+        **speed, "share_of_gain": (speed["speedup"] - 1) / (1 / share - 1),
         **{name: {key: score[key] for key in ("accuracy", "gained", "lost", "p")} for name, score in scores.items()},
         "seconds": {"cutting": cut_seconds, "with_distillation": time.perf_counter() - begin},
     }  # fmt: skip
@@ -140,7 +143,9 @@ def time_functions(
 
 def summarise_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Summarise the sets: the speedups, the mean change of accuracy, and how many sets lost any."""
-    summary: dict[str, Any] = {name: median(row[name] for row in rows) for name in ("speedup", "speedup_cpu")}
+    summary: dict[str, Any] = {
+        name: median(row[name] for row in rows) for name in ("speedup", "speedup_cpu", "share_of_gain")
+    }
     summary["least_speedup"] = min(row["speedup"] for row in rows)
     for name in ("refitted", "distilled"):
         changes = [row[name]["accuracy"] - row["dense_accuracy"] for row in rows]

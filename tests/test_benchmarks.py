@@ -39,5 +39,6 @@ def test_the_benchmark_of_skipping_runs() -> None:
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout.splitlines()[-1])["rows"]
     assert row["what"] == "all"
-    assert row["differing"] == 0
+    assert row["differing"] == row["gates_beyond_rounding"] == 0
+    assert row["logit_error"] < 1e-5
     assert row["ceiling"] > 1
