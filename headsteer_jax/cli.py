@@ -336,6 +336,9 @@ def command_deploy(arguments: Sequence[str]) -> None:
     parser.add_argument("--steer", metavar="STRATEGY", help="deploy the gated model, steered towards the classes")
     parser.add_argument("--alpha", type=float, help="with --steer: the steering strength")
     parser.add_argument("--output", metavar="DIR", help="where to write (default: deployed/RUN)")
+    parser.add_argument(
+        "--compare", metavar="DIR", nargs="+", help="deployed models of the same classes, measured beside this one"
+    )
     parser.add_argument("--data", metavar="PATH", help="the new path of the data, if they have moved since the run")
     flags = parser.parse_args(list(arguments))
     _import_jax()

@@ -1,5 +1,6 @@
 """From a run's directory to a deployed model: everything that can be wrong is found before anything is computed."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,16 +8,18 @@ import numpy as np
 
 from headsteer_jax.analysis.sweep_file import read_sweep
 from headsteer_jax.books import read_record
+from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import SPLITS, Dataset, check_classes
 from headsteer_jax.deploy.build import Sources, build_dynamic, build_specialised, write_deployed
 from headsteer_jax.deploy.convert import describe_model
 from headsteer_jax.deploy.formats import write_formats
+from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
 from headsteer_jax.deploy.request import Request
 from headsteer_jax.deploy.specialise import check_budget
 from headsteer_jax.deploy.steered import ClassSteering, check_foldable, find_choice
-from headsteer_jax.deploy.store import check_output, replace_directory
-from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.deploy.store import REDEPLOY, check_output, load_deployed, read_description, replace_directory
+from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.report.speed import draw_speed
 from headsteer_jax.runs import check_done, count_classes, load_run_dataset, read_config
 from headsteer_jax.runtime.files import Workdir
@@ -55,7 +58,50 @@ def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarra
         check_budget(describe_model(config, classes, tuple(data["image"])), request.goal)
     assert count == len(names)
     check_output(output)
+    answered = tuple(names[label] for label in _list_answers(labels, count))
+    _check_compared(request.compared, describe_model(config, answered, tuple(data["image"]), dynamic=True))
     return labels
+
+
+def _list_answers(labels: np.ndarray, count: int) -> np.ndarray:
+    """List the classes that a model tells apart: steered towards one class, it still tells all apart."""
+    return labels if len(labels) > 1 else np.arange(count)
+
+
+def _check_compared(directories: Sequence[str], gated: DeployedConfig) -> None:
+    """Check that deployed models answer the same question as the run's gated model, and have names of their own.
+
+    Raises:
+      HeadSteerError: a directory holds no deployed model, one of other classes, images or sizes, or has the name of
+        another.
+    """
+    for place, directory in enumerate(directories):
+        path = Path(expand_path(directory, "--compare", buckets=False))
+        described = read_description(path)
+        if described.classes != gated.classes:
+            raise HeadSteerError(f"--compare={directory}: has other classes; compare models of the same classes")
+        same = (described.model, described.image, described.gate or gated.gate) == (
+            gated.model,
+            gated.image,
+            gated.gate,
+        )
+        if not same:
+            raise HeadSteerError(f"--compare={directory}: is of another kind of run; compare models of similar runs")
+        _name_compared(path)
+        if path.name in {Path(other).name for other in directories[:place]}:
+            raise HeadSteerError(f"--compare={directory}: two models are called {path.name!r}; rename a directory")
+
+
+def _name_compared(path: Path) -> str:
+    """Name a deployed model as the figure does, by its kind and the name of its directory."""
+    with explain_errors(path / "card.json", REDEPLOY, "missing or damaged"):
+        return f"{json.loads((path / 'card.json').read_text(encoding='utf-8'))['what']} ({path.name})"
+
+
+def _load_compared(directories: Sequence[str]) -> dict[str, DeployedModel]:
+    """Load deployed models, by name."""
+    paths = [Path(expand_path(directory, "--compare", buckets=False)) for directory in directories]
+    return {_name_compared(path): load_deployed(path) for path in paths}
 
 
 def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: Path, data: str | None) -> None:
@@ -69,16 +115,17 @@ def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: P
       HeadSteerError: the run or its data are damaged, or the disk is full or not writable.
     """
     config, dataset = load_run_dataset(read_config(workdir), workdir, data, "--data=PATH")
-    everything = np.arange(len(dataset.class_names))
-    answered = labels if len(labels) > 1 else everything  # steered towards one class, the model still tells all apart
-    sources = load_sources(config, dataset, workdir, answered)
+    sources = load_sources(config, dataset, workdir, _list_answers(labels, len(dataset.class_names)))
     if request.dynamic:
         steering = load_steering(config, dataset, workdir, request.strategy, labels) if request.strategy else None
         towards = [dataset.class_names[label] for label in labels]
         built = build_dynamic(sources, steering, request.strategy, request.alpha, towards)
     else:
         built = build_specialised(sources, request.goal, request.distil)
-    replace_directory(output, lambda directory: write_deployed(built, sources, directory, write_formats, draw_speed))
+    compared = _load_compared(request.compared)
+    replace_directory(
+        output, lambda directory: write_deployed(built, sources, directory, compared, write_formats, draw_speed)
+    )
 
 
 def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Sequence[int] | np.ndarray) -> Sources:

@@ -15,7 +15,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
 from headsteer_jax.deploy.card import compare_answers, make_card, render_card, score_answers
-from headsteer_jax.deploy.convert import convert_model
+from headsteer_jax.deploy.convert import GATE_NAMES, convert_model
 from headsteer_jax.deploy.cost import count_macs
 from headsteer_jax.deploy.distil import distil_model
 from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, collect_gates, draw_images, select_images
@@ -142,12 +142,14 @@ def write_deployed(
     built: Built,
     sources: Sources,
     directory: Path,
+    compared: Mapping[str, DeployedModel],
     write_formats: Callable[[DeployedModel, Path], None],
     draw_speed: Callable[[Mapping[str, Any]], bytes],
 ) -> None:
     """Measure a model on the test images and write it, its card and its speed into a directory.
 
     Args:
+      compared: other deployed models of the same classes, by name, which are measured as well.
       write_formats: writes the files for other programs.
       draw_speed: draws speed.png from the content of speed.json.
     """
@@ -156,7 +158,7 @@ def write_deployed(
     answers, dense = (answer_images(model, built.images.test, "deploy: test") for model in (built.model, built.dense))
     card = make_card(built.model, built.dense, {"test": compare_answers(answers, dense)}, built.provenance)
     card["share_of_macs"] = measure_share(built.model, sources, built.images.test)
-    speed = compare_speeds(built, sources, {built.kind: answers, "dense": dense})
+    speed = compare_speeds(built, sources, compared, {built.kind: answers, "dense": dense})
     write_json(directory / "card.json", card)
     write_json(directory / "speed.json", speed)
     write_bytes(directory / "speed.png", draw_speed(speed))
@@ -164,33 +166,41 @@ def write_deployed(
     write_text(directory / "card.md", render_card(card, speed, files))
 
 
-def compare_speeds(built: Built, sources: Sources, answers: Mapping[str, Answers]) -> dict[str, Any]:
+def compare_speeds(
+    built: Built, sources: Sources, compared: Mapping[str, DeployedModel], known: Mapping[str, Answers]
+) -> dict[str, Any]:
     """Measure accuracy, multiply-accumulates and images a second of the models of a run and of the deployed one.
 
     Args:
-      answers: those on the test images that are known already, by model.
+      compared: other deployed models of the same classes, by name.
+      known: the answers on the test images that are known already, by model.
 
     Returns:
       The content of speed.json, in JSON's types.
     """
-    test = built.images.test
+    test, gated = built.images.test, sources.convert(dynamic=True)
+    models = {"dense": built.dense, "gated, masked": gated, built.kind: built.model} | dict(compared)
     functions: dict[str, Callable[[jax.Array], Any]] = {
-        "dense": make_vit_function(sources.dense, sources.labels, "dense"),
-        "gated, masked": make_vit_function(sources.gated, sources.labels, "thresholded"),
-        built.kind: make_deployed_function(built.model),
+        name: make_deployed_function(model) for name, model in models.items()
     }
-    if can_skip(sources.config, jax.device_count()):
-        functions["gated, skipping"] = make_skipping_function(sources.gated, sources.labels)
-    gated = sources.convert(dynamic=True)
-    known: dict[str, Any] = dict(answers) | {"gated, masked": answer_images(gated, test, "deploy: gated")}
-    shares: dict[str, Any] = {"dense": 1.0, "gated, masked": measure_share(gated, sources, test)}
-    shares[built.kind] = measure_share(built.model, sources, test)
-    for by_model in (known, shares):  # skipping changes neither the answers nor what is counted
-        by_model["gated, skipping"] = by_model["gated, masked"]
+    functions["dense"] = make_vit_function(sources.dense, sources.labels, "dense")
+    functions["gated, masked"] = make_vit_function(sources.gated, sources.labels, "thresholded")
+    answers, shares = dict(known), dict[str, float]()
+    for name, model in models.items():
+        if name not in answers:
+            answers[name] = answer_images(model, test, f"deploy: {name}")
+        shares[name] = measure_share(model, sources, test)
+    if can_skip(sources.config, jax.device_count()):  # which changes neither the answers nor what is counted
+        masked = {"gated, skipping": "gated, masked"} | (
+            {"steered, skipping": "steered"} if "steered" in models else {}
+        )
+        for name, other in masked.items():
+            functions[name] = make_skipping_function(take_over_gates(sources.gated, models[other]), sources.labels)
+            answers[name], shares[name] = answers[other], shares[other]
     images = gather_images(test.images, np.arange(min(SPEED_IMAGES, len(test.labels))))
     speeds = measure_batches(functions, images)
     rows = [
-        {"what": name, "share_of_macs": shares[name], "images_per_second": speeds[name], **score_answers(known[name])}
+        {"what": name, "share_of_macs": shares[name], "images_per_second": speeds[name], **score_answers(answers[name])}
         for name in functions
     ]
     return {"device": describe_device(), "deployed": built.kind, "rows": rows}
@@ -216,6 +226,18 @@ def make_vit_function(trained: TrainedModel, labels: Sequence[int] | np.ndarray,
     config, model, params = restrict_classifier(trained, labels)
     run = jax.jit(lambda params, images: model.apply(params, preprocess(images, config.data), gating=gating)[0])
     return lambda images: run(params, images)
+
+
+def take_over_gates(trained: TrainedModel, deployed: DeployedModel) -> TrainedModel:
+    """Give a run's gated model the biases of the gates of a model that was deployed from it."""
+    tree = dict(trained.params["params"])
+    for layer, layer_params in enumerate(deployed.params["layers"]):
+        block = dict(tree[f"layers_{layer}"])
+        for kind, gate in layer_params["gates"].items():
+            name = GATE_NAMES[kind]
+            block[name] = block[name] | {"linear": block[name]["linear"] | {"bias": gate["bias"]}}
+        tree[f"layers_{layer}"] = block
+    return TrainedModel(trained.config, trained.model, {"params": tree})
 
 
 def make_skipping_function(trained: TrainedModel, labels: Sequence[int] | np.ndarray) -> Any:

@@ -13,6 +13,9 @@ from headsteer_jax.config.schema import Config, DataConfig
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
 from headsteer_jax.model.vit import TrainedModel
 
+# by kind of gates: the name of a flax block's decision network
+GATE_NAMES = {"heads": "decide", "sublayers": "decide_sublayers", "tokens": "decide_tokens"}
+
 
 def describe_model(
     config: Config, classes: tuple[str, ...], image: tuple[int, int, int], dynamic: bool = False
@@ -65,9 +68,8 @@ def _convert_layer(tree: Mapping[str, Any], dynamic: bool) -> dict[str, Any]:
     qkv = [tree[name] for name in ("query", "key", "value")]
     layer = {name: dict(tree[name]) for name in ("norm1", "out", "norm2", "mlp_in", "mlp_out")}
     layer["qkv"] = {part: np.concatenate([dense[part] for dense in qkv], axis=-1) for part in ("kernel", "bias")}
-    names = {"heads": "decide", "sublayers": "decide_sublayers", "tokens": "decide_tokens"}
     if dynamic:
-        gates = {kind: tree[name] for kind, name in names.items() if name in tree}
+        gates = {kind: tree[name] for kind, name in GATE_NAMES.items() if name in tree}
         layer["gates"] = {
             kind: dict(gate["linear"]) | ({"norm": dict(gate["norm"])} if "norm" in gate else {})
             for kind, gate in gates.items()

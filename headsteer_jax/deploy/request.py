@@ -19,6 +19,7 @@ class Request(NamedTuple):
     dynamic: bool  # the gated model
     strategy: str = ""  # that steers the gated model; empty: none
     alpha: float = 0.0
+    compared: tuple[str, ...] = ()  # directories of other deployed models, whose speed is measured as well
 
 
 def read_request(flags: argparse.Namespace) -> Request:
@@ -43,8 +44,9 @@ def read_request(flags: argparse.Namespace) -> Request:
         raise HeadSteerError(f"--classes={flags.classes}: name at least two classes, or leave --classes out for all")
     max_loss = MAX_LOSS if flags.max_loss is None else flags.max_loss
     return Request(
-        classes, Goal(flags.budget, max_loss), flags.distil or 0, dynamic, flags.steer or "", flags.alpha or 0.0
-    )
+        classes, Goal(flags.budget, max_loss), flags.distil or 0, dynamic, flags.steer or "", flags.alpha or 0.0,
+        tuple(flags.compare or ()),
+    )  # fmt: skip
 
 
 def _check_ranges(flags: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The figure of images a second: what models cost in time, beside what they cost in multiply-accumulates (MACs)."""
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ def draw_speed(speed: Mapping[str, Any]) -> bytes:
     """Draw accuracy against images a second and against MACs -> a PNG.
 
     Args:
-      speed: the content of a speed.json, or of several with their `rows` joined.
+      speed: the content of a speed.json.
     """
     rows = speed["rows"]
     batch = max(rows[0]["images_per_second"], key=int)
@@ -44,7 +45,7 @@ def _draw_models(axes: Axes, rows: list[dict[str, Any]], places: list[float]) ->
     """Draw one point with its interval for each model, with its name beside it."""
     for row, place in zip(rows, places, strict=True):
         low, high = row["interval"]
-        colour = MODEL_COLOURS.get(row["what"].partition(",")[0], "#000000")
+        colour = MODEL_COLOURS.get(re.split("[ ,]", row["what"])[0], "#000000")
         bar = [[row["accuracy"] - low], [high - row["accuracy"]]]
         axes.errorbar([place], [row["accuracy"]], bar, color=colour, marker="o", markersize=6, elinewidth=1)
     span = float(np.ptp([bound for row in rows for bound in row["interval"]])) or 0.01

@@ -60,6 +60,22 @@ def test_everything_is_written_and_measured(deployed: Path) -> None:
     assert "model.safetensors" in page
 
 
+def test_other_deployed_models_are_measured_beside_a_new_one(
+    deployed: Path, finished: FinishedRun, tmp_path: Path
+) -> None:
+    flags = (f"--classes={CLASSES}", "--steer=class", "--alpha=2", "--output=out", "--compare")
+    result = headsteer("deploy", finished.workdir, *flags, deployed, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "out" / "speed.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["dense", "gated, masked", "steered", "specialised (tiny)"]
+    card = json.loads((deployed / "card.json").read_text())
+    assert rows[3]["accuracy"] == card["test"]["accuracy"]
+    assert rows[3]["share_of_macs"] == pytest.approx(card["share_of_macs"])
+    refuse = ("deploy", finished.workdir, "--classes=42,07", "--compare")
+    assert "has other classes" in refusal(*refuse, deployed, cwd=tmp_path)
+    assert "no such directory" in refusal(*refuse, "missing", cwd=tmp_path)
+
+
 def test_the_card_is_right_about_the_test_images(deployed: Path, finished: FinishedRun) -> None:
     config = read_config(Workdir(finished.workdir))
     test, names = load_dataset(config.data, config.seed, 1000).test, load_deployed(deployed).config.classes
