@@ -28,7 +28,7 @@ import numpy as np
 
 from headsteer_jax.cli import _start
 from headsteer_jax.data.dataset import gather_images
-from headsteer_jax.deploy.build import Sources, make_deployed_function, make_vit_function, propose_open_heads
+from headsteer_jax.deploy.build import Sources, make_deployed_function, make_vit_function, propose_heads
 from headsteer_jax.deploy.card import compare_answers
 from headsteer_jax.deploy.cost import count_macs, count_parameters
 from headsteer_jax.deploy.distil import distil_model
@@ -94,8 +94,7 @@ def measure_set(sources: Sources, flags: argparse.Namespace) -> dict[str, Any]:
     """Cut a model for one set of classes, and measure it without and with distillation."""
     images, dense, seed = select_images(sources.dataset, sources.labels), sources.convert(False), sources.config.seed
     begin = time.perf_counter()
-    proposals = propose_open_heads(sources.gated, images, seed)
-    made = specialise(dense, images, Goal(flags.budget, 0.0), proposals, seed)
+    made = specialise(dense, images, Goal(flags.budget, 0.0), propose_heads(sources, images), seed)
     cut_seconds = time.perf_counter() - begin
     trained = distil_model(made.model, dense, images.train, flags.steps, sources.config)
     whole = answer_images(dense, images.test, "dense")

@@ -1,6 +1,7 @@
 """From a run's directory to a deployed model: everything that can be wrong is found before anything is computed."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.store import read_autoencoders
 from headsteer_jax.steer.strategies import latent_statistics
 from headsteer_jax.train.loop import Phase, load_trained, reference_phase
+
+logger = logging.getLogger(__name__)
 
 
 def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarray:
@@ -132,7 +135,13 @@ def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Seq
     """Load the models of a run from which a model for some classes is deployed."""
     phases: tuple[Phase, ...] = (reference_phase(config), "gated")
     models = [load_trained(config, len(dataset.class_names), workdir / "train", phase) for phase in phases]
-    return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels))
+    sweep = None
+    try:
+        check_done(config, workdir, "steer", "headsteer deploy")
+        sweep = read_sweep(workdir / "sweep.nc")
+    except HeadSteerError as error:
+        logger.info(f"deploy: without what the stage steer finds ({error})")
+    return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels), sweep)
 
 
 def load_steering(

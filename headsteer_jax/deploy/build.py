@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import xarray
 
+from headsteer_jax.analysis.sweep_file import to_arrays
 from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset, Split, gather_images
@@ -18,15 +20,14 @@ from headsteer_jax.deploy.card import compare_answers, make_card, render_card, s
 from headsteer_jax.deploy.convert import GATE_NAMES, convert_model
 from headsteer_jax.deploy.cost import count_macs
 from headsteer_jax.deploy.distil import distil_model
-from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, collect_gates, draw_images, select_images
+from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, collect_gates, select_images
 from headsteer_jax.deploy.model import DeployedModel, compute_logits
-from headsteer_jax.deploy.selection import Proposals
+from headsteer_jax.deploy.proposals import Proposals, join_proposals, propose_open_heads, propose_swept_heads
 from headsteer_jax.deploy.specialise import Goal, specialise
 from headsteer_jax.deploy.speed import describe_device, measure_batches
 from headsteer_jax.deploy.steered import ClassSteering, fold_steering
 from headsteer_jax.deploy.store import write_model
 from headsteer_jax.model.compute import measure_compute
-from headsteer_jax.model.passes import make_observer
 from headsteer_jax.model.skip import make_skipping_forward
 from headsteer_jax.model.skip_choice import can_skip
 from headsteer_jax.model.vit import Gating, TrainedModel
@@ -34,7 +35,6 @@ from headsteer_jax.runtime.files import write_bytes, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-GATE_IMAGES = 1000  # training images of the classes on which the run's gates are asked
 SPEED_IMAGES = 64  # test images that are fed to the measured models, again and again
 
 
@@ -46,6 +46,7 @@ class Sources(NamedTuple):
     dataset: Dataset
     run: str  # its name
     labels: np.ndarray  # of the classes that the classifier keeps, ascending
+    sweep: xarray.Dataset | None = None  # of the stage steer, if it is done
 
     @property
     def config(self) -> Config:
@@ -72,7 +73,7 @@ def build_specialised(sources: Sources, goal: Goal, distil_steps: int) -> Built:
     """Make a smaller model for the classes, and train it with the dense model as teacher if steps are given."""
     images, config = select_images(sources.dataset, sources.labels), sources.config
     dense = sources.convert(dynamic=False)
-    specialised = specialise(dense, images, goal, propose_open_heads(sources.gated, images, config.seed), config.seed)
+    specialised = specialise(dense, images, goal, propose_heads(sources, images), config.seed)
     model, validation, distilled = specialised.model, specialised.validation, False
     if distil_steps:
         trained = distil_model(model, dense, images.train, distil_steps, config)
@@ -116,26 +117,13 @@ def build_dynamic(
     return Built(kind, model, dense, images, provenance)
 
 
-def propose_open_heads(gated: TrainedModel, images: ClassImages, seed: int) -> Proposals:
-    """Make the function that proposes, for a layer, the heads that the run's gates open most on the classes' images."""
-    config = gated.config
-    layers = config.layers_with("heads")
-    if not layers:
-        return lambda layer: []
-    drawn = draw_images(images.train, GATE_IMAGES, seed)
-    split = Split(drawn, np.zeros(len(drawn), np.int32))
-    observed = make_observer(gated.model, config, "thresholded", config.sae_layer)(
-        gated.params, split, "deploy: the gates' heads"
-    )
-    usage_AH = observed.gates["heads"].mean(axis=0)
-
-    def propose(layer: int) -> list[np.ndarray]:
-        if layer not in layers:
-            return []
-        order = np.argsort(-usage_AH[layer - layers.start], kind="stable")
-        return [np.sort(order[:count]) for count in range(1, config.model.heads)]
-
-    return propose
+def propose_heads(sources: Sources, images: ClassImages) -> Proposals:
+    """Make the function that proposes heads of a layer by all that the run knows of the classes."""
+    config = sources.config
+    proposals = propose_open_heads(sources.gated, images, config.seed)
+    if sources.sweep is None:
+        return proposals
+    return join_proposals(proposals, propose_swept_heads(config, to_arrays(sources.sweep), sources.labels))
 
 
 def write_deployed(

@@ -30,6 +30,7 @@ from headsteer_jax.deploy.convert import KeptParts, expand_heads, keep_all
 from headsteer_jax.deploy.cost import count_attention_macs, count_fixed_macs, count_macs, count_mlp_macs
 from headsteer_jax.deploy.importance import order_removals
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel, classify
+from headsteer_jax.deploy.proposals import Proposals
 
 NEURON_STEPS = 24  # the prices of neurons are computed anew each time that 1/24 of them has gone
 NEURON_SIZES = (20, 16, 12, 8, 6, 4, 2, 0)  # the sizes of an MLP that are tried, in 24ths
@@ -47,7 +48,6 @@ class Option(NamedTuple):
 
 
 Options = list[list[Option]]  # by sublayer, in the order of `walk_sublayers`; the first of each is the whole sublayer
-Proposals = Callable[[int], list[np.ndarray]]  # layer -> other sets of heads that may stay
 
 
 def measure_options(

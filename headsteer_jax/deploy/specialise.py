@@ -15,8 +15,9 @@ import numpy as np
 from headsteer_jax.deploy.cost import count_tokens
 from headsteer_jax.deploy.images import Answers, ClassImages, answer_images, draw_images
 from headsteer_jax.deploy.model import DeployedConfig, DeployedModel
+from headsteer_jax.deploy.proposals import Proposals
 from headsteer_jax.deploy.refit import refit_classifier, refit_model
-from headsteer_jax.deploy.selection import Options, Proposals, choose_sizes, least_budget, measure_options
+from headsteer_jax.deploy.selection import Options, choose_sizes, least_budget, measure_options
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime.progress import progress
 

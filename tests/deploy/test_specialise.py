@@ -11,7 +11,6 @@ from builders import blobs, setting, steer_config, tiny_config, trained_model
 from headsteer_jax.config import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Dataset
-from headsteer_jax.deploy.build import propose_open_heads
 from headsteer_jax.deploy.calibration import Moments, fit_projection, sum_moments
 from headsteer_jax.deploy.convert import convert_model, cut_model, keep_all
 from headsteer_jax.deploy.cost import count_attention_macs, count_fixed_macs, count_macs, count_mlp_macs
@@ -19,6 +18,7 @@ from headsteer_jax.deploy.distil import distil_model
 from headsteer_jax.deploy.images import ClassImages, answer_images, draw_images, select_images
 from headsteer_jax.deploy.importance import order_removals
 from headsteer_jax.deploy.model import DeployedModel
+from headsteer_jax.deploy.proposals import join_proposals, propose_open_heads, propose_swept_heads
 from headsteer_jax.deploy.refit import refit_classifier, refit_model
 from headsteer_jax.deploy.selection import Option, choose_sizes, least_budget, measure_options
 from headsteer_jax.deploy.specialise import Goal, check_budget, specialise
@@ -227,6 +227,32 @@ def test_the_gates_propose_the_heads_that_they_open_most(images: ClassImages) ->
     proposals = propose_open_heads(trained, images, 0)
     assert proposals(1) == []
     assert [stay.tolist() for stay in proposals(2)] == [[0], [0, 2]]
+
+
+def test_the_sweep_proposes_the_subsets_that_answer_and_the_heads_that_steering_leaves_open() -> None:
+    config = tiny_config(kinds=("heads", "sublayers"))
+    layer, patterns = config.sae_layer, np.arange(32)  # three heads, attention and MLP
+    labels, rng = np.repeat(np.arange(3), 4), np.random.default_rng(0)
+    table = np.full((12, 32), 9)
+    table[labels == 1] = np.where((patterns & 0b11010) == 0b11010, 1, 9)  # right if head 1, attention and MLP run
+    table[labels == 2, 0b11101] = 2  # and with heads 0 and 2
+    table[labels == 0] = 0  # not asked for
+    heads_on = rng.integers(0, 3, (2, 1, 1, 4, 3, 5))
+    heads_on[1, 0, 0, 2, 1:, :3] = [[5, 0, 7], [5, 0, 7]]
+    arrays = {
+        "subset": patterns, "validation_labels": labels, "validation_table": table,
+        "validation_heads_on": heads_on, "chosen": np.array([[0], [2]]),
+    }  # fmt: skip
+    proposals = propose_swept_heads(config, arrays, np.array([1, 2]))
+    assert proposals(layer - 1) == []
+    sets = [stay.tolist() for stay in proposals(layer)]
+    assert sets[0] == [1]
+    assert sets[1] in ([0, 1], [0, 2], [1, 2])  # each answers four images
+    assert sets[-2:] == [[2], [0, 2]]
+    joined = join_proposals(proposals, lambda layer: [np.array([1]), np.array([0])])
+    assert sorted(map(tuple, joined(layer))) == sorted({*map(tuple, sets), (0,)})
+    ungated = tiny_config(kinds=("sublayers",))
+    assert propose_swept_heads(ungated, arrays, np.array([1, 2]))(layer) == []
 
 
 @pytest.mark.parametrize("by_direction", [False, True])
