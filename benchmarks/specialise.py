@@ -1,18 +1,22 @@
 """Measures smaller models for ten classes of a run: images a second and accuracy, against the dense model.
 
     python benchmarks/specialise.py RUN [--budget=0.43] [--steps=200] [--sets=10] [--batch=64] [--rounds=15]
-        [--rows=FILE.jsonl]
+        [--rows=FILE.jsonl] [--part=1/2]
 
 Half of the sets are drawn at random; the others begin with classes that the dataset relates, such as superclasses, and
 are filled up with those whose classifier weights are nearest. Each set gets one model cut to the budget, which is
 measured as it is (`refitted`) and after --steps steps of distillation (`distilled`). The dense model, restricted to the
 same classes, is the baseline: it is the run's own forward pass, as evaluation runs it.
 
-`speedup` is the ratio of medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CPU time of this
-process, which other programs on the machine disturb less. `ceiling` is what the multiply-accumulates allow, and
-`share_of_gain` is (speedup - 1) / (ceiling - 1). Test images are used once for each model. The last line is
-one JSON object with a row for each set. With --rows every row is also added to a file, and a set that has a row there
-is not measured again, so that the same command continues where it was stopped.
+First every model is made and scored, on test images that are used once for each model. Then the speed of all of them is
+measured, on models of the same sizes, because a model's speed depends on its sizes alone. `speedup` is the ratio of
+medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CPU time of this process, which other
+programs on the machine disturb less. `ceiling` is what the multiply-accumulates allow, and `share_of_gain` is
+(speedup - 1) / (ceiling - 1). The last line is one JSON object with a row for each set.
+
+With --rows every model's row is also added to a file, and a set that has a row there is not made again, so that the same
+command continues where it was stopped. --part=1/2 makes every second of the missing sets only, from the first, and
+measures no speed: two such commands can run beside each other, each on a core of its own, before one that ends the work.
 """
 
 import argparse
@@ -30,6 +34,7 @@ from headsteer_jax.cli import _start
 from headsteer_jax.data.dataset import gather_images
 from headsteer_jax.deploy.build import Sources, make_deployed_function, make_vit_function, propose_heads
 from headsteer_jax.deploy.card import compare_answers
+from headsteer_jax.deploy.convert import KeptParts, cut_model
 from headsteer_jax.deploy.cost import count_macs, count_parameters
 from headsteer_jax.deploy.distil import distil_model
 from headsteer_jax.deploy.images import answer_images, select_images
@@ -49,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--part", default="", help="such as 1/2, the first of two halves of the missing sets")
     flags = parser.parse_args()
     workdir = locate_run(flags.run, "RUN")
     config = read_config(workdir)
@@ -59,14 +65,19 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if flags.rows is not None and flags.rows.exists():
         rows = [json.loads(line) for line in flags.rows.read_text().splitlines()]
-    for kind, labels in list_sets(sources, flags.sets)[len(rows) :]:
-        rows.append({"set": len(rows), "kind": kind} | measure_set(sources._replace(labels=labels), flags))
+    first, parts = (int(number) for number in (flags.part or "1/1").split("/"))
+    sets, made = list_sets(sources, flags.sets), {row["set"] for row in rows}
+    for number in [number for number in range(len(sets)) if number not in made][first - 1 :: parts]:
+        kind, labels = sets[number]
+        rows.append({"set": number, "kind": kind} | make_set(sources._replace(labels=labels), flags))
         line = json.dumps(rows[-1])
         print(line, flush=True)
         if flags.rows is not None:
             with flags.rows.open("a") as file:
                 file.write(line + "\n")
-    print(json.dumps({"device": jax.devices()[0].device_kind, **summarise_rows(rows), "rows": rows}))
+    if not flags.part:
+        rows = [row | time_set(sources._replace(labels=sets[row["set"]][1]), row, flags) for row in rows]
+        print(json.dumps({"device": jax.devices()[0].device_kind, **summarise_rows(rows), "rows": rows}))
 
 
 def list_sets(sources: Sources, count: int) -> list[tuple[str, np.ndarray]]:
@@ -90,34 +101,40 @@ def list_sets(sources: Sources, count: int) -> list[tuple[str, np.ndarray]]:
     return sets
 
 
-def measure_set(sources: Sources, flags: argparse.Namespace) -> dict[str, Any]:
-    """Cut a model for one set of classes, and measure it without and with distillation."""
+def make_set(sources: Sources, flags: argparse.Namespace) -> dict[str, Any]:
+    """Cut a model for one set of classes, and score it without and with distillation."""
     images, dense, seed = select_images(sources.dataset, sources.labels), sources.convert(False), sources.config.seed
     begin = time.perf_counter()
     made = specialise(dense, images, Goal(flags.budget, 0.0), propose_heads(sources, images), seed)
     cut_seconds = time.perf_counter() - begin
     trained = distil_model(made.model, dense, images.train, flags.steps, sources.config)
+    seconds = {"cutting": cut_seconds, "distilling": time.perf_counter() - begin - cut_seconds}
     whole = answer_images(dense, images.test, "dense")
     models = {"refitted": made.model, "distilled": trained}
     scores = {name: compare_answers(answer_images(model, images.test, name), whole) for name, model in models.items()}
-    dense_score = scores["refitted"]["dense"]
-    functions = {
-        "dense": make_vit_function(sources.dense, sources.labels, "dense"),
-        "cut": make_deployed_function(made.model),
-    }
-    pixels = gather_images(images.test.images, np.arange(flags.batch) % len(images.test.labels))
-    share = count_macs(made.model.config) / count_macs(dense.config)
-    speed = time_functions(functions, jax.device_put(pixels), flags.rounds)
+    dense_score, share = scores["refitted"]["dense"], count_macs(made.model.config) / count_macs(dense.config)
     return {
         "classes": list(dense.config.classes),
         "share_of_macs": share, "ceiling": 1 / share,
         "share_of_parameters": count_parameters(made.model.params) / count_parameters(dense.params),
         "heads": made.model.config.heads, "neurons": made.model.config.neurons,
         "dense_accuracy": dense_score["accuracy"], "images": dense_score["images"],
-        **speed, "share_of_gain": (speed["speedup"] - 1) / (1 / share - 1),
         **{name: {key: score[key] for key in ("accuracy", "gained", "lost", "p")} for name, score in scores.items()},
-        "seconds": {"cutting": cut_seconds, "with_distillation": time.perf_counter() - begin},
+        "seconds": seconds,
     }  # fmt: skip
+
+
+def time_set(sources: Sources, row: dict[str, Any], flags: argparse.Namespace) -> dict[str, float]:
+    """Measure the speed of a model of a row's sizes against the dense model."""
+    dense, images = sources.convert(False), select_images(sources.dataset, sources.labels).test.images
+    sizes = KeptParts(*(tuple(map(np.arange, row[name])) for name in ("heads", "neurons")))
+    functions = {
+        "dense": make_vit_function(sources.dense, sources.labels, "dense"),
+        "cut": make_deployed_function(cut_model(dense, sizes)),
+    }
+    pixels = gather_images(images, np.arange(flags.batch) % len(images))
+    speed = time_functions(functions, jax.device_put(pixels), flags.rounds)
+    return speed | {"share_of_gain": (speed["speedup"] - 1) / (row["ceiling"] - 1)}
 
 
 def time_functions(
