@@ -14,9 +14,10 @@ medians of interleaved rounds, by the clock; `speedup_cpu` is the same by the CP
 programs on the machine disturb less. `ceiling` is what the multiply-accumulates allow, and `share_of_gain` is
 (speedup - 1) / (ceiling - 1). The last line is one JSON object with a row for each set.
 
-With --rows every model's row is also added to a file, and a set that has a row there is not made again, so that the same
-command continues where it was stopped. --part=1/2 makes every second of the missing sets only, from the first, and
-measures no speed: two such commands can run beside each other, each on a core of its own, before one that ends the work.
+With --rows every model's row is also added to a file, and a set that has a row there is not made again, so that the
+same command continues where it was stopped. --part=1/2 makes every second of the missing sets only, from the first, and
+measures no speed: two such commands can run beside each other, each on a core of its own, before the one that ends the
+work.
 """
 
 import argparse
