@@ -33,7 +33,14 @@ from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.flips import UNIT_ROUNDOFF, GateEffect, gate_effect
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.strategies import latent_statistics
-from headsteer_jax.steer.sweep import bound_logits, choose_method, encode_sparse, gate_jacobian, select_classes
+from headsteer_jax.steer.sweep import (
+    bound_logits,
+    choose_method,
+    encode_sparse,
+    find_selected,
+    gate_jacobian,
+    select_classes,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -67,7 +74,7 @@ def read_test_images(run: RunData, x_ND: np.ndarray) -> TestReadings:
     config, dataset = run.trained.config, run.dataset
     names, gates = dataset.class_names, LayerGates(config, config.sae_layer)
     if config.steer.classes:
-        x_ND = x_ND[np.isin(dataset.test.labels, [names.index(name) for name in config.steer.classes])]
+        x_ND = x_ND[find_selected(dataset.test.labels, config, names)]
     sae, gate_DH = run.autoencoders.member(0), gate_jacobian(run.trained, run.x_train)
     z_NF = encode_split(sae, run.x_train)
     stats = latent_statistics(z_NF, dataset.train.labels, len(names), sae.decoder)
@@ -273,8 +280,8 @@ def explorer_data(
     contents = _collect_answers(config, arrays, order) | latents | collected
     if gates is not None and "tokens" in gates.gates and "tokens" in config.gate.kinds_in(config.sae_layer):
         kept_NP = gates.gates["tokens"][:, config.sae_layer - config.gate.settings("tokens").first_layer]
-        if len(kept_NP) == len(arrays["test_labels"]):  # not if only some classes are steered
-            contents["kept"] = np.packbits(kept_NP[order], axis=1, bitorder="little")
+        kept_NP = kept_NP[find_selected(dataset.test.labels, config, dataset.class_names)]
+        contents["kept"] = np.packbits(kept_NP[order], axis=1, bitorder="little")
     rounding = {
         "unit": UNIT_ROUNDOFF,
         # in roundings, beside the square root of the number of terms: products, and float32 here of effects

@@ -115,11 +115,18 @@ def check_strategies_and_classes(config: Config, dataset: Dataset) -> None:
     check_classes("config.steer.classes", config.steer.classes, dataset.class_names)
 
 
+def find_selected(labels: np.ndarray, config: Config, class_names: tuple[str, ...]) -> np.ndarray:
+    """Find which images are of config.steer.classes: [N] bool, all of them if it is empty."""
+    if not config.steer.classes:
+        return np.ones(len(labels), bool)
+    return np.isin(labels, [class_names.index(name) for name in config.steer.classes])
+
+
 def select_classes(split: Split, config: Config, class_names: tuple[str, ...]) -> Split:
     """Keep the images of config.steer.classes, or all images if it is empty."""
     if not config.steer.classes:
         return split
-    selected = np.isin(split.labels, [class_names.index(name) for name in config.steer.classes])
+    selected = find_selected(split.labels, config, class_names)
     return Split(split.images[np.flatnonzero(selected)], split.labels[selected])
 
 

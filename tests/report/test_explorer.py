@@ -211,6 +211,15 @@ def test_the_page_holds_the_kept_patches(made: Made, tmp_path: Path) -> None:
     assert np.array_equal(bits, kept_NP[arrays["image"]])
 
 
+def test_kept_patches_are_those_of_the_steered_classes(tmp_path: Path) -> None:
+    made = make_page(tmp_path, strategies=("class",), classes=(NAMES[1], NAMES[4]))
+    kept_NP = gate_patches(made, tmp_path / "e.html")[np.isin(made.run.dataset.test.labels, (1, 4))]
+    _, arrays = read_data(tmp_path / "e.html")
+    assert len(arrays["image"]) == 30
+    bits = np.unpackbits(arrays["kept"], axis=1, count=4, bitorder="little").astype(bool)
+    assert np.array_equal(bits, kept_NP[arrays["image"]])
+
+
 def test_the_page_loads_nothing_and_holds_no_name_as_html(made: Made) -> None:
     text = made.file.read_text("utf-8")
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'" in text
