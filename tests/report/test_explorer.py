@@ -398,6 +398,92 @@ def test_every_state_is_an_address_and_back_leads_back(made: Made, visit: Any) -
     visit(made.file, "#view=nowhere&class=-1&strategy=none&alpha=x&latents=9999:1,a:b&image=1e9&latent=-3")
 
 
+def history_length(tab: Any) -> int:
+    """Count the entries of a tab's history."""
+    return int(tab.evaluate("history.length"))
+
+
+def test_an_edit_of_a_field_is_one_entry_of_the_history(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#view=steer&class=2&strategy=hand&by=true&alpha=0&latents=7%3A1%2C11%3A1")
+    tab.locator("#slider").scroll_into_view_if_needed()
+    start, box = history_length(tab), tab.locator("#slider").bounding_box()
+    y = box["y"] + box["height"] / 2
+    tab.mouse.move(box["x"] + box["width"] * 0.5, y)
+    tab.mouse.down()
+    for share in (0.6, 0.7):
+        tab.mouse.move(box["x"] + box["width"] * share, y)
+        tab.wait_for_timeout(250)  # at rest, but still held
+    tab.mouse.up()
+    dragged = float(tab.input_value("#alpha"))
+    assert dragged != 0
+    assert history_length(tab) == start + 1
+    tab.locator("#alpha").fill("0.5")
+    tab.wait_for_timeout(250)
+    tab.locator("#alpha").press_sequentially("5", delay=20)
+    field = tab.get_by_label("weight of latent 11")
+    field.fill("2")
+    field.press_sequentially(".25", delay=60)
+    tab.focus("#slider")
+    for _ in range(5):
+        tab.keyboard.press("ArrowRight")
+        tab.wait_for_timeout(50)
+    stepped = float(tab.input_value("#alpha"))
+    assert history_length(tab) == start + 4
+    tab.wait_for_timeout(1200)
+    tab.keyboard.press("ArrowLeft")
+    wait_until(tab, f"Number(document.querySelector('#alpha').value) < {stepped}")
+    assert history_length(tab) == start + 5
+    for alpha, weight in ((stepped, 2.25), (0.55, 2.25), (0.55, 1), (dragged, 1), (0, 1)):
+        tab.go_back()
+        wait_until(tab, "alpha => Number(document.querySelector('#alpha').value) === alpha", alpha)
+        wait_until(tab, "w => document.querySelectorAll('#picked input')[1].valueAsNumber === w", weight)
+
+
+def test_links_are_of_the_state_that_is_shown(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#view=class&class=3&strategy=class&alpha=1")
+    tab.click("#to-steer")
+    tab.fill("#alpha", "2.5")
+    tab.select_option("#strategy", "1")
+    tab.fill("#alpha", "2.5")
+    for view in ("class", "latent", "class"):
+        tab.click(f"#to-{view}")
+        links = tab.evaluate(f"[...document.querySelectorAll('#{view}-body a')].map(element => element.hash)")
+        assert links
+        assert all("strategy=matched_random" in link and "alpha=2.5" in link for link in links), view
+
+
+def focused(tab: Any) -> str:
+    """Read the identifier of what has the focus, or its text."""
+    return str(tab.evaluate("document.activeElement.id || document.activeElement.textContent"))
+
+
+def test_the_focus_follows_what_opens(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#class=3&strategy=class&alpha=1")
+    tab.locator("#tiles .tile").nth(2).press("Enter")
+    assert focused(tab) == "image"
+    tab.locator("#detail a").first.press("Enter")
+    assert focused(tab) == tab.locator("#latent-body h2").first.text_content()
+    tab.locator("#latent-body .bars a").first.press("Enter")
+    assert focused(tab) == tab.locator("#class-body h2").first.text_content()
+    tab.get_by_text("Steer its images").press("Enter")
+    assert focused(tab) == "Steer"
+    tab.click("#to-latent")
+    tab.locator("#latent-body .tiles a").first.press("Enter")
+    assert focused(tab) == "image"
+    tab.click("#to-latent")
+    tab.get_by_text("Steer with it by hand").press("Enter")
+    assert focused(tab) == "hand-title"
+
+
+def test_the_focus_stays_among_the_latents_by_hand(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#strategy=hand&latents=7:1,11:1,13:1")
+    for latent, then in ((11, "remove latent 13"), (13, "remove latent 7")):
+        tab.get_by_label(f"remove latent {latent}").press("Enter")
+        assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == then
+    tab.keyboard.press("Enter")
+    assert focused(tab) == "find"
+
+
 def test_names_are_shown_as_they_are(made: Made, visit: Any) -> None:
     tab = visit(made.file, "#view=class&class=4")
     assert tab.locator("#class-body h2").first.text_content() == NAMES[4]
