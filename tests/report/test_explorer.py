@@ -27,7 +27,7 @@ from headsteer_jax.sae.autoencoder import Autoencoder, fit_scaling
 from headsteer_jax.sae.residuals import make_residual_program
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
-from headsteer_jax.steer.gates import pattern_to_gates
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.steering import GateProgram, Steering
 from headsteer_jax.steer.strategies import Choice, Strategy
 from headsteer_jax.steer.sweep import run_sweep
@@ -42,7 +42,7 @@ NAMES = (
     "${x} `tick` \\n",
     "plain",
 )
-STRATEGY_NAMES = ("class", "matched_random", "mean_difference", "image_latents")
+STRATEGY_NAMES = ("class", "matched_random", "mean_difference", "image_latents", "image_random")
 
 
 class Made(NamedTuple):
@@ -127,7 +127,7 @@ def test_the_arrays_come_back(made: Made) -> None:
         assert np.array_equal(latents, np.flatnonzero(z_NF[n]))
         assert arrays["active_values"][begin:end] == pytest.approx(z_NF[n, latents], rel=2**-16)
     assert data["classes"] == list(NAMES)
-    assert [row["kind"] for row in data["strategies"]] == ["latents", "latents", "directions", "recorded"]
+    assert [row["kind"] for row in data["strategies"]] == ["latents", "latents", "directions", "recorded", "recorded"]
 
 
 def test_bounds_are_rounded_up(made: Made) -> None:
@@ -176,14 +176,18 @@ def test_neighbours_are_the_largest_cosines() -> None:
     assert cosines[0, 1:].tolist() == [0, 0, 0, 0]
 
 
-def test_a_large_run_is_thinned_and_the_page_says_so(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def write_thinned(made: Made, file: Path) -> None:
+    """Write the page of the same run as if its arrays and thumbnails were too large."""
     config, dataset = made.run.trained.config, made.run.dataset
     stored = explorer.pack_arrays(explorer.explorer_data(config, dataset, made.arrays, made.readings)[1]).blob
-    monkeypatch.setattr(explorer, "ARRAY_BYTES", len(stored) * 3 // 4)
-    monkeypatch.setattr(explorer, "THUMBNAIL_BYTES", 700)
-    explorer.write_explorer(epath.Path(tmp_path / "e.html"), "run", config, dataset, made.arrays, made.readings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explorer, "ARRAY_BYTES", len(stored) * 3 // 4)
+        patch.setattr(explorer, "THUMBNAIL_BYTES", 700)
+        explorer.write_explorer(epath.Path(file), "run", config, dataset, made.arrays, made.readings)
+
+
+def test_a_large_run_is_thinned_and_the_page_says_so(made: Made, tmp_path: Path) -> None:
+    write_thinned(made, tmp_path / "e.html")
     text, (_, arrays) = (tmp_path / "e.html").read_text(), read_data(tmp_path / "e.html")
     assert len(arrays["image"]) < 105
     assert f"this page holds {len(arrays['image'])} of the 105 test images" in text
@@ -293,7 +297,7 @@ def count_by_gate(
 def test_random_settings_count_as_the_gate_itself(made: Made, visit: Any) -> None:
     tab, rng, program = visit(made.file), np.random.default_rng(5), GateProgram(made.run.trained)
     labels, prediction, none = made.arrays["test_labels"], made.arrays["test_prediction"], np.zeros((CLASSES, 0))
-    for number in range(20):
+    for number in range(100):
         g, y, alpha = number % 3, int(rng.integers(2)), float(np.float32(round(float(rng.uniform(-3, 8)), 2)))
         c = "all" if number % 4 == 0 else int(rng.integers(CLASSES))
         classes = list(range(CLASSES)) if c == "all" else [c]
@@ -484,6 +488,78 @@ def test_the_focus_stays_among_the_latents_by_hand(made: Made, visit: Any) -> No
     assert focused(tab) == "find"
 
 
+def test_what_is_drawn_is_also_text(made: Made, visit: Any) -> None:
+    tab = visit(made.file, "#class=2&strategy=class&alpha=2")
+    unsteered = tab.evaluate("document.querySelector('#numbers tr[data-setting=unsteered]').dataset.on").split()
+    spoken = tab.locator("#heads .head .spoken").all_text_contents()
+    assert spoken == [f"{int(on) / 15:.1%} without steering" for on in unsteered]
+    latent = int(np.argmax(np.bincount(made.readings.active.indices)))
+    tab = visit(made.file, f"#view=latent&latent={latent}")
+    counts = tab.locator("#latent-body .spoken tbody td").all_text_contents()
+    bars = tab.evaluate("[...document.querySelectorAll('#latent-body rect title')].map(title => title.textContent)")
+    assert [f"{number} images" for number in counts] == bars
+    assert sum(map(int, counts)) == (made.readings.active.indices == latent).sum()
+
+
+def test_answers_under_many_subsets_are_grouped(made: Made, visit: Any, tmp_path: Path) -> None:
+    text, file = made.file.read_text("utf-8"), tmp_path / "many.html"
+    assert "MOST_PATTERNS = 256" in text
+    file.write_text(text.replace("MOST_PATTERNS = 256", "MOST_PATTERNS = 4"), "utf-8")
+    for number in (3, 4, 9):
+        tab = visit(file, f"#class=all&strategy=class&alpha=1&image={number}")
+        assert tab.locator("#detail .answers").count() == 0
+        lines = tab.locator("#detail table").last.locator("tr").all()
+        rows = [line.locator("th, td").all_text_contents() for line in lines]
+        table, expected = made.arrays["test_table"][number], {}
+        assert rows[0] == ["Answer", "Subsets", "heads in them"]
+        for answer in np.unique(table):
+            patterns = np.flatnonzero(table == answer)
+            sizes = sorted({int(pattern).bit_count() for pattern in patterns})
+            mark = "✓ " if answer == made.arrays["test_labels"][number] else ""
+            expected[mark + NAMES[answer]] = (str(len(patterns)), sizes)
+        for name, subsets, shown in rows[1:]:
+            runs = [[int(end) for end in run.split("\u2013")] for run in shown.split(", ")]
+            sizes = [size for run in runs for size in range(run[0], run[-1] + 1)]
+            assert expected.pop(name) == (subsets, sizes)
+        assert not expected
+
+
+def test_a_thinned_page_compares_the_same_images(made: Made, visit: Any, tmp_path: Path) -> None:
+    write_thinned(made, tmp_path / "e.html")
+    _, arrays = read_data(tmp_path / "e.html")
+    tab = visit(tmp_path / "e.html", "#class=all&strategy=class&alpha=0")
+    cells = [row.locator("td").all_text_contents() for row in tab.locator("#numbers tbody tr").all()[:2]]
+    assert cells[0] == cells[1]
+    assert cells[0][0].endswith(f"of {len(arrays['image'])}")
+    layer = LayerGates(made.run.trained.config, made.run.trained.config.sae_layer)
+    macs = layer.macs(made.arrays["test_pattern"][arrays["image"]]).mean() / layer.dense_macs
+    assert cells[0][2].startswith(f"{macs:.1%}")
+    tab = visit(tmp_path / "e.html", "#class=all&strategy=image_latents&alpha=0.5")
+    names = tab.locator("#numbers tbody th").all_text_contents()
+    assert names[0] == "unsteered"
+    assert names[1] == "image latents, \u03b1 = 0.5, of all 105 images"
+    assert names[2] == "image random (control), of all 105 images"
+
+
+def test_images_in_doubt_are_shown(made: Made, visit: Any, tmp_path: Path) -> None:
+    order = np.flatnonzero(made.arrays["test_labels"] == 2)
+    logits, chosen = made.readings.gate_logits.copy(), order[[1, 6, 7]]
+    sign = np.where(pattern_to_gates(made.arrays["test_pattern"][chosen], logits.shape[1]), 1, -1)
+    logits[chosen] = sign * np.float32(1e-9)
+    readings = made.readings._replace(gate_logits=logits)
+    config, dataset = made.run.trained.config, made.run.dataset
+    explorer.write_explorer(epath.Path(tmp_path / "e.html"), "run", config, dataset, made.arrays, readings)
+    tab = visit(tmp_path / "e.html", "#class=2&strategy=class&alpha=1e-9")
+    assert shown_counts(tab)[2] == 3
+    shown = tab.locator("#flagged-images a")
+    assert shown.all_text_contents() == [f"image {number}" for number in chosen]
+    shown.nth(1).press("Enter")
+    assert focused(tab) == "image"
+    assert tab.locator("#image-title").text_content() == f"Image {chosen[1]}"
+    tab.fill("#alpha", "0")
+    assert shown.count() == 0
+
+
 def test_names_are_shown_as_they_are(made: Made, visit: Any) -> None:
     tab = visit(made.file, "#view=class&class=4")
     assert tab.locator("#class-body h2").first.text_content() == NAMES[4]
@@ -510,9 +586,18 @@ def test_an_image_shows_its_answers_and_its_kept_patches(made: Made, visit: Any,
     tab = visit(tmp_path / "e.html", f"#class=2&strategy=class&alpha=1&image={number}")
     classes = tab.evaluate("[...document.querySelectorAll('#detail .patches i')].map(patch => patch.className)")
     assert [name == "kept" for name in classes] == kept_NP[number].tolist()
-    titles = tab.evaluate("[...document.querySelectorAll('#detail .answers span')].map(answer => answer.title)")
+    titles = tab.evaluate("[...document.querySelectorAll('#detail .answers > span')].map(answer => answer.title)")
     table = made.arrays["test_table"][number]
     assert [title.split(": ", 1)[1] for title in titles] == [NAMES[answer] for answer in table]
+    spoken = [text.split(": ")[0] for text in tab.locator("#detail .answers > span").all_text_contents()]
+    assert [text.removesuffix(", which runs now") for text in spoken] == [title.split(": ")[0] for title in titles]
+    running = [text.endswith(", which runs now") for text in spoken]
+    outlined = tab.evaluate("[...document.querySelectorAll('#detail .answers > span')].map(e => e.matches('.now'))")
+    assert running == outlined
+    assert sum(running) == 1
+    assert "the outlined one runs now" in str(tab.locator("#detail").text_content())
+    kept = int(kept_NP[number].sum())
+    assert f"keeps {kept} of 4 patches" in str(tab.locator("#detail").text_content())
     margins = tab.locator("#detail tbody").first.locator("td:nth-child(2)").all_text_contents()
     logits = [float(text.replace("\u2212", "-")) for text in margins]
     assert logits == pytest.approx(made.readings.gate_logits[number].tolist(), abs=6e-4)
@@ -532,12 +617,27 @@ def test_recorded_settings_are_all_that_a_run_by_the_suffix_shows(recorded: Made
     for view in ("class", "latent"):
         tab.click(f"#to-{view}")
         assert tab.locator(f"#{view}-body .card").count() >= 3
+        text = str(tab.locator(f"#{view}-body").text_content())
+        assert "what the mode add would add to each gate's logit at \u03b1 = 1, to first order" in text
+        assert "hat \u03b1 = 1 adds" not in text
+    tab = visit(recorded.file, "#class=2&strategy=class&alpha=2&image=2")
+    text = str(tab.locator("#detail").text_content())
+    assert "Its answer under each of the 8 subsets" in text
+    assert "the outlined one" not in text
 
 
 def test_a_strategy_that_chooses_for_each_image_shows_its_recorded_settings(made: Made, visit: Any) -> None:
     tab = visit(made.file, "#class=all&strategy=image_latents&alpha=0.5&by=predicted")
     index = made.arrays["alphas"].tolist().index(0.5)
     assert shown_counts(tab)[0] == made.arrays["test_correct"][3, 0, 1, index].sum()
+    rows = tab.evaluate("[...document.querySelectorAll('#numbers tbody tr')].map(row => ({...row.dataset}))")
+    assert [row["setting"] for row in rows[2:]] == ["image random (control)", "matched random (control)"]
+    for row, g in zip(rows[2:], (4, 1), strict=True):
+        assert int(row["right"]) == made.arrays["test_correct"][g, 0, 1, index].sum()
+    assert tab.locator("#control-name").text_content() == "both under image random, a control"
+    assert tab.locator("#plot path[stroke-dasharray='2 4']").count() == 2
+    tab = visit(made.file, "#class=all&strategy=class&alpha=0.5")
+    assert "image random" not in str(tab.locator("#numbers").text_content())
 
 
 def test_a_narrow_and_a_dark_page_fit(made: Made, visit: Any) -> None:
