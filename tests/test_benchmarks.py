@@ -42,3 +42,16 @@ def test_the_benchmark_of_skipping_runs() -> None:
     assert row["differing"] == row["gates_beyond_rounding"] == 0
     assert row["logit_error"] < 1e-5
     assert row["ceiling"] > 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_explorer_times_a_made_page() -> None:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    if not Path("/usr/bin/chromium").exists():
+        pytest.skip("there is no /usr/bin/chromium (apt-get install chromium)")
+    command = [sys.executable, BENCHMARKS / "explorer.py", "--made=300"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert (figures["images"], figures["of"], figures["console_errors"]) == (300, 300, 0)
+    assert min(figures[name] for name in ("first_ms", "step_ms", "draw_ms", "bytes")) > 0

@@ -1,6 +1,7 @@
 """explorer.html: its arrays against the package's own, and the page in a browser against the package's counts."""
 
 import base64
+import importlib.util
 import json
 import re
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from builders import CLASSES, random_sae, steer_config, trained_model
 from etils import epath
+from helpers import ROOT
 
 from headsteer_jax.analysis.summary import summarise
 from headsteer_jax.analysis.sweep_file import to_arrays, to_dataset
@@ -527,6 +529,13 @@ def test_answers_under_many_subsets_are_grouped(made: Made, visit: Any, tmp_path
 def test_a_thinned_page_compares_the_same_images(made: Made, visit: Any, tmp_path: Path) -> None:
     write_thinned(made, tmp_path / "e.html")
     _, arrays = read_data(tmp_path / "e.html")
+    # the benchmark compares over the same images
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks/explorer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert np.array_equal(benchmark.read_held_images(tmp_path / "e.html"), arrays["image"])
     tab = visit(tmp_path / "e.html", "#class=all&strategy=class&alpha=0")
     cells = [row.locator("td").all_text_contents() for row in tab.locator("#numbers tbody tr").all()[:2]]
     assert cells[0] == cells[1]
