@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
@@ -387,8 +387,9 @@ def command_predict(arguments: Sequence[str]) -> None:
     directory = locate_run(flags.model, "MODEL")
     predict = _prepare_run(directory, flags) if find_kind(directory.path) == "run" else _prepare_deployed(flags)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a path may have bytes that are not UTF-8
-    files = list_images([expand_path(image, "IMAGE", buckets=False) for image in flags.images], sys.stdin)
+        # the bytes of paths, as the arguments' are decoded, whatever encoding the terminal has
+        sys.stdin.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
+    files = list_images(flags.images, sys.stdin)
     _start()
     unread = 0
     for error, lines in predict(files):
@@ -402,7 +403,17 @@ def command_predict(arguments: Sequence[str]) -> None:
 
 
 # image files -> of each, why it cannot be read, and the lines that are printed
-PredictFiles = Callable[[Sequence[Path]], Iterator[tuple[str, list[str]]]]
+PredictFiles = Callable[[Sequence[Any]], Iterator[tuple[str, list[str]]]]
+
+
+def _format_json(record: Mapping[str, Any]) -> str:
+    """Format a record as one line of JSON, in which only characters that standard output cannot encode are escaped."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return line
 
 
 def _prepare_run(workdir: Any, flags: argparse.Namespace) -> PredictFiles:
@@ -423,7 +434,7 @@ def _prepare_run(workdir: Any, flags: argparse.Namespace) -> PredictFiles:
     request = Request(flags.steer, flags.alpha, flags.data)
     check_request(workdir, request)
 
-    def predict(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
+    def predict(files: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
         reader, width = load_reader(workdir, request), path_width(files, request)
         if not len(reader.latent_classes):
             print(
@@ -435,7 +446,7 @@ def _prepare_run(workdir: Any, flags: argparse.Namespace) -> PredictFiles:
             yield "", [table_head(reader, width)]
         for answer in predict_run_files(reader, files):
             if flags.json:
-                yield answer.error, [json.dumps(to_json(answer, reader), ensure_ascii=False)]
+                yield answer.error, [_format_json(to_json(answer, reader))]
             else:
                 yield answer.error, list(table_rows(answer, reader, width))
 
@@ -454,11 +465,11 @@ def _prepare_deployed(flags: argparse.Namespace) -> PredictFiles:
             )
     model = load_deployed(flags.model)
 
-    def predict(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
-        width = max(len(str(file)) for file in files)
+    def predict(files: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
+        width = max((len(str(file.path)) for file in files if not file.error), default=0)
         for answer in predict_files(model, files):
             row = f"{answer.path:<{width}}  {answer.probability:7.1%}  {answer.class_name}"
-            yield answer.error, [json.dumps(answer.to_json(), ensure_ascii=False) if flags.json else row]
+            yield answer.error, [_format_json(answer.to_json()) if flags.json else row]
 
     return predict
 

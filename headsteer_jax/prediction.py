@@ -5,7 +5,6 @@ Only steering needs the run's data: strategies choose latents on the training im
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 
 from headsteer_jax.books import is_done
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.image_files import read_images
+from headsteer_jax.data.image_files import ImageFile, read_images
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.gates import SUBLAYERS
 from headsteer_jax.runs import (
@@ -117,7 +116,7 @@ class FileAnswer(NamedTuple):
     predictions: Predictions  # of one image
 
 
-def predict_run_files(reader: RunReader, files: Sequence[Path]) -> Iterator[FileAnswer]:
+def predict_run_files(reader: RunReader, files: Sequence[ImageFile]) -> Iterator[FileAnswer]:
     """Answer for image files, in order; a file that cannot be read gets a line that says why."""
     count = IMAGES_AT_ONCE * jax.local_device_count()
     for begin in range(0, len(files), count):
@@ -125,7 +124,7 @@ def predict_run_files(reader: RunReader, files: Sequence[Path]) -> Iterator[File
         images, errors = read_images(chunk, reader.image)
         predictions = reader.predict(images)
         for place, (file, error) in enumerate(zip(chunk, errors, strict=True)):
-            yield FileAnswer(str(file), error, _take(predictions, place))
+            yield FileAnswer(str(file.path), error, _take(predictions, place))
 
 
 def _take(predictions: Predictions, place: int) -> Predictions:
@@ -252,7 +251,7 @@ def _gates_width(reader: RunReader) -> int:
     return max(len(_gates_title(reader)), len(_format_gates(closed, reader)))
 
 
-def path_width(files: Sequence[Path], request: Request) -> int:
+def path_width(files: Sequence[ImageFile], request: Request) -> int:
     """Return the width of the table's first column."""
     steered = "" if request.steer is None else f"  {request.steer}, alpha {request.alpha:g}"
-    return max(5, len(steered), *(len(str(file)) for file in files))
+    return max(5, len(steered), *(len(str(file.path)) for file in files if not file.error))

@@ -23,7 +23,7 @@ def test_every_cell_of_the_notebook_runs(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # so that figures are drawn into the notebook
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
-    (training,) = [cell for cell in notebook.cells if "-m headsteer_jax run" in cell.source]
+    (training,) = [cell for cell in notebook.cells if "-m headsteer_jax" in cell.source]
     printed = "".join(output.get("text", "") for output in training.outputs)
     assert "train: done before" in printed, printed  # so the command was found, and with this run
     assert f"{workdir}/report.html" in printed

@@ -99,15 +99,21 @@ def test_unreadable_files_are_named_and_the_others_answered(
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["path"] for line in lines] == ["large.png", "pictures/1.png", "missing.png", "broken.jpg",
                                                 "pictures/0.png", "pictures/1.png", "pictures/2.png"]  # fmt: skip
-    assert lines[2] == {"path": "missing.png", "error": "missing.png: no such file; correct the path"}
+    no_file = "missing.png: no such file; give image files, or directories of them"
+    assert lines[2] == {"path": "missing.png", "error": no_file}
     assert "not an image that Pillow can read" in lines[3]["error"]
     assert lines[1] == lines[5]
     assert result.returncode == 2
     assert result.stderr == "error: 2 of 7 images could not be read; the others are answered above\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(listed))
     table = headsteer("predict", finished.workdir, "-", cwd=pictures)
-    assert table.stderr.splitlines()[0] == "warning: missing.png: no such file; correct the path"
+    assert table.stderr.splitlines()[0] == f"warning: {no_file}"
     assert len(table.stdout.splitlines()) == 1 + 4
+    argument = headsteer("predict", finished.workdir, "missing.png", "large.png", cwd=pictures)
+    assert argument.stderr.startswith(f"warning: {no_file}\n")
+    assert argument.stderr.endswith("\nerror: 1 of 2 images could not be read; the others are answered above\n")
+    assert [line.split()[0] for line in argument.stdout.splitlines()] == ["image", "large.png"]
+    assert "missing.png: no such file" in refusal(finished.workdir, "missing.png", cwd=pictures)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert "-: standard input names no image" in refusal(finished.workdir, "-", cwd=pictures)
 
@@ -121,7 +127,6 @@ def test_unreadable_files_are_named_and_the_others_answered(
         (("--alpha=2",), "--alpha: needs --steer as well"),
         (("--steer=class", "--alpha=inf"), "--alpha=inf: must be a finite number"),
         (("--data=x",), "--data: leave it out; only --steer reads the run's data"),
-        (("nowhere.png",), "nowhere.png: no such file"),
     ],
 )
 def test_wrong_requests_are_refused_in_one_line(

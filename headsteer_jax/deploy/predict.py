@@ -1,13 +1,12 @@
 """Predictions of a deployed model for image files; neither the run nor its data are needed."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from headsteer_jax.data.image_files import read_images
+from headsteer_jax.data.image_files import ImageFile, read_images
 from headsteer_jax.deploy.model import DeployedModel, predict
 
 BATCH = 64
@@ -28,7 +27,7 @@ class Prediction(NamedTuple):
         return {"path": self.path, "class": self.class_name, "probability": round(self.probability, 6)}
 
 
-def predict_files(model: DeployedModel, files: Sequence[Path]) -> Iterator[Prediction]:
+def predict_files(model: DeployedModel, files: Sequence[ImageFile]) -> Iterator[Prediction]:
     """Predict the class of image files, in order; a file that cannot be read gets a line that says why.
 
     An image of another size than the model reads is cropped at its centre and resized, as for the data of a run.
@@ -41,7 +40,7 @@ def predict_files(model: DeployedModel, files: Sequence[Path]) -> Iterator[Predi
         best_B, probability_BC = jax.device_get(predict(model.config, model.params, padded))
         for place, (file, fault) in enumerate(zip(chunk, errors, strict=True)):
             if fault:
-                yield Prediction(str(file), error=fault)
+                yield Prediction(str(file.path), error=fault)
             else:
                 name = model.config.classes[best_B[place]]
-                yield Prediction(str(file), name, float(probability_BC[place, best_B[place]]))
+                yield Prediction(str(file.path), name, float(probability_BC[place, best_B[place]]))
