@@ -62,20 +62,25 @@ def run(*arguments: object, cwd: Path = ROOT, timeout: float = 1200) -> subproce
     )
 
 
-def headsteer(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def headsteer(*arguments: object, cwd: Path = ROOT, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
     """Run a command of `headsteer` in this process, which spares the seconds that imports take.
 
     Afterwards everything that the command line replaces in a process is as it was.
+
+    Args:
+      encoding: of standard output, as PYTHONIOENCODING or the locale sets it.
     """
     from headsteer_jax.cli import run_command_line
 
-    command, out, err = [*map(str, arguments)], io.StringIO(), io.StringIO()
+    command, err = [*map(str, arguments)], io.StringIO()
+    out = io.TextIOWrapper(io.BytesIO(), encoding, newline="")
     with _process_state(), contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = run_command_line(command)
         except SystemExit as end:  # --help
             code = int(end.code or 0)
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+    out.seek(0)
+    return subprocess.CompletedProcess(command, code, out.read(), err.getvalue())
 
 
 @contextlib.contextmanager

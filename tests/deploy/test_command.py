@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import FinishedRun, headsteer
 from PIL import Image
 
@@ -108,6 +109,26 @@ def test_predict_answers_files_and_directories(deployed: Path, tmp_path: Path) -
     table = headsteer("predict", deployed, "exact.png", cwd=tmp_path)
     assert table.returncode == 0
     assert table.stdout.split() == ["exact.png", f"{expected:.1%}", lines[0]["class"]]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_valid_whatever_the_encoding_of_the_output(deployed: Path, tmp_path: Path, encoding: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(deployed, copy)
+    config = json.loads((copy / "config.json").read_text())
+    names = ["caf\u00e9", "\U0001f600", "plain"]
+    (copy / "config.json").write_text(json.dumps(config | {"classes": names}))
+    weights = safetensors.numpy.load_file(copy / "model.safetensors")
+    file = tmp_path / "\u00e9\U0001f600.png"
+    Image.fromarray(np.zeros(config["image"], np.uint8)[..., 0]).save(file)
+    for place, name in enumerate(names):
+        bias = np.where(np.arange(len(names)) == place, 1e6, 0).astype(np.float32)  # which decides the class
+        safetensors.numpy.save_file(weights | {"head.bias": bias}, copy / "model.safetensors")
+        result = headsteer("predict", copy, file, "--json", cwd=tmp_path, encoding=encoding)
+        assert result.returncode == 0, result.stderr
+        record = json.loads(result.stdout)
+        assert (record["path"], record["class"]) == (str(file), name)
+        assert (encoding == "utf-8") == (file.name in result.stdout)  # readable where it can be
 
 
 def test_predict_refuses_what_it_cannot_answer(deployed: Path, tmp_path: Path) -> None:
