@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +50,8 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # large files by their SHA-256
         self.requests: list[str] = []
         self.fail: str | None = None  # a pattern of requests that are answered with an error
+        self.before_commit: Callable[[], None] | None = None  # what happens once between a push's look and its commit
+        self.created: set[str] = set()  # the repositories that a request has created, and no push has filled yet
 
     def create(self, name: str, private: bool = False) -> StoredRepository:
         """Create a repository, with the file that the hub puts into each."""
@@ -102,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{asked.get('organization') or 'owner'}/{asked['name']}"
             if name in self.server.repositories:
                 return self.send(409, {"error": "exists"})
+            self.server.created.add(name)
             self.server.create(name, asked.get("visibility") == "private" or bool(asked.get("private")))
             return self.send(200, {"url": f"{self.server.url}/{name}", "name": name, "id": "1"})
         return self.answer_about_repository(path, body, token)
@@ -158,17 +161,24 @@ class Handler(BaseHTTPRequestHandler):
             ]
             return self.send(200, {"transfer": "basic", "objects": objects})
         if kind == "commit":
-            return self.send(200, self.commit(repository, found["repository"], body))
+            return self.commit(repository, found["repository"], body)
         return self.send_file(files, found["file"], revision)
 
-    def commit(self, repository: StoredRepository, name: str, body: bytes) -> dict[str, Any]:
+    def commit(self, repository: StoredRepository, name: str, body: bytes) -> None:
+        if self.server.before_commit:
+            self.server.before_commit()
+            self.server.before_commit = None
         files, message = dict(repository.files), ""
         for line in body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "header":
                 message = value["summary"]
-                assert value.get("parentCommit") in (None, repository.refs["main"])
+                parent = value.get("parentCommit")
+                if parent is None:  # only the one who has just created the repository need not name its commit
+                    assert name in self.server.created
+                elif parent != repository.refs["main"]:
+                    return self.send(412, {"error": "a commit has happened since"})
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
@@ -177,7 +187,9 @@ class Handler(BaseHTTPRequestHandler):
                 assert entry["key"] == "deletedFile"
                 del files[value["path"]]
         number = repository.commit(files, message)
-        return {"success": True, "commitUrl": f"{self.server.url}/{name}/commit/{number}", "commitOid": number}
+        self.server.created.discard(name)
+        url = f"{self.server.url}/{name}/commit/{number}"
+        return self.send(200, {"success": True, "commitUrl": url, "commitOid": number})
 
     def send_file(self, files: dict[str, bytes], name: str, revision: str) -> None:
         if name not in files:

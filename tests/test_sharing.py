@@ -99,7 +99,7 @@ def pushed(hub: Hub, finished: FinishedRun, tmp_path_factory: pytest.TempPathFac
 def test_a_push_is_one_commit_without_the_state_of_training(hub: Hub, pushed: dict[str, str]) -> None:
     stored = hub.repositories["owner/tiny"]
     assert stored.private
-    assert stored.messages[:2] == ["initial commit", "Add the run tiny"]
+    assert stored.messages == ["initial commit", "Add the run tiny", "Again"]
     names = set(stored.files)
     needed = "config.json sweep.nc summary.json report.html latents.html README.md headsteer.json figures/steering.png"
     needed += " train/done.json train/metrics.jsonl train/gates.npz sae/autoencoders.npz sae/inside.npz"
@@ -219,6 +219,43 @@ def test_overwriting_keeps_the_files_of_others_and_a_failed_upload_leaves_all_as
     assert second[0] == 0, second
     assert "figures/old.png" not in shared.files
     assert shared.files["notes.md"] == b"mine"
+
+
+def test_a_damaged_manifest_is_repaired_by_overwriting(
+    hub: Hub, pushed: dict[str, str], finished: FinishedRun, tmp_path: Path
+) -> None:
+    broken = hub.create("owner/broken")
+    broken.commit({"headsteer.json": b'{"format": 1, "fi', "notes.md": b"mine"}, "damaged")
+    push = ["push", finished.workdir, "hf://owner/broken"]
+    export = ["export", "hf://owner/broken", f"timm:{tmp_path / 'a.safetensors'}"]
+    unread, refused, repaired, read = call(
+        [({}, export), ({}, push), ({}, [*push, "--overwrite"]), ({}, export)], pushed
+    )
+    assert (unread[0], refused[0]) == (2, 2)
+    assert "its headsteer.json is damaged; push the run again with --overwrite" in unread[2]
+    assert "exists, and headsteer push did not write it; choose another name, or pass --overwrite" in refused[2]
+    assert repaired[0] == read[0] == 0, (repaired, read)
+    assert broken.files["notes.md"] == b"mine"
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_one_line_and_loses_nothing(
+    hub: Hub, pushed: dict[str, str], finished: FinishedRun
+) -> None:
+    busy = hub.create("owner/busy")
+
+    def commit_too() -> None:
+        busy.commit({**busy.files, "config.json": b"theirs"}, "theirs")
+
+    hub.before_commit = commit_too
+    push: list[object] = ["push", finished.workdir, "hf://owner/busy"]
+    [late] = call([({}, push)], pushed)
+    assert late == [2, "", "error: hf://owner/busy: the repository changed meanwhile; run the same command again\n"]
+    assert busy.messages == ["initial commit", "theirs"]
+    assert busy.files["config.json"] == b"theirs"
+    refused, again = call([({}, push), ({}, [*push, "--overwrite"])], pushed)
+    assert "exists, and headsteer push did not write it" in refused[2]
+    assert again[0] == 0, again
+    assert busy.messages == ["initial commit", "theirs", "Add the run tiny"]
 
 
 def test_offline_a_run_comes_from_the_cache_or_is_one_line(

@@ -45,7 +45,7 @@ class Repository(NamedTuple):
     commit: str
     private: bool
     files: frozenset[str]
-    listed: frozenset[str] | None  # the files that its manifest lists; None: it has no manifest
+    listed: frozenset[str] | None  # the files that its manifest lists; None: it has none, or a damaged one
 
     @property
     def is_replaceable(self) -> bool:
@@ -106,6 +106,8 @@ def download_run(address: Address) -> Path:
     with explain_errors(address), _explain_hub_errors(address, hub):
         manifest = Path(hub.hf_hub_download(address.repository, MANIFEST, revision=address.revision))
         files, commit = _read_manifest(manifest, address), manifest.parent.name
+        if files is None:
+            raise HeadSteerError(f"{address}: its {MANIFEST} is damaged; push the run again with --overwrite")
         patterns = [glob.escape(file) for file in (MANIFEST, *files)]
         directory = Path(hub.snapshot_download(address.repository, revision=commit, allow_patterns=patterns))
     if missing := [file for file in files if not (directory / file).exists()]:
@@ -116,17 +118,17 @@ def download_run(address: Address) -> Path:
     return directory
 
 
-def _read_manifest(path: Path, address: Address) -> list[str]:
-    """Read which files a repository's run has.
+def _read_manifest(path: Path, address: Address) -> list[str] | None:
+    """Read which files a repository's run has; None if the manifest is damaged.
 
     Raises:
-      HeadSteerError: the manifest is damaged, or a newer program wrote it.
+      HeadSteerError: a newer program wrote it.
     """
     try:
         manifest = json.loads(path.read_bytes())
         version, files = int(manifest["format"]), [str(PurePosixPath(file)) for file in manifest["files"]]
-    except (ValueError, KeyError, TypeError):
-        raise HeadSteerError(f"{address}: its {MANIFEST} is damaged; push the run again with --overwrite") from None
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
     if version > FORMAT:
         raise HeadSteerError(
             f"{address}: it has format {version}, but this program reads format {FORMAT}; upgrade headsteer-jax"
@@ -164,9 +166,8 @@ def find_repository(address: Address) -> Repository | None:
         files = frozenset(sibling.rfilename for sibling in info.siblings or ())
         listed = None
         if MANIFEST in files:
-            path = Path(hub.hf_hub_download(address.repository, MANIFEST, revision=info.sha))
-            listed = frozenset(_read_manifest(path, address))
-        return Repository(info.sha, bool(info.private), files, listed)
+            listed = _read_manifest(Path(hub.hf_hub_download(address.repository, MANIFEST, revision=info.sha)), address)
+        return Repository(info.sha, bool(info.private), files, None if listed is None else frozenset(listed))
 
 
 def upload_run(
