@@ -14,6 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+from headsteer_jax.model import skip
+from headsteer_jax.runtime.progress import Progress
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # data and weights that only some machines have
 GOLDENS = ROOT / "tests" / "goldens"
@@ -113,6 +118,28 @@ def make_finished_run(directory: Path) -> FinishedRun:
             assert result.stdout == "runs/tiny/report.html\n"
             marker.touch()
     return finished
+
+
+def note_layer_forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let even tiny models leave out what their gates drop, and return the list to which each layer's form is added."""
+    forms: list[str] = []
+    choose = skip.choose_form
+    monkeypatch.setattr(skip, "SMALLEST", 0)
+    monkeypatch.setattr(skip, "choose_form", lambda decided: forms.append(choose(decided)) or forms[-1])
+    return forms
+
+
+def watch_progress(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list to which every note beside a progress bar is added."""
+    notes: list[str] = []
+    update = Progress.update
+
+    def note_and_update(self: Progress, units: int, note: str = "") -> None:
+        notes.append(note)
+        update(self, units, note)
+
+    monkeypatch.setattr(Progress, "update", note_and_update)
+    return notes
 
 
 def free_port() -> int:

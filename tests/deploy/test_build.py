@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from builders import tiny_config, trained_model
+from helpers import note_layer_forms
 
 from headsteer_jax.deploy.build import (
     make_deployed_function,
@@ -12,9 +13,13 @@ from headsteer_jax.deploy.build import (
 )
 from headsteer_jax.deploy.convert import convert_model
 from headsteer_jax.deploy.speed import measure_batches
+from headsteer_jax.model import skip
 
 
-def test_all_gated_functions_give_the_same_logits_and_have_a_speed() -> None:
+def test_all_gated_functions_give_the_same_logits_and_have_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LENGTHS", "PARTS"):  # few sizes of pieces, because each takes time to compile
+        monkeypatch.setattr(skip, name, 1)
+    forms = note_layer_forms(monkeypatch)
     config, labels = tiny_config(kinds=("heads", "sublayers", "tokens")), np.array([1, 2, 5])
     trained = trained_model(config, seed=1)
     deployed = convert_model(trained, tuple("abcdefg"), labels, (8, 8, 1), dynamic=True)
@@ -25,9 +30,11 @@ def test_all_gated_functions_give_the_same_logits_and_have_a_speed() -> None:
     }
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
     logits = {name: np.asarray(function(images)) for name, function in functions.items()}
+    assert "kept" in forms
     assert np.abs(logits["masked"] - make_vit_function(trained, labels, "dense")(images)).max() > 0.01
     for name in ("skipping", "deployed"):
         np.testing.assert_allclose(logits[name], logits["masked"], atol=3e-5, rtol=3e-5)
+    monkeypatch.undo()
     speeds = measure_batches(functions, images[:3], batches=(2, 5))
     assert {name: sorted(by_batch) for name, by_batch in speeds.items()} == {key: ["2", "5"] for key in functions}
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from builders import random_params, tiny_config
+from helpers import note_layer_forms, watch_progress
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,8 @@ def test_chunks_cover_every_image_once_in_one_size(count: int, size: int) -> Non
 
 @pytest.mark.parametrize("gating", ["dense", "thresholded"])
 @pytest.mark.parametrize("lazy", [False, True])
-def test_observed_is_what_the_model_says(gating: str, lazy: bool) -> None:
+def test_observed_is_what_the_model_says(gating: str, lazy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = watch_progress(monkeypatch)
     config = tiny_config()
     config = config.model_copy(update={"train": config.train.model_copy(update={"eval_batch": 16})})
     model, params = build_model(config, 7), random_params(config, 7)
@@ -46,22 +48,27 @@ def test_observed_is_what_the_model_says(gating: str, lazy: bool) -> None:
     np.testing.assert_allclose(seen.x, out["cls"][1], atol=1e-5)
     assert seen.accuracy(labels) == sum(np.argmax(np.asarray(logits), axis=-1) == labels) / 37
     assert gates.all() == (gating == "dense")
+    right = np.cumsum(seen.prediction == labels)
+    ends = sorted({*range(16 * jax.local_device_count(), 37, 16 * jax.local_device_count()), 37})
+    assert notes == [f"accuracy {right[end - 1] / end:.1%}" for end in ends]
 
 
 @pytest.mark.slow
-def test_a_pass_that_skips_observes_the_same() -> None:
+def test_a_pass_that_skips_observes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """One device; several devices use the masked model."""
+    forms = note_layer_forms(monkeypatch)
     gate = {"sublayers": SublayerGateConfig(bias=0.0), "tokens": TokenGateConfig(bias=0.0)}
     config = tiny_config(kinds=("heads", "sublayers", "tokens"), **gate)
     model, params = build_model(config, 7), random_params(config, 7)
     rng = np.random.default_rng(0)
     split = Split(rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8), rng.integers(0, 7, 20))
     seen = {}
-    for skip in ("always", "never"):
-        own = config.model_copy(update={"machine": MachineConfig(skip=skip)})
-        assert can_skip(own, 1) == (skip == "always")
+    for when in ("never", "always"):
+        own = config.model_copy(update={"machine": MachineConfig(skip=when)})
+        assert can_skip(own, 1) == (when == "always")
         assert not can_skip(own, 2)
-        seen[skip] = make_observer(model, own, "thresholded", 1)(params, split, "test")
+        seen[when] = make_observer(model, own, "thresholded", 1)(params, split, "test")
+        assert ("kept" in forms) == (when == "always")
     np.testing.assert_array_equal(seen["always"].prediction, seen["never"].prediction)
     np.testing.assert_allclose(seen["always"].x, seen["never"].x, rtol=1e-5, atol=1e-5)
     for kind, gates in seen["never"].gates.items():

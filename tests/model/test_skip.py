@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import tiny_config
+from helpers import note_layer_forms
 
 from headsteer_jax.config import Config, ModelConfig, SublayerGateConfig, TokenGateConfig
 from headsteer_jax.config.schema import GATE_KINDS, GateKind
@@ -130,18 +131,19 @@ def test_a_batch_of_too_little_work_runs_the_masked_model(monkeypatch: pytest.Mo
     assert_same(config, draw_params(config), draw_images(2), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("bias", "forms"), [(50.0, {"dense"}), (-50.0, {"kept"}), (3.0, {"masked", "kept", "dense"})])
+@pytest.mark.parametrize(
+    ("bias", "masked_share", "form"),
+    [(50.0, 0.8, "dense"), (-50.0, 0.8, "kept"), (0.0, 0.8, "kept"), (0.0, 0.0, "masked")],
+)
 def test_layers_of_small_batches_run_as_a_whole_where_little_is_dropped(
-    bias: float, forms: set[str], monkeypatch: pytest.MonkeyPatch
+    bias: float, masked_share: float, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = []
-    choose = skip.choose_form
-    monkeypatch.setattr(skip, "choose_form", lambda decided: chosen.append(choose(decided)) or chosen[-1])
+    monkeypatch.setattr(skip, "MASKED_SHARE", masked_share)
+    chosen = note_layer_forms(monkeypatch)
     config = gated_config(GATE_KINDS)
     out = assert_same(config, draw_params(config, bias), draw_images(5))
-    assert len(chosen) == config.model.depth
-    assert set(chosen) <= forms
-    for form, gates in zip(chosen, out["gates"].values(), strict=False):
+    assert chosen == [form] * config.model.depth
+    for gates in out["gates"].values():
         assert (form == "dense") == all(bool(np.all(g > 0)) for g in gates.values())
     monkeypatch.setattr(skip, "SMALL_ROWS", 0)
     assert_same(config, draw_params(config, bias), draw_images(5))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import reference
 from builders import CLASSES, setting, steer_config, trained_model
+from helpers import watch_progress
 
 from headsteer_jax.config import SteerConfig, TokenGateConfig
 from headsteer_jax.data.dataset import Split
@@ -23,7 +24,7 @@ from headsteer_jax.steer.patches import (
     observe_steered_patches,
     steers_patches,
 )
-from headsteer_jax.steer.suffix import SuffixResult, SuffixSetting, run_suffix
+from headsteer_jax.steer.suffix import SuffixResult, SuffixSetting, predict_without_gates, run_suffix
 
 KINDS = ("heads", "sublayers", "tokens")
 
@@ -78,6 +79,23 @@ def test_steered_patches_match_reference(mode: str, target: str, which: tuple[in
             tokens = result.gates[which[0]]["tokens"][0]
             differs += not np.array_equal(tokens[a, i], tokens[0, i])
     assert differs > 1  # steering does change which patches stay
+
+
+def test_the_progress_shows_the_accuracy_at_the_last_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, rng, size = steer_config(), np.random.default_rng(1), 2 * jax.local_device_count()
+    config = config.model_copy(update={"machine": config.machine.model_copy(update={"sweep_chunk": 2})})
+    trained, notes = trained_model(config), watch_progress(monkeypatch)
+    split = Split(rng.integers(0, 256, (9, 8, 8, 1), dtype=np.uint8), rng.integers(0, CLASSES, 9).astype(np.int32))
+    settings = [SuffixSetting({2: setting(seed)}, split.labels) for seed in (2, 3)]
+    result = run_suffix(trained, split, settings, np.array([0.0, 12.0]), "test")
+    right = (result.predictions[:, 1] == split.labels).cumsum(axis=1)
+    first = min(size, 9)
+    assert notes[0] == f"accuracy {right[0, first - 1] / first:.1%} at alpha 12"
+    assert notes[-1] == f"accuracy {right[:, -1].sum() / 18:.1%} at alpha 12"
+    del notes[:]
+    right = (predict_without_gates(trained, split, 2, "off") == split.labels).cumsum()
+    ready = range(size, 9 - size, size)  # results are read two calls later
+    assert notes[2:] == [f"accuracy {right[end - 1] / end:.1%}" for end in ready]
 
 
 def test_all_gates_are_observed_with_steered_patches() -> None:

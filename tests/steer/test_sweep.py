@@ -6,15 +6,18 @@ import sys
 import numpy as np
 import pytest
 from builders import CLASSES, split_sweep, steer_config
-from helpers import environment
+from helpers import environment, watch_progress
 
 from headsteer_jax.config import Config, SteerConfig, SublayerGateConfig
 from headsteer_jax.data.dataset import Dataset, Split
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.gates import LayerGates
+from headsteer_jax.steer.results import BY_LABEL
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.steer.strategies import LatentStatistics
 from headsteer_jax.steer.sweep import (
     _halve_each_class,
+    _sweep_split,
     _top_images,
     _without_fold,
     check_strategies_and_classes,
@@ -198,3 +201,19 @@ def test_results_do_not_depend_on_the_number_of_devices() -> None:
         assert result.returncode == 0, result.stderr
         found.append(result.stdout)
     assert found[0] == found[1]
+
+
+def test_the_progress_shows_the_accuracy_and_the_usage_at_the_last_alpha(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes, config, alphas = watch_progress(monkeypatch), steer_config(), np.array([-1.0, 0.0, 4.0], np.float32)
+    job, trained, _ = split_sweep(config, split, (0.5, 2.0))
+    program, gates = GateProgram(trained), LayerGates(config, config.sae_layer)
+    del notes[:]  # of the table
+    result, _ = _sweep_split(job, lambda job: sweep_by_gates(job, alphas, program, CLASSES), gates, 3, CLASSES)
+    order = [(s.strategy, s.seed) for s in sweep_by_gates(job, alphas, program, CLASSES)]
+    assert len(notes) == len(order) > 0
+    for note, (strategy, seed) in zip(notes, order, strict=True):
+        accuracy = result.correct[strategy, seed, BY_LABEL, -1].sum() / len(split.labels)
+        usage = result.heads_on[strategy, seed, BY_LABEL, -1].sum() / len(split.labels) / gates.count
+        assert note == f"last alpha: accuracy {accuracy:.1%}, usage {usage:.2f}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 from builders import steer_config, trained_model
+from helpers import watch_progress
 
 from headsteer_jax.config import Config
 from headsteer_jax.data.dataset import Split
@@ -39,6 +40,12 @@ def filled(config: Config, split: Split) -> tuple[vit.ViT, object, table.Table]:
     trained = trained_model(config)
     program = table.compile_table_program(trained, split)
     return trained.model, trained.params, table.fill_table(program, trained.params, split, "table")
+
+
+def test_the_progress_shows_the_accuracy(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = watch_progress(monkeypatch)
+    found = filled(config_of(), split)[2]
+    assert notes[-1] == f"accuracy {np.mean(found.prediction == split.labels):.1%}"
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
