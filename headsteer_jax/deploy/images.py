@@ -63,12 +63,14 @@ class Answers(NamedTuple):
 def answer_images(model: DeployedModel, split: Split, label: str) -> Answers:
     """Run a model on a split; `label` is the name of the work in the progress."""
     count, params = len(split.labels), jax.device_put(model.params)
-    size, parts = min(BATCH, count), []
+    size, parts, right = min(BATCH, count), [], 0
     with progress(count, label, "image") as bar:
         for begin in range(0, count, size):
             places = np.minimum(np.arange(begin, begin + size), count - 1)  # one shape, so that there is one program
             parts.append(jax.device_get(_answer(model.config, params, gather_images(split.images, places))))
-            bar.update(min(size, count - begin))
+            right += int(np.sum(parts[-1][0][: count - begin] == split.labels[begin : begin + size]))
+            done = min(begin + size, count)
+            bar.update(done - begin, f"accuracy {right / done:.1%}")
     prediction, cls = (np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
     return Answers(prediction, cls, prediction == split.labels)
 

@@ -182,7 +182,14 @@ def choose_call_size(program: Program, count: int, platform: str) -> int:
 
 
 def stream_split(
-    program: Program, params: Any, split: Split, label: str, start: int = 0, stop: int | None = None
+    program: Program,
+    params: Any,
+    split: Split,
+    label: str,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    predicted: int | None = None,
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Run a program on the images from `start` to `stop` (None: all), and yield its arrays [n, ...] call by call.
 
@@ -191,8 +198,9 @@ def stream_split(
 
     Args:
       label: the name of the work in the progress.
+      predicted: which of the arrays has predicted classes [n], whose accuracy so far the progress shows; None: none.
     """
-    count, params = len(split.labels), replicate(params)
+    count, params, right = len(split.labels), replicate(params), 0
     stop = count if stop is None else stop
     if start >= stop:
         return
@@ -213,17 +221,25 @@ def stream_split(
             waiting.extend(itertools.islice(calls, 1))
             part = tuple(array[max(start - first, 0) : stop - first] for array in arrays)
             first += len(chunks[0])
-            bar.update(len(part[0]))
+            note = ""
+            if predicted is not None:
+                done = bar.done + len(part[0])
+                right += int(np.sum(part[predicted] == split.labels[bar.done : done]))
+                note = f"accuracy {right / (done - start):.1%}"
+            bar.update(len(part[0]), note)
             yield part
 
 
-def run_over_split(program: Program, params: Any, split: Split, label: str) -> list[np.ndarray]:
+def run_over_split(
+    program: Program, params: Any, split: Split, label: str, *, predicted: int | None = None
+) -> list[np.ndarray]:
     """Run a program on all images of a split, and return its arrays [N, ...] on every host.
 
     Each host runs a share of the calls, so that every image is computed once.
 
     Args:
       label: the name of the work in the progress.
+      predicted: see `stream_split`.
     """
     count, params = len(split.labels), replicate(params)
     size = choose_call_size(program, count, jax.default_backend())
@@ -232,7 +248,7 @@ def run_over_split(program: Program, params: Any, split: Split, label: str) -> l
     def run_share() -> list[np.ndarray]:
         # A host without a share runs one image's call as well, because it must know the arrays' types.
         images = (begin, end) if begin < end else (0, 1)
-        parts = list(stream_split(program, params, split, label, *images))
+        parts = list(stream_split(program, params, split, label, *images, predicted=predicted))
         return [np.concatenate(arrays)[: end - begin] for arrays in zip(*parts, strict=True)]
 
     return [hosts.gather_rows(array) for array in hosts.on_every_process(run_share)]
@@ -317,7 +333,7 @@ def make_observer(model: ViT, config: Config, gating: Gating, layer: int, passes
             said.add(skips)
             logger.info(f"{label}: {'leaves out what the gates drop' if skips else 'runs everything'} ({reason})")
         chosen = Program(forward_skipping, program.size) if skips else program
-        prediction_N, x_ND, *gates = run_over_split(chosen, params, split, label)
+        prediction_N, x_ND, *gates = run_over_split(chosen, params, split, label, predicted=0)
         return Observed(prediction_N, x_ND, dict(zip(config.gate.kinds, gates, strict=True)))
 
     return observe

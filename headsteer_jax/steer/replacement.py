@@ -83,7 +83,7 @@ def measure_replacement(trained: TrainedModel, autoencoders: Autoencoder, split:
     """
     program = make_replacement_program(trained, autoencoders.scaling, autoencoders.k)
     inputs = (trained.params, autoencoders.weights)
-    results = run_over_split(program, inputs, split, "test: reconstructed residuals")
+    results = run_over_split(program, inputs, split, "test: reconstructed residuals", predicted=0)
     answer_N, open_N, agreement_NS, gated_NS, open_NS, block_NS, kl_NS = results
     usage_S, accuracy_S = _average(open_NS), _average(gated_NS == split.labels[:, None])
     return ReplacementEffect(

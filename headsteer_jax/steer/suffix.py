@@ -351,6 +351,7 @@ def run_suffix(
 
     def run_share() -> None:
         """Fill this host's share of the gates and predictions."""
+        right = 0  # answers under the last alpha
         with progress(len(settings) * (end - begin), description, "image") as bar:
             for indices in padded_chunks(begin, end, size.images, calls.mesh.size):
                 images = slice(indices[0] - begin, min(indices[0] + len(indices), end) - begin)
@@ -363,7 +364,10 @@ def run_suffix(
                 for number, call in enumerate(_delay(queued), 1):
                     _fill_in(result, call, images, calls.mesh.size)
                     if number % len(parts) == 0:
-                        bar.update(images.stop - images.start)
+                        answers = result.predictions[call.setting, -1, images]
+                        right += int(np.sum(answers == split.labels[begin:end][images]))
+                        done = bar.done + images.stop - images.start
+                        bar.update(done - bar.done, f"accuracy {right / done:.1%} at alpha {alphas[-1]:g}")
 
     hosts.on_every_process(run_share)
     gathered = {
@@ -412,6 +416,7 @@ def predict_without_gates(trained: TrainedModel, split: Split, layer: int, descr
     chunks = padded_chunks(begin, end, size, calls.mesh.size)
 
     def run_share() -> np.ndarray:
+        right, note = 0, ""
         with progress(end - begin, description, "image") as bar:
             class_calls: list[jax.Array] = []
             for indices in chunks:
@@ -419,8 +424,10 @@ def predict_without_gates(trained: TrainedModel, split: Split, layer: int, descr
                 last_B1D = calls.run_plain(calls.embed(split, indices), class_B, range(depth), layer)
                 class_calls.append(calls.classify(last_B1D))
                 if len(class_calls) > CALLS_IN_FLIGHT:
-                    class_calls[-1 - CALLS_IN_FLIGHT].block_until_ready()
-                bar.update(min(len(indices), end - indices[0]))
+                    ready = len(class_calls) - 1 - CALLS_IN_FLIGHT
+                    right += int(np.sum(np.asarray(class_calls[ready]) == split.labels[chunks[ready]]))
+                    note = f"accuracy {right / ((ready + 1) * len(indices)):.1%}"
+                bar.update(min(len(indices), end - indices[0]), note)
             return np.concatenate([np.zeros(0, np.int32), *map(np.asarray, class_calls)])[: end - begin]
 
     return hosts.gather_rows(hosts.on_every_process(run_share))

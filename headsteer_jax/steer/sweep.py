@@ -526,6 +526,12 @@ def _make_evaluator(
     return lambda job: sweep_by_flips(job, alphas, program, effects, classes)
 
 
+def _describe_last_alpha(tally: Tally, images: int) -> str:
+    """Describe what a setting leads to at the last alpha: its accuracy, and the share of gates that it opens."""
+    accuracy, usage = tally.correct[-1].sum() / images, tally.heads_on[-1].sum(axis=0).mean() / images
+    return f"last alpha: accuracy {accuracy:.1%}, usage {usage:.2f}"
+
+
 def _sweep_split(
     job: SplitSweep, evaluate: Callable[[SplitSweep], Iterator[SettingTally]], gates: LayerGates, alphas: int,
     classes: int,
@@ -552,7 +558,7 @@ def _sweep_split(
                     arrays[name][setting.strategy, setting.seed, y] = values
             if setting.flips is not None:
                 flips[setting.strategy, setting.seed] = setting.flips
-            bar.update(1)
+            bar.update(1, _describe_last_alpha(setting.tallies[BY_LABEL], len(job.split.labels)))
     steps = []
     if flips:
         outcomes, used = job.outcomes, job.used[BY_LABEL]

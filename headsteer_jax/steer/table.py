@@ -153,4 +153,4 @@ def compile_table_program(trained: TrainedModel, split: Split, mesh: Mesh | None
 
 def fill_table(program: Program, params: Any, split: Split, description: str) -> Table:
     """Fill a split's table in one pass; `description` names the work in the progress bar."""
-    return Table(*run_over_split(program, params, split, description))
+    return Table(*run_over_split(program, params, split, description, predicted=Table._fields.index("prediction")))
