@@ -15,7 +15,7 @@ programs on the machine disturb less. `ceiling` is what the multiply-accumulates
 (speedup - 1) / (ceiling - 1). The last line is one JSON object with a row for each set.
 
 With --rows every model's row is also added to a file, and a set that has a row there is not made again, so that the
-same command continues where it was stopped. --part=1/2 makes every second of the missing sets only, from the first, and
+same command continues where it was stopped. --part=1/2 makes every second set only, from the first, and
 measures no speed: two such commands can run beside each other, each on a core of its own, before the one that ends the
 work.
 """
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--part", default="", help="such as 1/2, the first of two halves of the missing sets")
+    parser.add_argument("--part", default="", help="such as 1/2, the first of two halves of the sets")
     flags = parser.parse_args()
     workdir = locate_run(flags.run, "RUN")
     config = read_config(workdir)
@@ -65,11 +65,13 @@ def main() -> None:
     sources = load_sources(config, dataset, workdir, np.arange(len(dataset.class_names)))
     rows: list[dict[str, Any]] = []
     if flags.rows is not None and flags.rows.exists():
-        rows = [json.loads(line) for line in flags.rows.read_text().splitlines()]
+        by_set = {row["set"]: row for row in map(json.loads, flags.rows.read_text().splitlines())}
+        rows = [by_set[number] for number in sorted(by_set)]
     first, parts = (int(number) for number in (flags.part or "1/1").split("/"))
     sets, made = list_sets(sources, flags.sets), {row["set"] for row in rows}
-    for number in [number for number in range(len(sets)) if number not in made][first - 1 :: parts]:
-        kind, labels = sets[number]
+    for number, (kind, labels) in enumerate(sets):
+        if number in made or number % parts != first - 1:
+            continue
         rows.append({"set": number, "kind": kind} | make_set(sources._replace(labels=labels), flags))
         line = json.dumps(rows[-1])
         print(line, flush=True)

@@ -337,7 +337,11 @@ def command_deploy(arguments: Sequence[str]) -> None:
     parser.add_argument("--alpha", type=float, help="with --steer: the steering strength")
     parser.add_argument("--output", metavar="DIR", help="where to write (default: deployed/RUN)")
     parser.add_argument(
-        "--compare", metavar="DIR", nargs="+", help="deployed models of the same classes, measured beside this one"
+        "--compare",
+        metavar="DIR",
+        nargs="+",
+        action="extend",
+        help="deployed models of the same classes, measured beside this one",
     )
     parser.add_argument("--data", metavar="PATH", help="the new path of the data, if they have moved since the run")
     flags = parser.parse_args(list(arguments))
@@ -390,6 +394,8 @@ def command_predict(arguments: Sequence[str]) -> None:
         # the bytes of paths, as the arguments' are decoded, whatever encoding the terminal has
         sys.stdin.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
     files = list_images(flags.images, sys.stdin)
+    if len(files) == 1 and files[0].error and not flags.json:
+        raise HeadSteerError(files[0].error)
     _start()
     unread = 0
     for error, lines in predict(files):
@@ -398,6 +404,8 @@ def command_predict(arguments: Sequence[str]) -> None:
             print(f"warning: {error}", file=sys.stderr)
         else:
             print(*lines, sep="\n")
+    if unread == len(files):
+        raise HeadSteerError("no image could be read")
     if unread:
         raise HeadSteerError(f"{unread} of {len(files)} images could not be read; the others are answered above")
 
@@ -407,7 +415,7 @@ PredictFiles = Callable[[Sequence[Any]], Iterator[tuple[str, list[str]]]]
 
 
 def _format_json(record: Mapping[str, Any]) -> str:
-    """Format a record as one line of JSON, in which only characters that standard output cannot encode are escaped."""
+    """Format a record as one line of JSON, which is escaped to ASCII if standard output cannot encode it."""
     line = json.dumps(record, ensure_ascii=False)
     try:
         line.encode(sys.stdout.encoding or "utf-8")

@@ -1,17 +1,17 @@
 """From a run's directory to a deployed model: everything that can be wrong is found before anything is computed."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from headsteer_jax.analysis.sweep_file import read_sweep
-from headsteer_jax.books import read_record
+from headsteer_jax.books import is_done, read_record
 from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import SPLITS, Dataset, check_classes
+from headsteer_jax.data.dataset import SPLITS, Dataset, check_classes, sha256_of
 from headsteer_jax.deploy.build import Sources, build_dynamic, build_specialised, write_deployed
 from headsteer_jax.deploy.convert import describe_model
 from headsteer_jax.deploy.formats import write_formats
@@ -26,10 +26,9 @@ from headsteer_jax.runs import check_done, count_classes, load_run_dataset, read
 from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.store import read_autoencoders
+from headsteer_jax.stages import STAGES
 from headsteer_jax.steer.strategies import latent_statistics
 from headsteer_jax.train.loop import Phase, load_trained, reference_phase
-
-logger = logging.getLogger(__name__)
 
 
 def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarray:
@@ -59,10 +58,13 @@ def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarra
     elif not request.dynamic:
         classes = tuple(names[label] for label in labels)
         check_budget(describe_model(config, classes, tuple(data["image"])), request.goal)
+        if is_done(workdir, STAGES["steer"]):  # it proposes heads
+            check_done(config, workdir, "steer", "headsteer deploy")
     assert count == len(names)
     check_output(output)
     answered = tuple(names[label] for label in _list_answers(labels, count))
-    _check_compared(request.compared, describe_model(config, answered, tuple(data["image"]), dynamic=True))
+    gated = describe_model(config, answered, tuple(data["image"]), dynamic=True)
+    _check_compared(request.compared, gated, _hash_record(data))
     return labels
 
 
@@ -71,40 +73,53 @@ def _list_answers(labels: np.ndarray, count: int) -> np.ndarray:
     return labels if len(labels) > 1 else np.arange(count)
 
 
-def _check_compared(directories: Sequence[str], gated: DeployedConfig) -> None:
+def _hash_record(data: Any) -> str:
+    """Hash the description of a run's data."""
+    return sha256_of(data)[:16]
+
+
+def _check_compared(directories: Sequence[str], gated: DeployedConfig, data: str) -> None:
     """Check that deployed models answer the same question as the run's gated model, and have names of their own.
 
+    Args:
+      data: the hash of the run's data: on others, test images of this run may have trained a model.
+
     Raises:
-      HeadSteerError: a directory holds no deployed model, one of other classes, images or sizes, or has the name of
+      HeadSteerError: a directory holds no deployed model, one of other classes, data or sizes, or has the name of
         another.
     """
-    for place, directory in enumerate(directories):
-        path = Path(expand_path(directory, "--compare", buckets=False))
-        described = read_description(path)
+    names, cuts = set(), {"heads": gated.heads, "neurons": gated.neurons}
+    for directory in directories:
+        path = Path(expand_path(directory, "--compare", buckets=False)).resolve()
+        described, card = read_description(path), _read_card(path)
         if described.classes != gated.classes:
             raise HeadSteerError(f"--compare={directory}: has other classes; compare models of the same classes")
-        same = (described.model, described.image, described.gate or gated.gate) == (
-            gated.model,
-            gated.image,
-            gated.gate,
-        )
-        if not same:
+        if card.get("data") != data:
+            raise HeadSteerError(
+                f"--compare={directory}: was made from other data, or by an older HeadSteer; compare models whose runs "
+                "have the same data and data.seed"
+            )
+        uncut = described.model_copy(update=cuts | {"gate": gated.gate})
+        if uncut != gated or described.gate not in (None, gated.gate):
             raise HeadSteerError(f"--compare={directory}: is of another kind of run; compare models of similar runs")
-        _name_compared(path)
-        if path.name in {Path(other).name for other in directories[:place]}:
+        if path.name in names:
             raise HeadSteerError(f"--compare={directory}: two models are called {path.name!r}; rename a directory")
+        names.add(path.name)
 
 
-def _name_compared(path: Path) -> str:
-    """Name a deployed model as the figure does, by its kind and the name of its directory."""
+def _read_card(path: Path) -> dict[str, Any]:
+    """Read the card of a deployed model."""
     with explain_errors(path / "card.json", REDEPLOY, "missing or damaged"):
-        return f"{json.loads((path / 'card.json').read_text(encoding='utf-8'))['what']} ({path.name})"
+        card: dict[str, Any] = json.loads((path / "card.json").read_text(encoding="utf-8"))
+        if not isinstance(card, dict) or "what" not in card:
+            raise ValueError("it is not a card")
+    return card
 
 
 def _load_compared(directories: Sequence[str]) -> dict[str, DeployedModel]:
-    """Load deployed models, by name."""
-    paths = [Path(expand_path(directory, "--compare", buckets=False)) for directory in directories]
-    return {_name_compared(path): load_deployed(path) for path in paths}
+    """Load deployed models, by what the figure calls them: their kind and the name of their directory."""
+    paths = [Path(expand_path(directory, "--compare", buckets=False)).resolve() for directory in directories]
+    return {f"{_read_card(path)['what']} ({path.name})": load_deployed(path) for path in paths}
 
 
 def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: Path, data: str | None) -> None:
@@ -118,6 +133,7 @@ def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: P
       HeadSteerError: the run or its data are damaged, or the disk is full or not writable.
     """
     config, dataset = load_run_dataset(read_config(workdir), workdir, data, "--data=PATH")
+    compared = _load_compared(request.compared)
     sources = load_sources(config, dataset, workdir, _list_answers(labels, len(dataset.class_names)))
     if request.dynamic:
         steering = load_steering(config, dataset, workdir, request.strategy, labels) if request.strategy else None
@@ -125,7 +141,6 @@ def deploy_run(workdir: Workdir, request: Request, labels: np.ndarray, output: P
         built = build_dynamic(sources, steering, request.strategy, request.alpha, towards)
     else:
         built = build_specialised(sources, request.goal, request.distil)
-    compared = _load_compared(request.compared)
     replace_directory(
         output, lambda directory: write_deployed(built, sources, directory, compared, write_formats, draw_speed)
     )
@@ -135,13 +150,10 @@ def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Seq
     """Load the models of a run from which a model for some classes is deployed."""
     phases: tuple[Phase, ...] = (reference_phase(config), "gated")
     models = [load_trained(config, len(dataset.class_names), workdir / "train", phase) for phase in phases]
-    sweep = None
-    try:
-        check_done(config, workdir, "steer", "headsteer deploy")
+    sweep, data = None, _hash_record((read_record(workdir, "train") or {})["data"])
+    if is_done(workdir, STAGES["steer"]):
         sweep = read_sweep(workdir / "sweep.nc")
-    except HeadSteerError as error:
-        logger.info(f"deploy: without what the stage steer finds ({error})")
-    return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels), sweep)
+    return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels), data, sweep)
 
 
 def load_steering(

@@ -32,9 +32,6 @@ def list_images(paths: Sequence[str], lines: Iterable[str] = ()) -> list[ImageFi
     Args:
       paths: files, directories, or `-` for the paths of `lines`. A leading `~` is a home directory, but not in `lines`.
       lines: those of standard input.
-
-    Raises:
-      HeadSteerError: only one path is named, and it cannot be read, or standard input names nothing.
     """
     files: list[ImageFile] = []
     for text in paths:
@@ -42,8 +39,6 @@ def list_images(paths: Sequence[str], lines: Iterable[str] = ()) -> list[ImageFi
             files += _list_lines(lines)
         else:
             files += _list_argument(text)
-    if len(files) == 1 and files[0].error:
-        raise HeadSteerError(files[0].error)
     return files
 
 
@@ -86,8 +81,8 @@ def _list_directory(directory: Path) -> list[ImageFile]:
 
     def note_error(error: OSError) -> None:
         name = normalise_name(os.fspath(error.filename))
-        line = f"{name}: the directory cannot be read ({error.strerror}); give yourself the right to (chmod, chown)"
-        unreadable.append(ImageFile(Path(error.filename), line))
+        reason = f"the directory cannot be read ({error.strerror}); give yourself the right to read it (chmod, chown)"
+        unreadable.append(ImageFile(Path(error.filename), f"{name}: {reason}"))
 
     inside = [
         ImageFile(Path(parent, name))

@@ -46,6 +46,7 @@ class Sources(NamedTuple):
     dataset: Dataset
     run: str  # its name
     labels: np.ndarray  # of the classes that the classifier keeps, ascending
+    data: str  # a hash of the run's data
     sweep: xarray.Dataset | None = None  # of the stage steer, if it is done
 
     @property
@@ -88,6 +89,7 @@ def build_specialised(sources: Sources, goal: Goal, distil_steps: int) -> Built:
         "run": sources.run, "what": "specialised",
         "budget": goal.budget, "max_loss": None if goal.budget else goal.max_loss,
         "distil_steps": distil_steps if distilled else 0,
+        "proposals": ["gates"] if sources.sweep is None else ["gates", "sweep"],
         "validation": compare_answers(validation, specialised.dense_validation),
     }  # fmt: skip
     return Built("specialised", model, dense, images, provenance)
@@ -120,7 +122,7 @@ def build_dynamic(
 def propose_heads(sources: Sources, images: ClassImages) -> Proposals:
     """Make the function that proposes heads of a layer by all that the run knows of the classes."""
     config = sources.config
-    proposals = propose_open_heads(sources.gated, images, config.seed)
+    proposals = propose_open_heads(sources.gated, images, sources.labels, config.seed)
     if sources.sweep is None:
         return proposals
     return join_proposals(proposals, propose_swept_heads(config, to_arrays(sources.sweep), sources.labels))
@@ -145,6 +147,7 @@ def write_deployed(
     write_formats(built.model, directory)
     answers, dense = (answer_images(model, built.images.test, "deploy: test") for model in (built.model, built.dense))
     card = make_card(built.model, built.dense, {"test": compare_answers(answers, dense)}, built.provenance)
+    card["data"] = sources.data
     card["share_of_macs"] = measure_share(built.model, sources, built.images.test)
     speed = compare_speeds(built, sources, compared, {built.kind: answers, "dense": dense})
     write_json(directory / "card.json", card)

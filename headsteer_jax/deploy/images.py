@@ -38,13 +38,18 @@ def select_images(dataset: Dataset, labels: np.ndarray) -> ClassImages:
     return ClassImages(select(dataset.train), select(dataset.validation), select(dataset.test))
 
 
-def draw_images(split: Split, most: int, seed: int) -> np.ndarray:
-    """Draw at most so many images of a split, as many of each class as of any other -> [n, h, w, C] uint8."""
+def draw_images(split: Split, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw at most so many images of a split, as many of each class as of any other.
+
+    Returns:
+      [n, h, w, C] uint8, and their labels [n].
+    """
     rng, order = np.random.default_rng([seed, 8]), np.zeros(len(split.labels))
     for label in np.unique(split.labels):
         members = np.flatnonzero(split.labels == label)
         order[rng.permutation(members)] = np.arange(len(members))
-    return gather_images(split.images, np.argsort(order, kind="stable")[:most])
+    drawn = np.argsort(order, kind="stable")[:most]
+    return gather_images(split.images, drawn), split.labels[drawn]
 
 
 class Answers(NamedTuple):

@@ -1,4 +1,4 @@
-"""Sets of heads that a run's gates, steering and tables speak for, as proposals of what a smaller model keeps.
+"""Sets of heads that a run's gates, steering and tables suggest, as proposals of what a smaller model keeps.
 
 They are tried beside the sets of a least-squares criterion (`selection.py`), which decides by the loss.
 
@@ -21,16 +21,21 @@ Proposals = Callable[[int], list[np.ndarray]]  # layer -> sets of heads that may
 GATE_IMAGES = 1000  # training images of the classes on which the run's gates are asked
 
 
-def propose_open_heads(gated: TrainedModel, images: ClassImages, seed: int) -> Proposals:
-    """Make the function that proposes, for a layer, the heads that the run's gates open most on the classes' images."""
+def propose_open_heads(gated: TrainedModel, images: ClassImages, labels: np.ndarray, seed: int) -> Proposals:
+    """Make the function that proposes, for a layer, the heads that the run's gates open most on the classes' images.
+
+    Args:
+      images: of some classes, whose labels count from 0.
+      labels: [C] the same classes, as the run numbers them.
+    """
     config = gated.config
     layers = config.layers_with("heads")
     if not layers:
         return lambda layer: []
-    drawn = draw_images(images.train, GATE_IMAGES, seed)
-    split = Split(drawn, np.zeros(len(drawn), np.int32))
+    pixels, of_class = draw_images(images.train, GATE_IMAGES, seed)
+    drawn = Split(pixels, labels[of_class])
     observed = make_observer(gated.model, config, "thresholded", config.sae_layer)(
-        gated.params, split, "deploy: the gates' heads"
+        gated.params, drawn, "deploy: the gates' heads"
     )
     usage_AH = observed.gates["heads"].mean(axis=0)
     return lambda layer: _take_most(usage_AH[layer - layers.start]) if layer in layers else []

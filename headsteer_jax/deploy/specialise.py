@@ -76,7 +76,7 @@ def specialise(
     """
     model = DeployedModel(model.config, jax.device_put(model.params))
     most = max(1, CALIBRATION_ROWS // count_tokens(model.config))
-    calibration, scored = (draw_images(images.train, count, seed) for count in (most, SCORED_IMAGES))
+    calibration, scored = (draw_images(images.train, count, seed)[0] for count in (most, SCORED_IMAGES))
     with progress(2 * model.config.depth, "deploy: sizes of the sublayers", "sublayer") as bar:
         options = measure_options(model, calibration, scored, propose_heads, lambda: bar.update(1))
     dense_validation = answer_images(model, images.validation, "deploy: validation")

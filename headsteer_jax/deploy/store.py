@@ -153,7 +153,9 @@ def check_output(output: Path) -> None:
         if not place.is_dir():
             raise HeadSteerError(f"{place}: is not a directory; {remedy}")
         if output.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise HeadSteerError(f"{output}: is the current directory or around it, and it is replaced; {remedy}")
+            raise HeadSteerError(
+                f"{output}: is the current directory or one of its parents, and would be replaced; {remedy}"
+            )
         for leftover in _list_leftovers(output.resolve()):
             if leftover.is_symlink() or (leftover.exists() and (not leftover.is_dir() or _list_foreign(leftover))):
                 raise HeadSteerError(f"{leftover}: HeadSteer did not write it; move it away, or {remedy}")
@@ -178,8 +180,9 @@ def _list_leftovers(output: Path) -> tuple[Path, Path]:
 
 
 def _list_foreign(directory: Path) -> list[Path]:
-    """List what a directory holds that is none of a deployed model's files."""
-    return sorted(entry for entry in directory.iterdir() if entry.name not in FILES or not entry.is_file())
+    """List what a directory holds that is none of a deployed model's files, complete or half written."""
+    known = {*FILES, *(f".{name}.part" for name in FILES)}
+    return sorted(entry for entry in directory.iterdir() if entry.name not in known or not entry.is_file())
 
 
 def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
@@ -206,11 +209,12 @@ def replace_directory(output: Path, write: Callable[[Path], None]) -> None:
             write(new)
             if output.exists():
                 output.rename(old)
-                for entry in _list_foreign(old):
-                    entry.rename(new / entry.name)
             new.rename(output)
+            for entry in _list_foreign(old) if old.exists() else ():
+                entry.rename(output / entry.name)
         finally:
             if old.exists() and not output.exists():
                 old.rename(output)
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            if old.exists() and not _list_foreign(old):
+                shutil.rmtree(old, ignore_errors=True)

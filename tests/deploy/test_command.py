@@ -72,9 +72,19 @@ def test_other_deployed_models_are_measured_beside_a_new_one(
     card = json.loads((deployed / "card.json").read_text())
     assert rows[3]["accuracy"] == card["test"]["accuracy"]
     assert rows[3]["share_of_macs"] == pytest.approx(card["share_of_macs"])
+    assert card["proposals"] == ["gates", "sweep"]
     refuse = ("deploy", finished.workdir, "--classes=42,07", "--compare")
     assert "has other classes" in refusal(*refuse, deployed, cwd=tmp_path)
     assert "no such directory" in refusal(*refuse, "missing", cwd=tmp_path)
+    refuse = ("deploy", finished.workdir, f"--classes={CLASSES}")
+    line = refusal(*refuse, f"--compare={deployed}", f"--compare={deployed}", cwd=tmp_path)
+    assert "two models are called 'tiny'" in line
+    other = tmp_path / "other"
+    shutil.copytree(deployed, other)
+    (other / "card.json").write_text(json.dumps(card | {"data": "0" * 16}))
+    assert "was made from other data" in refusal(*refuse, f"--compare={other}", cwd=tmp_path)
+    (other / "card.json").write_text("{")
+    assert "card.json: missing or damaged" in refusal(*refuse, f"--compare={other}", cwd=tmp_path)
 
 
 def test_the_card_is_right_about_the_test_images(deployed: Path, finished: FinishedRun) -> None:

@@ -60,8 +60,9 @@ def test_images_of_the_classes_are_selected_and_numbered_anew(images: ClassImage
         "train": [30, 30], "validation": [10, 10], "test": [20, 20],
     }  # fmt: skip
     np.testing.assert_array_equal(images.test.images[images.test.labels == 0], blobs(60, 2).images[2::3])
-    drawn = draw_images(images.train, 10, 0)
+    drawn, labels = draw_images(images.train, 10, 0)
     assert sum(np.any([(image == own).all() for own in images.train.images]) for image in drawn) == 10
+    np.testing.assert_array_equal(np.bincount(labels), [5, 5])
 
 
 def test_a_projection_is_the_least_squares_fit_of_what_stays() -> None:
@@ -237,7 +238,7 @@ def test_the_gates_propose_the_heads_that_they_open_most(images: ClassImages) ->
     trained = trained_model(config, 3)
     bias = trained.params["params"]["layers_2"]["decide"]["linear"]
     bias["bias"] = np.array([100.0, -100.0, 50.0], np.float32)
-    proposals = propose_open_heads(trained, images, 0)
+    proposals = propose_open_heads(trained, images, np.array([4, 6]), 0)
     assert proposals(1) == []
     assert [stay.tolist() for stay in proposals(2)] == [[0], [0, 2]]
 

@@ -93,6 +93,8 @@ def test_directories_that_cannot_be_replaced_are_refused(
     for name in (".ours.new", ".ours.old"):
         (tmp_path / name).mkdir()
         check_output(tmp_path / "ours")  # empty, as a killed command may leave it
+        (tmp_path / name / ".model.safetensors.part").write_text("half")  # or in the middle of a file
+        check_output(tmp_path / "ours")
         (tmp_path / name / "thesis.txt").write_text("mine")
         with pytest.raises(HeadSteerError, match=rf"\{name}: HeadSteer did not write it"):
             check_output(tmp_path / "ours")
@@ -124,6 +126,23 @@ def test_a_file_that_comes_meanwhile_stays(model: DeployedModel, tmp_path: Path)
     assert (ours / "notes.txt").read_text() == "mine"
     assert load_deployed(ours).config == model.config
     assert [entry.name for entry in tmp_path.iterdir()] == ["ours"]
+
+
+def test_what_cannot_be_moved_is_kept_beside(model: DeployedModel, tmp_path: Path) -> None:
+    ours = tmp_path / "ours"
+    replace_directory(ours, lambda directory: write_model(directory, model))
+
+    def write(directory: Path) -> None:
+        write_model(directory, model)
+        (ours / "a.txt").write_text("mine")
+        (ours / "classes.json").unlink()
+        (ours / "classes.json").mkdir()  # a directory, where the new model has a file
+        (ours / "classes.json" / "b.txt").write_text("mine")
+
+    with pytest.raises(HeadSteerError):
+        replace_directory(ours, write)
+    assert sorted(path.read_text() for path in tmp_path.rglob("*.txt")) == ["mine", "mine"]
+    assert load_deployed(ours).config == model.config
 
 
 def test_an_interrupted_write_leaves_what_was_there(model: DeployedModel, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_pass_that_skips_observes_the_same(monkeypatch: pytest.MonkeyPatch) ->
         assert can_skip(own, 1) == (when == "always")
         assert not can_skip(own, 2)
         seen[when] = make_observer(model, own, "thresholded", 1)(params, split, "test")
-        assert ("kept" in forms) == (when == "always")
+        assert ("kept" in forms) == (when == "always" and jax.device_count() == 1)
     np.testing.assert_array_equal(seen["always"].prediction, seen["never"].prediction)
     np.testing.assert_allclose(seen["always"].x, seen["never"].x, rtol=1e-5, atol=1e-5)
     for kind, gates in seen["never"].gates.items():
