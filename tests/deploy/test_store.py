@@ -88,7 +88,7 @@ def test_directories_that_cannot_be_replaced_are_refused(
     inside.mkdir()
     monkeypatch.chdir(inside)
     for output in (Path("."), inside, tmp_path):
-        with pytest.raises(HeadSteerError, match="is the current directory or around it"):
+        with pytest.raises(HeadSteerError, match="is the current directory or one of its parents"):
             check_output(output)
     for name in (".ours.new", ".ours.old"):
         (tmp_path / name).mkdir()
