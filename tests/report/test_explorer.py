@@ -627,7 +627,7 @@ def test_recorded_settings_are_all_that_a_run_by_the_suffix_shows(recorded: Made
         tab.click(f"#to-{view}")
         assert tab.locator(f"#{view}-body .card").count() >= 3
         text = str(tab.locator(f"#{view}-body").text_content())
-        assert "what the mode add would add to each gate's logit at \u03b1 = 1, to first order" in text
+        assert "what mode “add” would contribute to each gate's logit at \u03b1 = 1, to first order" in text
         assert "hat \u03b1 = 1 adds" not in text
     tab = visit(recorded.file, "#class=2&strategy=class&alpha=2&image=2")
     text = str(tab.locator("#detail").text_content())
