@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from headsteer_jax.analysis.sweep_file import read_sweep
-from headsteer_jax.books import is_done, read_record
+from headsteer_jax.books import is_done
 from headsteer_jax.config.paths import expand_path
 from headsteer_jax.config.schema import Config
-from headsteer_jax.data.dataset import SPLITS, Dataset, check_classes, sha256_of
+from headsteer_jax.data.dataset import SPLITS, Dataset, check_classes, hash_description
 from headsteer_jax.deploy.build import Sources, build_dynamic, build_specialised, write_deployed
 from headsteer_jax.deploy.convert import describe_model
 from headsteer_jax.deploy.formats import write_formats
@@ -22,7 +22,7 @@ from headsteer_jax.deploy.steered import ClassSteering, check_foldable, find_cho
 from headsteer_jax.deploy.store import REDEPLOY, check_output, load_deployed, read_description, replace_directory
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.report.speed import draw_speed
-from headsteer_jax.runs import check_done, count_classes, load_run_dataset, read_config
+from headsteer_jax.runs import check_done, load_run_dataset, read_config, read_data_record
 from headsteer_jax.runtime.files import Workdir
 from headsteer_jax.sae.autoencoder import encode_split
 from headsteer_jax.sae.store import read_autoencoders
@@ -44,8 +44,7 @@ def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarra
     config = read_config(workdir)
     for stage in ("train", "sae", "steer") if request.strategy else ("train",):
         check_done(config, workdir, stage, "headsteer deploy" + " --steer" * bool(request.strategy))
-    count = count_classes(workdir)
-    data = (read_record(workdir, "train") or {})["data"]
+    data = read_data_record(workdir)
     names = tuple(data["classes"])
     check_classes("--classes", request.classes, names)
     labels = np.array(sorted(map(names.index, request.classes or names)), np.int64)
@@ -60,22 +59,16 @@ def check_request(workdir: Workdir, request: Request, output: Path) -> np.ndarra
         check_budget(describe_model(config, classes, tuple(data["image"])), request.goal)
         if is_done(workdir, STAGES["steer"]):  # it proposes heads
             check_done(config, workdir, "steer", "headsteer deploy")
-    assert count == len(names)
     check_output(output)
-    answered = tuple(names[label] for label in _list_answers(labels, count))
+    answered = tuple(names[label] for label in _list_answers(labels, len(names)))
     gated = describe_model(config, answered, tuple(data["image"]), dynamic=True)
-    _check_compared(request.compared, gated, _hash_record(data))
+    _check_compared(request.compared, gated, hash_description(data))
     return labels
 
 
 def _list_answers(labels: np.ndarray, count: int) -> np.ndarray:
     """List the classes that a model tells apart: steered towards one class, it still tells all apart."""
     return labels if len(labels) > 1 else np.arange(count)
-
-
-def _hash_record(data: Any) -> str:
-    """Hash the description of a run's data."""
-    return sha256_of(data)[:16]
 
 
 def _check_compared(directories: Sequence[str], gated: DeployedConfig, data: str) -> None:
@@ -150,7 +143,7 @@ def load_sources(config: Config, dataset: Dataset, workdir: Workdir, labels: Seq
     """Load the models of a run from which a model for some classes is deployed."""
     phases: tuple[Phase, ...] = (reference_phase(config), "gated")
     models = [load_trained(config, len(dataset.class_names), workdir / "train", phase) for phase in phases]
-    sweep, data = None, _hash_record((read_record(workdir, "train") or {})["data"])
+    sweep, data = None, hash_description(read_data_record(workdir))
     if is_done(workdir, STAGES["steer"]):
         sweep = read_sweep(workdir / "sweep.nc")
     return Sources(models[0], models[1], dataset, workdir.name, np.asarray(labels), data, sweep)

@@ -223,8 +223,13 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def hash_data(dataset: Dataset) -> str:
-    """Hash a dataset's content (`describe_data`): 16 hexadecimal digits."""
-    return sha256_of(describe_data(dataset))[:16]
+    """Hash a dataset's content: `hash_description` of its description."""
+    return hash_description(describe_data(dataset))
+
+
+def hash_description(description: Mapping[str, Any]) -> str:
+    """Hash the description of a dataset (`describe_data`): 16 hexadecimal digits."""
+    return sha256_of(description)[:16]
 
 
 def describe_data_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

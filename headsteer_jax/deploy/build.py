@@ -172,10 +172,10 @@ def compare_speeds(
     test, gated = built.images.test, sources.convert(dynamic=True)
     models = {"dense": built.dense, "gated, masked": gated, built.kind: built.model} | dict(compared)
     functions: dict[str, Callable[[jax.Array], Any]] = {
-        name: make_deployed_function(model) for name, model in models.items()
+        "dense": make_vit_function(sources.dense, sources.labels, "dense"),
+        "gated, masked": make_vit_function(sources.gated, sources.labels, "thresholded"),
     }
-    functions["dense"] = make_vit_function(sources.dense, sources.labels, "dense")
-    functions["gated, masked"] = make_vit_function(sources.gated, sources.labels, "thresholded")
+    functions |= {name: make_deployed_function(model) for name, model in models.items() if name not in functions}
     answers, shares = dict(known), dict[str, float]()
     for name, model in models.items():
         if name not in answers:

@@ -49,7 +49,9 @@ def _draw_models(axes: Axes, rows: list[dict[str, Any]], places: list[float]) ->
         bar = [[row["accuracy"] - low], [high - row["accuracy"]]]
         axes.errorbar([place], [row["accuracy"]], bar, color=colour, marker="o", markersize=6, elinewidth=1)
     span = float(np.ptp([bound for row in rows for bound in row["interval"]])) or 0.01
-    heights = spread_labels([row["accuracy"] for row in rows], 0.08 * span)
+    accuracies = [row["accuracy"] for row in rows]
+    heights = np.asarray(spread_labels(accuracies, 0.08 * span))
+    heights -= max(0.0, heights.max() - max(accuracies))  # matplotlib leaves out a label above the axes
     for row, place, height in zip(rows, places, heights, strict=True):
         axes.annotate(row["what"], (place, height), (7, -3), textcoords="offset points", fontsize=8)
     axes.margins(x=0.2)

@@ -366,8 +366,8 @@ def run_suffix(
                     if number % len(parts) == 0:
                         answers = result.predictions[call.setting, -1, images]
                         right += int(np.sum(answers == split.labels[begin:end][images]))
-                        done = bar.done + images.stop - images.start
-                        bar.update(done - bar.done, f"accuracy {right / done:.1%} at alpha {alphas[-1]:g}")
+                        done = images.stop - images.start
+                        bar.update(done, f"accuracy {right / (bar.done + done):.1%} at alpha {alphas[-1]:g}")
 
     hosts.on_every_process(run_share)
     gathered = {

@@ -3,9 +3,10 @@
 import io
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-from headsteer_jax.report.speed import draw_speed
+from headsteer_jax.report.speed import _draw_models, draw_speed
 
 
 def make_row(name: str, accuracy: float, share: float, speed: float) -> dict:
@@ -25,3 +26,15 @@ def test_every_model_has_its_point() -> None:
     ]
     assert orange[0] == 0
     assert orange[1] > 100
+
+
+def test_models_of_equal_accuracy_all_have_their_names() -> None:
+    """Matplotlib leaves out the text of an annotation whose point lies outside of the axes."""
+    rows = [make_row(name, 1.0, 0.9, 400) | {"interval": [0.98, 1.0]} for name in ("dense", "gated, masked", "steered")]
+    axes = Figure().subplots()
+    _draw_models(axes, rows, [100.0, 200.0, 300.0])
+    low, high = axes.get_ylim()
+    heights = [text.xy[1] for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["dense", "gated, masked", "steered"]
+    assert all(low <= height <= high for height in heights)
+    assert min(np.diff(sorted(heights))) > 0.001  # and none on top of another
