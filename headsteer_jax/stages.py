@@ -42,7 +42,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.dataset import Dataset, hash_data
 from headsteer_jax.data.digits import find_own_patches
 from headsteer_jax.data.sources import check_source, load_dataset
-from headsteer_jax.data.views import make_views
+from headsteer_jax.data.views import make_view
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.model.compute import ImageGates, count_image_macs, measure_compute, pack_gates, unpack_gates
 from headsteer_jax.model.passes import make_observer
@@ -60,6 +60,7 @@ from headsteer_jax.sae.imported import describe_provenance, import_autoencoder, 
 from headsteer_jax.sae.latents import INSPECTED_IMAGES, profile_latents
 from headsteer_jax.sae.metrics import measure_autoencoders
 from headsteer_jax.sae.residuals import (
+    JoinedResiduals,
     LabelledResiduals,
     ResidualSelection,
     StoredResiduals,
@@ -116,7 +117,7 @@ def train_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     workdir.write_json("train/test.json", results)
 
 
-def _load_residuals(
+def load_residuals(
     cache: str | None, trained: TrainedModel, dataset: Dataset, name: str, tokens: Tokens, may_write: bool = True
 ) -> StoredResiduals:
     """Load or compute the residuals of one split at the autoencoders' layer; without a cache they stay in memory."""
@@ -125,30 +126,34 @@ def _load_residuals(
     return load_or_compute_residuals(cache, trained, selection, may_write=may_write)[layer]
 
 
-def _load_training_residuals(
+def load_training_residuals(
     cache: str, trained: TrainedModel, dataset: Dataset, tokens: Tokens, plain: StoredResiduals
-) -> StoredResiduals:
-    """Load or compute what autoencoders are trained on: the training split's residuals, or those of all its views."""
-    views = trained.config.sae.views
-    if views == 1:
-        return plain
-    split = make_views(dataset.train, trained.config, views)
-    selection = ResidualSelection(split, f"train_{views}_views", (trained.config.sae_layer,), tokens)
-    return load_or_compute_residuals(cache, trained, selection)[trained.config.sae_layer]
+) -> JoinedResiduals:
+    """Load or compute what autoencoders are trained on: a part for each view of the training split.
+
+    Args:
+      plain: the training split's own residuals, the first view.
+    """
+    config, parts = trained.config, [plain]
+    for number in range(1, config.sae.views):
+        view = make_view(dataset.train, config, number)
+        selection = ResidualSelection(view, f"train_view_{number}", (config.sae_layer,), tokens)
+        parts.append(load_or_compute_residuals(cache, trained, selection)[config.sae_layer])
+    return JoinedResiduals(tuple(parts))
 
 
 def sae_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     """Cache the residuals, train the autoencoders on the training split's, measure them on the test split's."""
     c, cache = config.sae, activation_cache(config, workdir)
     trained = load_trained(config, len(dataset.class_names), workdir / "train")
-    train, test = (_load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "test"))
-    x_train = load_all(train if c.tokens == "cls" else _load_residuals(None, trained, dataset, "train", "cls"))
+    train, test = (load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "test"))
+    x_train = load_all(train if c.tokens == "cls" else load_residuals(None, trained, dataset, "train", "cls"))
     labelled = LabelledResiduals(train, c.tokens, x_train, dataset.train.labels, len(dataset.class_names))
     imported = import_autoencoder(config) if c.pretrained else None
     if imported:
         result = to_members(imported)
     else:
-        source = _load_training_residuals(cache, trained, dataset, c.tokens, train)
+        source = load_training_residuals(cache, trained, dataset, c.tokens, train)
         result = train_members(config, seed_members(c), source, workdir / "sae", data=hash_data(dataset))
     members = result.autoencoders(c.inference_k)  # the seeds, then the control
     run = RunData(trained, dataset, members.first(c.seeds), x_train)
@@ -171,11 +176,11 @@ def grid_stage(config: Config, dataset: Dataset, workdir: Workdir) -> None:
     c, cache = grid_config(config), activation_cache(config, workdir)
     trained = load_trained(config, len(dataset.class_names), workdir / "train")
     sources = {
-        name: _load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "validation", "test")
+        name: load_residuals(cache, trained, dataset, name, c.tokens) for name in ("train", "validation", "test")
     }
     members = grid_members(c, grid_ks(config), config.grid.learning_rates, config.grid.seeds)
     as_trained = config.model_copy(update={"sae": c})
-    source = _load_training_residuals(cache, trained, dataset, c.tokens, sources["train"])
+    source = load_training_residuals(cache, trained, dataset, c.tokens, sources["train"])
     result = train_members(as_trained, members, source, workdir / "grid", "grid", hash_data(dataset))
     workdir.write_json("grid/grid.json", measure_grid(config, members, result, sources))
 
@@ -200,7 +205,7 @@ def _steer_patches(run: RunData, workdir: Workdir, alphas: np.ndarray) -> dict[s
     """Steer the gates of the patches: `patches` of summary.json, and its `claim` (None: it cannot be judged)."""
     config, dataset = run.trained.config, run.dataset
     cache = activation_cache(config, workdir)
-    residuals = _load_residuals(cache, run.trained, dataset, "train", config.sae.tokens)
+    residuals = load_residuals(cache, run.trained, dataset, "train", config.sae.tokens)
     splits = {
         name: select_classes(split, config, dataset.class_names)
         for name, split in (("validation", dataset.validation), ("test", dataset.test))
@@ -238,7 +243,7 @@ def load_test_readings(config: Config, dataset: Dataset, workdir: Workdir) -> Te
     Residuals that the stage sae has cached are read, others computed; nothing is written.
     """
     run, cache = load_run_data(config, dataset, workdir), activation_cache(config, workdir)
-    stored = _load_residuals(cache, run.trained, dataset, "test", "cls", may_write=False)
+    stored = load_residuals(cache, run.trained, dataset, "test", "cls", may_write=False)
     return read_test_images(run, load_all(stored))
 
 

@@ -112,8 +112,9 @@ def _summarise_layer(validation: SteeredSplit, test: SteeredSplit, config: Confi
 
 def configure_layer(config: Config, layer: int, images: int) -> Config:
     """Return the config with which a layer's autoencoder is trained on the CLS residuals of `images` images."""
-    changes = {"layer": layer, "seeds": 1, "control": False, "epochs": config.layers.epochs, "tokens": "cls"}
-    sae = config.sae.model_copy(update=changes | {"batch": min(config.sae.batch, images)})
+    changes = {"layer": layer, "seeds": 1, "control": False, "views": 1, "tokens": "cls"}
+    changes |= {"epochs": config.layers.epochs, "batch": min(config.sae.batch, images)}
+    sae = config.sae.model_copy(update=changes)
     return config.model_copy(update={"sae": sae})
 
 

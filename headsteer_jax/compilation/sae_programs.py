@@ -10,6 +10,7 @@ import numpy as np
 from headsteer_jax.analysis.layers import configure_layer, keep_first_of_each_class, list_profiled_layers
 from headsteer_jax.compilation.planned import Experiment, PlannedProgram, plan_pass
 from headsteer_jax.config.schema import Config
+from headsteer_jax.data.dataset import Split
 from headsteer_jax.model.macs import count_patches
 from headsteer_jax.runtime.mesh import describe_arrays, members_mesh, replicated_sharding
 from headsteer_jax.sae.autoencoder import SAEWeights, Scaling
@@ -32,10 +33,10 @@ SAE_REMEDIES = ("a smaller config.sae.memory", "a smaller config.sae.batch", "a 
 
 
 def _count_rows(experiment: Experiment) -> int:
-    """Count the training residuals that the autoencoders of the config's layer read."""
-    patches = count_patches(experiment.config)
-    tokens = {"cls": 1, "patches": patches, "all": 1 + patches}[experiment.config.sae.tokens]
-    return tokens * len(experiment.dataset.train.labels)
+    """Count the training residuals that the autoencoders of the config's layer read, of all views."""
+    patches, c = count_patches(experiment.config), experiment.config.sae
+    tokens = {"cls": 1, "patches": patches, "all": 1 + patches}[c.tokens]
+    return c.views * tokens * len(experiment.dataset.train.labels)
 
 
 def describe_weights(config: Config, members: Members, rows: int) -> SAEState:
@@ -85,6 +86,8 @@ def list_autoencoder_programs(experiment: Experiment) -> Iterator[PlannedProgram
         for name in ("train", "test") if tokens == config.sae.tokens else ("train",):
             yield plan_pass(experiment, "sae", f"residuals of {name}, {tokens}", program, getattr(dataset, name))
     if not config.sae.pretrained:
+        if config.sae.views > 1:
+            yield _plan_views(experiment)
         yield plan_epochs(experiment, config, seed_members(config.sae), _count_rows(experiment), "sae")
     members = Members(*(column[: config.sae.seeds] for column in seed_members(config.sae)))
     weights = describe_weights(config, members, config.sae.batch).sae
@@ -92,6 +95,16 @@ def list_autoencoder_programs(experiment: Experiment) -> Iterator[PlannedProgram
     replacement = make_replacement_program(trained, scaling, config.sae.inference_k, experiment.host)
     inputs = (trained.params, weights)
     yield plan_pass(experiment, "sae", "reconstructed residuals", replacement, dataset.test, params=inputs)
+
+
+def _plan_views(experiment: Experiment) -> PlannedProgram:
+    """Plan the passes over the augmented views of the training split, whose images have the model's size."""
+    config, labels = experiment.config, experiment.dataset.train.labels
+    side, tokens = config.data.image_size, config.sae.tokens
+    images = np.broadcast_to(np.uint8(0), (len(labels), side, side, config.data.channels))
+    program = make_residual_program(experiment.trained, (config.sae_layer,), tokens, experiment.host)
+    planned = plan_pass(experiment, "sae", f"residuals of views, {tokens}", program, Split(images, labels))
+    return planned._replace(calls=planned.calls * (config.sae.views - 1))
 
 
 def list_grid_programs(experiment: Experiment) -> Iterator[PlannedProgram]:

@@ -410,7 +410,9 @@ class SAEConfig(Section):
     aux_weight: NonNegativeFloat = 1 / 32
     """The weight of the auxiliary loss AuxK. 0 switches it off."""
     dead_window: Annotated[float, Field(gt=0, le=1e6)] = 3.0
-    """The number of epochs after which a latent that has not fired counts as dead. It may be a fraction of an epoch."""
+    """The number of epochs after which a latent that has not fired counts as dead. It may be a fraction of an epoch.
+    With sae.views it counts passes over as many residuals as one view has, so that the number of training steps is the
+    same for any number of views."""
     dense_frequency: Share = 0.1
     """A latent that fires on more than this share of the training images counts as dense."""
     l1_weight: NonNegativeFloat = 0.05
@@ -427,10 +429,15 @@ class SAEConfig(Section):
     """Train one more autoencoder, from the first seed's initialisation on another order of the data. The report
     compares the similarity of different seeds with the similarity of these two."""
     views: PositiveInt = 1
-    """The number of versions of each training image whose residuals train the autoencoder: the image itself, and the
-    others augmented as training images are (section data). An epoch passes over all of them. More views explain more
-    of the variance of new images. Everything else, such as the statistics of latents, takes the image itself. The stage
-    layers takes one view."""
+    """The number of versions of each training image whose residuals train the autoencoder: the image itself, and others
+    that are augmented. An epoch passes over all of them, so it has this many times the steps. The residuals of each
+    view are cached by themselves, so that more views add to those that are there. Everything else, such as the
+    statistics of latents, takes the image itself. The stage layers takes one view."""
+    view_padding: Annotated[int, Field(ge=-1)] = -1
+    """The largest shift of an augmented view in pixels, each way; see data.crop_padding. -1 means data.crop_padding.
+    data.crop_fill, data.crop_scale and RandAugment augment views as they do training images."""
+    view_flip: Literal["data", "on", "off"] = "data"
+    """Mirror augmented views left and right with probability 1/2: on or off. data means data.flip."""
     memory: PositiveInt = 4096
     """The most MiB of residuals that training holds in memory. If there are more, they are read in parts of a third of
     that, in a new random order in each epoch."""
@@ -654,6 +661,16 @@ class Config(Section):
         return self.sae.layer % self.model.depth
 
     @property
+    def view_data(self) -> DataConfig:
+        """Return the section data with the augmentation of views in place of that of training images."""
+        s, changes = self.sae, dict[str, Any]()
+        if s.view_padding >= 0:
+            changes["crop_padding"] = s.view_padding
+        if s.view_flip != "data":
+            changes["flip"] = s.view_flip == "on"
+        return self.data.model_copy(update=changes)
+
+    @property
     def latents(self) -> int:
         """Return F, the number of the autoencoder's latents."""
         return self.sae.latents or self.sae.expansion * self.model.width
@@ -745,9 +762,12 @@ class Config(Section):
         source = "sae.latents" if s.latents else "sae.expansion * model.width"
         yield Rule("sae.layer", s.layer, self._is_gated(s.layer), f"a gated layer: {self._describe_gated_layers()}")
         yield Rule("sae.k", s.k, s.k <= self.latents, f"{most} ({source})")
-        d = self.data
+        d = self.view_data
         changed = d.crop_padding > 0 or d.crop_scale < 1 or d.flip or d.rand_augment_ops > 0
-        no_change = "1, because the section data augments nothing, so that all views would be alike"
+        no_change = (
+            "1, because all views would be alike: sae.view_padding, sae.view_flip, data.crop_scale and "
+            "data.rand_augment_ops change nothing; set sae.view_padding or sae.view_flip"
+        )
         yield Rule("sae.views", s.views, s.views == 1 or changed, no_change)
         yield Rule("sae.k_start", s.k_start, s.k_start <= self.latents, most)
         yield Rule("sae.aux_k", s.aux_k, s.aux_k <= self.latents, most)

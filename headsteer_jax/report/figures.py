@@ -577,7 +577,7 @@ def draw_sae(m: ReportData) -> Figure:
     for axes, values, title in (
         (mse, m.arrays["sae_mse"], "MSE per component (scaled)"),
         (l0, m.arrays["sae_l0"], f"Active latents (k = {m.config.sae.k})"),
-        (dead, m.arrays["sae_dead"], f"Latents silent for {m.config.sae.dead_window:g} epochs"),
+        (dead, m.arrays["sae_dead"], f"Latents silent for {m.config.sae.dead_window / m.config.sae.views:g} epochs"),
     ):
         marker = "o" if len(epochs) == 1 else None
         axes.plot(epochs, values, color=SEED_COLOUR, linewidth=1.2, alpha=0.8, marker=marker)

@@ -40,7 +40,7 @@ class SAEWeights(NamedTuple):
 class Scaling(NamedTuple):
     """How residuals become the autoencoder's input; saved with it."""
 
-    mean: np.ndarray  # [D] float32, over the training split; 0 without centring
+    mean: np.ndarray  # [D] float32, over the residuals of the training; 0 without centring
     scale: np.ndarray  # [] float32: the mean norm of (x - mean) * scale is sqrt(D); 1 without scaling
 
 
@@ -94,10 +94,10 @@ class Autoencoder:
 
 
 def fit_scaling(chunks: Callable[[], Iterable[np.ndarray]], c: SAEConfig) -> Scaling:
-    """Compute centre and scale from the training split, accumulated in float64.
+    """Compute centre and scale from the residuals of the training, accumulated in float64.
 
     Args:
-      chunks: returns the split's residuals from the beginning, [n, D] at a time; called three times.
+      chunks: returns these residuals from the beginning, [n, D] at a time; called three times.
 
     Raises:
       HeadSteerError: the residuals are not finite, or are all the same.

@@ -144,9 +144,43 @@ class StoredResiduals(NamedTuple):
             del x_nTD  # only the caller holds it
 
 
+class JoinedResiduals(NamedTuple):
+    """Residuals of several sources as one: those of the first, then those of the next. Random groups mix them."""
+
+    parts: tuple[Residuals, ...]  # one at least, each not empty
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D), N of all parts."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield all rows in order, [n, D] at a time."""
+        return itertools.chain.from_iterable(part.chunks() for part in self.parts)
+
+    def groups(self, rows: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield all rows, about `rows` at a time: a random group of each part. If `rows` holds all, they are in order.
+
+        A part gives at least one row, or one image's, to each group.
+        """
+        count = self.shape[0]
+        if rows >= count:
+            yield load_all(self)
+            return
+        streams = [part.groups(max(1, rows * part.shape[0] // count), rng) for part in self.parts]
+        while groups := [x_nD for stream in streams if (x_nD := next(stream, None)) is not None]:
+            joined = np.concatenate(groups)
+            del groups
+            yield joined
+
+
 def load_all(residuals: Residuals) -> np.ndarray:
     """Read all residuals into one array: [N, D] float32."""
-    return np.concatenate(list(residuals.chunks()))
+    x_ND, end = np.empty(residuals.shape, np.float32), 0
+    for x_nD in residuals.chunks():
+        begin, end = end, end + len(x_nD)
+        x_ND[begin:end] = x_nD
+    return x_ND
 
 
 class ResidualSelection(NamedTuple):

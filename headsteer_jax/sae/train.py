@@ -106,7 +106,7 @@ class TrainingPlan(NamedTuple):
 def _make_plan(c: SAEConfig, members: Members, D: int, steps_per_epoch: int, seed: int, platform: str) -> TrainingPlan:
     max_k = max(int(members.k.max()), c.k_start)
     k_aux = (c.aux_k or max(1, D // 2)) if c.aux_weight > 0 else 0
-    dead_window = min(max(1, round(c.dead_window * steps_per_epoch)), 2**31 - 1)
+    dead_window = min(max(1, round(c.dead_window * steps_per_epoch / c.views)), 2**31 - 1)
     use_sparse = platform == "cpu" and sparse.is_available()
     c = c.model_copy(update={"layer": 0})  # the program does not depend on it
     objective = Objective(c, max_k, k_aux, use_sparse, training_precision())

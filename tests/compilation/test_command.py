@@ -77,6 +77,21 @@ def test_passes_that_skip_and_the_budgets_of_a_front_are_listed() -> None:
     assert not any("skipping" in program.name for program in list_evaluation_programs(several))
 
 
+def test_views_are_passed_over_once_each_and_lengthen_an_epoch() -> None:
+    plans = {}
+    for views in (1, 3):
+        config = tiny_config()
+        config = config.model_copy(update={"sae": config.sae.model_copy(update={"views": views})})
+        experiment = describe_experiment(config, imagine_dataset(config, 4000, None, 3, 20), jax.devices()[:1])
+        plans[views] = {program.name: program for program in list_programs(experiment, ("sae",))}
+    (added,) = plans[3].keys() - plans[1].keys()
+    assert plans[3][added].calls == 2 * plans[3]["residuals of train, cls"].calls
+    assert "8x8x1xui8" in plans[3][added].trace().lower().as_text()  # views have the model's size, images theirs
+    epochs = {views: next(plan for name, plan in plans[views].items() if "epoch" in name) for views in plans}
+    rows = [epochs[views].trace().jaxpr.in_avals[-2].shape for views in (1, 3)]
+    assert rows == [(12, 24), (36, 24)]  # four images of each class
+
+
 def test_a_compiler_that_gives_up_says_by_how_much() -> None:
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (65.59G) exceeds "

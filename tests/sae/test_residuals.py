@@ -32,7 +32,9 @@ from headsteer_jax.model.vit import TrainedModel, build_model, fingerprint_param
 from headsteer_jax.sae import residuals as cache
 from headsteer_jax.sae.residuals import (
     SHARD_BYTES,
+    JoinedResiduals,
     ResidualSelection,
+    ResidualsInMemory,
     StoredResiduals,
     fingerprint_residuals,
     load_all,
@@ -214,6 +216,30 @@ def test_groups_mix_the_whole_split_in_a_new_order_each_time() -> None:
     assert not np.array_equal(np.concatenate(first), np.concatenate(second))
     again = list(stored.groups(300, np.random.default_rng(0)))
     np.testing.assert_array_equal(np.concatenate(first), np.concatenate(again))
+
+
+@pytest.mark.parametrize("rows", [7, 40, 10**6])
+def test_joined_residuals_give_each_row_once_and_mix_their_parts(rows: int) -> None:
+    """Of parts of 100, 192 and 15 rows; the second is read in blocks of images with three tokens."""
+    x = np.arange(307, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    blocks = StoredResiduals(ts.array(x[100:292].reshape(64, 3, 2)), 5, "memory")
+    joined = JoinedResiduals((ResidualsInMemory(x[:100]), blocks, ResidualsInMemory(x[292:])))
+    assert joined.shape == (307, 2)
+    np.testing.assert_array_equal(np.concatenate(list(joined.chunks())), x)
+    np.testing.assert_array_equal(load_all(joined), x)
+    groups = list(joined.groups(rows, np.random.default_rng(0)))
+    flat = np.concatenate(groups)
+    np.testing.assert_array_equal(np.sort(flat[:, 0]), x[:, 0])
+    if rows > 307:
+        np.testing.assert_array_equal(flat, x)
+        return
+    again = np.concatenate(list(joined.groups(rows, np.random.default_rng(0))))
+    other = np.concatenate(list(joined.groups(rows, np.random.default_rng(1))))
+    np.testing.assert_array_equal(again, flat)
+    assert (other != flat).any()
+    assert max(map(len, groups)) <= rows
+    early = flat[: len(flat) // 2, 0]
+    assert 30 < np.sum(early < 100) < 70  # half of each part, not the first part alone
 
 
 def test_no_more_is_read_than_one_part_ahead(split: Split, tmp_path: Path) -> None:
