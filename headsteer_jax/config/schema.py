@@ -396,6 +396,10 @@ class SAEConfig(Section):
     """The number of residuals in a training step, which is at most the number of training residuals."""
     learning_rate: PositiveFloat = 4e-4
     """The peak of Adam's learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """The decoupled weight decay w of the encoder's matrix, as in AdamW: a step sets W_e to (1 - r w) W_e plus Adam's
+    step, where r is the step's learning rate, after warm-up and decay. Nothing else decays: decoder rows have norm 1,
+    and biases and thresholds are offsets."""
     warmup: Fraction = 0.05
     """The share of all steps in which the learning rate rises from 0 to its peak."""
     decay: Fraction = 0.2

@@ -134,6 +134,8 @@ def _update_member(state: SAEState, member: Members, u_BD: jax.Array, plan: Trai
         length = optax.global_norm(grads)
         grads = jax.tree.map(lambda leaf: leaf / jnp.maximum(length, 1e-20), grads)
     updates, optimizer = optax.scale_by_adam().update(grads, state.optimizer)
+    if c.weight_decay:  # AdamW's; of the encoder alone
+        updates = updates._replace(W_e=updates.W_e + c.weight_decay * state.sae.W_e)
     step_size = -member.learning_rate * rate(state.step)
     sae = jax.tree.map(lambda leaf, update: leaf + step_size * update, state.sae, updates)
     sae = sae._replace(threshold=_update_threshold(state.sae, sae, metrics, plan))

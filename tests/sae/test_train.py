@@ -93,9 +93,12 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(resumed.curves, whole.curves)
 
 
-def test_one_step_is_adam_by_hand() -> None:
-    """optax.adam on the gradient without its radial part, then unit rows."""
-    config = sae_config(batch=32, aux_weight=0.0, warmup=0.0, decay=0.0, epochs=1, seeds=1, control=False)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_one_step_is_adam_by_hand(weight_decay: float) -> None:
+    """optax.adamw, whose decay is the encoder's alone, on the gradient without its radial part; then unit rows."""
+    config = sae_config(
+        batch=32, aux_weight=0.0, warmup=1.0, decay=0.0, epochs=2, seeds=1, control=False, weight_decay=weight_decay
+    )  # the first of two steps, at half of the learning rate
     c, rng = config.sae, np.random.default_rng(0)
     u = jnp.asarray(rng.standard_normal((32, 24)), jnp.float32)
     members = train.seed_members(c)
@@ -109,7 +112,8 @@ def test_one_step_is_adam_by_hand() -> None:
     grads = jax.jit(gradient)(sae)[0]
     radial = (np.asarray(grads.W_d) * sae.W_d).sum(axis=1, keepdims=True)
     grads = grads._replace(W_d=grads.W_d - radial * sae.W_d)
-    tx = optax.adam(c.learning_rate)
+    decays = autoencoder.SAEWeights(W_e=True, b_e=False, W_d=False, b_d=False, threshold=False)
+    tx = optax.adamw(c.learning_rate / 2, weight_decay=weight_decay, mask=decays)
     expected = jax.jit(lambda sae, grads: optax.apply_updates(sae, tx.update(grads, tx.init(sae), sae)[0]))(sae, grads)
     W_d = np.asarray(expected.W_d)
     expected = expected._replace(W_d=W_d / np.linalg.norm(W_d, axis=1, keepdims=True))
@@ -178,6 +182,19 @@ def test_auxk_revives_dead_latents(weight: float, revives: bool) -> None:
     assert fires[:, :24].any() == revives
     if revives:
         assert fires[:, :24].mean() > 0.3
+
+
+@pytest.mark.parametrize(("views", "dead_steps"), [(1, 0), (2, 10), (4, 15)])
+def test_the_window_of_dead_latents_is_counted_in_passes_over_one_view(views: int, dead_steps: int) -> None:
+    """Of the 20 steps of an epoch over all views, a window of one pass takes 20, 10 or 5; then 24 latents are dead."""
+    config = sae_config(k=2, views=views, dead_window=1.0, aux_weight=0.0, seeds=1, control=False)
+    c = config.sae
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((1280, 24)), jnp.float32)
+    state = train.init_state(c, train.seed_members(c), u, 48, 0)
+    silent = jnp.where(jnp.arange(48) < 24, 0.0, 1.0)
+    state = state._replace(sae=state.sae._replace(W_e=state.sae.W_e * silent[:, None]))
+    _, curves = train.make_epoch_program(c, train.seed_members(c), 24, 20, 0)(state, u)
+    assert curves["dead"][0, 0] == pytest.approx(0.5 * dead_steps / 20, abs=1e-6)
 
 
 class Counted(ResidualsInMemory):
