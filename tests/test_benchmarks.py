@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, FinishedRun, environment
@@ -46,6 +47,41 @@ def test_the_benchmark_of_skipping_runs() -> None:
     assert row["differing"] == row["gates_beyond_rounding"] == 0
     assert 0 < row["logit_error"] < 1e-5  # rounding, by which the masked model would not differ from itself
     assert row["ceiling"] > 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_what_generalises_trains_each_setting_once(finished: FinishedRun, tmp_path: Path) -> None:
+    run, results = finished.copy(tmp_path, "sae", "steer", "layers", "activations"), tmp_path / "results.jsonl"
+    command = [sys.executable, BENCHMARKS / "sae.py", "generalise", run, results, "--config.sae.batch=50"]
+
+    def measure(*options: str) -> dict[str, Any]:
+        call = [*command, "--epochs=8", *options]
+        result = subprocess.run(call, env=environment(), capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "| setting | steps | train |" in result.stdout
+        return json.loads(result.stdout.splitlines()[-1])
+
+    def read_settings() -> list[tuple[dict[str, Any], int]]:
+        return [(row["setting"], row["seed"]) for row in map(json.loads, results.read_text().splitlines())]
+
+    figures = measure("--axes=views,weight_decay")
+    settings = [{}, {"views": 2}, {"views": 4}, *({"weight_decay": decay} for decay in (0.1, 0.3, 1.0))]
+    assert [row["setting"] for row in figures["table"]] == settings
+    assert read_settings() == [(setting, 0) for setting in settings]
+    assert {row["steps"] for row in figures["table"]} == {48}  # eight passes over 300 images
+    assert all(0 < row["gate_agreement"] <= 1 and 0 <= row["dead"] < 1 for row in figures["table"])
+    assert len({row["test"] for row in figures["table"]}) == 6
+    assert figures["table"][0]["train"] > figures["table"][0]["test"]
+    assert measure("--axes=views,weight_decay") == figures
+    measure("--axes=weight_decay", "--seeds=2")
+    assert len(read_settings()) == 6 + 4  # the second seed of four settings
+    measure("--axes=", "--config.sae.weight_decay=0.3")  # which is there already
+    assert len(read_settings()) == 10
+    (own,) = measure("--axes=", "--config.sae.views=4", "--config.sae.weight_decay=0.3")["table"]
+    assert own["steps"] == 48
+    assert read_settings()[10:] == [({}, 0)]
+    refused = subprocess.run([*command, "--config.data.flip=True"], env=environment(), capture_output=True, text=True)
+    assert "unknown: --config.data.flip=True" in refused.stderr
 
 
 @pytest.mark.slow
