@@ -1,23 +1,41 @@
-"""The paper's claims, one function each: the value measured here, its interval, and whether the claim holds.
+"""What a run's sweep decides, one function for each claim: the value, its interval, and whether the claim holds.
 
-Axes: G strategies, S seeds, Y ways to name the class, A alphas, N images, P gate patterns, R resamplings.
+Axes: G strategies, S seeds, Y ways to name the class, A alphas, L levels of usage, N images, P gate patterns, R
+resamplings.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from headsteer_jax.analysis.scores import Curves, Scores
-from headsteer_jax.analysis.stats import accuracy_at_usage, to_float_list
+from headsteer_jax.analysis.scores import Scores
+from headsteer_jax.analysis.stats import accuracy_front, to_float_list
 from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.results import BY_LABEL, SweepResult
 from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 
-Claim = dict[str, Any]  # claim, value, interval, holds, conditions, and further figures of some claims
+Claim = dict[str, Any]  # claim, about, value, interval, holds, conditions, and further figures of some claims
+# what a claim is about: what [LH26] report; what an autoencoder adds to directions found without one; strategies that
+# [LH26] do not have; or the layer's MACs
+About = Literal["paper", "autoencoder", "further", "compute"]
 
-# strategies that class steering is compared with at equal usage: [LH26]'s controls, and directions without autoencoder
-CONTROLS = ("global", "random", "matched_random", "random_direction", "mean_difference", "probe")
+# (strategy, control): the control should be less accurate at equal usage
+COMPARISONS: dict[tuple[str, str], About] = {
+    ("class", "global"): "paper",
+    ("class", "random"): "paper",
+    ("class", "matched_random"): "paper",
+    ("class", "random_direction"): "autoencoder",
+    ("class", "mean_difference"): "autoencoder",
+    ("class", "probe"): "autoencoder",
+    ("gate_aligned", "gate_bias"): "autoencoder",
+    ("mean_difference", "random_direction"): "autoencoder",
+    ("probe", "random_direction"): "autoencoder",
+    ("gate_bias", "random_bias"): "autoencoder",
+    ("superclass", "matched_superclass"): "further",
+    ("image_latents", "image_random"): "further",
+}
+LEVELS = 21  # usages at which two strategies are compared
 
 
 class Condition(NamedTuple):
@@ -34,7 +52,7 @@ class Condition(NamedTuple):
 
 
 def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, config: Config) -> list[Claim]:
-    """Judge every claim of [LH26] that the sweep can decide, for `class`, what the autoencoder adds, and the compute.
+    """Judge every claim that the sweep can decide: [LH26]'s, what the autoencoder adds, further ones, and the compute.
 
     Args:
       summary: the numbers of summary.json that are there so far.
@@ -42,10 +60,9 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
     Returns:
       The claims. Those that resampled images decide also have `conditions`, which a study of several runs needs.
     """
+    names, usage = scores.names, summary["steering"]["unsteered"]["usage"]
     claims: list[Claim | None] = [claim_saving(summary, scores, config.steer)]
-    claims += [claim_control(name, scores) for name in scores.names if name in CONTROLS]
-    if {"gate_aligned", "gate_bias"} <= set(scores.names):
-        claims.append(claim_control("gate_bias", scores, "gate_aligned"))
+    claims += [claim_control(*pair, scores, usage) for pair in COMPARISONS if set(pair) <= set(names)]
     claims.append(claim_subsets(summary, result, scores))
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
@@ -53,7 +70,7 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
     claims.append(claim_related("heads", summary["overlap"].get("heads", {}).get("after", {})))
     gates = LayerGates(config, config.sae_layer)
     if "sublayers" in gates.kinds and gates.fits_table:
-        aimed = [name for name in ("class", "gate_aligned") if name in scores.names]
+        aimed = [name for name in ("class", "gate_aligned") if name in names]
         claims += [claim_compute(name, summary, result, scores, gates) for name in aimed]
     return [claim for claim in claims if claim is not None]
 
@@ -66,6 +83,7 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
     saving, change = unsteered["usage"] - result["usage"], result["accuracy"] - unsteered["accuracy"]
     return {
         "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.claimed_loss:g} of accuracy",
+        "about": "paper",
         "value": saving,
         "interval": sorted(-value for value in result["usage_change_ci"]),
         "accuracy_change": change,
@@ -79,45 +97,44 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
     }
 
 
-def _gap_at_equal_usage(first: Curves, second: Curves) -> tuple[float, float] | None:
-    """Find the lowest usage that two paths from unsteered both reach, and how much more accurate the first is there.
+def claim_control(method: str, control: str, scores: Scores, unsteered: float) -> Claim:
+    """Judge whether a control is less accurate than steering by another strategy, at the usages that both reach.
 
-    Returns:
-      The usage and the gap; None if one of the paths does not come down at all.
+    The value is the mean lead of the strategy's front over the control's, at LEVELS usages from the lowest that both
+    reach up to that of the unsteered model. A front is the best accuracy of any alpha >= 0 of the grid that uses at
+    most as much. The strategy counts as reaching the usage of its chosen alpha, and the control its lowest. The claim
+    is not judged if one of the two does not lower usage at all.
+
+    The levels are fixed, from all test images. A resampling that does not come down to the lowest levels has the mean
+    over those that it reaches.
+
+    Args:
+      unsteered: usage of the unsteered model.
     """
-    level = max(first.usage.min(), second.usage.min())
-    accuracies = [accuracy_at_usage(path.usage, path.accuracy, level) for path in (first, second)]
-    if accuracies[0] is None or accuracies[1] is None:
-        return None
-    return float(level), accuracies[0] - accuracies[1]
-
-
-def claim_control(control: str, scores: Scores, method: str = "class") -> Claim:
-    """Judge whether a control strategy is less accurate than steering by another one at equal usage.
-
-    It is not judged if one of the two does not lower usage at all.
-    """
-    text = f"at equal usage, {control} is less accurate than {method} steering"
-    g, other, rising = scores.names.index(method), scores.names.index(control), scores.rising
-    up_to_chosen = rising[: scores.chosen[g, BY_LABEL] - scores.zero + 1]
-    gap = _gap_at_equal_usage(
-        scores.test.select(g, BY_LABEL, up_to_chosen),
-        scores.test.select(other, BY_LABEL, rising),
+    start: Claim = {
+        "claim": f"at equal usage, {control} is less accurate than {method} steering",
+        "about": COMPARISONS[method, control],
+    }
+    rows, rising = (scores.names.index(method), scores.names.index(control)), scores.rising
+    chosen = scores.test.usage[rows[0], BY_LABEL, scores.chosen[rows[0], BY_LABEL]]
+    lowest = max(float(chosen), float(scores.test.usage[rows[1], BY_LABEL, rising].min()))
+    if lowest > unsteered - 1e-9:
+        return start | {"value": None, "interval": None, "holds": None}
+    levels = np.linspace(lowest, unsteered, LEVELS)
+    first, second = (accuracy_front(*scores.test.select(row, BY_LABEL, rising), levels) for row in rows)
+    first_R, second_R = (
+        accuracy_front(*scores.resampled.select(slice(None), row, BY_LABEL, rising), levels) for row in rows
     )
-    if gap is None:
-        return {"claim": text, "value": None, "interval": None, "holds": None}
-    method_R = zip(*scores.resampled.select(slice(None), g, BY_LABEL, up_to_chosen), strict=True)
-    control_R = zip(*scores.resampled.select(slice(None), other, BY_LABEL, rising), strict=True)
-    gaps = [
-        _gap_at_equal_usage(Curves(*method_path), Curves(*control_path))
-        for method_path, control_path in zip(method_R, control_R, strict=True)
-    ]
-    gap_R = np.array([np.nan if gap is None else gap[1] for gap in gaps])
-    ci = to_float_list(scores.interval(gap_R[~np.isnan(gap_R)]))
-    conditions = (Condition(gap[1], gap_R),)
-    return {
-        "claim": text, "usage": gap[0], "value": gap[1], "interval": ci, "holds": ci[0] > 0, "conditions": conditions
-    }  # fmt: skip
+    lead_RL = np.ma.masked_invalid(first_R - second_R)
+    lead, lead_R = float(np.mean(first - second)), lead_RL.mean(axis=1).filled(np.nan)
+    ci = to_float_list(scores.interval(lead_R[~np.isnan(lead_R)]))
+    return start | {
+        "usages": [lowest, unsteered],
+        "value": lead,
+        "interval": ci,
+        "holds": ci[0] > 0,
+        "conditions": (Condition(lead, lead_R),),
+    }
 
 
 def claim_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) -> Claim:
@@ -138,6 +155,7 @@ def claim_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) 
     ci = to_float_list(scores.interval(lead_R))
     return {
         "claim": "at the usage of class steering, random head subsets are less accurate",
+        "about": "paper",
         "value": lead,
         "interval": ci,
         "holds": ci[0] > 0,
@@ -152,6 +170,7 @@ def claim_front(summary: dict[str, Any]) -> Claim | None:
     lowest, ci = summary["fronts"]["lowest_difference"], summary["fronts"]["lowest_difference_ci"]
     return {
         "claim": "gate_aligned's front lies above class steering's at every usage that both reach (least lead)",
+        "about": "further",
         "value": lowest,
         "interval": ci,
         "holds": ci[0] > 0,
@@ -190,6 +209,7 @@ def claim_compute(
     holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -allowed
     return {
         "claim": f"{name} steering lowers the layer's MACs by at least {least:.0%} of the dense layer's at no loss",
+        "about": "compute",
         "value": saved,
         "interval": saved_ci,
         "accuracy_change": change,
@@ -232,6 +252,7 @@ def claim_suppression(summary: dict[str, Any], scores: Scores) -> Claim | None:
     change = float(scores.test.usage[g, BY_LABEL, a] - summary["steering"]["unsteered"]["usage"])
     return {
         "claim": f"suppression (alpha {alphas[a]:g}, of those below 0 the highest on validation) raises usage",
+        "about": "paper",
         "value": change,
         "interval": ci,
         "holds": ci[0] > 0,
@@ -246,6 +267,7 @@ def claim_related(shared: str, overlap: dict[str, Any]) -> Claim | None:
     ci = overlap["related_minus_unrelated_ci"]
     return {
         "claim": f"related classes share more {shared} than unrelated ones",
+        "about": "paper",
         "value": overlap["related"] - overlap["unrelated"],
         "interval": ci,
         "holds": ci[0] > 0,

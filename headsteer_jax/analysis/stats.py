@@ -80,19 +80,6 @@ def choose_alpha(alphas: np.ndarray, usage: np.ndarray, accuracy: np.ndarray, fl
     return np.where(allowed.any(axis=0), best, int(np.flatnonzero(alphas == 0)[0]))
 
 
-def accuracy_at_usage(usage: np.ndarray, accuracy: np.ndarray, level: float) -> float | None:
-    """Interpolate the accuracy at which a path of settings, from alpha 0 up, first comes down to a level of usage.
-
-    The path is linear between neighbouring settings. None if it never comes down to the level.
-    """
-    for i in range(len(usage) - 1):
-        high, low = usage[i], usage[i + 1]
-        if high >= level >= low and high > low:
-            share = (high - level) / (high - low)
-            return float(accuracy[i] + share * (accuracy[i + 1] - accuracy[i]))
-    return None
-
-
 def accuracy_front(usage: np.ndarray, accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Find the best accuracy [..., L] of [..., A] settings that use at most each level; NaN where none does."""
     allowed = usage[..., None, :] <= levels[:, None] + 1e-9

@@ -8,7 +8,6 @@ from scipy.stats import binomtest
 
 from headsteer_jax.analysis.stats import (
     LabelledTable,
-    accuracy_at_usage,
     accuracy_front,
     adjust_p_values,
     bootstrap_means,
@@ -114,15 +113,6 @@ def test_choose_alpha_by_hand(data: st.DataObject) -> None:
     assert choose_alpha(alphas, usage, accuracy, floor) == best
     two = choose_alpha(alphas, np.stack([usage, usage], 1), np.stack([accuracy, accuracy], 1), np.array([floor, 2.0]))
     assert two.tolist() == [best, 1]
-
-
-def test_accuracy_at_usage_is_linear_between_settings() -> None:
-    usage, accuracy = np.array([0.8, 0.6, 0.4]), np.array([0.9, 0.88, 0.8])
-    assert accuracy_at_usage(usage, accuracy, 0.8) == pytest.approx(0.9)
-    assert accuracy_at_usage(usage, accuracy, 0.7) == pytest.approx(0.89)
-    assert accuracy_at_usage(usage, accuracy, 0.45) == pytest.approx(0.82)
-    assert accuracy_at_usage(usage, accuracy, 0.39) is None
-    assert accuracy_at_usage(np.array([0.8, 0.9, 0.5]), np.array([0.9, 0.7, 0.5]), 0.7) == pytest.approx(0.6)
 
 
 def brute_controls(
