@@ -51,7 +51,7 @@ TILES = (56, 48, 40, 32, 24)  # pixels: the sides that thumbnails may have
 NEIGHBOURS = 5  # latents of the nearest decoder rows
 LEVELS = 255  # of bounds, which are rounded up to a byte
 ROUNDED = 2.0**-17  # relative error of an activation of which the page holds 24 bits
-CONTROLS = ("random", "matched_random", "random_direction", "random_bias", "image_random")
+CONTROLS = ("random", "matched_random", "matched_superclass", "random_direction", "random_bias", "image_random")
 
 
 class TestReadings(NamedTuple):

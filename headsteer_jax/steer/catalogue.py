@@ -34,6 +34,7 @@ from headsteer_jax.steer.strategies import (
     gate_aligned_latents,
     global_frequent_latents,
     matched_random_latents,
+    matched_superclass_latents,
     random_latents,
     superclass_latents,
 )
@@ -48,6 +49,7 @@ STRATEGIES: dict[str, Strategy | ImageStrategy] = {
     "matched_random": matched_random_latents,
     "gate_aligned": gate_aligned_latents,
     "superclass": superclass_latents,
+    "matched_superclass": matched_superclass_latents,
     "mean_difference": mean_difference_directions,
     "probe": probe_directions,
     "random_direction": random_directions,
@@ -58,6 +60,11 @@ STRATEGIES: dict[str, Strategy | ImageStrategy] = {
     "image_random": ImageStrategy(image_random_directions),
     "guessed_bias": ImageStrategy(guessed_bias_directions),
 }
+
+# made to move the residual as far as other latents do in the mode add and delta form
+MATCHED_STRATEGIES = (
+    "matched_random", "matched_superclass", "mean_difference", "probe", "random_direction", "image_random",
+)  # fmt: skip
 
 
 def find_strategy(name: str) -> Strategy | ImageStrategy:

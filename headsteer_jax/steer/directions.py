@@ -3,12 +3,14 @@
 Each is added alpha times to what the gate reads, so that it is a bias for each class on the gate's logits, as *add*
 with latents is. They answer what finding that vector by an autoencoder is worth. `mean_difference` and `probe` move the
 residual as far as the latents of `class` do at the same alpha, and so does their control, `random_direction`;
-`random_bias` is the control of `gate_bias`.
+`random_bias` is the control of `gate_bias`. That they move as far is true of the mode *add* in *delta* form and for
+alphas >= 0: another mode or form moves latents otherwise, but adds directions all the same.
 
 Axes: C classes, S chosen latents, N training images, D width, H gates of the steered layer.
 """
 
 import numpy as np
+from scipy.linalg import orth
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from headsteer_jax.config.schema import SteerConfig
@@ -90,12 +92,17 @@ def global_bias_directions(stats: LatentStatistics, config: SteerConfig, rng: np
 
 
 def random_bias_directions(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """Draw a direction for each class as long as that of `gate_bias`: its control."""
+    """Draw a direction for each class as long as that of `gate_bias`, within what the gates see: its control.
+
+    The direction of `gate_bias` lies wholly in the span of the gates' weights. A direction of all D dimensions would
+    have about a share sqrt(H / D) of its length in that span, and hardly push the gates.
+    """
     fitted_CD = gate_bias_directions(stats, config, rng).directions
     assert fitted_CD is not None
     length_C = np.linalg.norm(fitted_CD, axis=1)
-    drawn_CD = rng.standard_normal((len(length_C), stats.decoder.shape[1]))
-    return wrap_directions(drawn_CD * (length_C / np.linalg.norm(drawn_CD, axis=1))[:, None])
+    basis_DK = orth(residuals_of(stats).gate.astype(np.float64))
+    drawn_CD = rng.standard_normal((len(length_C), basis_DK.shape[1])) @ basis_DK.T
+    return wrap_directions(drawn_CD * (length_C / np.maximum(np.linalg.norm(drawn_CD, axis=1), 1e-12))[:, None])
 
 
 def residuals_of(stats: LatentStatistics) -> Residuals:

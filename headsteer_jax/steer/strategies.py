@@ -19,6 +19,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.table import Outcomes
 
 NO_COST = np.zeros(0)
+SUPERCLASS_STRATEGIES = ("superclass", "matched_superclass")
 
 
 class LatentStatistics(NamedTuple):
@@ -146,7 +147,8 @@ def require_superclasses(related_CC: np.ndarray | None) -> np.ndarray:
     """Return which classes share a superclass; raises HeadSteerError if the dataset has none."""
     if related_CC is None:
         raise HeadSteerError(
-            "config.steer.strategies: 'superclass' needs superclasses; name them in data.related, or leave it out"
+            f"config.steer.strategies: {' and '.join(map(repr, SUPERCLASS_STRATEGIES))} need superclasses; name them in "
+            "data.related, or leave them out"
         )
     return related_CC
 
@@ -166,28 +168,45 @@ def random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.
 
 
 def matched_random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
-    """Choose random latents that fire as often as those of `class_frequent_latents` and move the residual as far.
+    """Choose random latents that fire as often as those of `class_frequent_latents` and move the residual as far."""
+    return _match_latents(class_frequent_latents(stats, config, rng).latents, stats, config, rng)
 
-    Each of the class's latents is replaced by one drawn from the ten others closest to it in overall frequency; then
-    one weight for all of them makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, as large as with the class's
-    latents.
+
+def matched_superclass_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
+    """Choose random latents that fire as often as those of `superclass_latents` and move the residual as far.
+
+    Raises:
+      HeadSteerError: the dataset has no superclasses.
     """
-    chosen = class_frequent_latents(stats, config, rng)
+    return _match_latents(superclass_latents(stats, config, rng).latents, stats, config, rng)
+
+
+def _match_latents(
+    matched_CS: np.ndarray, stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator
+) -> Choice:
+    """Choose random latents in place of those of another strategy.
+
+    Each is replaced by one drawn from the ten others closest to it in overall frequency; then one weight for all of
+    them makes |sum_j w s_j d_j|, the shift of *add* at alpha 1, as large as with the matched latents.
+
+    Raises:
+      HeadSteerError: too few other latents are left.
+    """
     eligible = _eligible(stats, config)
-    latents = np.empty_like(chosen.latents)
-    for row, class_latents in zip(latents, chosen.latents, strict=True):
-        free = np.setdiff1d(eligible, class_latents)
-        for position, latent in enumerate(class_latents):
+    latents = np.empty_like(matched_CS)
+    for row, matched_S in zip(latents, matched_CS, strict=True):
+        free = np.setdiff1d(eligible, matched_S)
+        for position, latent in enumerate(matched_S):
             if not len(free):
                 raise HeadSteerError(
-                    f"config.steer.latents = {config.latents}: too many for matched_random, which needs as many "
-                    "other latents"
+                    f"config.steer.latents = {config.latents}: too many for matched random latents, of which there must "
+                    "be as many others"
                 )
             closest = np.argsort(np.abs(stats.frequency[free] - stats.frequency[latent]), kind="stable")[:10]
             pick = rng.choice(closest)
             row[position] = free[pick]
             free = np.delete(free, pick)
-    ratio = shift_norm(stats, chosen.latents) / np.maximum(shift_norm(stats, latents), 1e-12)
+    ratio = shift_norm(stats, matched_CS) / np.maximum(shift_norm(stats, latents), 1e-12)
     return Choice(latents, np.repeat(ratio[:, None], config.latents, axis=1).astype(np.float32))
 
 

@@ -30,13 +30,14 @@ from headsteer_jax.sae.autoencoder import Autoencoder, encode_chunks, encode_spl
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals
-from headsteer_jax.steer.catalogue import STRATEGIES, find_strategy
+from headsteer_jax.steer.catalogue import MATCHED_STRATEGIES, STRATEGIES, find_strategy
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.steering import GateProgram, Steering, replicate_once
 from headsteer_jax.steer.strategies import (
     NO_COST,
+    SUPERCLASS_STRATEGIES,
     Choice,
     LatentStatistics,
     Residuals,
@@ -101,6 +102,24 @@ def describe_method(config: Config) -> str:
     return f"{table}; the gate is computed for every alpha ({reason})"
 
 
+def describe_unmatched(strategies: Strategies, config: SteerConfig) -> str | None:
+    """Describe for the log which strategies do not move the residual as far as those that they are matched to.
+
+    Returns:
+      One line; None if there are none, as with the mode add in delta form.
+    """
+    if (config.mode, config.form) == ("add", "delta"):
+        return None
+    matched = [STRATEGIES[name] for name in MATCHED_STRATEGIES]
+    names = [name for name, strategy in strategies.items() if strategy in matched]
+    if not names:
+        return None
+    return (
+        f"sweep: {', '.join(names)}: matched in how far they move the residual for the mode add in delta form only; in "
+        f"{config.mode} mode and {config.form} form, the same alpha moves it by another distance than latents do"
+    )
+
+
 def make_alpha_grid(config: SteerConfig) -> np.ndarray:
     """Return the [A] float64 alphas, sorted, with 0: the unsteered model is part of every sweep."""
     return np.unique(np.array([0.0, *config.alphas]))
@@ -110,7 +129,7 @@ def check_strategies_and_classes(config: Config, dataset: Dataset) -> None:
     """Check that every strategy and class exists, before anything is computed; raises HeadSteerError."""
     for name in config.steer.strategies:
         find_strategy(name)
-    if "superclass" in config.steer.strategies:
+    if set(SUPERCLASS_STRATEGIES) & set(config.steer.strategies):
         require_superclasses(dataset.related)
     check_classes("config.steer.classes", config.steer.classes, dataset.class_names)
 
@@ -615,6 +634,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     trained, dataset, config = run.trained, run.dataset, run.trained.config
     classes, alphas = len(dataset.class_names), make_alpha_grid(config.steer)
     logger.info(describe_method(config))
+    if warning := describe_unmatched(strategies, config.steer):
+        logger.warning(warning)
     if 0 not in config.steer.alphas:
         logger.info("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
     splits = {

@@ -100,6 +100,27 @@ def test_random_bias_is_as_long_as_gate_bias_and_follows_the_generator() -> None
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(fitted, axis=1), rtol=1e-5)
     np.testing.assert_array_equal(found, direction("random_bias", stats))
     assert not np.allclose(found, direction("random_bias", stats, seed=1))
+    assert max(abs(cosine(a, b)) for a, b in zip(found, fitted, strict=True)) < 0.999
+
+
+def test_random_bias_pushes_the_gates_about_as_far_as_gate_bias() -> None:
+    """It lies in what the gates see: of a direction of all 384 dimensions, they would see an eighth.
+
+    Two gates have the same weights, so that the span has a dimension less than there are gates.
+    """
+    stats, rng, width = made(3), np.random.default_rng(3), 384
+    gate = rng.standard_normal((width, H)).astype(np.float32)
+    gate[:, 2] = gate[:, 0]
+    wide = stats._replace(
+        decoder=rng.standard_normal((F, width)).astype(np.float32),
+        residuals=Residuals(rng.standard_normal((N, width)).astype(np.float32), stats.residuals.labels, gate),
+    )
+    unseen = np.linalg.svd(gate[:, :2].astype(np.float64).T)[2][2:].T
+    found, fitted = direction("random_bias", wide), direction("gate_bias", wide)
+    np.testing.assert_allclose(found @ unseen, 0, atol=1e-5 * np.abs(found).max())
+    pushed, wanted = (np.linalg.norm(v @ gate, axis=1) for v in (found, fitted))
+    assert (pushed > 0.5 * wanted).all()
+    assert (pushed < 2 * wanted).all()
 
 
 def test_image_latents_are_its_own_strongest() -> None:
@@ -205,3 +226,23 @@ def test_superclasses_share_their_latents() -> None:
         assert found[label].tolist() == sorted(range(F), key=lambda j: (-joint[j], j))[:4]
     own = class_frequent_latents(stats, CONFIG, np.random.default_rng(0)).latents
     np.testing.assert_array_equal(found[2:], own[2:])
+
+
+def test_the_control_of_superclass_shares_no_latent_with_it_and_moves_as_far() -> None:
+    stats = made(7)
+    with pytest.raises(HeadSteerError, match="need superclasses"):
+        STRATEGIES["matched_superclass"](stats, CONFIG, np.random.default_rng(0))
+    related = np.zeros((C, C), bool)
+    related[0, 1] = related[1, 0] = True
+    stats = stats._replace(related=related)
+    own, control = (
+        STRATEGIES[name](stats, CONFIG, np.random.default_rng(0)) for name in ("superclass", "matched_superclass")
+    )
+
+    def shift(choice: Choice, label: int) -> float:
+        parts = zip(choice.latents[label], choice.weights[label], strict=True)
+        return float(np.linalg.norm(sum(w * stats.strength[j] * stats.decoder[j] for j, w in parts)))
+
+    for label in range(C):
+        assert not set(own.latents[label]) & set(control.latents[label])
+        assert shift(control, label) == pytest.approx(shift(own, label), rel=1e-5)

@@ -143,7 +143,7 @@ def test_too_few_latents() -> None:
     _, _, stats = made()
     with pytest.raises(HeadSteerError, match=r"config\.steer\.latents = 20: only 19 latents fire"):
         STRATEGIES["class"](stats, SteerConfig(latents=20), np.random.default_rng(0))
-    with pytest.raises(HeadSteerError, match=r"config\.steer\.latents = 15: too many for matched_random"):
+    with pytest.raises(HeadSteerError, match=r"config\.steer\.latents = 15: too many for matched random latents"):
         STRATEGIES["matched_random"](stats, SteerConfig(latents=15), np.random.default_rng(0))
 
 

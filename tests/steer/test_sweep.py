@@ -11,6 +11,7 @@ from helpers import environment, watch_progress
 from headsteer_jax.config import Config, SteerConfig, SublayerGateConfig
 from headsteer_jax.data.dataset import Dataset, Split
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.catalogue import STRATEGIES
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.results import BY_LABEL
 from headsteer_jax.steer.steering import GateProgram
@@ -24,6 +25,7 @@ from headsteer_jax.steer.sweep import (
     check_validation,
     choose_method,
     describe_method,
+    describe_unmatched,
     make_alpha_grid,
     sweep_by_flips,
     sweep_by_gates,
@@ -52,10 +54,23 @@ def test_names_are_checked_before_anything_is_computed() -> None:
         check_strategies_and_classes(Config(steer=SteerConfig(classes=("a", "c"))), dataset)
     with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'best'"):
         check_strategies_and_classes(Config(steer=SteerConfig(strategies=("best",))), dataset)
-    superclass = Config(steer=SteerConfig(strategies=("superclass",)))
-    with pytest.raises(HeadSteerError, match=r"'superclass' needs superclasses; name them in data\.related"):
-        check_strategies_and_classes(superclass, dataset)
-    check_strategies_and_classes(superclass, Dataset(none, none, none, ("a", "b"), np.eye(2, dtype=bool)))
+    for name in ("superclass", "matched_superclass"):
+        superclass = Config(steer=SteerConfig(strategies=(name,)))
+        with pytest.raises(HeadSteerError, match=r"'matched_superclass' need superclasses; name them in data\.related"):
+            check_strategies_and_classes(superclass, dataset)
+        check_strategies_and_classes(superclass, Dataset(none, none, none, ("a", "b"), np.eye(2, dtype=bool)))
+
+
+def test_what_is_matched_in_another_mode_or_form_is_named() -> None:
+    chosen = {name: STRATEGIES[name] for name in ("class", "probe", "gate_bias", "image_random")}
+    chosen["mine"] = STRATEGIES["mean_difference"]  # in Python a strategy may have any name
+    assert describe_unmatched(chosen, SteerConfig()) is None
+    for fields in ({"mode": "scale"}, {"form": "replace"}):
+        line = describe_unmatched(chosen, SteerConfig(**fields))
+        assert line is not None
+        assert line.startswith("sweep: probe, image_random, mine: ")
+        assert next(iter(fields.values())) in line
+    assert describe_unmatched({"class": STRATEGIES["class"]}, SteerConfig(mode="clamp")) is None
 
 
 def test_a_class_with_too_few_validation_images_is_named() -> None:
