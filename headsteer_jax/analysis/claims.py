@@ -72,7 +72,22 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
     if "sublayers" in gates.kinds and gates.fits_table:
         aimed = [name for name in ("class", "gate_aligned") if name in names]
         claims += [claim_compute(name, summary, result, scores, gates) for name in aimed]
-    return [claim for claim in claims if claim is not None]
+    return [claim | {"about": find_subject(claim["claim"])} for claim in claims if claim is not None]
+
+
+def word_comparison(method: str, control: str) -> str:
+    """Word the claim that a control is less accurate than steering by another strategy."""
+    return f"at equal usage, {control} is less accurate than {method} steering"
+
+
+def find_subject(text: str) -> About:
+    """Find what a claim is about by its text, which every file of results has."""
+    for pair, about in COMPARISONS.items():
+        if text == word_comparison(*pair):
+            return about
+    if "MACs" in text:
+        return "compute"
+    return "further" if "front" in text or "patch concepts" in text else "paper"
 
 
 def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) -> Claim:
@@ -83,7 +98,6 @@ def claim_saving(summary: dict[str, Any], scores: Scores, steer: SteerConfig) ->
     saving, change = unsteered["usage"] - result["usage"], result["accuracy"] - unsteered["accuracy"]
     return {
         "claim": f"class steering lowers usage by at least {steer.saving:g} within {steer.claimed_loss:g} of accuracy",
-        "about": "paper",
         "value": saving,
         "interval": sorted(-value for value in result["usage_change_ci"]),
         "accuracy_change": change,
@@ -103,7 +117,7 @@ def claim_control(method: str, control: str, scores: Scores, unsteered: float) -
     The value is the mean lead of the strategy's front over the control's, at LEVELS usages from the lowest that both
     reach up to that of the unsteered model. A front is the best accuracy of any alpha >= 0 of the grid that uses at
     most as much. The strategy counts as reaching the usage of its chosen alpha, and the control its lowest. The claim
-    is not judged if one of the two does not lower usage at all.
+    is not judged if one of the two does not lower usage at all, or no resampling reaches a level.
 
     The levels are fixed, from all test images. A resampling that does not come down to the lowest levels has the mean
     over those that it reaches.
@@ -111,15 +125,12 @@ def claim_control(method: str, control: str, scores: Scores, unsteered: float) -
     Args:
       unsteered: usage of the unsteered model.
     """
-    start: Claim = {
-        "claim": f"at equal usage, {control} is less accurate than {method} steering",
-        "about": COMPARISONS[method, control],
-    }
+    not_reached: Claim = {"claim": word_comparison(method, control), "value": None, "interval": None, "holds": None}
     rows, rising = (scores.names.index(method), scores.names.index(control)), scores.rising
     chosen = scores.test.usage[rows[0], BY_LABEL, scores.chosen[rows[0], BY_LABEL]]
     lowest = max(float(chosen), float(scores.test.usage[rows[1], BY_LABEL, rising].min()))
     if lowest > unsteered - 1e-9:
-        return start | {"value": None, "interval": None, "holds": None}
+        return not_reached
     levels = np.linspace(lowest, unsteered, LEVELS)
     first, second = (accuracy_front(*scores.test.select(row, BY_LABEL, rising), levels) for row in rows)
     first_R, second_R = (
@@ -127,8 +138,11 @@ def claim_control(method: str, control: str, scores: Scores, unsteered: float) -
     )
     lead_RL = np.ma.masked_invalid(first_R - second_R)
     lead, lead_R = float(np.mean(first - second)), lead_RL.mean(axis=1).filled(np.nan)
+    if np.isnan(lead_R).all():
+        return not_reached
     ci = to_float_list(scores.interval(lead_R[~np.isnan(lead_R)]))
-    return start | {
+    return {
+        "claim": word_comparison(method, control),
         "usages": [lowest, unsteered],
         "value": lead,
         "interval": ci,
@@ -155,7 +169,6 @@ def claim_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) 
     ci = to_float_list(scores.interval(lead_R))
     return {
         "claim": "at the usage of class steering, random head subsets are less accurate",
-        "about": "paper",
         "value": lead,
         "interval": ci,
         "holds": ci[0] > 0,
@@ -170,7 +183,6 @@ def claim_front(summary: dict[str, Any]) -> Claim | None:
     lowest, ci = summary["fronts"]["lowest_difference"], summary["fronts"]["lowest_difference_ci"]
     return {
         "claim": "gate_aligned's front lies above class steering's at every usage that both reach (least lead)",
-        "about": "further",
         "value": lowest,
         "interval": ci,
         "holds": ci[0] > 0,
@@ -209,7 +221,6 @@ def claim_compute(
     holds = saved_ci[0] >= least and row["accuracy_change_ci"][0] >= -allowed
     return {
         "claim": f"{name} steering lowers the layer's MACs by at least {least:.0%} of the dense layer's at no loss",
-        "about": "compute",
         "value": saved,
         "interval": saved_ci,
         "accuracy_change": change,
@@ -252,7 +263,6 @@ def claim_suppression(summary: dict[str, Any], scores: Scores) -> Claim | None:
     change = float(scores.test.usage[g, BY_LABEL, a] - summary["steering"]["unsteered"]["usage"])
     return {
         "claim": f"suppression (alpha {alphas[a]:g}, of those below 0 the highest on validation) raises usage",
-        "about": "paper",
         "value": change,
         "interval": ci,
         "holds": ci[0] > 0,
@@ -267,7 +277,6 @@ def claim_related(shared: str, overlap: dict[str, Any]) -> Claim | None:
     ci = overlap["related_minus_unrelated_ci"]
     return {
         "claim": f"related classes share more {shared} than unrelated ones",
-        "about": "paper",
         "value": overlap["related"] - overlap["unrelated"],
         "interval": ci,
         "holds": ci[0] > 0,

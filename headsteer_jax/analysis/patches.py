@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from headsteer_jax.analysis.claims import Claim
+from headsteer_jax.analysis.claims import Claim, find_subject
 from headsteer_jax.analysis.stats import (
     bootstrap_means,
     bootstrap_weights,
@@ -117,7 +117,7 @@ def claim_own_patches(sweep: PatchSweep, config: Config) -> Claim | None:
     allowed = np.flatnonzero((sweep.alphas > 0) & (accuracy_A >= floor))
     text = "class steering of patch concepts keeps more of the class's own patches than matched random latents"
     if not len(allowed):
-        return {"claim": text, "about": "further", "value": None, "interval": None, "holds": None}
+        return {"claim": text, "about": find_subject(text), "value": None, "interval": None, "holds": None}
     lead_A, over_A = (leads.mean(axis=(0, 2)) for leads in _lead_of_class(validation, sweep))
     a = allowed[np.argmax(np.minimum(lead_A, over_A)[allowed])]
     leads = [lead[:, a] for lead in _lead_of_class(test, sweep)]
@@ -126,7 +126,7 @@ def claim_own_patches(sweep: PatchSweep, config: Config) -> Claim | None:
     ci, over_ci = (to_float_list(ends) for ends in percentile_interval(resampled, config.steer.confidence).T)
     return {
         "claim": text,
-        "about": "further",
+        "about": find_subject(text),
         "value": float(leads[0].mean()),
         "interval": ci,
         "over_other": float(leads[1].mean()),

@@ -5,6 +5,8 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from headsteer_jax.report.claims import group_claims, word_verdict
+from headsteer_jax.report.strategies import describe_strategies
 from headsteer_jax.report.style import format_heads, format_number, format_signed
 
 
@@ -18,6 +20,7 @@ def render_template(template: str, /, **values: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": format_number, "signed": format_signed, "heads": format_heads}
+    environment.globals |= {"verdict": word_verdict, "groups": group_claims, "describe": describe_strategies}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.get_template(template).render(**values)
 

@@ -54,13 +54,15 @@ ENDINGS = {
 }
 # the columns of a grid's table
 CELL_METRICS = ("gated_accuracy", "unsteered.usage", "class.usage_change", "class.accuracy_change")
-# what the short table of study.md shows, with what steering by class does
+# what the short table of study.md shows of the runs that have it: steering by class, and directions without latents
 MAIN_METRICS = (
     "gated_accuracy", "dense_control_accuracy", "gated_minus_dense_control", "macs_share", "all_on.accuracy",
     "all_off.accuracy", "explained_variance", "dead_fraction", "gate_agreement", "unsteered.usage", "class.usage",
     "class.usage_change", "class.accuracy_change",
     "class.by_predicted_class.usage_change", "class.by_predicted_class.accuracy_change", "class.classes_saved",
     "gate_aligned.usage_change", "gate_aligned.accuracy_change",
+    "mean_difference.usage_change", "mean_difference.accuracy_change", "probe.usage_change", "probe.accuracy_change",
+    "gate_bias.usage_change", "gate_bias.accuracy_change",
 )  # fmt: skip
 
 

@@ -146,9 +146,9 @@ def superclass_latents(stats: LatentStatistics, config: SteerConfig, rng: np.ran
 def require_superclasses(related_CC: np.ndarray | None) -> np.ndarray:
     """Return which classes share a superclass; raises HeadSteerError if the dataset has none."""
     if related_CC is None:
+        names = " and ".join(map(repr, SUPERCLASS_STRATEGIES))
         raise HeadSteerError(
-            f"config.steer.strategies: {' and '.join(map(repr, SUPERCLASS_STRATEGIES))} need superclasses; name them in "
-            "data.related, or leave them out"
+            f"config.steer.strategies: {names} need superclasses; name them in data.related, or leave them out"
         )
     return related_CC
 
@@ -199,8 +199,8 @@ def _match_latents(
         for position, latent in enumerate(matched_S):
             if not len(free):
                 raise HeadSteerError(
-                    f"config.steer.latents = {config.latents}: too many for matched random latents, of which there must "
-                    "be as many others"
+                    f"config.steer.latents = {config.latents}: too many for matched random latents, which need as many "
+                    "others"
                 )
             closest = np.argsort(np.abs(stats.frequency[free] - stats.frequency[latent]), kind="stable")[:10]
             pick = rng.choice(closest)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made_run import made_sweep
 
+from headsteer_jax.analysis.claims import claim_control
 from headsteer_jax.analysis.scores import Curves, score_settings
 from headsteer_jax.analysis.stats import mcnemar_p
 from headsteer_jax.analysis.summary import saved_classes, summarise
@@ -147,6 +148,9 @@ def test_claims_follow_their_intervals(config: Config, result: SweepResult) -> N
     assert related["value"] == pytest.approx(overlap[pairs].mean() - overlap[off & ~pairs].mean())
 
 
+PAPER = ("global", "random", "matched_random")  # controls of what [LH26] report
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -157,28 +161,91 @@ def test_claims_follow_their_intervals(config: Config, result: SweepResult) -> N
         ("probe", "class"),
         ("random_direction", "class"),
         ("gate_bias", "gate_aligned"),
+        ("random_direction", "mean_difference"),
+        ("random_direction", "probe"),
+        ("random_bias", "gate_bias"),
+        ("image_random", "image_latents"),
+        ("matched_superclass", "superclass"),
     ],
 )
-def test_strategies_are_compared_at_the_lowest_usage_that_both_reach(name: str, method: str) -> None:
+def test_strategies_are_compared_over_the_usages_that_both_reach(name: str, method: str) -> None:
     strategies = tuple(dict.fromkeys(("class", method, name)))
     config, result = made_sweep(classes=8, heads=4, seeds=2, per_class=14, strategies=strategies)
     summary, extra = summarise(result, config)
     found = claim(summary, f"at equal usage, {name} is less accurate than {method} steering")
     right, used = per_image(result.test)
-    first, other = strategies.index(method), strategies.index(name)
-    zero, chosen = int(np.flatnonzero(result.alphas == 0)[0]), int(extra["chosen"][first, 0])
-    paths = []
-    for strategy, end in ((first, chosen + 1), (other, len(result.alphas))):
-        paths.append([(used[strategy, :, 0, a].mean(), right[strategy, :, 0, a].mean()) for a in range(zero, end)])
-    wanted = max(min(u for u, _ in path) for path in paths)
-    at = []
-    for path in paths:
-        for (high, before), (low, after) in itertools.pairwise(path):
-            if high >= wanted >= low < high:
-                at.append(before + (high - wanted) / (high - low) * (after - before))
-                break
-    assert found["usage"] == pytest.approx(wanted)
-    assert found["value"] == pytest.approx(at[0] - at[1])
+    settings = np.flatnonzero(result.alphas >= 0)
+    first, other = (
+        [(used[g, :, 0, a].mean(dtype=float), right[g, :, 0, a].mean(dtype=float)) for a in settings]
+        for g in (strategies.index(method), strategies.index(name))
+    )
+    chosen = int(extra["chosen"][strategies.index(method), 0])
+    low = max(used[strategies.index(method), :, 0, chosen].mean(dtype=float), min(u for u, _ in other))
+    high = unsteered(result.test)[1].mean()
+    assert low < high
+    leads = []
+    for place in range(21):
+        level = low + place / 20 * (high - low) + 1e-9
+        leads.append(max(a for u, a in first if u <= level) - max(a for u, a in other if u <= level))
+    assert found["usages"] == pytest.approx([low, high])
+    assert found["value"] == pytest.approx(np.mean(leads))
+    assert found["holds"] == (found["interval"][0] > 0)
+    ours = {"superclass", "image_latents"}
+    assert found["about"] == ("further" if method in ours else "paper" if name in PAPER else "autoencoder")
+
+
+def compare_paths(
+    usage: np.ndarray, accuracy: np.ndarray, resampled: tuple[np.ndarray, np.ndarray], chosen: int
+) -> dict[str, Any]:
+    """Compare two strategies of which usage and accuracy [2, A] and their resamplings [R, 2, A] are given."""
+    config, result = made_sweep(classes=4, heads=3, strategies=("class", "global"), alphas=(1.0, 2.0, 4.0))
+    scores = score_settings(result, config, np.random.default_rng(0))
+    curves, curves_R = Curves(usage[:, None], accuracy[:, None]), Curves(*(values[:, :, None] for values in resampled))
+    scores = replace(scores, test=curves, resampled=curves_R, chosen=np.full((2, 1), chosen))
+    return claim_control("class", "global", scores, 0.9)
+
+
+USAGE = np.array([[0.9, 0.7, 0.5, 0.4], [0.9, 0.7, 0.6, 0.595]])
+ACCURACY = np.array([[0.88, 0.875, 0.87, 0.86], [0.88, 0.876, 0.874, 0.80]])
+
+
+def test_the_last_alpha_of_a_control_that_saturates_does_not_decide() -> None:
+    """It costs the control 7.4 points and saves it 0.005 of usage; at all other usages the control is ahead."""
+    found = compare_paths(USAGE, ACCURACY, (USAGE[None], ACCURACY[None]), 3)
+    assert found["usages"] == [0.595, 0.9]
+    # one level below 0.6, six below 0.7, thirteen above, and the unsteered model
+    assert found["value"] == pytest.approx((0.07 + 6 * -0.004 + 13 * -0.001) / 21)
+
+
+def test_a_strategy_reaches_the_usage_of_its_chosen_alpha() -> None:
+    found = compare_paths(USAGE, ACCURACY, (USAGE[None], ACCURACY[None]), 1)
+    assert found["usages"] == [0.7, 0.9]
+    assert found["value"] == pytest.approx(20 * -0.001 / 21)
+    at_zero = compare_paths(USAGE, ACCURACY, (USAGE[None], ACCURACY[None]), 0)
+    assert (at_zero["value"], at_zero["interval"], at_zero["holds"]) == (None, None, None)
+
+
+def test_a_resampling_has_the_levels_that_it_reaches() -> None:
+    """The second comes down to 0.7 only, and the third to no level at all."""
+    usage_R = np.stack([USAGE, np.maximum(USAGE, 0.7), np.full_like(USAGE, 0.95)])
+    found = compare_paths(USAGE, ACCURACY, (usage_R, np.stack([ACCURACY] * 3)), 3)
+    (condition,) = found["conditions"]
+    assert condition.resampled[0] == pytest.approx(found["value"])
+    # above 0.7 the best of all its settings is allowed, and at 0.9 the unsteered model; below there is none
+    assert condition.resampled[1] == pytest.approx(13 * -0.001 / 14)
+    assert np.isnan(condition.resampled[2])
+    expected = np.quantile(condition.resampled[:2], [0.025, 0.975])
+    np.testing.assert_allclose(found["interval"], expected)
+    none = compare_paths(USAGE, ACCURACY, (usage_R[2:], ACCURACY[None]), 3)
+    assert (none["value"], none["interval"], none["holds"]) == (None, None, None)
+
+
+def test_every_claim_says_what_it_is_about() -> None:
+    config, result = made_sweep(classes=8, heads=6, sublayers=True)
+    about = {one["claim"].split()[0]: one["about"] for one in summarise(result, config)[0]["claims"]}
+    assert about["suppression"] == about["related"] == "paper"
+    assert about["gate_aligned's"] == "further"
+    assert about["gate_aligned"] == "compute"
 
 
 def test_random_subsets_answer_the_images_that_steering_answers() -> None:

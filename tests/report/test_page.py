@@ -18,6 +18,8 @@ from PIL import Image
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.macs import count_dense_macs
 from headsteer_jax.report import figures, page, style
+from headsteer_jax.report.claims import word_verdict
+from headsteer_jax.report.strategies import SENTENCES
 
 HOSTILE = (
     '<b>bold</b> & "quoted"',
@@ -219,9 +221,14 @@ def test_numbers_are_the_summarys(written: Written) -> None:
             names = [name.removeprefix("h") for name in report_data(written.run).gate_names]
             assert row[7] == " ".join(names[gate] for gate in result["heads_after"])
             assert row[8] == ("yes" if result["saved"] else "no")
-        verdicts = [row[-1] for row in page.tables["claims-table"] if row]
-        words = {True: "holds", False: "does not hold", None: "not reached"}
-        assert verdicts == [words[claim["holds"]] for claim in summary["claims"]]
+        shown = [row for name, rows in page.tables.items() if name.startswith("claims-") for row in rows if row]
+        assert len(shown) == len(summary["claims"])
+        for claim in summary["claims"]:
+            (row,) = (row for row in shown if row[0].startswith(claim["claim"]))
+            assert row[-1] == word_verdict(claim["claim"], claim["interval"], claim["holds"])
+            assert ("usages that both reach" in row[0]) == ("usages" in claim)
+    for name, sentence in SENTENCES.items():
+        assert (f"{sentence}." in page.text) == (name in strategies)
     exact = [float(value) for value in page.values]
     for value in (
         layer["all_on"], layer["all_off"], layer["oracle"]["usage"], layer["best_fixed"]["accuracy"],

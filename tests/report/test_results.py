@@ -1,5 +1,6 @@
 """The command in a results page: a shell and the command line read it as the config that it stands for."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
+from made_run import made_run
 
 from headsteer_jax.config import Config
 from headsteer_jax.config.files import flatten, override
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.report.results import check_results_page, format_run_command
+from headsteer_jax.report.claims import word_verdict
+from headsteer_jax.report.results import check_results_page, format_run_command, render_results
 
 CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 NAMES = st.text(CHARACTERS | st.sampled_from(" ,[]|=\"'\\$`\n"), max_size=8)
@@ -49,3 +52,21 @@ def test_a_results_page_replaces_no_page_or_figure_of_another_program(tmp_path: 
         check_results_page(epath.Path(page))
     page.write_text("# Results on digits\n\n*Generated from `summary.json` by `headsteer page ...`; do not edit.*\n")
     check_results_page(epath.Path(page))
+
+
+def test_the_page_tells_the_paper_from_what_the_autoencoder_adds() -> None:
+    """A claim that does not hold says whether its opposite is shown, and only the run's strategies are described."""
+    summary = made_run(strategies=("class", "global", "gate_aligned", "mean_difference", "random_direction"))["summary"]
+    text = render_results(summary, "run", "headsteer page", "headsteer run")
+    headings = ["\n### The paper's claims\n", "\n### What the autoencoder adds\n", "\n### Further strategies\n"]
+    begins = [*map(text.index, headings), text.index("\n## Strategies\n")]
+    assert begins == sorted(begins)
+    for claim in summary["claims"]:
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {claim['claim']} "))
+        verdict = word_verdict(claim["claim"], claim["interval"], claim["holds"])
+        assert row.endswith(f" | {verdict} |" if claim["holds"] in (None, True) else f" | **{verdict}** |")
+        group = ("paper", "autoencoder", "further").index(claim["about"])
+        assert begins[group] < text.index(row) < begins[group + 1]
+        assert f"- {claim['claim']}: {verdict}, " in text or claim["holds"] in (None, True)
+    described = re.findall(r"^- \*(.+?)\* ", text, re.MULTILINE)
+    assert described == ["class", "global", "gate aligned", "mean difference", "random direction"]

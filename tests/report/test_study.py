@@ -78,6 +78,28 @@ def test_the_pages_of_one_setting(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_study_says_whether_the_autoencoder_adds_anything(tmp_path: Path) -> None:
+    content = made_content()
+    behind, ahead = (f"at equal usage, {name} is less accurate than class steering" for name in ("probe", "global"))
+    for claim, text, interval in zip(content["claims"], (behind, ahead), ([-0.03, -0.01], [-0.01, 0.02]), strict=False):
+        claim |= {"claim": text, "interval": interval, "pooled_holds": False}
+    for name in ("gate_bias.usage_change", "mean_difference.accuracy_change"):
+        content["metrics"].append(content["metrics"][-1] | {"metric": name, "interval": [-0.2, -0.1]})
+    write_study(content, epath.Path(tmp_path), 60)
+    page = (tmp_path / "study.html").read_text()
+    paper, autoencoder = page.index(">The paper&#39;s claims<"), page.index(">What the autoencoder adds<")
+    assert paper < page.index("global is less accurate") < page.index("no difference is shown</span>") < autoencoder
+    assert autoencoder < page.index("probe is less accurate") < page.index("the opposite is shown</span>")
+    table = (tmp_path / "study.md").read_text()
+    assert (
+        f"| {behind} | 2 of 3 seeds | +0.250 | \N{MINUS SIGN}0.030 to \N{MINUS SIGN}0.010 | the opposite is shown |"
+        in table
+    )
+    assert table.index("| the paper's claims |") < table.index(ahead) < table.index("| what the autoencoder adds |")
+    assert "| change of usage, gate bias steering | +0.500 |" in table
+    assert "| change of accuracy, mean difference steering | +0.500 |" in table
+
+
 def test_a_grid_has_a_row_for_each_cell(tmp_path: Path) -> None:
     content = made_content(("gate.budget=0.4", "gate.budget=0.5"))
     write_study(content, epath.Path(tmp_path), 60)
