@@ -13,8 +13,9 @@ GROUPS: tuple[tuple[About, str, str], ...] = (
     ),
     (
         "autoencoder", "What the autoencoder adds",
-        "Is a vector found by a sparse autoencoder worth more than one found without? If a direction without an "
-        "autoencoder is not less accurate, the autoencoder adds no accuracy.",
+        "Is a vector found by a sparse autoencoder worth more than one found without? Where the opposite is shown, the "
+        "autoencoder adds no accuracy; where no difference is shown, nothing says that it adds any. Vectors found "
+        "without it are tested against random ones.",
     ),
     ("further", "Further strategies", "The paper does not have these strategies."),
     ("compute", "Multiply-accumulates", "These claims are about what the layer computes."),
