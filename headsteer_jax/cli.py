@@ -262,7 +262,8 @@ def command_study(arguments: Sequence[str]) -> int:
     show_log()
     failed = run_study(request, workdir.path, environments)
     if failed:
-        print(f"{len(failed)} runs failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
+        remedy = "the same command tries them again; first delete damaged files, if any are named above"
+        print(f"{len(failed)} runs failed: {', '.join(failed)}; {remedy}", file=sys.stderr)
     if (page := workdir / "study.html").exists():
         print(page)
     return int(bool(failed))

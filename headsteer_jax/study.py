@@ -29,7 +29,7 @@ from headsteer_jax.data.sources import check_source, load_dataset
 from headsteer_jax.errors import HeadSteerError, explain_errors
 from headsteer_jax.preflight import check_dataset, check_workdir
 from headsteer_jax.report.study import write_study
-from headsteer_jax.runtime.files import Workdir, is_in_bucket, make_directory, read_json
+from headsteer_jax.runtime.files import REMAKE, Workdir, is_in_bucket, make_directory, read_json
 from headsteer_jax.runtime.jobs import Job, Outcome, Process, Starter, run_jobs
 from headsteer_jax.runtime.lock import hold_lock
 from headsteer_jax.stages import STAGES, parse_stages
@@ -80,7 +80,8 @@ class State:
     """How far a study is."""
 
     measures: dict[str, RunMeasures] = field(default_factory=dict)  # of the finished runs, by name
-    errors: dict[str, str] = field(default_factory=dict)  # of the failed ones
+    data: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # what they were begun with, by name
+    errors: dict[str, str] = field(default_factory=dict)  # of the runs that failed, or have a damaged file
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -178,8 +179,8 @@ def check_study(request: Request, directory: Path, runs: Sequence[StudyRun]) -> 
       The runs that are not finished.
 
     Raises:
-      HeadSteerError: the directory is something else's or another study's, runs have other data, a run is stale, or
-        the data are missing or do not suit the config.
+      HeadSteerError: the directory is something else's or another study's, runs have other data, a run is stale or its
+        records are damaged, or the data are missing or do not suit the config.
     """
     check_study_directory(directory, runs[0].config)
     _check_settings(request, directory, runs)
@@ -188,7 +189,7 @@ def check_study(request: Request, directory: Path, runs: Sequence[StudyRun]) -> 
         for strategy in run.config.steer.strategies:
             find_strategy(strategy)
         check_workdir(run.config, run.workdir, list(STAGES.values()))
-    check_same_data(runs)
+    check_same_data(runs, {run.name: read_data(run) for run in runs})
     unfinished = [run for run in runs if not is_finished(request, run)]
     checked: set[str] = set()
     for run in unfinished:
@@ -271,19 +272,31 @@ def describe_settings(request: Request, directory: Path, runs: Sequence[StudyRun
     }
 
 
-def check_same_data(runs: Sequence[StudyRun]) -> None:
+def read_data(run: StudyRun) -> dict[str, Any] | None:
+    """Read which data a run was begun with; None if it has not begun.
+
+    Raises:
+      HeadSteerError: the record is damaged.
+    """
+    return (read_record(run.workdir, "train") or {}).get("data")
+
+
+def check_same_data(runs: Sequence[StudyRun], data: Mapping[str, dict[str, Any] | None]) -> None:
     """Check that the runs of a cell that have begun were begun with the same data.
+
+    Args:
+      data: from `read_data`, by the run's name; runs that it lacks are not compared.
 
     Raises:
       HeadSteerError: two of them differ; the message says how.
     """
     first: dict[str, tuple[StudyRun, dict[str, Any]]] = {}
     for run in runs:
-        record = read_record(run.workdir, "train")
-        if record is None or not record.get("data"):
+        own = data.get(run.name)
+        if not own:
             continue
-        known, data = first.setdefault(run.cell, (run, record["data"]))
-        if change := describe_data_change(data, record["data"]):
+        known, known_data = first.setdefault(run.cell, (run, own))
+        if change := describe_data_change(known_data, own):
             raise HeadSteerError(
                 f"{run.workdir.path}: its data differ from those of {known.name}: {change}; the runs of a study need "
                 "the same data (config.data.seed), so move one of them elsewhere"
@@ -307,12 +320,14 @@ def run_study(
 ) -> list[str]:
     """Run what is not finished of a study, and write its report after every run that ends.
 
+    A run that fails, or of which a file is damaged, stops no other one.
+
     Args:
       environments: variables for each of the processes that run beside each other.
       start: starts a run's process.
 
     Returns:
-      The names of the runs that failed.
+      The names of the runs that failed, or of which a file is damaged.
 
     Raises:
       HeadSteerError: a check fails before anything is written; or data changed meanwhile; or the disk is full.
@@ -325,9 +340,13 @@ def run_study(
     with hold_lock(directory), explain_errors(directory):
         waiting, seconds = {run.name for run in unfinished}, list[float]()
         for run in runs:
-            if run.name not in waiting:
+            if run.name in waiting:
+                continue
+            take_results(run, state)
+            if error := state.errors.get(run.name):
+                logger.warning(f"{run.name}: finished before, but cannot be read ({error})")
+            else:
                 logger.info(f"{run.name}: finished before")
-                state.measures[run.name] = read_measures(run)
         write_report(request, directory, runs, state)
 
         def finish(job: Job, outcome: Outcome) -> None:
@@ -339,10 +358,12 @@ def run_study(
                 remaining += f", about {rounds * sum(seconds) / len(seconds) / 60:.0f} min"
             if outcome.code:
                 state.errors[job.name] = describe_failure(outcome)
-                logger.warning(f"{job.name}: failed ({state.errors[job.name]}); {remaining}")
             else:
-                check_same_data(runs)
-                state.measures[job.name] = read_measures(by_name[job.name])
+                take_results(by_name[job.name], state)
+                check_same_data(runs, state.data)
+            if error := state.errors.get(job.name):
+                logger.warning(f"{job.name}: failed ({error}); {remaining}")
+            else:
                 logger.info(f"{job.name}: finished in {outcome.seconds:.0f} s; {remaining}")
             write_report(request, directory, runs, state)
 
@@ -360,8 +381,21 @@ def make_job(request: Request, run: StudyRun) -> Job:
 def describe_failure(outcome: Outcome) -> str:
     """Describe in one line how a run failed."""
     if outcome.code < 0:
-        return f"killed by {signal.Signals(-outcome.code).name}"
+        number = -outcome.code
+        with suppress(ValueError):  # real-time signals have no name
+            return f"killed by {signal.Signals(number).name}"
+        return f"killed by signal {number}"
     return outcome.last_line.removeprefix("error: ") or f"exit code {outcome.code}"
+
+
+def take_results(run: StudyRun, state: State) -> None:
+    """Take what the report needs from a finished run; one of which a file is damaged counts as failed."""
+    try:
+        data, measures = read_data(run), read_measures(run)
+    except HeadSteerError as error:
+        state.errors[run.name] = str(error)
+    else:
+        state.data[run.name], state.measures[run.name] = data, measures
 
 
 def read_measures(run: StudyRun) -> RunMeasures:
@@ -374,7 +408,7 @@ def read_measures(run: StudyRun) -> RunMeasures:
     if is_done(run.workdir, STAGES["report"]) and is_done(run.workdir, STAGES["steer"]):
         summary = read_json(run.workdir / "summary.json")
         sweep = to_arrays(read_sweep(run.workdir / "sweep.nc"))
-    with explain_errors(run.workdir / "sweep.nc", "run the same command with --overwrite", fault="damaged"):
+    with explain_errors(f"{run.workdir / 'sweep.nc'} or summary.json", REMAKE, fault="damaged"):
         return measure_run(run.config, test, summary, sweep)
 
 

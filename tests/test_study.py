@@ -1,5 +1,6 @@
 """Studies: which runs they plan, keep, start and refuse, and what is left when one fails or the user stops."""
 
+import html
 import json
 import os
 import shutil
@@ -18,7 +19,16 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.runtime import jobs
 from headsteer_jax.runtime.jobs import Job, Outcome, Process, divide_accelerators, run_jobs
 from headsteer_jax.stages import STAGES
-from headsteer_jax.study import Request, describe_failure, format_seeds, parse_grid, parse_seeds, plan_runs, run_study
+from headsteer_jax.study import (
+    Request,
+    check_study,
+    describe_failure,
+    format_seeds,
+    parse_grid,
+    parse_seeds,
+    plan_runs,
+    run_study,
+)
 
 ALL_STAGES = tuple(name for name, stage in STAGES.items() if stage.by_default)
 
@@ -37,6 +47,11 @@ def adopt(finished: FinishedRun, workdir: Path, seed: int) -> None:
             file.write_text(json.dumps(record))
 
 
+def truncate(file: Path) -> None:
+    """Cut a file to its first half."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 class Ended:
     """A job that has ended at once."""
 
@@ -53,9 +68,14 @@ class Ended:
 
 
 def starter(
-    finished: FinishedRun, errors: Mapping[int, str] = {}
+    finished: FinishedRun, errors: Mapping[int, str] = {}, truncated: Mapping[int, str] = {}
 ) -> tuple[Callable[[Job, Mapping[str, str]], Ended], list[str]]:
-    """Make a function that starts a job, and the list of the names of those that it started."""
+    """Make a function that starts a job, and the list of the names of those that it started.
+
+    Args:
+      errors: what the jobs of some seeds fail with.
+      truncated: a file of some seeds' runs that is cut to its first half.
+    """
     names: list[str] = []
 
     def start(job: Job, environment: Mapping[str, str]) -> Ended:
@@ -65,6 +85,8 @@ def starter(
         if seed in errors:
             return Ended(Outcome(2, f"error: {errors[seed]}", 1.0))
         adopt(finished, Path(flags["workdir"]), seed)
+        if seed in truncated:
+            truncate(Path(flags["workdir"]) / truncated[seed])
         return Ended(Outcome(0, "", 1.0))
 
     return start, names
@@ -75,10 +97,11 @@ def study(directory: Path) -> dict:
 
 
 def run(
-    finished: FinishedRun, directory: Path, seeds: str = "0-1", errors: Mapping[int, str] = {}, **fields: object
-) -> tuple[list[str], list[str]]:
+    finished: FinishedRun, directory: Path, seeds: str = "0-1", errors: Mapping[int, str] = {},
+    truncated: Mapping[int, str] = {}, **fields: object,
+) -> tuple[list[str], list[str]]:  # fmt: skip
     """Run a study with jobs that end at once; returns the runs that failed, and those that were started."""
-    start, names = starter(finished, errors)
+    start, names = starter(finished, errors, truncated)
     failed = run_study(request(finished.config, seeds, **fields), epath.Path(directory), [{}], start)
     return failed, names
 
@@ -135,6 +158,48 @@ def test_a_seed_that_fails_is_named_and_the_others_are_reported(finished: Finish
     assert "the loss is NaN" in (tmp_path / "s" / "study.html").read_text()
     assert run(finished, tmp_path / "s", "0-2") == ([], ["seed_1"])  # the same command tries it again
     assert study(tmp_path / "s")["failed"] == []
+
+
+def test_a_damaged_file_stops_no_other_run(finished: FinishedRun, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        adopt(finished, tmp_path / "s" / f"seed_{seed}", seed)
+    truncate(tmp_path / "s" / "seed_0" / "sweep.nc")
+    (tmp_path / "s" / "seed_1" / "summary.json").write_text("{}")
+    failed, names = run(finished, tmp_path / "s", "0-3", truncated={2: "summary.json"})
+    assert (failed, names) == (["seed_0", "seed_1", "seed_2"], ["seed_2", "seed_3"])
+    content, page = study(tmp_path / "s"), html.unescape((tmp_path / "s" / "study.html").read_text())
+    assert [row["state"] for row in content["runs"]] == ["failed", "failed", "failed", "finished"]
+    assert content["cells"][0]["seeds"] == [3]
+    damaged = {
+        "seed_0/sweep.nc": "missing or damaged (", "seed_1/sweep.nc or summary.json": "damaged ('sae')",
+        "seed_2/summary.json": "missing or damaged (",
+    }  # fmt: skip
+    for row, (file, fault) in zip(content["runs"], damaged.items(), strict=False):
+        assert row["error"].startswith(f"{tmp_path / 's' / file}: {fault}")
+        assert row["error"].endswith("delete it and its stage's done.json, then run the same command with --overwrite")
+        assert row["error"] in page
+    for file in ("seed_0/sweep.nc", "seed_0/steer/done.json", "seed_2/summary.json", "seed_2/report/done.json"):
+        (tmp_path / "s" / file).unlink()
+    asked = request(finished.config, "0-3", overwrite=True)
+    unfinished = check_study(asked, epath.Path(tmp_path / "s"), plan_runs(asked, epath.Path(tmp_path / "s")))
+    assert [run.name for run in unfinished] == ["seed_0", "seed_2"]  # the remedy has them made again
+
+
+def test_other_data_of_a_run_that_ends_stop_the_study(finished: FinishedRun, tmp_path: Path) -> None:
+    start, names = starter(finished)
+
+    def start_with_other_data(job: Job, environment: Mapping[str, str]) -> Ended:
+        ended = start(job, environment)
+        if job.name == "seed_1":
+            file = tmp_path / "s" / "seed_1" / "train" / "done.json"
+            record = json.loads(file.read_text())
+            record["data"]["train"]["hashes"][0] = "0" * 12
+            file.write_text(json.dumps(record))
+        return ended
+
+    with pytest.raises(HeadSteerError, match=r"seed_1: its data differ from those of seed_0: .* in train"):
+        run_study(request(finished.config, "0-2"), epath.Path(tmp_path / "s"), [{}], start_with_other_data)
+    assert names == ["seed_0", "seed_1"]
 
 
 def test_a_study_of_a_version_without_a_field_goes_on(finished: FinishedRun, tmp_path: Path) -> None:
@@ -216,7 +281,8 @@ def test_a_study_with_a_failed_run_ends_with_exit_code_1(tmp_path: Path, monkeyp
     monkeypatch.setattr("headsteer_jax.study.run_study", lambda *arguments: ["seed_1"])
     result = headsteer("study", "double_digits", "--seeds=0-1", f"--workdir={tmp_path / 's'}", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "1 runs failed: seed_1; the same command tries them again\n"
+    assert result.stderr.startswith("1 runs failed: seed_1; the same command tries them again; first delete damaged")
+    assert result.stderr.count("\n") == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     result = headsteer("study", "double_digits", "--seeds=0-1", f"--workdir={tmp_path / 's'}", cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
@@ -264,6 +330,7 @@ def test_a_process_passes_its_lines_on(caplog: pytest.LogCaptureFixture) -> None
     assert "seed_9: error: no-such-command: no such command" in caplog.text
     assert describe_failure(outcome).startswith("no-such-command: no such command")
     assert describe_failure(Outcome(-9, "step 3", 1.0)) == "killed by SIGKILL"
+    assert describe_failure(Outcome(-40, "step 3", 1.0)) == "killed by signal 40"  # it has no name
 
 
 def test_accelerators_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
