@@ -369,9 +369,9 @@ def compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
     """Compare the fronts of `gate_aligned` and of [LH26]'s `class` at each usage that both reach, for alphas >= 0.
 
     Returns:
-      The best accuracies at or below each usage. `lowest_difference`: where gate_aligned is least ahead, with its
-      interval and `lowest_resampled`, [R] with NaN where a resampling has no usage in common. None if the fronts have
-      no usage in common.
+      The best accuracies at or below each usage. `lowest_difference`: where gate_aligned is least ahead, apart from the
+      lowest usage, with its interval and `lowest_resampled`, [R] with NaN where a resampling has no usage in common.
+      None if the fronts have no usage in common.
     """
     rising, usage, confidence = scores.rising, scores.test.usage[:, BY_LABEL], scores.confidence
     rows = [scores.names.index("class"), scores.names.index("gate_aligned")]
@@ -385,17 +385,20 @@ def compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
     reached_L = np.isfinite(difference_R).any(axis=0)  # a resampling may use more, and not come down to a level
     levels, by_class, aligned = levels[reached_L], by_class[reached_L], aligned[reached_L]
     difference_R = difference_R[:, reached_L]
-    compared_R = np.isfinite(difference_R[:, 1:]).any(axis=1)  # the lowest level is an edge
+    # The least lead leaves out the lowest usage, in the value as in the resamplings: the front that ends there reaches
+    # it with its last setting only, and in about half of the resamplings not at all.
+    above, above_R = (aligned - by_class)[1:], difference_R[:, 1:]
+    compared_R = np.isfinite(above_R).any(axis=1)
     if not compared_R.any():
         return None
     lowest_R = np.full(len(difference_R), np.nan)
-    lowest_R[compared_R] = np.nanmin(difference_R[compared_R, 1:], axis=1)
+    lowest_R[compared_R] = np.nanmin(above_R[compared_R], axis=1)
     return {
         "usage": to_float_list(levels),
         "class": to_float_list(by_class),
         "gate_aligned": to_float_list(aligned),
         "difference_ci": np.nanquantile(difference_R, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).T.tolist(),
-        "lowest_difference": float(np.min(aligned - by_class)),
+        "lowest_difference": float(np.min(above)),
         "lowest_difference_ci": to_float_list(scores.interval(lowest_R[compared_R])),
         "lowest_resampled": lowest_R,
     }

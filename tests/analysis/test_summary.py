@@ -12,7 +12,7 @@ from made_run import made_sweep
 from headsteer_jax.analysis.claims import claim_control
 from headsteer_jax.analysis.scores import Curves, score_settings
 from headsteer_jax.analysis.stats import mcnemar_p
-from headsteer_jax.analysis.summary import saved_classes, summarise
+from headsteer_jax.analysis.summary import compare_fronts, saved_classes, summarise
 from headsteer_jax.config import Config
 from headsteer_jax.steer.gates import pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, SplitResult, SweepResult
@@ -327,8 +327,28 @@ def test_fronts_compare_the_best_at_or_below_each_usage(config: Config, result: 
         for level, best in zip(found["usage"], found[name], strict=True):
             assert best == pytest.approx(max(y for x, y in points if x <= level + 1e-6))
     gaps = np.subtract(found["gate_aligned"], found["class"])
-    assert found["lowest_difference"] == pytest.approx(gaps.min())
+    assert found["lowest_difference"] == pytest.approx(gaps[1:].min())
     assert claim(summary, "gate_aligned's front")["value"] == found["lowest_difference"]
+
+
+def test_the_least_lead_and_its_interval_are_of_the_same_usages(config: Config, result: SweepResult) -> None:
+    """If the resamplings are the sweep itself, the interval is the value; at the lowest usage the lead is another."""
+    scores = score_settings(result, config, np.random.default_rng(0))
+    settings = scores.test.usage.shape[-1] - scores.zero
+    usage, accuracy = (np.array(values) for values in scores.test)
+    for name, last, rest in (("class", 0.5, 0.5), ("gate_aligned", 0.1, 0.9)):
+        g = scores.names.index(name)
+        usage[g, 0, scores.zero :] = np.linspace(0.8, 0.2, settings)
+        accuracy[g, 0, scores.zero :] = [rest] * (settings - 1) + [last]
+    usage[scores.names.index("gate_aligned"), 0, -2] = 0.21  # one setting above the lowest usage it leads again
+    curves = Curves(usage, accuracy)
+    resampled = Curves(*(np.repeat(values[None], 5, axis=0) for values in curves))
+    found = compare_fronts(replace(scores, test=curves, resampled=resampled))
+    assert found is not None
+    gaps = np.subtract(found["gate_aligned"], found["class"])
+    assert (gaps[0], gaps[1]) == pytest.approx((-0.4, 0.4))
+    assert found["lowest_difference"] == pytest.approx(0.4)
+    np.testing.assert_allclose([*found["lowest_difference_ci"], *found["lowest_resampled"]], 0.4)
 
 
 def test_the_promised_group_is_chosen_on_validation(config: Config, result: SweepResult) -> None:
