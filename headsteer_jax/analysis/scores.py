@@ -144,8 +144,15 @@ def _resample(split: SplitResult, weights: np.ndarray, seed: int) -> tuple[Curve
     return Curves(usage_R / heads, accuracy_R), Curves(unsteered_usage_R, unsteered_accuracy_R)
 
 
-def score_settings(result: SweepResult, config: Config, rng: np.random.Generator) -> Scores:
-    """Choose alphas on validation, and score every setting on test with resamplings of its images and seeds."""
+def score_settings(
+    result: SweepResult, config: Config, rng: np.random.Generator, members_rng: np.random.Generator | None = None
+) -> Scores:
+    """Choose alphas on validation, and score every setting on test with resamplings of its images and seeds.
+
+    Args:
+      rng: draws the images.
+      members_rng: draws the autoencoder seeds; None: `rng` does, after the images.
+    """
     alphas, validation, test = result.alphas, result.validation, result.test
     curves, by_class = setting_curves(validation), class_curves(validation)
     floor = validation.unsteered_correct.sum() / validation.count.sum() - config.steer.tolerance
@@ -161,7 +168,7 @@ def score_settings(result: SweepResult, config: Config, rng: np.random.Generator
         unsteered_by_class(validation).accuracy,
     )
     weights = bootstrap_weights(test.labels, config.steer.bootstrap, rng)
-    seed = int(rng.integers(2**32))
+    seed = int((members_rng or rng).integers(2**32))
     resampled, resampled_unsteered = _resample(test, weights, seed)
     return Scores(
         names=result.strategies,

@@ -8,6 +8,7 @@ from made_run import made_run
 from scipy import stats
 
 from headsteer_jax.analysis.study import (
+    Measure,
     RunMeasures,
     estimate_error,
     measure_run,
@@ -37,12 +38,34 @@ def test_without_variance_the_interval_is_a_point() -> None:
         assert pooled.interval == [pooled.mean, pooled.mean] == pytest.approx([0.1, 0.1])
 
 
-def test_many_seeds_without_images_have_students_interval() -> None:
-    values = np.random.default_rng(2).standard_normal(40)
+@pytest.mark.parametrize("seeds", [2, 3, 5, 40])
+def test_seeds_without_images_have_students_interval(seeds: int) -> None:
+    values = np.random.default_rng(2).standard_normal(seeds)
     pooled = pool_seeds(values.tolist(), None, 0.95, rng())
-    expected = stats.t.interval(0.95, 39, values.mean(), values.std(ddof=1) / np.sqrt(40))
-    np.testing.assert_allclose(pooled.interval, expected, atol=0.05)
-    assert pool_seeds(values.tolist(), None, 0.95, rng()) == pooled
+    expected = stats.t.interval(0.95, seeds - 1, values.mean(), values.std(ddof=1) / np.sqrt(seeds))
+    np.testing.assert_allclose(pooled.interval, expected)
+    assert pool_seeds([0, 1], None, 0.95, rng()).interval == pytest.approx([-5.853, 6.853], abs=1e-3)
+
+
+def test_two_seeds_have_students_interval_about_their_resamplings() -> None:
+    """The images move both seeds alike, by 0.1 on average; t is 12.7 for the variance between seeds alone."""
+    values = np.array([0.2, 0.8])
+    moved = np.random.default_rng(5).normal(0.1, 1e-4, 20_000)
+    low, high = pool_seeds(values.tolist(), values[:, None] + moved, 0.95, rng()).interval
+    np.testing.assert_allclose([low, high], stats.t.interval(0.95, 1, 0.6, 0.3), atol=1e-3)
+    moved = np.random.default_rng(5).normal(0.1, 10.0, 20_000)  # the images decide, and have as many degrees of freedom
+    low, high = pool_seeds(values.tolist(), values[:, None] + moved, 0.95, rng()).interval
+    assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * moved.std(), rel=0.01)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_scaled_percentiles_of_normal_seeds_are_students(seeds: int) -> None:
+    """Evenly spaced seeds, and images that add nothing: only the ends of the bootstrap differ from Student's."""
+    values = np.linspace(-1, 1, seeds)
+    resampled = np.repeat(values[:, None], 20_000, axis=1)
+    low, high = pool_seeds(values.tolist(), resampled, 0.95, rng()).interval
+    expected = stats.t.interval(0.95, seeds - 1, 0, values.std(ddof=1) / np.sqrt(seeds))
+    np.testing.assert_allclose([low, high], expected, rtol=0.15)
 
 
 def test_resamplings_without_a_value_are_left_out() -> None:
@@ -67,10 +90,11 @@ def test_the_standard_error_adds_what_images_do_to_all_seeds_alike() -> None:
 @pytest.mark.parametrize(
     ("seeds", "spread_of"),
     [
+        (2, {"seed": 1.0, "sae": 0.2, "own": 1.0, "shared": 0.0}),
         (3, {"seed": 1.0, "sae": 0.2, "own": 1.0, "shared": 0.0}),
         (5, {"seed": 0.2, "sae": 0.2, "own": 2.0, "shared": 2.0}),
     ],
-    ids=["nested", "shared images"],
+    ids=["two seeds", "nested", "shared images"],
 )
 def test_intervals_cover_the_true_mean(seeds: int, spread_of: dict[str, float]) -> None:
     autoencoders, images, resamplings, studies = 2, 40, 200, 250
@@ -82,8 +106,9 @@ def test_intervals_cover_the_true_mean(seeds: int, spread_of: dict[str, float]) 
         values = values + spread_of["own"] * draw.standard_normal((seeds, 1, images))
         values = values + spread_of["shared"] * draw.standard_normal((1, 1, images))
         taken = draw.multinomial(images, np.full(images, 1 / images), resamplings) / images
-        members = draw.multinomial(autoencoders, np.full(autoencoders, 1 / autoencoders), resamplings) / autoencoders
-        resampled = np.einsum("tsn,rn,rs->tr", values, taken, members, optimize=True)
+        each = np.full(autoencoders, 1 / autoencoders)
+        members = draw.multinomial(autoencoders, each, (seeds, resamplings)) / autoencoders  # those of each run
+        resampled = np.einsum("tsn,rn,trs->tr", values, taken, members, optimize=True)
         low, high = pool_seeds(values.mean(axis=(1, 2)).tolist(), resampled, 0.95, draw).interval
         covered += low <= 0 <= high
         drawn = draw.integers(0, seeds, (resamplings, seeds))
@@ -137,7 +162,47 @@ def test_metrics_are_the_runs_and_their_resamplings_lie_around_them(runs) -> Non
     for name, pattern in (("all_on", -1), ("all_off", 0)):
         right = arrays["test_table"][:, pattern] == arrays["test_labels"]
         assert metrics[f"{name}.accuracy"].value == pytest.approx(right.mean())
-    np.testing.assert_array_equal(metrics["class.usage"].resampled, measured[2].metrics["class.usage"].resampled)
+
+
+def test_images_are_drawn_alike_for_all_runs_and_autoencoders_for_each(runs) -> None:
+    """Autoencoder 0 of every run is always right with all gates open, the others never: images do not matter."""
+    made, (_, summaries, config) = made_run(), runs
+    arrays = {name: np.array(values) for name, values in made["arrays"].items()}
+    for name in ("test_right", "test_gates", "test_macs"):
+        arrays[name][:, 1:] = 0
+    arrays["test_right"][:, 0], arrays["test_gates"][:, 0] = 255, 255
+    rows = [summaries[0]["sae"] | {"explained_variance": float(s == 0)} for s in range(3)]
+    summary = summaries[0] | {"sae": summaries[0]["sae"] | {"seeds": rows, "explained_variance": 1 / 3}}
+    del summary["claims"]
+    steer, count = config.steer.model_copy(update={"bootstrap": 4000}), 4
+    measured = [
+        measure_run(config.model_copy(update={"seed": seed, "steer": steer}), {}, summary, arrays)
+        for seed in range(count)
+    ]
+    for run in measured[1:]:
+        for name in ("unsteered.usage", "unsteered.accuracy", "all_on.accuracy"):  # images alone
+            np.testing.assert_array_equal(run.metrics[name].resampled, measured[0].metrics[name].resampled)
+    variance = 1 / 3 * (1 - 1 / 3) / 3  # of the share of three draws that take one autoencoder of three
+    for name in ("class.usage", "random.accuracy", "explained_variance"):
+        resampled = np.stack([run.metrics[name].resampled for run in measured])
+        assert set(np.round(3 * resampled, 5).ravel()) == {0, 1, 2, 3}
+        correlation = np.corrcoef(resampled)[~np.eye(count, dtype=bool)]
+        np.testing.assert_allclose(correlation, 0, atol=4 / np.sqrt(4000))
+        error, _ = estimate_error(np.full(count, 1 / 3), resampled)
+        assert error == pytest.approx(np.sqrt(variance / count), rel=0.06)  # shared draws would give sqrt(variance)
+    pooled = {row["metric"]: row for row in summarise_seeds(measured, config)["metrics"]}
+    half = stats.t.ppf(0.975, count - 1) * np.sqrt(variance / count)
+    row = pooled["explained_variance"]
+    np.testing.assert_allclose(row["interval"], [1 / 3 - half, 1 / 3 + half], atol=0.15 * half)
+    assert (row["over"], pooled["class.usage"]["over"]) == ("seeds and autoencoders", "seeds, autoencoders and images")
+
+
+def test_a_single_autoencoder_is_a_number_only(runs) -> None:
+    _, summaries, config = runs
+    sae = summaries[0]["sae"]
+    summary = summaries[0] | {"sae": sae | {"seeds": sae["seeds"][:1]}}
+    metrics = measure_run(config, {}, summary, made_run()["arrays"]).metrics
+    assert metrics["gate_agreement"] == Measure(sae["gate_agreement"], None, "seeds")
 
 
 def test_claims_are_counted_and_pooled(runs) -> None:
@@ -151,8 +216,10 @@ def test_claims_are_counted_and_pooled(runs) -> None:
         assert [entry["seed"] for entry in row["by_seed"]] == [0, 1, 2]
         if claim["value"] is not None:
             assert row["value"] == pytest.approx(claim["value"])  # the runs are the same
-            low, high = claim["interval"]
-            np.testing.assert_allclose(row["interval"], [low, high], atol=0.4 * (high - low) + 1e-6)
+            (low, high), (least, most) = claim["interval"], row["interval"]
+            assert least <= row["value"] <= most
+            assert 0.4 * (high - low) <= most - least <= 2.5 * (high - low) + 1e-6  # autoencoders are drawn for each
+            assert abs(least + most - low - high) / 2 <= 0.5 * (high - low) + 1e-6
     saving = rows[next(text for text in rows if text.startswith("class steering lowers usage"))]
     assert saving["least"] == config.steer.saving
     metrics = {row["metric"]: row for row in summarise_seeds(measured, config)["metrics"]}
