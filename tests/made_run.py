@@ -110,6 +110,7 @@ def made_sweep(
         related=related_CC if related else None,
         latents=chosen,
         weights=np.ones(chosen.shape, np.float32),
+        class_matters=np.array([name != "global" for name in config.steer.strategies]),
         directions=None,
         push=made_pushes(config, pull, classes, heads),
         gate_logits=open_by,

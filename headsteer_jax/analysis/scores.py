@@ -14,8 +14,8 @@ import numpy as np
 from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, choose_alpha, percentile_interval
 from headsteer_jax.config.schema import Config
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
-from headsteer_jax.steer.results import SplitResult, SweepResult
-from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
+from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
+from headsteer_jax.steer.tally import class_counts, patterns_of_bits, unpack_bits
 
 
 class Curves(NamedTuple):
@@ -48,6 +48,82 @@ def unsteered_by_class(split: SplitResult) -> Curves:
     count = np.maximum(split.count, 1)
     usage = split.unsteered_heads_on.sum(axis=-1) / (count * split.heads)
     return Curves(usage, split.unsteered_correct / count)
+
+
+def naming_class(split: SplitResult, y: int) -> np.ndarray:
+    """Return the class that steers each image, [N]: its label, or the unsteered model's prediction."""
+    return split.labels if y == BY_LABEL else split.prediction
+
+
+class GroupSums(NamedTuple):
+    """Sums over all seeds and over the images that one class steers."""
+
+    count: np.ndarray  # [C] images
+    correct: np.ndarray  # [G, A, C] right answers
+    gates_on: np.ndarray  # [G, A, C] gates that are open
+    macs: np.ndarray  # [G, A, C] of the layer
+
+
+def sum_groups(split: SplitResult, y: int, gates: LayerGates) -> GroupSums:
+    """Sum every setting over the images that each class steers, from what the sweep keeps of each image."""
+    named_N, classes, images = naming_class(split, y), len(split.count), len(split.labels)
+    strategies, seeds, _, alphas, _ = split.right.shape
+    sums = GroupSums(np.bincount(named_N, minlength=classes), *np.zeros((3, strategies, alphas, classes)))
+    for g, s in np.ndindex(strategies, seeds):
+        pattern_AN = patterns_of_bits(split.gates[g, s, y], images)
+        values = unpack_bits(split.right[g, s, y], images), np.bitwise_count(pattern_AN)
+        for total, values_AN in zip(sums[1:], (*values, gates.macs(pattern_AN, split.kept_patches)), strict=True):
+            total[g] += class_counts(values_AN, named_N, classes)
+    return sums
+
+
+def choose_class_alphas(result: SweepResult, gates: LayerGates, chosen_GY: np.ndarray, fewest: int) -> np.ndarray:
+    """Choose an alpha for each class that names images, on the validation images that it names.
+
+    With the label these are the class's images. With the prediction they are the images that the unsteered model takes
+    for the class, as nothing else is known without a label. A class that names fewer than `fewest`
+    validation images has the alpha that all classes have together.
+
+    Args:
+      chosen_GY: index of the common alpha.
+
+    Returns:
+      [G, Y, C] indices of alphas.
+    """
+    split = result.validation
+    right_N = split.prediction == split.labels
+    by_way = []
+    for y in range(len(NAMED_BY)):
+        sums = sum_groups(split, y, gates)
+        floor_C = class_counts(right_N, naming_class(split, y), len(split.count)) * split.seeds
+        cost = sums.gates_on if gates.heads_only else sums.macs
+        chosen_GC = choose_alpha(result.alphas, np.moveaxis(cost, 1, 0), np.moveaxis(sums.correct, 1, 0), floor_C)
+        by_way.append(np.where(sums.count >= fewest, chosen_GC, chosen_GY[:, y, None]))
+    return np.stack(by_way, axis=1)
+
+
+def score_class_alphas(
+    split: SplitResult, gates: LayerGates, setting: tuple[int, int], chosen_C: np.ndarray
+) -> tuple[Curves, np.ndarray]:
+    """Score a strategy with an alpha for each class that names images, all seeds together.
+
+    Args:
+      setting: g and y, the strategy and the way to name the class.
+      chosen_C: index of the alpha of the images that each class names.
+
+    Returns:
+      Curves and MACs by the images' labels, whoever named them: [C] each; a class without images counts as 0.
+    """
+    (g, y), images, classes = setting, len(split.labels), len(split.count)
+    place_N = chosen_C[naming_class(split, y)], np.arange(images)
+    right_C, on_C, macs_C = np.zeros((3, classes))
+    for s in range(split.seeds):
+        pattern_N = patterns_of_bits(split.gates[g, s, y], images)[place_N]
+        right_C += class_counts(unpack_bits(split.right[g, s, y], images)[place_N], split.labels, classes)
+        on_C += class_counts(np.bitwise_count(pattern_N), split.labels, classes)
+        macs_C += class_counts(gates.macs(pattern_N, split.kept_patches), split.labels, classes)
+    count_C = np.maximum(split.count, 1) * split.seeds
+    return Curves(on_C / (count_C * split.heads), right_C / count_C), macs_C / count_C
 
 
 class LayerMacs(NamedTuple):
@@ -95,7 +171,7 @@ class Scores:
     floor: float  # validation accuracy that a chosen alpha keeps
     validation: Curves  # [G, Y, A]
     chosen: np.ndarray  # [G, Y] index of the alpha
-    class_chosen: np.ndarray  # [G, Y, C] index of each class's alpha
+    class_chosen: np.ndarray  # [G, Y, C] index of the alpha of the images that each class names
     test: Curves  # [G, Y, A]
     by_class: Curves  # [G, Y, A, C]
     unsteered: Curves  # [C]
@@ -154,19 +230,11 @@ def score_settings(
       members_rng: draws the autoencoder seeds; None: `rng` does, after the images.
     """
     alphas, validation, test = result.alphas, result.validation, result.test
-    curves, by_class = setting_curves(validation), class_curves(validation)
+    curves = setting_curves(validation)
     floor = validation.unsteered_correct.sum() / validation.count.sum() - config.steer.tolerance
     gates = LayerGates(config, config.sae_layer)
-    cost, class_cost = curves.usage, by_class.usage
-    if not gates.heads_only:
-        cost, class_cost = setting_macs(validation), validation.macs.sum(axis=1)
+    cost = curves.usage if gates.heads_only else setting_macs(validation)
     chosen = choose_alpha(alphas, np.moveaxis(cost, -1, 0), np.moveaxis(curves.accuracy, -1, 0), floor)
-    class_chosen = choose_alpha(
-        alphas,
-        np.moveaxis(class_cost, 2, 0),
-        np.moveaxis(by_class.accuracy, 2, 0),
-        unsteered_by_class(validation).accuracy,
-    )
     weights = bootstrap_weights(test.labels, config.steer.bootstrap, rng)
     seed = int((members_rng or rng).integers(2**32))
     resampled, resampled_unsteered = _resample(test, weights, seed)
@@ -177,7 +245,7 @@ def score_settings(
         floor=floor,
         validation=curves,
         chosen=chosen,
-        class_chosen=class_chosen,
+        class_chosen=choose_class_alphas(result, gates, chosen, config.steer.least_validation),
         test=setting_curves(test),
         by_class=class_curves(test),
         unsteered=unsteered_by_class(test),

@@ -14,7 +14,14 @@ import numpy as np
 
 from headsteer_jax.analysis.claims import judge_claims
 from headsteer_jax.analysis.push import explain_usage
-from headsteer_jax.analysis.scores import Curves, Scores, class_curves, score_settings, unsteered_by_class
+from headsteer_jax.analysis.scores import (
+    Curves,
+    Scores,
+    class_curves,
+    score_class_alphas,
+    score_settings,
+    unsteered_by_class,
+)
 from headsteer_jax.analysis.stats import (
     LabelledTable,
     accuracy_front,
@@ -62,7 +69,7 @@ def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arra
     steering: dict[str, Any] = {"unsteered": _unsteered_row(result.test, scores)}
     for g, name in enumerate(names):
         by_label, by_prediction = (
-            _chosen_row(result.test, scores, g, y, steer.saving) for y in (BY_LABEL, BY_PREDICTION)
+            _chosen_row(result, scores, gates, (g, y), steer.saving) for y in (BY_LABEL, BY_PREDICTION)
         )
         steering[name] = by_label | {
             "by_predicted_class": by_prediction,
@@ -144,8 +151,15 @@ def _unsteered_row(test: SplitResult, scores: Scores) -> dict[str, Any]:
     }
 
 
-def _chosen_row(test: SplitResult, scores: Scores, g: int, y: int, saving: float) -> dict[str, Any]:
-    """Summarise a strategy at its chosen alpha, and with an alpha chosen for each class."""
+def _chosen_row(
+    result: SweepResult, scores: Scores, gates: LayerGates, setting: tuple[int, int], saving: float
+) -> dict[str, Any]:
+    """Summarise a strategy at its chosen alpha, and with an alpha chosen for each class.
+
+    Args:
+      setting: g and y, the strategy and the way to name the class.
+    """
+    (g, y), test = setting, result.test
     a, share_C = int(scores.chosen[g, y]), test.count / test.count.sum()
     gained, lost = (counts[g, 0, y, a].sum() for counts in (test.gained, test.lost))
 
@@ -156,8 +170,16 @@ def _chosen_row(test: SplitResult, scores: Scores, g: int, y: int, saving: float
         return int(saved_classes(curves, scores.unsteered, test.count, saving).sum())
 
     common = scores.by_class.select(g, y, a)
-    place = scores.class_chosen[g, y], np.arange(len(test.count))
-    per_class = scores.by_class.select(g, y).select(*place)
+
+    def score_per_class() -> dict[str, Any]:
+        per_class, macs_C = score_class_alphas(test, gates, setting, scores.class_chosen[g, y])
+        return {
+            "usage": float(np.sum(share_C * per_class.usage)),
+            "accuracy": float(np.sum(share_C * per_class.accuracy)),
+            "classes_saved": count_saved(per_class),
+            "macs": float(np.sum(share_C * macs_C)),
+        }
+
     return {
         "alpha": float(scores.alphas[a]),
         "usage": float(scores.test.usage[g, y, a]),
@@ -172,12 +194,7 @@ def _chosen_row(test: SplitResult, scores: Scores, g: int, y: int, saving: float
         "macs_share": macs / scores.macs.dense,
         "macs_ci": to_float_list(scores.interval(scores.macs.resampled[:, g, y, a])),
         "macs_change_ci": change_ci(scores.macs.resampled, scores.macs.resampled_unsteered),
-        "alpha_per_class": {
-            "usage": float(np.sum(share_C * per_class.usage)),
-            "accuracy": float(np.sum(share_C * per_class.accuracy)),
-            "classes_saved": count_saved(per_class),
-            "macs": float(np.sum(share_C * scores.macs.by_class[g, y][place])),
-        },
+        "alpha_per_class": score_per_class() if result.class_matters[g] else None,
     }
 
 

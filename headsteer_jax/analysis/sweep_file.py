@@ -19,6 +19,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "related": ("class", "other_class"),
     "latents": ("strategy", "seed", "class", "place"),
     "weights": ("strategy", "seed", "class", "place"),
+    "class_matters": ("strategy",),
     "directions": ("strategy", "seed", "class", "width"),
     "push": ("strategy", "seed", "class", "head"),
     "gate_logits": ("class", "head"),

@@ -61,6 +61,7 @@ class SweepResult:
     related: np.ndarray | None  # [C, C] bool: do two classes share a superclass; None: the dataset has none
     latents: np.ndarray  # [G, S, C, L] int32 chosen latents, filled with -1
     weights: np.ndarray  # [G, S, C, L] float32 their weights, filled with 0
+    class_matters: np.ndarray  # [G] bool: does it make a difference which class steers an image
     directions: np.ndarray | None  # [G, S, C, D] float32, 0 where latents are changed; None if all strategies do that
     push: np.ndarray | None  # [G, S, C, H] added to gate logits at alpha 1, or NaN; None: not affine in alpha
     gate_logits: np.ndarray | None  # [C, H] means over a class's training images; None as `push`

@@ -58,6 +58,11 @@ class Choice(NamedTuple):
 Strategy = Callable[[LatentStatistics, SteerConfig, np.random.Generator], Choice]
 
 
+def differs_by_class(choice: Choice) -> bool:
+    """Tell whether the class that steers an image makes a difference: two rows of the choice differ."""
+    return any(bool((part != part[:1]).any()) for part in choice if part is not None)
+
+
 def concatenate_choices(choices: Sequence[Choice]) -> Choice:
     """Put the rows of several choices of one strategy behind each other."""
     latents, weights, directions = zip(*choices, strict=True)

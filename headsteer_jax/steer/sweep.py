@@ -43,6 +43,7 @@ from headsteer_jax.steer.strategies import (
     Residuals,
     Strategy,
     concatenate_choices,
+    differs_by_class,
     latent_overlap,
     latent_statistics,
     merge_choices,
@@ -674,6 +675,7 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         related=dataset.related,
         latents=latents,
         weights=_stack_choices(chosen.steered, "weights", fill=0),
+        class_matters=_find_class_matters(chosen.steered),
         directions=_stack_directions(chosen.steered),
         push=_stack_pushes(chosen, strategies) if choose_method(config) == "flips" else None,
         gate_logits=_average_by_class(run) if choose_method(config) == "flips" else None,
@@ -687,6 +689,12 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         test=results["test"],
         steps=steps,
     )
+
+
+def _find_class_matters(steered: Sequence[Sequence[Steering]]) -> np.ndarray:
+    """Find for which strategies the class that steers an image makes a difference, in any seed: [G] bool."""
+    matters_SG = [[differs_by_class(steering.choice) for steering in by_strategy] for by_strategy in steered]
+    return np.any(matters_SG, axis=0)
 
 
 def _stack_pushes(chosen: ChosenLatents, strategies: Strategies) -> np.ndarray:

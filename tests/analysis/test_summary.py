@@ -92,9 +92,79 @@ def test_test_images_do_not_decide_anything(config: Config, result: SweepResult)
     for name in ("chosen", "class_chosen", "oracle_patterns"):
         np.testing.assert_array_equal(before[name], after[name])
     # and with other answers on validation they are not
-    validation = replace(result.validation, correct=rng.permuted(result.validation.correct, axis=3))
+    validation = replace(result.validation, right=np.roll(result.validation.right, 2, axis=3))
     _, other = summarise(replace(result, validation=validation), config)
     assert not np.array_equal(before["class_chosen"], other["class_chosen"])
+
+
+def test_the_class_that_names_an_image_has_its_alpha(config: Config, result: SweepResult) -> None:
+    """Chosen on validation and scored on test, image by image: by label, and by what the model takes each image for."""
+    steer = config.steer.model_copy(update={"least_validation": 14})  # more than the model takes for some classes
+    config = config.model_copy(update={"steer": steer})
+    summary, extra = summarise(result, config)
+    alphas, zero = result.alphas, int(np.flatnonzero(result.alphas == 0)[0])
+    (right, used), unsteered_right = per_image(result.validation), unsteered(result.validation)[0]
+    test_right, test_used = per_image(result.test)
+    labels, common = result.test.labels, set()
+    for (g, name), y in itertools.product(enumerate(result.strategies), range(2)):
+        row = summary["steering"][name] if y == 0 else summary["steering"][name]["by_predicted_class"]
+        if name == "global":
+            assert row["alpha_per_class"] is None
+            continue
+        names = [result.validation.labels, result.validation.prediction][y]
+        alpha_C = []
+        for c in range(8):
+            best, least, own = zero, np.inf, names == c
+            for a in np.flatnonzero(alphas > 0):
+                keeps = right[g, :, y, a][:, own].sum() >= 2 * unsteered_right[own].sum()  # two seeds
+                if keeps and used[g, :, y, a][:, own].sum() < least - 1e-9:
+                    best, least = int(a), used[g, :, y, a][:, own].sum()
+            if own.sum() < config.steer.least_validation:
+                best = int(extra["chosen"][g, y])
+                common.add(c)
+            alpha_C.append(best)
+        assert extra["class_chosen"][g, y].tolist() == alpha_C
+        named = [labels, result.test.prediction][y]
+        at = np.array(alpha_C)[named], np.arange(len(named))
+        right_SN, used_SN = (np.stack([values[g, s, y][at] for s in range(2)]) for values in (test_right, test_used))
+        assert row["alpha_per_class"]["accuracy"] == pytest.approx(right_SN.mean())
+        assert row["alpha_per_class"]["usage"] == pytest.approx(used_SN.mean())
+        before_N, before_used_N = unsteered(result.test)
+        saved = 0
+        for c in range(8):
+            own = labels == c
+            fell = before_used_N[own].mean() - used_SN[:, own].mean() >= config.steer.saving - 1e-9
+            saved += fell and right_SN[:, own].sum() >= 2 * before_N[own].sum()
+        assert row["alpha_per_class"]["classes_saved"] == saved
+    assert common
+
+
+def test_no_label_chooses_an_alpha_by_predicted_class() -> None:
+    """Every image is taken for class 0. Alpha 1 answers those of class 1, alpha 2 those of class 0: only labels know."""
+    config, result = made_sweep(classes=2, heads=2, seeds=1, per_class=10, strategies=("probe",), alphas=(1.0, 2.0))
+    labels = result.test.labels
+    right_AN = np.stack([labels == 0, labels == 1, labels == 0])
+    gates_AHN = np.stack([np.ones((2, 20), bool), *(np.arange(2)[:, None] == 0) * np.ones((2, 2, 20), bool)])
+
+    def plant(split: SplitResult) -> SplitResult:
+        settings = (1, 1, 2)
+        correct = np.stack([np.bincount(labels[right], minlength=2) for right in right_AN])
+        heads_on = np.stack([[gates_HN[:, labels == c].sum(axis=1) for c in range(2)] for gates_HN in gates_AHN])
+        return replace(
+            split, pattern=np.full(20, 3, np.int32), prediction=np.zeros(20, np.int32), table=np.zeros((20, 4), int),
+            unsteered_correct=np.array([10, 0]), unsteered_heads_on=np.full((2, 2), 10),
+            unsteered_right=pack_bits(labels == 0), right=pack_bits(np.broadcast_to(right_AN, (*settings, 3, 20))),
+            gates=pack_bits(np.broadcast_to(gates_AHN, (*settings, 3, 2, 20))),
+            correct=np.broadcast_to(correct, (*settings, 3, 2)),
+            heads_on=np.broadcast_to(heads_on, (*settings, 3, 2, 2)),
+        )  # fmt: skip
+
+    result = replace(result, validation=plant(result.validation), test=plant(result.test))
+    row = summarise(result, config)[0]["steering"]["probe"]
+    assert row["alpha_per_class"]["accuracy"] == 1.0
+    by_prediction = row["by_predicted_class"]
+    assert by_prediction["alpha_per_class"]["accuracy"] == by_prediction["accuracy"] == 0.5
+    assert by_prediction["alpha_per_class"]["usage"] == by_prediction["usage"] == 0.5
 
 
 def test_the_table_of_classes(config: Config, result: SweepResult) -> None:
