@@ -111,6 +111,7 @@ def made_sweep(
         latents=chosen,
         weights=np.ones(chosen.shape, np.float32),
         class_matters=np.array([name != "global" for name in config.steer.strategies]),
+        extra_macs=np.array([(0.0, 2000.0 * (name != "global")) for name in config.steer.strategies]),
         directions=None,
         push=made_pushes(config, pull, classes, heads),
         gate_logits=open_by,

@@ -58,7 +58,7 @@ def naming_class(split: SplitResult, y: int) -> np.ndarray:
 class GroupSums(NamedTuple):
     """Sums over all seeds and over the images that one class steers."""
 
-    count: np.ndarray  # [C] images
+    images: np.ndarray  # [C]
     correct: np.ndarray  # [G, A, C] right answers
     gates_on: np.ndarray  # [G, A, C] gates that are open
     macs: np.ndarray  # [G, A, C] of the layer
@@ -98,7 +98,7 @@ def choose_class_alphas(result: SweepResult, gates: LayerGates, chosen_GY: np.nd
         floor_C = class_counts(right_N, naming_class(split, y), len(split.count)) * split.seeds
         cost = sums.gates_on if gates.heads_only else sums.macs
         chosen_GC = choose_alpha(result.alphas, np.moveaxis(cost, 1, 0), np.moveaxis(sums.correct, 1, 0), floor_C)
-        by_way.append(np.where(sums.count >= fewest, chosen_GC, chosen_GY[:, y, None]))
+        by_way.append(np.where(sums.images >= fewest, chosen_GC, chosen_GY[:, y, None]))
     return np.stack(by_way, axis=1)
 
 

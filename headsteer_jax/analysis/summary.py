@@ -148,6 +148,8 @@ def _unsteered_row(test: SplitResult, scores: Scores) -> dict[str, Any]:
         "macs": (macs := float(test.unsteered_macs.sum() / test.count.sum())),
         "macs_share": macs / scores.macs.dense,
         "macs_ci": to_float_list(scores.interval(scores.macs.resampled_unsteered)),
+        "extra_macs": 0.0,
+        "total_macs_share": macs / scores.macs.dense,
     }
 
 
@@ -194,6 +196,8 @@ def _chosen_row(
         "macs_share": macs / scores.macs.dense,
         "macs_ci": to_float_list(scores.interval(scores.macs.resampled[:, g, y, a])),
         "macs_change_ci": change_ci(scores.macs.resampled, scores.macs.resampled_unsteered),
+        "extra_macs": (extra := float(result.extra_macs[setting]) if a != scores.zero else 0.0),
+        "total_macs_share": (macs + extra) / scores.macs.dense,
         "alpha_per_class": score_per_class() if result.class_matters[g] else None,
     }
 

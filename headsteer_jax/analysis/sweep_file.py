@@ -20,6 +20,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "latents": ("strategy", "seed", "class", "place"),
     "weights": ("strategy", "seed", "class", "place"),
     "class_matters": ("strategy",),
+    "extra_macs": ("strategy", "named_by"),
     "directions": ("strategy", "seed", "class", "width"),
     "push": ("strategy", "seed", "class", "head"),
     "gate_logits": ("class", "head"),

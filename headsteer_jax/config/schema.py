@@ -505,6 +505,17 @@ class SteerConfig(Section):
     """The steering strengths of the sweep. 0, the unsteered model, is added if it is missing."""
     wanted_usage: tuple[Fraction, ...] = (0.75, 0.5, 0.25)
     """The usages for which the sweep finds the smallest alpha that reaches them, if alpha can be computed exactly."""
+    least_confidence: Fraction = 0.0
+    """The least probability of a class that is not known from the label but predicted or guessed. By predicted class,
+    an image whose largest probability (softmax) is below it is not steered: the unsteered answer, which is there
+    already, stands. guessed_bias steers an image whose guess is below it as global_bias does."""
+    guess_classes: NonNegativeInt = 0
+    """The number of most probable classes whose directions guessed_bias mixes, by their probabilities. With 0 it mixes
+    those of all classes."""
+    guess_layer: int = 0
+    """The layer whose input guessed_bias guesses the class from: at most the steered layer, counted from 0, or from the
+    end if it is negative. With 0 it is the steered layer itself, because the CLS token that enters layer 0 has seen no
+    image."""
     classes: tuple[str, ...] = ()
     """The classes whose images are steered and scored. If it is empty, all classes are used."""
     least_validation: PositiveInt = 5
@@ -675,6 +686,11 @@ class Config(Section):
         return self.data.model_copy(update=changes)
 
     @property
+    def guess_layer(self) -> int:
+        """Return the layer whose input the class is guessed from, counted from 0."""
+        return self.steer.guess_layer % self.model.depth if self.steer.guess_layer else self.sae_layer
+
+    @property
     def latents(self) -> int:
         """Return F, the number of the autoencoder's latents."""
         return self.sae.latents or self.sae.expansion * self.model.width
@@ -807,6 +823,10 @@ class Config(Section):
             "steer.alphas", t.alphas, len(t.alphas) > 0 and _distinct(t.alphas), "at least one number, without repeats"
         )
         yield Rule("steer.classes", t.classes, _distinct(t.classes), "distinct names")
+        guess, depth = t.guess_layer, self.model.depth
+        known = -depth <= guess < depth and (not guess or 1 <= guess % depth <= self.sae_layer)
+        earlier = f"0, or a layer from 1 to the steered one, sae.layer = {self.sae_layer}, because a guess comes first"
+        yield Rule("steer.guess_layer", guess, known, earlier)
         limits = f"0, or at least steer.tolerance = {t.tolerance:g}"
         yield Rule("steer.allowed_loss", t.allowed_loss, t.claimed_loss >= t.tolerance, limits)
 

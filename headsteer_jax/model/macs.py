@@ -151,6 +151,15 @@ def count_macs(config: Config, classes: int, gates: Mapping[int, Gates]) -> jax.
     return _count_fixed(config, classes) + count_layer_macs(config, gates).sum(axis=(-2, -1))
 
 
+def count_macs_from(config: Config, classes: int, layer: int, gates: Mapping[int, Gates]) -> jax.Array:
+    """Count the MACs of images from the input of `layer` to the logits; see `count_layer_macs` -> [B] float32.
+
+    Args:
+      gates: at least those of `layer`.
+    """
+    return config.model.width * classes + count_layer_macs(config, gates)[..., layer:, :].sum(axis=(-2, -1))
+
+
 def count_open_macs(config: Config, classes: int) -> int:
     """Count the MACs of an image with all gates open: those of the dense model and of the decision networks."""
     decisions = sum(_count_decisions(config, layer) for layer in range(config.model.depth))

@@ -33,7 +33,7 @@ from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals
 from headsteer_jax.steer.catalogue import STRATEGIES, find_strategy
 from headsteer_jax.steer.steering import Steering, apply_steering
-from headsteer_jax.steer.strategies import Choice
+from headsteer_jax.steer.strategies import Choice, differs_by_class
 from headsteer_jax.steer.sweep import encode_sparse, measure_for_strategy, strategy_rng
 
 IMAGES_AT_ONCE = 64  # of a call on each device, however few images there are: every image's bits are of one program
@@ -65,8 +65,16 @@ class SteeringRule(NamedTuple):
 
     sae: Autoencoder
     strength: np.ndarray  # [F] mean activation where a latent fires
-    # (the steered layer's CLS residuals [B, D], the unsteered model's classes [B]) -> choices, and a row for each image
-    choose: Callable[[np.ndarray, np.ndarray], tuple[Choice, np.ndarray]]
+    # (images, the unsteered model's classes [B]) -> choices, and a row for each image
+    choose: Callable[["ReadImages", np.ndarray], tuple[Choice, np.ndarray]]
+    least_confidence: float = 0.0  # an image whose unsteered answer is less confident is not steered
+
+
+class ReadImages(NamedTuple):
+    """The CLS residuals of images."""
+
+    x: np.ndarray  # [B, D] that enter the steered layer
+    guess: np.ndarray  # [B, D] that enter the layer from whose input a class is guessed
 
 
 Predict = Callable[[np.ndarray], Predictions]
@@ -115,7 +123,8 @@ def find_steering_rule(run: RunData, name: str, label: int | None) -> SteeringRu
 
     Args:
       name: of the strategy; a random one draws what the sweep draws for it, if it is one of config.steer.strategies.
-      label: the class that steers every image; None: the class that the unsteered model predicts.
+      label: the class that steers every image; None: the class that the unsteered model predicts, if it is confident
+        enough (config.steer.least_confidence).
 
     Raises:
       HeadSteerError: the strategy cannot choose from these latents or data.
@@ -126,37 +135,42 @@ def find_steering_rule(run: RunData, name: str, label: int | None) -> SteeringRu
     number = names.index(name) if name in names else len(names)
     if isinstance(strategy, ImageStrategy):
 
-        def choose_by_image(x_BD: np.ndarray, _: np.ndarray) -> tuple[Choice, np.ndarray]:
-            images = ReadResiduals(x_BD, encode_sparse(sae, x_BD))
-            choice = strategy.choose(images, stats, config.steer, strategy_rng(config, 0, number))
-            return choice, np.arange(len(x_BD), dtype=np.int32)
+        def choose_by_image(images: ReadImages, _: np.ndarray) -> tuple[Choice, np.ndarray]:
+            read = ReadResiduals(images.guess, encode_sparse(sae, images.x))
+            choice = strategy.choose(read, stats, config.steer, strategy_rng(config, 0, number))
+            return choice, np.arange(len(images.x), dtype=np.int32)
 
         return SteeringRule(sae, stats.strength, choose_by_image)
     choice = strategy(stats, config.steer, strategy_rng(config, 0, number))
 
-    def choose_by_class(_: np.ndarray, label_B: np.ndarray) -> tuple[Choice, np.ndarray]:
+    def choose_by_class(_: ReadImages, label_B: np.ndarray) -> tuple[Choice, np.ndarray]:
         return choice, label_B if label is None else np.full_like(label_B, label)
 
-    return SteeringRule(sae, stats.strength, choose_by_class)
+    least = config.steer.least_confidence if label is None and differs_by_class(choice) else 0.0
+    return SteeringRule(sae, stats.strength, choose_by_class, least)
 
 
 class _Programs(NamedTuple):
     """The three programs that images pass, on all devices of this host."""
 
-    read: Any  # ((params, sae), images) -> x [B, T, D], gates by layer and kind, latents [B, K], activations [B, K]
+    # ((params, sae), images) -> x [B, T, D], what a class is guessed from [B, D], gates by layer and kind, latents
+    # [B, K], activations [B, K]
+    read: Any
     steer: Any  # (steering, alpha, x [B, T, D], row [B]) -> x' [B, D]
     answer: Any  # (params, x [B, T, D], x' [B, D]) -> class [B], confidence [B], gates by layer and kind
 
 
 @functools.lru_cache(maxsize=16)
 def _make_programs(
-    model: ViT, data: DataConfig, steer: SteerConfig, layer: int, latents: int, size: int, mesh: Mesh
+    model: ViT, data: DataConfig, steer: SteerConfig, layers: tuple[int, int], latents: int, size: int, mesh: Mesh
 ) -> _Programs:
     """Make the programs for one layer that is read and steered, and for `size` images on each device.
 
     Args:
+      layers: the steered layer, and the one from whose input a class is guessed.
       latents: K.
     """
+    layer, guess_layer = layers
 
     def read(inputs: Any, images: jax.Array) -> Any:
         params, sae = inputs
@@ -164,10 +178,11 @@ def _make_programs(
             params, preprocess(images, data), method=lambda m, x: m.blocks(m.embed(x), 0, stop=layer)
         )
         gates = jax.tree.map(lambda g: g > 0, out["gates"])
+        guess_BD = x_BTD[:, 0] if guess_layer == layer else out["cls"][guess_layer]
         if sae is None:
-            return x_BTD, gates, jnp.zeros((len(x_BTD), 0), jnp.int32), jnp.zeros((len(x_BTD), 0))
+            return x_BTD, guess_BD, gates, jnp.zeros((len(x_BTD), 0), jnp.int32), jnp.zeros((len(x_BTD), 0))
         strongest_BK, latents_BK = jax.lax.top_k(sae.encode(x_BTD[:, 0]), latents)
-        return x_BTD, gates, latents_BK, strongest_BK
+        return x_BTD, guess_BD, gates, latents_BK, strongest_BK
 
     def steer_rows(steering: Steering, alpha: jax.Array, x_BTD: jax.Array, row_B: jax.Array) -> tuple[jax.Array]:
         return (apply_steering(steering, x_BTD[:, 0], row_B, alpha, steer),)
@@ -211,7 +226,8 @@ def make_predict(
     """
     config, mesh = trained.config, local_mesh()
     size = min(IMAGES_AT_ONCE, choose_call_limits(trained.model, config.machine, mesh).images)
-    programs = _make_programs(trained.model, config.data, config.steer, config.sae_layer, latents, size, mesh)
+    layers = config.sae_layer, config.guess_layer
+    programs = _make_programs(trained.model, config.data, config.steer, layers, latents, size, mesh)
     params, sae = replicate((trained.params, sae))
     steered_sae: Any = replicate(rule.sae) if rule else None
 
@@ -224,14 +240,19 @@ def make_predict(
 
     def run_call(images: np.ndarray) -> Predictions:
         """Predict exactly as many images as a call takes."""
-        x_BTD, before, latents_BK, strongest_BK = programs.read((params, sae), place(images))
+        x_BTD, guess_BD, before, latents_BK, strongest_BK = programs.read((params, sae), place(images))
         before, latents_BK, strongest_BK = jax.device_get((before, latents_BK, strongest_BK))
         unsteered, steered = answer(x_BTD, x_BTD[:, 0], before), None
         if rule:
-            choice, row_B = rule.choose(jax.device_get(x_BTD[:, 0]), unsteered.label)
+            x_BD, guess_BD = jax.device_get((x_BTD[:, 0], guess_BD))
+            choice, row_B = rule.choose(ReadImages(x_BD, guess_BD), unsteered.label)
             steering = Steering(steered_sae, rule.strength, choice)
             (steered_BD,) = programs.steer(steering, np.float32(alpha), x_BTD, place(row_B))
-            steered = answer(x_BTD, steered_BD, before)
+            sure_B = unsteered.confidence >= rule.least_confidence
+            steered = jax.tree.map(
+                lambda after, as_before: np.where(sure_B.reshape(-1, *[1] * (after.ndim - 1)), after, as_before),
+                answer(x_BTD, steered_BD, before), unsteered,
+            )  # fmt: skip
         return Predictions(*unsteered, latents_BK, strongest_BK, steered)
 
     def predict(images: np.ndarray) -> Predictions:

@@ -56,15 +56,19 @@ STRATEGIES: dict[str, Strategy | ImageStrategy] = {
     "gate_bias": gate_bias_directions,
     "random_bias": random_bias_directions,
     "global_bias": global_bias_directions,
-    "image_latents": ImageStrategy(image_latents),
-    "image_random": ImageStrategy(image_random_directions),
-    "guessed_bias": ImageStrategy(guessed_bias_directions),
+    "image_latents": ImageStrategy(image_latents, reads_latents=True),
+    "image_random": ImageStrategy(image_random_directions, reads_latents=True),
+    "guessed_bias": ImageStrategy(guessed_bias_directions, reads_latents=False),
 }
 
 # made to move the residual as far as other latents do in the mode add and delta form
 MATCHED_STRATEGIES = (
     "matched_random", "matched_superclass", "mean_difference", "probe", "random_direction", "image_random",
 )  # fmt: skip
+
+
+# what a user's function may return, for errors
+_BOTH_FORMS = "it must return two arrays, of latents (integers) and of weights (numbers), or one array, a direction"
 
 
 def find_strategy(name: str) -> Strategy | ImageStrategy:
@@ -101,32 +105,43 @@ def per_class_strategy(function: ClassStrategy, name: str) -> Strategy:
             class_name = f" ({stats.class_names[label]!r})" if stats.class_names else ""
             source = f"strategy {name!r}, class {label}{class_name}"
             answer = function(stats, label)
-            is_direction = isinstance(answer, np.ndarray) and answer.ndim == 1
-            if parts and is_direction != (len(parts[0]) == 1):
-                raise HeadSteerError(f"{source}: it must return the same for every class: latents, or a direction")
+            is_direction = not (isinstance(answer, tuple | list) and len(answer) == 2)
+            part: tuple[np.ndarray, ...]
             if is_direction:
-                parts.append((_read_direction(answer, stats.decoder.shape[1], source),))
+                part = (_read_direction(answer, stats.decoder.shape[1], source),)
             else:
-                latents, weights = _read_pair(answer, source)
-                length = len(parts[0][0]) if parts else latents.size
-                _check_pair(latents, weights, length, len(stats.frequency), source)
-                parts.append((latents.astype(np.int32), weights))
+                part = _read_pair(answer, source)
+            if parts and len(part) != len(parts[0]):
+                raise HeadSteerError(f"{source}: it must return the same for every class: latents, or a direction")
+            if not is_direction:
+                _check_pair(*part, len(parts[0][0]) if parts else part[0].size, len(stats.frequency), source)
+            parts.append(part)
         if len(parts[0]) == 1:
             return wrap_directions(np.stack([direction for (direction,) in parts]))
-        return Choice(*(np.stack(part) for part in zip(*parts, strict=True)))
+        latents, weights = (np.stack(rows) for rows in zip(*parts, strict=True))
+        return Choice(latents.astype(np.int32), weights)
 
     return choose
 
 
-def _read_direction(direction: np.ndarray, width: int, source: str) -> np.ndarray:
-    """Read the direction that a user's function returned as [D] float32.
+def _read_direction(answer: Any, width: int, source: str) -> np.ndarray:
+    """Read the direction that a user's function returned, of whatever NumPy makes an array, as [D] float32.
 
     Raises:
-      HeadSteerError: it has another width, is zero or has numbers that are not finite; `source` names the function and
+      HeadSteerError: it has another shape, is zero or has numbers that are not finite; `source` names the function and
         the class.
     """
+    try:
+        direction = np.asarray(answer)
+    except (TypeError, ValueError):  # lists of different lengths
+        direction = np.zeros(())
+    if direction.ndim == 0:
+        raise HeadSteerError(f"{source}: {_BOTH_FORMS}")
     if direction.shape != (width,):
-        raise HeadSteerError(f"{source}: a direction of width {len(direction)}; the residual has {width}")
+        raise HeadSteerError(
+            f"{source}: a direction must have the shape ({width},), as the residual has; this array has "
+            f"{direction.shape}. {_BOTH_FORMS}"
+        )
     try:
         with np.errstate(over="ignore"):
             direction = direction.astype(np.float32)  # as it is used: what overflows is infinite
@@ -151,9 +166,7 @@ def _read_pair(pair: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
         latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
         return latents, weights.astype(np.float32)  # as they are used: what overflows is infinite
     except (TypeError, ValueError):
-        raise HeadSteerError(
-            f"{source}: it must return two arrays, of latents (integers) and of weights (numbers)"
-        ) from None
+        raise HeadSteerError(f"{source}: {_BOTH_FORMS}") from None
 
 
 def _check_pair(latents: np.ndarray, weights: np.ndarray, length: int, count: int, source: str) -> None:

@@ -62,6 +62,7 @@ class SweepResult:
     latents: np.ndarray  # [G, S, C, L] int32 chosen latents, filled with -1
     weights: np.ndarray  # [G, S, C, L] float32 their weights, filled with 0
     class_matters: np.ndarray  # [G] bool: does it make a difference which class steers an image
+    extra_macs: np.ndarray  # [G, Y] float64 MACs of a test image besides the pass that steers it, for alphas above 0
     directions: np.ndarray | None  # [G, S, C, D] float32, 0 where latents are changed; None if all strategies do that
     push: np.ndarray | None  # [G, S, C, H] added to gate logits at alpha 1, or NaN; None: not affine in alpha
     gate_logits: np.ndarray | None  # [C, H] means over a class's training images; None as `push`

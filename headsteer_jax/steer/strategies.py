@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 
 from headsteer_jax.config.schema import SteerConfig
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.steer.guess import Guess
 from headsteer_jax.steer.table import Outcomes
 
 NO_COST = np.zeros(0)
@@ -35,6 +36,7 @@ class LatentStatistics(NamedTuple):
     cost: np.ndarray = NO_COST  # [P] what each pattern costs, as a share; empty: the share of gates that are open
     related: np.ndarray | None = None  # [C, C] bool: do two classes share a superclass; None: the dataset has none
     residuals: "Residuals | None" = None  # of the training images, for directions
+    guess: Guess | None = None  # of the class, for guessed_bias
 
 
 class Residuals(NamedTuple):
@@ -106,7 +108,7 @@ def latent_statistics(
     )
 
 
-def _eligible(stats: LatentStatistics, config: SteerConfig) -> np.ndarray:
+def eligible_latents(stats: LatentStatistics, config: SteerConfig) -> np.ndarray:
     """Return the [E] latents that fire, but on at most config.max_frequency of the images.
 
     Raises:
@@ -129,7 +131,7 @@ def _most_frequent(frequency_CF: np.ndarray, eligible: np.ndarray, count: int) -
 
 def class_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """Choose the latents that fire most often on the class's training images: [LH26], per-class."""
-    latents = _most_frequent(stats.class_frequency, _eligible(stats, config), config.latents)
+    latents = _most_frequent(stats.class_frequency, eligible_latents(stats, config), config.latents)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
@@ -144,7 +146,7 @@ def superclass_latents(stats: LatentStatistics, config: SteerConfig, rng: np.ran
     related_CC = require_superclasses(stats.related)
     member_CC = related_CC | np.eye(len(related_CC), dtype=bool)
     frequency_CF = member_CC @ stats.class_frequency / member_CC.sum(axis=1, keepdims=True)
-    latents = _most_frequent(frequency_CF, _eligible(stats, config), config.latents)
+    latents = _most_frequent(frequency_CF, eligible_latents(stats, config), config.latents)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
@@ -160,14 +162,14 @@ def require_superclasses(related_CC: np.ndarray | None) -> np.ndarray:
 
 def global_frequent_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """Choose the latents that fire most often on all training images, the same for every class: [LH26], global."""
-    latents = _most_frequent(stats.frequency[None], _eligible(stats, config), config.latents)
+    latents = _most_frequent(stats.frequency[None], eligible_latents(stats, config), config.latents)
     latents = np.repeat(latents, len(stats.class_frequency), axis=0)
     return Choice(latents, np.ones(latents.shape, np.float32))
 
 
 def random_latents(stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator) -> Choice:
     """Draw latents for each class uniformly from those that fire: [LH26], random."""
-    eligible = _eligible(stats, config)
+    eligible = eligible_latents(stats, config)
     latents = np.stack([rng.choice(eligible, config.latents, replace=False) for _ in stats.class_frequency])
     return Choice(latents.astype(np.int32), np.ones(latents.shape, np.float32))
 
@@ -197,7 +199,7 @@ def _match_latents(
     Raises:
       HeadSteerError: too few other latents are left.
     """
-    eligible = _eligible(stats, config)
+    eligible = eligible_latents(stats, config)
     latents = np.empty_like(matched_CS)
     for row, matched_S in zip(latents, matched_CS, strict=True):
         free = np.setdiff1d(eligible, matched_S)
@@ -228,7 +230,7 @@ def gate_aligned_latents(stats: LatentStatistics, config: SteerConfig, rng: np.r
     class: the S most useful of the `steer.pool` most frequent ones, with weights >= 0 (least squares, as small as
     possible). It is made for *add*; if no sum of S latents gives the push exactly, the nearest is taken.
     """
-    pool = _most_frequent(stats.class_frequency, _eligible(stats, config), max(config.pool, config.latents))
+    pool = _most_frequent(stats.class_frequency, eligible_latents(stats, config), max(config.pool, config.latents))
     effect_FH = stats.strength[:, None] * stats.gate  # of *add* at alpha 1
     latents = np.empty((len(pool), config.latents), np.int32)
     weights = np.empty(latents.shape, np.float32)

@@ -28,11 +28,14 @@ from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.runtime.progress import progress
 from headsteer_jax.sae.autoencoder import Autoencoder, encode_chunks, encode_split, row_slices
 from headsteer_jax.sae.latents import INSPECTED_IMAGES
+from headsteer_jax.sae.residuals import ResidualSelection, load_all, load_or_compute_residuals
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals
 from headsteer_jax.steer.catalogue import MATCHED_STRATEGIES, STRATEGIES, find_strategy
+from headsteer_jax.steer.cost import count_extra_macs, count_moving_macs
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
+from headsteer_jax.steer.guess import Guess, fit_guess
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
 from headsteer_jax.steer.steering import GateProgram, Steering, replicate_once
 from headsteer_jax.steer.strategies import (
@@ -127,12 +130,17 @@ def make_alpha_grid(config: SteerConfig) -> np.ndarray:
 
 
 def check_strategies_and_classes(config: Config, dataset: Dataset) -> None:
-    """Check that every strategy and class exists, before anything is computed; raises HeadSteerError."""
+    """Check that all strategies and classes exist, before anything is computed; raises HeadSteerError."""
     for name in config.steer.strategies:
         find_strategy(name)
     if set(SUPERCLASS_STRATEGIES) & set(config.steer.strategies):
         require_superclasses(dataset.related)
     check_classes("config.steer.classes", config.steer.classes, dataset.class_names)
+    guessed, classes = config.steer.guess_classes, len(dataset.class_names)
+    if guessed > classes:
+        raise HeadSteerError(
+            f"config.steer.guess_classes = {guessed}: the dataset has only {classes} classes; 0 mixes all of them"
+        )
 
 
 def find_selected(labels: np.ndarray, config: Config, class_names: tuple[str, ...]) -> np.ndarray:
@@ -172,12 +180,13 @@ def _halve_each_class(labels: np.ndarray) -> np.ndarray:
 def _without_fold(stats: LatentStatistics, fold_N: np.ndarray, fold: int) -> LatentStatistics:
     """Leave one half of validation out of the statistics for a strategy that is scored on that half.
 
-    So alpha is chosen on images that did not choose the latents.
+    So alpha is chosen on images that did not choose the latents, nor the temperature of a guess.
     """
     if not stats.outcomes:
         return stats
     train, validation = stats.outcomes
-    return stats._replace(outcomes=(train, Outcomes(*(field[fold_N != fold] for field in validation))))
+    guess = stats.guess and stats.guess.without(fold_N == fold)
+    return stats._replace(outcomes=(train, Outcomes(*(field[fold_N != fold] for field in validation))), guess=guess)
 
 
 def check_validation(split: Split, config: Config, class_names: tuple[str, ...]) -> None:
@@ -230,22 +239,34 @@ class SplitSweep(NamedTuple):
     split: Split
     table: Table
     rows: Rows  # each image by its label, then by its predicted class where that is another one
-    used: tuple[np.ndarray, np.ndarray]  # [R] bool: the rows of each way to name the class, one for each image
+    # [R] bool: the rows of each way to name the class, at most one for each image; an image without one is not steered
+    used: tuple[np.ndarray, np.ndarray]
     steered: list[list[Steering]]  # [S][G]
     by_image: frozenset[int]  # the strategies G whose choices have a row for each image
+    unnamed: frozenset[int]  # the strategies G that need no class, and these: for them nothing is predicted
 
     def rows_of(self, g: int) -> Rows:
         """Return the rows with the row of the strategy's choices that steers each."""
         return self.rows._replace(steered_by=self.rows.image) if g in self.by_image else self.rows
 
     def class_of(self, y: int, g: int) -> np.ndarray:
-        """Return the row of the strategy's choices that steers each image, [N]."""
+        """Return the row of the strategy's choices that steers each image, [N]; any row for one that is not steered."""
         if g in self.by_image:
             return np.arange(len(self.split.labels))
-        used = np.flatnonzero(self.used[y])
-        steered_by = np.empty(len(self.split.labels), np.int64)
+        used = np.flatnonzero(self.used_rows(y, g))
+        steered_by = np.zeros(len(self.split.labels), np.int64)
         steered_by[self.rows.image[used]] = self.rows.steered_by[used]
         return steered_by
+
+    def used_rows(self, y: int, g: int) -> np.ndarray:
+        """Return which rows a strategy uses, [R] bool, if the class is named in this way."""
+        return self.used[BY_LABEL if g in self.unnamed else y]
+
+    def is_steered(self, y: int, g: int) -> np.ndarray:
+        """Return which images are steered, [N] bool."""
+        steered_N = np.zeros(len(self.split.labels), bool)
+        steered_N[self.rows.image[self.used_rows(y, g)]] = True
+        return steered_N
 
     @property
     def outcomes(self) -> Outcomes:
@@ -260,7 +281,7 @@ class SplitSweep(NamedTuple):
 
 def make_split_sweep(
     name: str, split: Split, table: Table, steered: list[list[Steering]], offset: np.ndarray | int, size_NH: np.ndarray,
-    by_image: frozenset[int] = frozenset(),
+    by_image: frozenset[int] = frozenset(), unnamed: frozenset[int] = frozenset(), least_confidence: float = 0.0,
 ) -> SplitSweep:  # fmt: skip
     """Prepare a split for the sweep.
 
@@ -269,6 +290,8 @@ def make_split_sweep(
       offset: added to each image's class: the row of the choices that steers it.
       size_NH: |x| |W| + |b|.
       by_image: the strategies whose choices have a row for each image.
+      unnamed: further strategies that need no class.
+      least_confidence: an image whose prediction is less confident is not steered by predicted class.
     """
     count, labels = len(split.labels), split.labels
     other = np.flatnonzero(table.prediction != labels)
@@ -277,9 +300,10 @@ def make_split_sweep(
     true = np.arange(len(image)) < count
     predicted = ~true
     predicted[:count] = table.prediction == labels
+    predicted &= (table.confidence >= least_confidence)[image]
     none = np.zeros(0, np.int64)
     rows = Rows(image, steered_by, table.gate_logits[image], size_NH[image], (none, none, none))
-    return SplitSweep(name, split, table, rows, (true, predicted), steered, by_image)
+    return SplitSweep(name, split, table, rows, (true, predicted), steered, by_image, by_image | unnamed)
 
 
 def encode_sparse(sae: Autoencoder, x_ND: np.ndarray) -> csr_array:
@@ -322,7 +346,10 @@ def sweep_by_flips(
             on_devices[s][g], job.table.x[rows.image[grid.unsure_row]], rows.steered_by[grid.unsure_row],
             alphas[grid.unsure_place],
         )  # fmt: skip
-        tallies = [tally_flips(grid, decided, rows, used, outcomes, alphas, classes) for used in job.used]
+        tallies = [
+            tally_flips(grid, decided, rows, job.used_rows(y, g), outcomes, alphas, classes)
+            for y in range(len(job.used))
+        ]
         return SettingTally(s, g, tallies, flips)
 
     settings = list(np.ndindex(len(job.steered), len(job.steered[0])))
@@ -339,11 +366,12 @@ def sweep_by_gates(job: SplitSweep, alphas: np.ndarray, program: GateProgram, cl
         rows = job.rows_of(g)
         pattern_AR = program.patterns_of_rows(steered[s][g], chunks[g in job.by_image], alphas)
         tallies = []
-        for used_R in job.used:
-            used = np.flatnonzero(used_R)
-            used = used[np.argsort(rows.image[used])]
-            right_AN = job.table.answers[rows.image[used], pattern_AR[:, used]] == labels
-            gates_ANH = pattern_to_gates(pattern_AR[:, used], heads)
+        for y in range(len(job.used)):
+            used = np.flatnonzero(job.used_rows(y, g))
+            pattern_AN = np.tile(job.table.pattern, (len(alphas), 1))
+            pattern_AN[:, rows.image[used]] = pattern_AR[:, used]
+            right_AN = job.table.answers[np.arange(len(labels)), pattern_AN] == labels
+            gates_ANH = pattern_to_gates(pattern_AN, heads)
             tallies.append(tally_gates(gates_ANH, right_AN, job.unsteered_right, labels, classes))
         yield SettingTally(s, g, tallies, None)
 
@@ -358,11 +386,15 @@ def sweep_by_suffix(job: SplitSweep, alphas: np.ndarray, trained: TrainedModel, 
         settings = [SuffixSetting({layer: job.steered[s][g]}, job.class_of(y, g)) for s, g in pairs for y in ways]
         result = run_suffix(trained, job.split, settings, alphas, f"{job.name}: every setting")
         gates = LayerGates(trained.config, layer).join(result.gates[layer])
+        unsteered_NG = pattern_to_gates(job.table.pattern, gates.shape[-1])
         for number, (s, g) in enumerate(pairs):
-            tallies = [
-                tally_gates(gates[v], result.predictions[v] == labels, job.unsteered_right, labels, classes)
-                for v in range(number * len(NAMED_BY), (number + 1) * len(NAMED_BY))
-            ]
+            tallies = []
+            for y in ways:
+                v, steered_N = number * len(NAMED_BY) + y, job.is_steered(y, g)
+                gates_ANG = np.where(steered_N[:, None], gates[v], unsteered_NG)
+                prediction_AN = np.where(steered_N, result.predictions[v], job.table.prediction)
+                right_AN = prediction_AN == labels
+                tallies.append(tally_gates(gates_ANG, right_AN, job.unsteered_right, labels, classes))
             yield SettingTally(s, g, tallies, None)
 
 
@@ -413,22 +445,58 @@ class ChosenLatents(NamedTuple):
     top_images: np.ndarray  # [F, T]
     top_activations: np.ndarray  # [F, T]
 
+    @property
+    def class_matters(self) -> np.ndarray:
+        """[G] bool: does it make a difference, in any seed, which class steers an image."""
+        return np.any([[differs_by_class(one.choice) for one in by_strategy] for by_strategy in self.steered], axis=0)
+
 
 def strategy_rng(config: Config, seed: int, number: int) -> np.random.Generator:
     """Make the random generator of a strategy: that of its number among the strategies, for one autoencoder."""
     return np.random.default_rng([config.seed, 3, seed, number])
 
 
+class Evidence(NamedTuple):
+    """What strategies may look at besides an autoencoder's latents, the same for every autoencoder."""
+
+    outcomes: tuple[Outcomes, ...] = ()  # of training images, and of validation
+    cost: np.ndarray = NO_COST  # [P] what each pattern costs
+    guess: Guess | None = None  # None: no strategy guesses
+
+
+def read_guess_residuals(trained: TrainedModel, split: Split, name: str, x_ND: np.ndarray) -> np.ndarray:
+    """Read what a class is guessed from: the CLS residuals of a split that enter config.guess_layer, [N, D].
+
+    Args:
+      name: of the split.
+      x_ND: the residuals that enter the steered layer; another layer's take a pass up to there.
+    """
+    layer = trained.config.guess_layer
+    if layer == trained.config.sae_layer:
+        return x_ND
+    return load_all(load_or_compute_residuals(None, trained, ResidualSelection(split, name, (layer,), "cls"))[layer])
+
+
+def _fit_guess(run: RunData, x_MD: np.ndarray, labels: np.ndarray) -> Guess:
+    """Fit the classifier that guesses a class.
+
+    Args:
+      x_MD: what it reads of the validation images, from `read_guess_residuals`.
+      labels: [M] theirs.
+    """
+    train = run.dataset.train
+    return fit_guess((read_guess_residuals(run.trained, train, "train", run.x_train), train.labels), (x_MD, labels))
+
+
 def _measure_latents(
-    run: RunData, sae: Autoencoder, z_NF: np.ndarray, gate_DH: np.ndarray, evidence: tuple[Outcomes, ...],
-    cost_P: np.ndarray,
-) -> LatentStatistics:  # fmt: skip
+    run: RunData, sae: Autoencoder, z_NF: np.ndarray, gate_DH: np.ndarray, evidence: Evidence
+) -> LatentStatistics:
     """Measure one autoencoder's latents z on the training split: everything that a strategy may look at."""
     dataset = run.dataset
     labels, names = dataset.train.labels, dataset.class_names
-    stats = latent_statistics(z_NF, labels, len(names), sae.decoder, gate_DH, evidence, names)
+    stats = latent_statistics(z_NF, labels, len(names), sae.decoder, gate_DH, evidence.outcomes, names)
     residuals = Residuals(run.x_train, labels, gate_DH)
-    return stats._replace(cost=cost_P, related=dataset.related, residuals=residuals)
+    return stats._replace(cost=evidence.cost, related=dataset.related, residuals=residuals, guess=evidence.guess)
 
 
 def measure_for_strategy(run: RunData, name: str) -> LatentStatistics:
@@ -440,27 +508,28 @@ def measure_for_strategy(run: RunData, name: str) -> LatentStatistics:
       name: of the strategy; it exists.
     """
     trained, dataset, config = run.trained, run.dataset, run.trained.config
-    evidence, cost_P = tuple[Outcomes, ...](), NO_COST
+    evidence = Evidence()
     if name in TABLE_STRATEGIES or name not in STRATEGIES:
         test, validation = (
             select_classes(split, config, dataset.class_names) for split in (dataset.test, dataset.validation)
         )
         program = compile_table_program(trained, test)  # of the sweep's size, for the same bits
         table = fill_table(program, trained.params, validation, "validation: every gate pattern")
-        cost_P = _price_patterns(config, table)
-        evidence = _pattern_evidence(run, name in TABLE_STRATEGIES, program, table.outcomes(validation.labels))
+        outcomes = _pattern_evidence(run, name in TABLE_STRATEGIES, program, table.outcomes(validation.labels))
+        guess = None
+        if name == "guessed_bias":
+            x_MD = read_guess_residuals(trained, validation, "validation", table.x)
+            guess = _fit_guess(run, x_MD, validation.labels)
+        evidence = Evidence(outcomes, _price_patterns(config, table), guess)
     sae, gate_DH = run.autoencoders.member(0), gate_jacobian(trained, run.x_train)
-    return _measure_latents(run, sae, encode_split(sae, run.x_train), gate_DH, evidence, cost_P)
+    return _measure_latents(run, sae, encode_split(sae, run.x_train), gate_DH, evidence)
 
 
-def _choose_latents(
-    run: RunData, strategies: Strategies, evidence: tuple[Outcomes, ...], cost_P: np.ndarray, fold_N: np.ndarray
-) -> ChosenLatents:
+def _choose_latents(run: RunData, strategies: Strategies, evidence: Evidence, fold_N: np.ndarray) -> ChosenLatents:
     """Let every strategy choose latents of every seed's autoencoder, except those that choose for each image.
 
     Args:
-      evidence: what gate_aligned looks at.
-      cost_P: what each pattern costs.
+      evidence: what they look at besides the latents.
       fold_N: the half of validation to which each image belongs.
     """
     config, classes = run.trained.config, len(run.dataset.class_names)
@@ -472,7 +541,7 @@ def _choose_latents(
     for seed in range(config.sae.seeds):
         sae = run.autoencoders.member(seed)
         z_NF = encode_split(sae, run.x_train)
-        stats = _measure_latents(run, sae, z_NF, gate_DH, evidence, cost_P)
+        stats = _measure_latents(run, sae, z_NF, gate_DH, evidence)
         if seed == 0:
             class_frequency = stats.class_frequency.astype(np.float32)
             top_images, top_activations = _top_images(z_NF, INSPECTED_IMAGES)
@@ -500,19 +569,24 @@ def _choose_latents(
 
 def _choose_by_image(
     steered: list[list[Steering]], strategies: Strategies, statistics: Sequence[LatentStatistics], x_ND: np.ndarray,
-    config: Config, fold_N: np.ndarray | None = None,
+    guess_ND: np.ndarray, config: Config, fold_N: np.ndarray | None = None,
 ) -> list[list[Steering]]:  # fmt: skip
     """Let the strategies that choose for each image do so on one split; the other choices stay as they are.
 
     Args:
+      x_ND: CLS residuals that enter the steered layer.
+      guess_ND: those from which the class is guessed.
       fold_N: of validation, the half to which each image belongs; its choice is made without that half.
     """
     steered = [list(by_strategy) for by_strategy in steered]
     chosen = {g: choose for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy)}
     for s, stats in enumerate(statistics if chosen else ()):
-        images = ReadResiduals(x_ND, encode_sparse(steered[s][0].sae, x_ND))
+        images = ReadResiduals(guess_ND, encode_sparse(steered[s][0].sae, x_ND))
         versions = [stats] if fold_N is None else [_without_fold(stats, fold_N, fold) for fold in (0, 1)]
         for g, choose in chosen.items():
+            if s > 0 and not choose.reads_latents:
+                steered[s][g] = steered[s][g]._replace(choice=steered[0][g].choice)
+                continue
             rngs = (strategy_rng(config, s, g) for _ in versions)
             parts = [
                 choose.choose(images, version, config.steer, rng) for version, rng in zip(versions, rngs, strict=True)
@@ -606,24 +680,27 @@ def _sweep_split(
 
 
 def _prepare_split(
-    trained: TrainedModel, named_split: tuple[str, Split, Table], chosen: ChosenLatents, strategies: Strategies,
-    fold_N: np.ndarray,
+    trained: TrainedModel, named_split: tuple[str, Split, Table], guess_ND: np.ndarray, chosen: ChosenLatents,
+    strategies: Strategies, fold_N: np.ndarray,
 ) -> SplitSweep:  # fmt: skip
     """Bring together a split, its table and everything that steers it.
 
     Args:
+      guess_ND: the CLS residuals from which the class is guessed.
       fold_N: the half of validation to which each image belongs: it is steered by what was chosen without that half.
     """
     name, split, table = named_split
     on_validation, classes = name == "validation", chosen.class_frequency.shape[0]
     steered, offset = (chosen.crossed, classes * fold_N) if on_validation else (chosen.steered, 0)
     steered = _choose_by_image(
-        steered, strategies, chosen.statistics, table.x, trained.config, fold_N if on_validation else None
+        steered, strategies, chosen.statistics, table.x, guess_ND, trained.config, fold_N if on_validation else None
     )
     linear = choose_method(trained.config) == "flips"
     size_NH = bound_logits(trained, table.x) if linear else np.zeros_like(table.gate_logits)
     by_image = frozenset(g for g, choose in enumerate(strategies.values()) if isinstance(choose, ImageStrategy))
-    return make_split_sweep(name, split, table, steered, offset, size_NH, by_image)
+    unnamed = frozenset(np.flatnonzero(~chosen.class_matters).tolist())
+    least = trained.config.steer.least_confidence
+    return make_split_sweep(name, split, table, steered, offset, size_NH, by_image, unnamed, least)
 
 
 def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
@@ -652,15 +729,21 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     aligned = any(strategy in table_strategies for strategy in strategies.values())
     validation = tables["validation"].outcomes(splits["validation"].labels)
     fold_N = _halve_each_class(splits["validation"].labels)
-    cost_P = _price_patterns(config, tables["validation"])
-    evidence = _pattern_evidence(run, aligned, program, validation)
-    chosen = _choose_latents(run, strategies, evidence, cost_P, fold_N)
+    guessing, guess_x, guess = STRATEGIES["guessed_bias"] in strategies.values(), dict[str, np.ndarray](), None
+    for name, split in splits.items():
+        x_ND = tables[name].x
+        guess_x[name] = read_guess_residuals(trained, split, name, x_ND) if guessing else x_ND
+    if guessing:
+        guess = _fit_guess(run, guess_x["validation"], splits["validation"].labels)
+    outcomes = _pattern_evidence(run, aligned, program, validation)
+    evidence = Evidence(outcomes, _price_patterns(config, tables["validation"]), guess)
+    chosen = _choose_latents(run, strategies, evidence, fold_N)
     gates = LayerGates(config, config.sae_layer)
     evaluate = _make_evaluator(trained, alphas, chosen.effects, classes)
     results, steps = dict[str, SplitResult](), dict[str, dict[str, StepFunction]]()
     for name, split in splits.items():
         table = take_unsteered_from_suffix(trained, split, tables[name], chosen.steered[0][0], len(alphas))
-        job = _prepare_split(trained, (name, split, table), chosen, strategies, fold_N)
+        job = _prepare_split(trained, (name, split, table), guess_x[name], chosen, strategies, fold_N)
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:
             steps[name] = dict(zip(strategies, by_strategy, strict=True))
@@ -675,7 +758,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         related=dataset.related,
         latents=latents,
         weights=_stack_choices(chosen.steered, "weights", fill=0),
-        class_matters=_find_class_matters(chosen.steered),
+        class_matters=chosen.class_matters,
+        extra_macs=_count_extra_macs(config, classes, strategies, chosen, tables["test"]),
         directions=_stack_directions(chosen.steered),
         push=_stack_pushes(chosen, strategies) if choose_method(config) == "flips" else None,
         gate_logits=_average_by_class(run) if choose_method(config) == "flips" else None,
@@ -691,10 +775,17 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     )
 
 
-def _find_class_matters(steered: Sequence[Sequence[Steering]]) -> np.ndarray:
-    """Find for which strategies the class that steers an image makes a difference, in any seed: [G] bool."""
-    matters_SG = [[differs_by_class(steering.choice) for steering in by_strategy] for by_strategy in steered]
-    return np.any(matters_SG, axis=0)
+def _count_extra_macs(
+    config: Config, classes: int, strategies: Strategies, chosen: ChosenLatents, table: Table
+) -> np.ndarray:
+    """Count the MACs that each strategy adds to the steered pass of a test image: [G, Y]; see `count_extra_macs`."""
+    choices = [steering.choice for steering in chosen.steered[0]]
+    moving_G = [
+        count_moving_macs(config, classes, strategy, choice)
+        for strategy, choice in zip(strategies.values(), choices, strict=True)
+    ]
+    steered_N = table.confidence >= config.steer.least_confidence
+    return count_extra_macs(moving_G, chosen.class_matters, table.macs_from, steered_N)
 
 
 def _stack_pushes(chosen: ChosenLatents, strategies: Strategies) -> np.ndarray:

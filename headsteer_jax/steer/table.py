@@ -19,6 +19,7 @@ from headsteer_jax.config.schema import Config
 from headsteer_jax.data.augment import preprocess
 from headsteer_jax.data.dataset import Split
 from headsteer_jax.model.call_limits import choose_call_limits
+from headsteer_jax.model.macs import count_macs_from
 from headsteer_jax.model.passes import Program, compile_program_within_memory, per_image_program, run_over_split
 from headsteer_jax.model.vit import Intervention, TrainedModel, ViT, predict_class
 from headsteer_jax.runtime.mesh import local_mesh
@@ -113,6 +114,8 @@ class Table(NamedTuple):
     prediction: np.ndarray  # [N] int32, the unsteered model's
     answers: np.ndarray  # [N, P] int32, the prediction under each listed pattern
     kept_patches: np.ndarray  # [N] int32, the patches that the layer keeps
+    confidence: np.ndarray  # [N] float32, the unsteered model's largest probability (softmax)
+    macs_from: np.ndarray  # [N] float32, MACs of the unsteered model from the layer's input to the logits
 
     def outcomes(self, labels: np.ndarray) -> Outcomes:
         """Compare every answer with the images' labels [N]."""
@@ -129,13 +132,16 @@ def make_table_program(trained: TrainedModel, mesh: Mesh | None = None) -> Progr
         m_BG = gates.logits(model, params, x_BTD[:, 0])
         answers_BP = predict_under_patterns(model, params, x_BTD, gates, listed_P).T
         pattern_B = gates_to_pattern(m_BG)
+        last_BTD, out = model.apply(params, x_BTD, gates.layer, method="blocks")
+        logits_BC = model.apply(params, last_BTD[:, 0], method="classify")
         if gates.fits_table:
             prediction_B = jnp.take_along_axis(answers_BP, pattern_B[:, None], axis=1)[:, 0]
         else:
-            last_BTD, _ = model.apply(params, x_BTD, gates.layer, method="blocks")
-            prediction_B = predict_class(model.apply(params, last_BTD[:, 0], method="classify"))
+            prediction_B = predict_class(logits_BC)
+        confidence_B = jnp.max(jax.nn.softmax(logits_BC), axis=-1)
+        macs_B = count_macs_from(config, logits_BC.shape[1], gates.layer, out["gates"])
         patches_B = count_kept_patches(model, params, x_BTD, gates.layer)
-        return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, patches_B
+        return x_BTD[:, 0], m_BG, pattern_B, prediction_B, answers_BP, patches_B, confidence_B, macs_B
 
     return per_image_program(run, choose_call_limits(model, config.machine, mesh or local_mesh()).images, mesh=mesh)
 

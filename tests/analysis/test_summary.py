@@ -140,7 +140,7 @@ def test_the_class_that_names_an_image_has_its_alpha(config: Config, result: Swe
 
 
 def test_no_label_chooses_an_alpha_by_predicted_class() -> None:
-    """Every image is taken for class 0. Alpha 1 answers those of class 1, alpha 2 those of class 0: only labels know."""
+    """Every image is taken for class 0; alpha 1 answers those of class 1, and alpha 2 those of class 0."""
     config, result = made_sweep(classes=2, heads=2, seeds=1, per_class=10, strategies=("probe",), alphas=(1.0, 2.0))
     labels = result.test.labels
     right_AN = np.stack([labels == 0, labels == 1, labels == 0])

@@ -115,6 +115,18 @@ def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -
     assert flatten(load_config(plain, {path: text}))[path] == (list(value) if isinstance(value, tuple) else value)
 
 
+@pytest.mark.parametrize("layer", [2, -1, -4, -5])
+def test_a_guess_comes_before_the_steered_layer_and_after_the_first_input(layer: int, plain: Path) -> None:
+    """Of four layers, layer 1 is steered: -4 is layer 0, whose CLS token is the same for all images."""
+    fields = {"sae.layer": "1", "steer.guess_layer": str(layer)}
+    with pytest.raises(
+        HeadSteerError, match=rf"^config\.steer\.guess_layer = {layer}: must be 0, or .* sae\.layer = 1,"
+    ):
+        load_config(plain, fields)
+    assert load_config(plain, fields | {"steer.guess_layer": "-3"}).guess_layer == 1
+    assert load_config(plain, {"sae.layer": "-2"}).guess_layer == 2
+
+
 @pytest.mark.parametrize(
     ("path", "text", "parts"),
     [
@@ -131,6 +143,7 @@ def test_overrides_are_typed(path: str, text: str, value: object, plain: Path) -
         ("train.label_smoothing", "1", ["config.train.label_smoothing", "less than 1"]),
         ("steer.mode", "boost", ["config.steer.mode", "'add'", "'ablate'"]),
         ("steer.alphas", "1,x", ["config.steer.alphas"]),
+        ("steer.guess_layer", "4", ["config.steer.guess_layer = 4: must be 0, or a layer from 1 to the steered one"]),
         ("steer.allowed_loss", "0.001", ["config.steer.allowed_loss = 0.001: must be 0, or at least steer.tolerance"]),
         ("steer.classes", "[x]", ["config.steer.classes = '[x]'", "a JSON list of quoted strings"]),
         ("steer.classes", "[1, 2]", ["config.steer.classes = '[1, 2]'", "a JSON list of quoted strings"]),

@@ -202,8 +202,8 @@ def test_numbers_are_the_summarys(written: Written) -> None:
         if "alpha_per_class" in result:
             per_class = result["alpha_per_class"]
             assert row[1].replace("\u2212", "-") == f"{result['alpha']:g}"
-            assert row[5] == str(result["classes_saved"])
-            assert row[6:] == (["", "", ""] if per_class is None else [
+            assert row[5:7] == [str(result["classes_saved"]), f"{100 * result['total_macs_share']:.1f}%"]
+            assert row[7:] == (["", "", ""] if per_class is None else [
                 f"{per_class['usage']:.3f}", f"{100 * per_class['accuracy']:.1f}%", str(per_class["classes_saved"])
             ])  # fmt: skip
     sizes = [row for row in page.tables["sizes"] if row]

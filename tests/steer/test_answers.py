@@ -20,6 +20,7 @@ from headsteer_jax.model.vit import Intervention, TrainedModel, stack_gates
 from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer.answers import (
     Answers,
+    ReadImages,
     SteeringRule,
     check_images,
     find_steering_rule,
@@ -53,11 +54,11 @@ def run_model(trained: TrainedModel, images: np.ndarray, x: np.ndarray | None) -
     return jax.jit(run)(trained.params, images)
 
 
-def rule_of(steering: object, label: int | None = None) -> SteeringRule:
-    def choose(_: np.ndarray, label_B: np.ndarray) -> tuple:
+def rule_of(steering: object, label: int | None = None, least_confidence: float = 0.0) -> SteeringRule:
+    def choose(_: ReadImages, label_B: np.ndarray) -> tuple:
         return steering.choice, label_B if label is None else np.full_like(label_B, label)
 
-    return SteeringRule(steering.sae, steering.strength, choose)
+    return SteeringRule(steering.sae, steering.strength, choose, least_confidence)
 
 
 @pytest.mark.parametrize(("kinds", "layer"), [(("heads",), -1), (("heads", "sublayers", "tokens"), 1)])
@@ -123,6 +124,35 @@ def test_alpha_0_is_the_unsteered_model_bit_for_bit(mode: str, target: str, spli
     chex.assert_trees_all_equal(predictions.steered, unsteered)
 
 
+def test_an_unsure_image_is_not_steered(split: Split) -> None:
+    trained, steering = trained_model(steer_config()), setting()
+    always = make_predict(trained, steering.sae, 2, rule_of(steering), 4.0)(split.images)
+    least = float(np.median(always.confidence))
+    found = make_predict(trained, steering.sae, 2, rule_of(steering, None, least), 4.0)(split.images)
+    sure = found.confidence >= least
+    assert always.steered is not None
+    assert found.steered is not None
+    np.testing.assert_array_equal(found.steered.label, np.where(sure, always.steered.label, found.label))
+    heads, unsteered = always.steered.gates["heads"], found.gates["heads"]
+    assert (heads != unsteered)[~sure].any()
+    np.testing.assert_array_equal(found.steered.gates["heads"], np.where(sure[:, None, None], heads, unsteered))
+
+
+def test_a_guess_reads_the_input_of_its_layer(split: Split) -> None:
+    """The residual that an early layer's guess is given is the one that enters that layer."""
+    config = steer_config(guess_layer=1)
+    trained, steering, seen = trained_model(config), setting(), []
+
+    def choose(images: ReadImages, label_B: np.ndarray) -> tuple:
+        seen.append(images)
+        return steering.choice, label_B
+
+    make_predict(trained, steering.sae, 2, SteeringRule(steering.sae, steering.strength, choose), 1.0)(split.images)
+    for layer, read in ((1, seen[0].guess), (2, seen[0].x)):
+        x_BTD = trained.model.apply(trained.params, split.images[:64] / np.float32(255), layer, method="before")
+        np.testing.assert_allclose(read[:64], x_BTD[:, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_an_image_has_the_same_bits_among_any_number_of_images(split: Split) -> None:
     """More than one call, one image, and none."""
     trained, steering = trained_model(steer_config()), setting()
@@ -138,12 +168,13 @@ def test_a_rule_is_the_choice_of_the_sweep(finished: FinishedRun) -> None:
     run, sweep = load_run(finished.workdir), read_sweep(finished.workdir / "sweep.nc")
     for g, name in enumerate(run.config.steer.strategies):
         rule = find_steering_rule(run, name, None)
-        choice, row = rule.choose(run.x_train[:3], np.array([5, 0, 7], np.int32))
+        read = ReadImages(run.x_train[:3], run.x_train[:3])
+        choice, row = rule.choose(read, np.array([5, 0, 7], np.int32))
         recorded = sweep.isel(strategy=g, seed=0)
         np.testing.assert_array_equal(row, [5, 0, 7])
         np.testing.assert_array_equal(choice.latents, recorded["latents"].values[:, : choice.latents.shape[1]])
         np.testing.assert_allclose(choice.weights, recorded["weights"].values[:, : choice.weights.shape[1]], rtol=1e-5)
-        np.testing.assert_array_equal(find_steering_rule(run, name, 4).choose(run.x_train[:2], row[:2])[1], [4, 4])
+        np.testing.assert_array_equal(find_steering_rule(run, name, 4).choose(read, row)[1], [4, 4, 4])
 
 
 def test_run_predict_agrees_with_the_sweep(finished: FinishedRun) -> None:

@@ -1,5 +1,8 @@
 """Directions and choices for each image, against loops in plain Python and planted answers."""
 
+from collections.abc import Callable
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -8,8 +11,8 @@ from headsteer_jax.config import SteerConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.by_image import ReadResiduals, guessed_bias_directions, image_latents, image_random_directions
 from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
-from headsteer_jax.steer.directions import fit_probe
 from headsteer_jax.steer.flips import Rows, find_flips, gate_effect
+from headsteer_jax.steer.guess import Guess, fit_guess, fit_probe
 from headsteer_jax.steer.strategies import (
     Choice,
     LatentStatistics,
@@ -34,7 +37,7 @@ def made(seed: int = 0) -> LatentStatistics:
     logits = rng.normal(1, 1, (N, H)).astype(np.float32)
     outcomes = Outcomes(labels, logits, rng.random((N, 2**H)) < 0.7, (logits > 0) @ (1 << np.arange(H)))
     stats = latent_statistics(z, labels, C, rng.standard_normal((F, D)).astype(np.float32), gate, (outcomes, outcomes))
-    return stats._replace(residuals=Residuals(x, labels, gate))
+    return stats._replace(residuals=Residuals(x, labels, gate), guess=fit_guess((x, labels), (x, labels)))
 
 
 def direction(name: str, stats: LatentStatistics, seed: int = 0) -> np.ndarray:
@@ -69,7 +72,7 @@ def test_probe_finds_the_planted_direction() -> None:
     x = rng.normal(0, 0.2, (N, D))
     x[:, 0] += 2.0 * labels
     x[:, 1] = rng.normal(0, 10, N)
-    probe = fit_probe(Residuals(x.astype(np.float32), labels, np.zeros((D, H))))
+    probe = fit_probe(x.astype(np.float32), labels)
     assert probe.coef_.shape == (2, D)
     assert cosine(probe.coef_[1] - probe.coef_[0], np.eye(D)[0]) > 0.9
     logits = x @ probe.coef_.T + probe.intercept_
@@ -135,19 +138,37 @@ def test_image_latents_are_its_own_strongest() -> None:
         amplified = found.latents[n][found.weights[n] > 0]
         assert amplified.tolist() == wanted
         assert len(set(found.latents[n].tolist())) == 4
+        pushed = found.weights[n] * stats.strength[found.latents[n]]  # by *add* at alpha 1
+        np.testing.assert_allclose(pushed[: len(wanted)], z[n, wanted], rtol=1e-6)
+        assert not z[n, found.latents[n][len(wanted) :]].any()
     assert not found.weights[0].any()
+    scaled = image_latents(
+        ReadResiduals(np.zeros((9, D)), csr_array(z)), stats, highest.model_copy(update={"mode": "scale"}), rng
+    )
+    np.testing.assert_array_equal(scaled.weights, found.weights > 0)
+
+
+def test_too_few_rare_latents_are_named() -> None:
+    stats, rare = made(4), SteerConfig(latents=4, max_frequency=0.01)
+    images = ReadResiduals(np.zeros((9, D)), csr_array(np.ones((9, F))))
+    with pytest.raises(
+        HeadSteerError, match=r"steer\.latents = 4: only 0 latents fire .* steer\.max_frequency = 0\.01"
+    ):
+        image_latents(images, stats, rare, np.random.default_rng(0))
 
 
 def test_random_directions_of_images_move_as_far_as_their_latents() -> None:
     stats, rng = made(5), np.random.default_rng(5)
     z = csr_array(np.where(rng.random((9, F)) < 0.5, rng.exponential(1, (9, F)), 0))
     images = ReadResiduals(np.zeros((9, D)), z)
-    own, control = image_latents(images, stats, CONFIG, rng), image_random_directions(images, stats, CONFIG, rng)
-    for n in range(9):
-        moved = sum(
-            w * stats.strength[j] * stats.decoder[j] for j, w in zip(own.latents[n], own.weights[n], strict=True)
-        )
-        assert np.linalg.norm(control.directions[n]) == pytest.approx(np.linalg.norm(moved), rel=1e-5)
+    own = image_latents(images, stats, CONFIG, rng)
+    for mode in ("add", "scale"):
+        control = image_random_directions(images, stats, SteerConfig(latents=4, mode=mode), rng)
+        for n in range(9):
+            moved = sum(
+                z[[n], [j]] * stats.decoder[j] for j, w in zip(own.latents[n], own.weights[n], strict=True) if w
+            )
+            assert np.linalg.norm(control.directions[n]) == pytest.approx(np.linalg.norm(moved), rel=1e-5)
 
 
 def test_a_guess_mixes_the_biases_of_classes() -> None:
@@ -161,6 +182,32 @@ def test_a_guess_mixes_the_biases_of_classes() -> None:
     biases = direction("gate_bias", stats)
     np.testing.assert_allclose(found[:C], biases, atol=0.05 * np.abs(biases).max())
     np.testing.assert_allclose(found[C], (biases[0] + biases[1]) / 2, atol=0.05 * np.abs(biases).max())
+
+
+def test_a_guess_mixes_the_most_probable_classes_and_falls_back_to_the_bias_of_all() -> None:
+    """A planted classifier whose logits are the first residuals, with a temperature of 2."""
+    stats, rng = made(8), np.random.default_rng(8)
+    logits = rng.normal(0, 3, (4000, C))
+    chance = np.exp(logits / 2) / np.exp(logits / 2).sum(axis=1, keepdims=True)
+    labels = (chance.cumsum(axis=1) < rng.random((4000, 1))).sum(axis=1)
+    stats = stats._replace(guess=Guess(np.eye(C, D), np.zeros(C), logits, labels))
+    x = rng.normal(0, 3, (50, D)).astype(np.float32)
+    images, biases = ReadResiduals(x, csr_array(np.zeros((50, F)))), direction("gate_bias", stats)
+    common = direction("global_bias", stats)[0]
+    config = SteerConfig(latents=4, guess_classes=2, least_confidence=0.5)
+    found = guessed_bias_directions(images, stats, config, rng).directions
+    probability = np.exp(x[:, :C].astype(float) / 2)
+    probability /= probability.sum(axis=1, keepdims=True)
+    unsure = 0
+    for n in range(50):
+        first, second = np.argsort(-probability[n])[:2]
+        p, q = probability[n, [first, second]]
+        if abs(p - 0.5) < 0.05:  # the fitted temperature may decide either way
+            continue
+        mixed = (p * biases[first] + q * biases[second]) / (p + q)
+        np.testing.assert_allclose(found[n], mixed if p > 0.5 else common, atol=0.05 * np.abs(biases).max())
+        unsure += p < 0.5
+    assert 5 < unsure < 45
 
 
 def test_a_global_bias_is_the_same_for_all_classes_and_fits_them_together() -> None:
@@ -190,7 +237,9 @@ def test_flips_along_a_direction_are_where_the_gate_logits_change_sign() -> None
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (np.ones(D + 1), ["width 7", "has 6"]),
+        (np.ones(D + 1), ["direction must have the shape (6,)", "(7,)"]),
+        (np.ones((1, D)), ["direction must have the shape (6,)", "(1, 6)"]),
+        ([np.ones(2), np.ones(3), 1], ["a direction"]),
         (np.zeros(D), ["zero"]),
         (np.full(D, np.nan), ["nan", "finite"]),
         (np.full(D, 1e300), ["inf"]),
@@ -202,6 +251,12 @@ def test_a_direction_that_cannot_be_used_is_named(answer: np.ndarray, words: lis
         per_class_strategy(lambda stats, label: answer, "mine")(made(), CONFIG, np.random.default_rng(0))
     for word in ("'mine'", "class 0", *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [jnp.asarray, list, tuple])
+def test_a_direction_may_be_anything_that_makes_an_array(form: Callable[[np.ndarray], object]) -> None:
+    mine = per_class_strategy(lambda stats, label: form(np.eye(D)[label]), "mine")
+    np.testing.assert_array_equal(mine(made(), CONFIG, np.random.default_rng(0)).directions, np.eye(D)[:C])
 
 
 def test_a_user_may_give_directions_but_not_both() -> None:

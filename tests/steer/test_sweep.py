@@ -3,21 +3,29 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
-from builders import CLASSES, split_sweep, steer_config
+from builders import CLASSES, setting, split_sweep, steer_config, trained_model
 from helpers import environment, watch_progress
 
 from headsteer_jax.config import Config, SteerConfig, SublayerGateConfig
 from headsteer_jax.data.dataset import Dataset, Split
 from headsteer_jax.errors import HeadSteerError
+from headsteer_jax.sae.autoencoder import Autoencoder
+from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.catalogue import STRATEGIES
-from headsteer_jax.steer.gates import LayerGates
+from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
+from headsteer_jax.steer.guess import Guess, fit_temperature
 from headsteer_jax.steer.results import BY_LABEL
 from headsteer_jax.steer.steering import GateProgram
 from headsteer_jax.steer.strategies import LatentStatistics
 from headsteer_jax.steer.sweep import (
+    Evidence,
+    SplitSweep,
+    _choose_latents,
     _halve_each_class,
+    _prepare_split,
     _sweep_split,
     _top_images,
     _without_fold,
@@ -26,12 +34,15 @@ from headsteer_jax.steer.sweep import (
     choose_method,
     describe_method,
     describe_unmatched,
+    gate_jacobian,
     make_alpha_grid,
+    make_split_sweep,
     sweep_by_flips,
     sweep_by_gates,
     sweep_by_suffix,
 )
-from headsteer_jax.steer.table import Outcomes
+from headsteer_jax.steer.table import Outcomes, Table
+from headsteer_jax.steer.tally import Tally, unpack_bits
 
 
 @pytest.mark.parametrize(("images", "latents", "count"), [(50, 300, 4), (3, 5, 8), (7, 128, 7)])
@@ -49,7 +60,9 @@ def test_top_images_are_the_strongest_in_order(images: int, latents: int, count:
 def test_names_are_checked_before_anything_is_computed() -> None:
     none = Split(np.zeros((0, 1, 1, 1), np.uint8), np.zeros(0, np.int32))
     dataset = Dataset(none, none, none, ("a", "b"))
-    check_strategies_and_classes(Config(steer=SteerConfig(classes=("a",))), dataset)
+    check_strategies_and_classes(Config(steer=SteerConfig(classes=("a",), guess_classes=2)), dataset)
+    with pytest.raises(HeadSteerError, match=r"guess_classes = 3: the dataset has only 2 classes"):
+        check_strategies_and_classes(Config(steer=SteerConfig(guess_classes=3)), dataset)
     with pytest.raises(HeadSteerError, match=r"config\.steer\.classes: the dataset has no class 'c'; it has a, b$"):
         check_strategies_and_classes(Config(steer=SteerConfig(classes=("a", "c"))), dataset)
     with pytest.raises(HeadSteerError, match=r"config\.steer\.strategies: there is no 'best'"):
@@ -137,6 +150,96 @@ def test_every_method_gives_the_same_tallies(split, mode, weights, kinds):
     by_label, by_prediction = wanted[0, 0]
     assert not np.array_equal(by_label.gates, by_prediction.gates)
     assert len({row.tobytes() for row in by_label.gates}) > 2
+
+
+@pytest.mark.parametrize("method", ["flips", "gates", "suffix"])
+def test_an_unsure_image_is_steered_by_its_label_only(split: Split, method: str) -> None:
+    """By predicted class it keeps its unsteered gates and answer; a strategy that needs no class never does."""
+    job, trained, effects = split_sweep(steer_config(), split, (0.5, 2.0))
+    least = float(np.median(job.table.confidence))
+    sure, alphas, program = job.table.confidence >= least, np.array([0.0, 1.0, 4.0]), GateProgram(trained)
+    rows = (job.split, job.table, job.steered, 0, job.rows.size[:90])
+    limited = make_split_sweep("test", *rows, frozenset({3}), frozenset({1}), least)
+
+    def sweep(job: SplitSweep) -> dict[tuple[int, int], list[Tally]]:
+        swept = {
+            "flips": lambda: sweep_by_flips(job, alphas, program, effects, CLASSES),
+            "gates": lambda: sweep_by_gates(job, alphas, program, CLASSES),
+            "suffix": lambda: sweep_by_suffix(job, alphas, trained, CLASSES),
+        }[method]()
+        return {(s, g): tallies for s, g, tallies, _ in swept}
+
+    before, after, changed = sweep(job), sweep(limited), 0
+    unsteered = pattern_to_gates(job.table.pattern, 3).T
+    for (s, g), tallies in after.items():
+        by_label, by_prediction = before[s, g]
+        np.testing.assert_array_equal(tallies[0].gates, by_label.gates)
+        if g in (1, 3):
+            np.testing.assert_array_equal(tallies[1].gates, by_label.gates)
+            continue
+        found, always = (unpack_bits(tally.gates, 90) for tally in (tallies[1], by_prediction))
+        np.testing.assert_array_equal(found, np.where(sure, always, unsteered))
+        right, right_always = (unpack_bits(tally.right, 90) for tally in (tallies[1], by_prediction))
+        np.testing.assert_array_equal(right, np.where(sure, right_always, job.unsteered_right))
+        assert tallies[1].correct.sum() == right.sum()
+        changed += (always != unsteered)[..., ~sure].sum()
+    assert changed
+
+
+def test_no_image_of_validation_steers_itself() -> None:
+    """Only images of the first half can do without head 0, and only those of the second half without head 1.
+
+    So a choice that was made with the first half pushes head 0 down, and it may steer images of the second half alone.
+    The same with a temperature: the first half's guesses are all right, the second half's are all wrong.
+    """
+    labels = np.repeat([0, 1], 20).astype(np.int32)
+    fold = _halve_each_class(labels)
+    right = np.zeros((40, 8), bool)
+    right[:, 7] = True
+    right[fold == 0, 6] = True  # without head 0
+    right[fold == 1, 5] = True
+    validation = Outcomes(labels, np.ones((40, 3)), right, np.full(40, 7))
+    nothing = Outcomes(*(field[:0] for field in validation))
+    config = steer_config(alphas=(1.0,), price=0.5)
+    config = config.model_copy(update={"sae": config.sae.model_copy(update={"seeds": 1})})
+    x = np.zeros((40, 24), np.float32)
+    x[:, 5] = 2.0 * labels - 1
+    signs = np.stack([-np.eye(24)[5], np.eye(24)[5]])
+    guess = Guess(signs, np.zeros(2), x @ signs.T, np.where(fold == 0, labels, 1 - labels))
+    split = Split(np.zeros((40, 8, 8, 1), np.uint8), labels)
+    trained, sae = trained_model(config, 2), setting().sae
+    several = Autoencoder(jax.tree.map(lambda leaf: leaf[None], sae.weights), sae.scaling, sae.k)
+    run = RunData(trained, Dataset(split, split, split, ("a", "b")), several, x)
+    strategies = {name: STRATEGIES[name] for name in ("gate_bias", "guessed_bias")}
+    chosen = _choose_latents(run, strategies, Evidence((nothing, validation), guess=guess), fold)
+    table = Table(
+        x, np.ones((40, 3), np.float32), np.full(40, 7), 1 - labels, np.zeros((40, 8), int), np.full(40, 4),
+        np.ones(40), np.zeros(40),
+    )  # fmt: skip
+    job = _prepare_split(trained, ("validation", split, table), x, chosen, strategies, fold)
+    gate, closed = gate_jacobian(trained, x), -1.0  # gate logits are 1
+    for y, g in np.ndindex(2, 2):
+        push_N3 = job.steered[0][g].choice.directions[job.class_of(y, g)] @ gate
+        assert (push_N3[fold == 0, 1] < closed).all()  # chosen with the second half
+        assert (push_N3[fold == 1, 0] < closed).all()
+        np.testing.assert_allclose(push_N3[fold == 0, 0], 0, atol=1e-5)
+        np.testing.assert_allclose(push_N3[fold == 1, 1], 0, atol=1e-5)
+    on_test = _prepare_split(trained, ("test", split, table), x, chosen, strategies, fold)
+    for g in (0, 1):
+        push_N3 = on_test.steered[0][g].choice.directions[on_test.class_of(BY_LABEL, g)] @ gate
+        assert len(np.unique(push_N3.round(4), axis=0)) == 1  # chosen with all of validation
+
+
+def test_the_temperature_of_a_guess_was_not_fitted_on_the_images_that_it_is_scored_on() -> None:
+    labels = np.repeat([0, 1], 20)
+    fold = _halve_each_class(labels)
+    logits = np.stack([1.0 - 2 * labels, 2.0 * labels - 1], axis=1)
+    outcomes = Outcomes(labels, np.ones((40, 3)), np.ones((40, 8), bool), np.full(40, 7))
+    guess = Guess(np.zeros((2, 24)), np.zeros(2), logits, np.where(fold == 0, labels, 1 - labels))
+    stats = LatentStatistics(*np.zeros((4, 1)), outcomes=(outcomes, outcomes), guess=guess)
+    right, wrong = (_without_fold(stats, fold, left_out).guess for left_out in (1, 0))
+    assert fit_temperature(right.logits, right.labels) < 1  # the first half is guessed right
+    assert fit_temperature(wrong.logits, wrong.labels) > 100
 
 
 def test_the_model_decides_at_the_flips_themselves(split):
