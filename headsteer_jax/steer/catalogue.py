@@ -114,12 +114,14 @@ def per_class_strategy(function: ClassStrategy, name: str) -> Strategy:
             if parts and len(part) != len(parts[0]):
                 raise HeadSteerError(f"{source}: it must return the same for every class: latents, or a direction")
             if not is_direction:
-                _check_pair(*part, len(parts[0][0]) if parts else part[0].size, len(stats.frequency), source)
+                latents, weights = part[0], part[-1]
+                length = len(parts[0][0]) if parts else latents.size
+                _check_pair(latents, weights, length, len(stats.frequency), source)
             parts.append(part)
         if len(parts[0]) == 1:
             return wrap_directions(np.stack([direction for (direction,) in parts]))
-        latents, weights = (np.stack(rows) for rows in zip(*parts, strict=True))
-        return Choice(latents.astype(np.int32), weights)
+        latents_CS, weights_CS = (np.stack(rows) for rows in zip(*parts, strict=True))
+        return Choice(latents_CS.astype(np.int32), weights_CS)
 
     return choose
 

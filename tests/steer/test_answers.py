@@ -204,6 +204,24 @@ def test_strategies_without_a_class_steer(name: str, finished: FinishedRun) -> N
     np.testing.assert_array_equal(same.steered.confidence, same.confidence)
 
 
+def test_the_sweep_and_a_prediction_guess_from_the_same_early_layer(finished: FinishedRun) -> None:
+    run = load_run(finished.workdir)
+    steer = {"guess_layer": 1, "guess_classes": 2, "least_confidence": 0.2}
+    sweep = run.sweep({"guess": "guessed_bias", "bias": "gate_bias"}, alphas=(3.0,), **steer)
+    config = run.config.model_copy(update={"steer": run.config.steer.model_copy(update=steer)})
+    early = replace(run, trained=run.trained._replace(config=config))
+    test = run.dataset.test
+    for name, strategy in (("guess", "guessed_bias"), ("bias", "gate_bias")):
+        steered = early.predict(test.images, steer=strategy, alpha=3.0).steered
+        assert steered is not None
+        chosen = {"strategy": name, "seed": 0, "named_by": "predicted", "alpha": 3.0}
+        right = np.bincount(test.labels[steered.label == test.labels], minlength=len(run.dataset.class_names))
+        np.testing.assert_array_equal(right, sweep["test_correct"].sel(chosen).values)
+    classes, width = len(run.dataset.class_names), run.config.model.width
+    assert sweep["extra_macs"].sel(strategy="guess").values.tolist() == [(classes + 2) * width] * 2
+    assert sweep["extra_macs"].sel(strategy="bias", named_by="true") == 0
+
+
 def test_a_latent_is_named_by_the_classes_on_which_it_fires_most(finished: FinishedRun) -> None:
     run = load_run(finished.workdir)
     with np.load(finished.workdir / "sae/inside.npz") as arrays:
