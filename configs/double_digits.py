@@ -18,6 +18,11 @@ from headsteer_jax.config import (
     TrainConfig,
 )
 
+# [LH26]'s and its controls, ours, and the same two found without an autoencoder
+STRATEGIES = (
+    "class", "global", "random", "matched_random", "gate_aligned", "mean_difference", "gate_bias",
+)  # fmt: skip
+
 
 def get_config() -> Config:
     """Return the experiment's config."""
@@ -48,6 +53,7 @@ def get_config() -> Config:
         # three times in 4% of the resamplings, and an interval of 95% is as wide as all seeds.
         sae=SAEConfig(expansion=8, k=16, epochs=9, batch=1024, learning_rate=1e-3, seeds=5),
         steer=SteerConfig(
+            strategies=STRATEGIES,
             latents=8,  # at equal usage, 16 cost more accuracy
             alphas=(-4, -2, -1, -0.5, 0, 0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16),
             evidence=100,  # of each class; there are as many validation images

@@ -17,6 +17,12 @@ from headsteer_jax.config import (
 )
 
 STEPS_PER_EPOCH = 45_000 // 128
+STRATEGIES = (
+    "class", "global", "random", "matched_random", "gate_aligned",  # [LH26]'s, a stricter control, and ours
+    "mean_difference", "probe", "random_direction", "gate_bias", "random_bias",  # without an autoencoder
+    "superclass", "matched_superclass",
+    "global_bias", "guessed_bias", "image_latents", "image_random",  # without a label
+)  # fmt: skip
 
 
 def get_config() -> Config:
@@ -31,6 +37,7 @@ def get_config() -> Config:
             mean=(0.485, 0.456, 0.406),  # ImageNet's statistics, which pretrained backbones expect
             std=(0.229, 0.224, 0.225),
             crop_padding=4,
+            crop_fill="mirror",
             flip=True,
             related=(
                 "kitchenware=frying_pan|wok|teapot|wooden_spoon|plate|water_jug",
@@ -50,19 +57,30 @@ def get_config() -> Config:
             ),
         ),
         model=ModelConfig.of_size("S", patch=8),
-        gate=GateConfig(target=0.8, noise=0.3, loss="squared", weight=10.0, anneal=0.5, learning_rate_scale=5.0),
+        gate=GateConfig(
+            target=0.88,
+            noise=0.3,
+            loss="absolute",
+            weight=2.0,
+            anneal=0.5,
+            learning_rate_scale=5.0,
+            teacher_logits=2.0,
+            teacher_temperature=2.0,
+            teacher_hidden=0.5,
+        ),
         train=TrainConfig(
             batch=128,
-            dense=PhaseConfig(steps=5 * STEPS_PER_EPOCH, learning_rate=8e-5),
-            gated=PhaseConfig(steps=round(2.5 * STEPS_PER_EPOCH), learning_rate=1e-4),
+            dense=PhaseConfig(steps=4 * STEPS_PER_EPOCH, learning_rate=8e-5),
+            gated=PhaseConfig(steps=3 * STEPS_PER_EPOCH, learning_rate=1e-4),
             eval_batch=250,
             steps_per_call=10,
             eval_every=250,
         ),
         sae=SAEConfig(expansion=8, k=32, epochs=100),
         steer=SteerConfig(
+            strategies=STRATEGIES,
             latents=16,
-            alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0),
+            alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0),
         ),
         layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
     )

@@ -140,6 +140,8 @@ def _measure_steering(scores: Scores, summary: Mapping[str, Any]) -> dict[str, M
                 change, change_R = values[quantity] - before[quantity], after_R - getattr(before_R, quantity)
                 metrics[f"{name}.{quantity}"] = Measure(values[quantity], after_R, IMAGES)
                 metrics[f"{name}.{quantity}_change"] = Measure(change, change_R, IMAGES)
+            if "total_macs_share" in values:  # older runs do not have it
+                metrics[f"{name}.total_macs_share"] = Measure(values["total_macs_share"])
         metrics[f"{strategy}.classes_saved"] = Measure(float(row["classes_saved"]))
     return metrics
 

@@ -51,6 +51,7 @@ ENDINGS = {
     "accuracy": "accuracy",
     "accuracy_change": "change of accuracy",
     "classes_saved": "classes saved",
+    "total_macs_share": "multiply-accumulates of the layer and of steering, of the dense layer's",
 }
 # the columns of a grid's table
 CELL_METRICS = ("gated_accuracy", "unsteered.usage", "class.usage_change", "class.accuracy_change")
@@ -59,7 +60,8 @@ MAIN_METRICS = (
     "gated_accuracy", "dense_control_accuracy", "gated_minus_dense_control", "macs_share", "all_on.accuracy",
     "all_off.accuracy", "explained_variance", "dead_fraction", "gate_agreement", "unsteered.usage", "class.usage",
     "class.usage_change", "class.accuracy_change",
-    "class.by_predicted_class.usage_change", "class.by_predicted_class.accuracy_change", "class.classes_saved",
+    "class.by_predicted_class.usage_change", "class.by_predicted_class.accuracy_change",
+    "class.by_predicted_class.total_macs_share", "class.classes_saved",
     "gate_aligned.usage_change", "gate_aligned.accuracy_change",
     "mean_difference.usage_change", "mean_difference.accuracy_change", "probe.usage_change", "probe.accuracy_change",
     "gate_bias.usage_change", "gate_bias.accuracy_change",

@@ -140,6 +140,10 @@ def test_a_forest_plot_shows_every_estimate() -> None:
         ("gate_aligned.by_predicted_class.accuracy", "accuracy, gate aligned steering by predicted class"),
         ("mine:f.classes_saved", "classes saved, mine:f steering"),
         ("gated_accuracy", "accuracy, gated model"),
+        (
+            "global.total_macs_share",
+            "multiply-accumulates of the layer and of steering, of the dense layer's, global steering",
+        ),
     ],
 )
 def test_metrics_are_named_in_words(name: str, words: str) -> None:
