@@ -170,12 +170,17 @@ def _draw_pooled(axes: Axes, by_name: Mapping[str, Row], name: str, marker: str,
 
 
 def _format_value(value: float | None, name: str = "") -> str:
-    """Format a value of a table: fractions with three digits, changes with their sign, counts with one digit."""
+    """Format a value of a table: fractions with three digits, counts with one.
+
+    Changes have their sign. Those of accuracy, and the values of claims, have four digits, because they are small.
+    """
     if value is None:
         return NONE
     if name.endswith("classes_saved"):
         return f"{value:.1f}"
-    digits = f"{round(value, 3) + 0.0:+.3f}" if "change" in name or "minus" in name else f"{value:.3f}"
+    places = 4 if name == "claim" or name.endswith(("accuracy_change", "minus_dense_control")) else 3
+    sign = "+" if places == 4 or "change" in name else ""
+    digits = f"{round(value, places) + 0.0:{sign}.{places}f}"
     return digits.replace("-", "\N{MINUS SIGN}")
 
 

@@ -67,10 +67,10 @@ def test_the_pages_of_one_setting(tmp_path: Path) -> None:
     assert "not reached on 3 of 3 seeds" in page
     table = (tmp_path / "study.md").read_text()
     assert "headsteer study double_digits --seeds=0,1,3" in table
-    assert "| b is worse | 3 of 3 seeds | +0.050 | +0.030 to +0.070 |" in table
+    assert "| b is worse | 3 of 3 seeds | +0.0500 | +0.0300 to +0.0700 |" in table
     assert "| unsteered | 0.500 | | 0.500 | |" in table
-    assert "| class | 0.500 | +0.400 to +0.600 | 0.500 | +0.400 to +0.600 |" in table
-    assert "| class, by predicted class | 0.500 | +0.400 to +0.600 | 0.500 | +0.400 to +0.600 |" in table
+    assert "| class | 0.500 | +0.400 to +0.600 | 0.500 | +0.4000 to +0.6000 |" in table
+    assert "| class, by predicted class | 0.500 | +0.400 to +0.600 | 0.500 | +0.4000 to +0.6000 |" in table
     assert "**Failed**: seed 3 (the loss is <NaN>)." in table
     assert "| classes saved, class steering | 0.5 | 0.4 to 0.6 | 0.5, 0.5, 0.5 |" in table
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {
@@ -92,12 +92,12 @@ def test_a_study_says_whether_the_autoencoder_adds_anything(tmp_path: Path) -> N
     assert autoencoder < page.index("probe is less accurate") < page.index("the opposite is shown</span>")
     table = (tmp_path / "study.md").read_text()
     assert (
-        f"| {behind} | 2 of 3 seeds | +0.250 | \N{MINUS SIGN}0.030 to \N{MINUS SIGN}0.010 | the opposite is shown |"
+        f"| {behind} | 2 of 3 seeds | +0.2500 | \N{MINUS SIGN}0.0300 to \N{MINUS SIGN}0.0100 | the opposite is shown |"
         in table
     )
     assert table.index("| the paper's claims |") < table.index(ahead) < table.index("| what the autoencoder adds |")
     assert "| change of usage, gate bias steering | +0.500 |" in table
-    assert "| change of accuracy, mean difference steering | +0.500 |" in table
+    assert "| change of accuracy, mean difference steering | +0.5000 |" in table
 
 
 def test_a_grid_has_a_row_for_each_cell(tmp_path: Path) -> None:
