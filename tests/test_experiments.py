@@ -34,8 +34,10 @@ def test_the_embedded_default(tmp_path: Path) -> None:
     assert 0.84 <= layer["usage"] <= 0.92
     assert layer["all_on"] - layer["all_off"] >= 0.03
     assert steering["class"]["classes_saved"] >= 15
-    assert len(summary["claims"]) == 9
-    assert all(claim["holds"] for claim in summary["claims"])  # as on seed 0, and on all but one of ten training seeds
+    steered = [claim for claim in summary["claims"] if claim["about"] != "autoencoder"]
+    assert len(steered) == 9
+    assert all(claim["holds"] for claim in steered)  # as on seed 0, and on all but one of ten training seeds
+    assert len(summary["claims"]) == 11
     aligned = steering["gate_aligned"]
     assert aligned["usage"] < steering["class"]["usage"] - 0.1
     assert aligned["accuracy"] >= steering["unsteered"]["accuracy"] - 0.02
