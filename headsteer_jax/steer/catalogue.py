@@ -166,7 +166,8 @@ def _read_pair(pair: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         latents, weights = (np.asarray(part) for part in pair)
         latents = latents.astype(np.int64, casting="same_kind" if latents.size else "unsafe")
-        return latents, weights.astype(np.float32)  # as they are used: what overflows is infinite
+        with np.errstate(over="ignore"):
+            return latents, weights.astype(np.float32)  # as they are used: what overflows is infinite
     except (TypeError, ValueError):
         raise HeadSteerError(f"{source}: {_BOTH_FORMS}") from None
 
