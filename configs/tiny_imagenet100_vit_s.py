@@ -76,7 +76,8 @@ def get_config() -> Config:
             steps_per_call=10,
             eval_every=250,
         ),
-        sae=SAEConfig(expansion=8, k=32, epochs=100),
+        # four views for 25 epochs take as many steps as one for 100, and explain more of new images (docs/results)
+        sae=SAEConfig(expansion=8, k=32, epochs=25, views=4),
         steer=SteerConfig(
             strategies=STRATEGIES,
             latents=16,

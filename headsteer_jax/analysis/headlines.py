@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from headsteer_jax.analysis.claims import find_subject
+
 
 def list_headlines(summary: Mapping[str, Any]) -> list[str]:
     """List what was found: the model, the steering, its controls, the claims, the autoencoder and what it took.
@@ -49,11 +51,21 @@ def _describe_controls(summary: Mapping[str, Any], main: str) -> str:
 
 
 def _describe_claims(summary: Mapping[str, Any]) -> str:
-    """Count the claims that hold, and name the first that does not."""
-    judged = [claim for claim in summary["claims"] if claim["holds"] is not None]
-    failed = [claim["claim"] for claim in judged if not claim["holds"]]
-    first = f"; the first that does not: {failed[0]}" if failed else ""
-    return f"claims: {len(judged) - len(failed)} of {len(judged)} hold{first}"
+    """Count the claims that hold, those on what the autoencoder adds by themselves; name the first other that fails."""
+    held: dict[bool, list[bool]] = {False: [], True: []}  # by whether a claim is about the autoencoder
+    failed = []
+    for claim in summary["claims"]:
+        if claim["holds"] is not None:
+            on_autoencoder = find_subject(claim["claim"]) == "autoencoder"
+            held[on_autoencoder].append(claim["holds"])
+            if not claim["holds"] and not on_autoencoder:
+                failed.append(claim["claim"])
+    line = f"claims: {sum(held[False])} of {len(held[False])} hold"
+    if failed:
+        line += f"; the first that does not: {failed[0]}"
+    if held[True]:
+        line += f"; on what the autoencoder adds, {sum(held[True])} of {len(held[True])} hold"
+    return line
 
 
 def _describe_autoencoder(summary: Mapping[str, Any]) -> str:

@@ -43,6 +43,9 @@ def test_what_is_missing_is_not_said() -> None:
     assert model == "model: accuracy 90.0% with 80.0% of layer 4's gates open"
     assert strategies == "strategies that leave fewer open at their own choice: none; 1 leave more"
     assert claims == "claims: 2 of 2 hold"
+    text = "at equal usage, mean_difference is less accurate than class steering"
+    with_direction = summary | {"claims": [*summary["claims"], {"claim": text, "holds": False}]}
+    assert list_headlines(with_direction)[3] == "claims: 2 of 2 hold; on what the autoencoder adds, 0 of 1 hold"
     del summary["steering"]["class"], summary["claims"]  # neither is there if the strategy `class` is not asked for
     _, steering, *rest = list_headlines(summary)
     assert steering.startswith("random steering, alpha 2.5: accuracy 91.3% with 70.0% open")
