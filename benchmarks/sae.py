@@ -249,7 +249,7 @@ def list_settings(config: Config, axis: str) -> list[dict[str, Any]]:
     """List the settings of an axis: changes of the section sae that are possible and that change something."""
     c, F = config.sae, config.latents
     settings: dict[str, list[dict[str, Any]]] = {
-        "views": [{"views": views} for views in (2, 4)],
+        "views": [{"views": views} for views in (1, 2, 4)],
         "weight_decay": [{"weight_decay": decay} for decay in (0.1, 0.3, 1.0)],
         "k": [{"k": k} for k in (c.k // 2, 2 * c.k) if 0 < k <= F],
         "expansion": [{"latents": latents} for latents in (F // 4, F // 2, 2 * F) if latents >= c.k],
