@@ -30,7 +30,7 @@ CLASSES, SIDE, CHANNELS = 100, 32, 3
 SIZES = {"Ti": (12, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12)}  # depth, width, heads
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDING, SMOOTHING, CLIP, DECAY = 4, 0.1, 1.0, 0.05
-TARGET, NOISE, PRESSURE, GATE_RATE = 0.8, 0.3, 10.0, 5.0  # of the gates, as in configs/tiny_imagenet100_vit_s.py
+TARGET, NOISE, PRESSURE, GATE_RATE = 0.8, 0.3, 10.0, 5.0  # of the gates
 RATE = 8e-5
 
 Products = dict[tuple[int, int, int], int]  # (rows, in, out) -> how many of them

@@ -34,10 +34,10 @@ def test_the_embedded_default(tmp_path: Path) -> None:
     assert 0.84 <= layer["usage"] <= 0.92
     assert layer["all_on"] - layer["all_off"] >= 0.03
     assert steering["class"]["classes_saved"] >= 15
-    steered = [claim for claim in summary["claims"] if claim["about"] != "autoencoder"]
+    steered = [claim for claim in summary["claims"] if claim["about"] not in ("autoencoder", "pruning")]
     assert len(steered) == 9
     assert all(claim["holds"] for claim in steered)  # as on seed 0, and on all but one of ten training seeds
-    assert len(summary["claims"]) == 11
+    assert len(summary["claims"]) == 13
     aligned = steering["gate_aligned"]
     assert aligned["usage"] < steering["class"]["usage"] - 0.1
     assert aligned["accuracy"] >= steering["unsteered"]["accuracy"] - 0.02

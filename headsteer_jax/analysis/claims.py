@@ -16,9 +16,9 @@ from headsteer_jax.steer.results import BY_LABEL, SweepResult
 from headsteer_jax.steer.tally import patterns_of_bits, unpack_bits
 
 Claim = dict[str, Any]  # claim, about, value, interval, holds, conditions, and further figures of some claims
-# what a claim is about: what [LH26] report; what an autoencoder adds to directions found without one; strategies that
-# [LH26] do not have; or the layer's MACs
-About = Literal["paper", "autoencoder", "further", "compute"]
+# what a claim is about: what [LH26] report; what an autoencoder adds to directions found without one; what steering
+# adds to leaving out the same heads for every image; strategies that [LH26] do not have; or the layer's MACs
+About = Literal["paper", "autoencoder", "pruning", "further", "compute"]
 
 # (strategy, control): the control should be less accurate at equal usage
 COMPARISONS: dict[tuple[str, str], About] = {
@@ -52,7 +52,7 @@ class Condition(NamedTuple):
 
 
 def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, config: Config) -> list[Claim]:
-    """Judge every claim that the sweep can decide: [LH26]'s, what the autoencoder adds, further ones, and the compute.
+    """Judge every claim that the sweep can decide: what [LH26] report, and those of the other subjects.
 
     Args:
       summary: the numbers of summary.json that are there so far.
@@ -61,16 +61,17 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
       The claims. Those that resampled images decide also have `conditions`, which a study of several runs needs.
     """
     names, usage = scores.names, summary["steering"]["unsteered"]["usage"]
+    gates = LayerGates(config, config.sae_layer)
+    aimed = [name for name in ("class", "gate_aligned") if name in names]
     claims: list[Claim | None] = [claim_saving(summary, scores, config.steer)]
     claims += [claim_control(*pair, scores, usage) for pair in COMPARISONS if set(pair) <= set(names)]
-    claims.append(claim_subsets(summary, result, scores))
+    claims.append(claim_random_subsets(summary, result, scores))
+    claims += [claim_best_subsets(name, summary, result, scores, gates) for name in aimed]
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
     claims.append(claim_related("latents", summary["overlap"]))
     claims.append(claim_related("heads", summary["overlap"].get("heads", {}).get("after", {})))
-    gates = LayerGates(config, config.sae_layer)
     if "sublayers" in gates.kinds and gates.fits_table:
-        aimed = [name for name in ("class", "gate_aligned") if name in names]
         claims += [claim_compute(name, summary, result, scores, gates) for name in aimed]
     return [claim | {"about": find_subject(claim["claim"])} for claim in claims if claim is not None]
 
@@ -87,6 +88,8 @@ def find_subject(text: str) -> About:
             return about
     if "MACs" in text:
         return "compute"
+    if "best fixed" in text:
+        return "pruning"
     return "further" if "front" in text or "patch concepts" in text else "paper"
 
 
@@ -151,24 +154,52 @@ def claim_control(method: str, control: str, scores: Scores, unsteered: float) -
     }
 
 
-def claim_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) -> Claim:
-    """Judge whether random head subsets are less accurate than class steering at its usage.
+def claim_random_subsets(summary: dict[str, Any], result: SweepResult, scores: Scores) -> Claim:
+    """Judge whether random head subsets are less accurate than class steering at its usage."""
+    right_NP, size_P = result.test.table == result.test.labels[:, None], np.bitwise_count(result.subset)
+    sizes = range(result.test.heads + 1)
+    right_NK = np.stack([right_NP[:, size_P == size].mean(axis=1) for size in sizes], axis=1)
+    text = "at the usage of class steering, random head subsets are less accurate"
+    return _compare_with_subsets(text, "class", right_NK, summary, scores)
+
+
+def claim_best_subsets(
+    method: str, summary: dict[str, Any], result: SweepResult, scores: Scores, gates: LayerGates
+) -> Claim:
+    """Judge whether the best fixed head subsets, the same for every image, are less accurate than steering.
+
+    The best subset of each size is chosen on validation. It needs no label.
+    """
+    rows = summary["last_layer"]["by_size"]
+    open_K = [{*(gates.names[head] for head in row["heads"]), *row.get("sublayers", ())} for row in rows]
+    patterns_K = [sum(1 << bit for bit, name in enumerate(gates.names) if name in names) for names in open_K]
+    columns_K = np.searchsorted(result.subset, patterns_K)
+    right_NK = result.test.table[:, columns_K] == result.test.labels[:, None]
+    text = f"at the usage of {method} steering, the best fixed head subsets are less accurate"
+    return _compare_with_subsets(text, method, right_NK, summary, scores)
+
+
+def _compare_with_subsets(
+    text: str, method: str, right_NK: np.ndarray, summary: dict[str, Any], scores: Scores
+) -> Claim:
+    """Judge whether head subsets are less accurate than steering by a strategy at its usage.
 
     Between two sizes of subsets their accuracies are interpolated. A resampling takes the same images for the subsets
     as for steering, at the usage that steering has in it.
+
+    Args:
+      right_NK: [N, H + 1] the share of the subsets of each size that answer an image right.
     """
-    row, test, g = summary["steering"]["class"], result.test, scores.names.index("class")
-    right_NP, size_P, sizes = test.table == test.labels[:, None], np.bitwise_count(result.subset), test.heads + 1
-    random_NK = np.stack([right_NP[:, size_P == size].mean(axis=1) for size in range(sizes)], axis=1)
-    usage_K = np.arange(sizes) / test.heads
-    lead = row["accuracy"] - float(np.interp(row["usage"], usage_K, random_NK.mean(axis=0)))
+    row, g, (images, sizes) = summary["steering"][method], scores.names.index(method), right_NK.shape
+    usage_K = np.arange(sizes) / (sizes - 1)
+    lead = row["accuracy"] - float(np.interp(row["usage"], usage_K, right_NK.mean(axis=0)))
     steered_R = scores.resampled.select(slice(None), g, BY_LABEL, scores.chosen[g, BY_LABEL])
-    random_RK = scores.weights @ random_NK / len(test.labels)
-    random_R = [np.interp(usage, usage_K, row_K) for usage, row_K in zip(steered_R.usage, random_RK, strict=True)]
-    lead_R = steered_R.accuracy - np.array(random_R)
+    subsets_RK = scores.weights @ right_NK / images
+    subsets_R = [np.interp(usage, usage_K, row_K) for usage, row_K in zip(steered_R.usage, subsets_RK, strict=True)]
+    lead_R = steered_R.accuracy - np.array(subsets_R)
     ci = to_float_list(scores.interval(lead_R))
     return {
-        "claim": "at the usage of class steering, random head subsets are less accurate",
+        "claim": text,
         "value": lead,
         "interval": ci,
         "holds": ci[0] > 0,

@@ -5,6 +5,9 @@ from typing import Any
 
 from headsteer_jax.analysis.claims import find_subject
 
+# subjects of claims that are counted by themselves
+APART = {"autoencoder": "what the autoencoder adds", "pruning": "what steering adds to plain pruning"}
+
 
 def list_headlines(summary: Mapping[str, Any]) -> list[str]:
     """List what was found: the model, the steering, its controls, the claims, the autoencoder and what it took.
@@ -51,21 +54,21 @@ def _describe_controls(summary: Mapping[str, Any], main: str) -> str:
 
 
 def _describe_claims(summary: Mapping[str, Any]) -> str:
-    """Count the claims that hold, those on what the autoencoder adds by themselves; name the first other that fails."""
-    held: dict[bool, list[bool]] = {False: [], True: []}  # by whether a claim is about the autoencoder
+    """Count the claims that hold, and name the first that fails; stricter comparisons are counted by themselves."""
+    held: dict[str, list[bool]] = {}
     failed = []
     for claim in summary["claims"]:
         if claim["holds"] is not None:
-            on_autoencoder = find_subject(claim["claim"]) == "autoencoder"
-            held[on_autoencoder].append(claim["holds"])
-            if not claim["holds"] and not on_autoencoder:
+            about = find_subject(claim["claim"])
+            subject = about if about in APART else ""
+            held.setdefault(subject, []).append(claim["holds"])
+            if not claim["holds"] and not subject:
                 failed.append(claim["claim"])
-    line = f"claims: {sum(held[False])} of {len(held[False])} hold"
+    main = held.pop("", [])
+    line = f"claims: {sum(main)} of {len(main)} hold"
     if failed:
         line += f"; the first that does not: {failed[0]}"
-    if held[True]:
-        line += f"; on what the autoencoder adds, {sum(held[True])} of {len(held[True])} hold"
-    return line
+    return line + "".join(f"; on {APART[about]}, {sum(flags)} of {len(flags)} hold" for about, flags in held.items())
 
 
 def _describe_autoencoder(summary: Mapping[str, Any]) -> str:

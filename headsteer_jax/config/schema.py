@@ -382,7 +382,7 @@ class SAEConfig(Section):
     baseline."""
     k: PositiveInt = 32
     """The number of active latents for each residual: exactly for topk, on average for batch_topk, as a target for
-    jumprelu. relu does not use it. [LH26] does not report its k."""
+    jumprelu. relu does not use it. The abstract of [LH26] has no k; a reader reported 64."""
     prefixes: tuple[Share, ...] = ()
     """The prefixes of a Matryoshka autoencoder (arXiv:2503.17547), as shares of the latents such as 0.0625,0.25. The
     first latents of each prefix must reconstruct the residual by themselves as well. If it is empty, there are

@@ -17,6 +17,11 @@ GROUPS: tuple[tuple[About, str, str], ...] = (
         "autoencoder adds no accuracy; where no difference is shown, nothing says that it adds any. Vectors found "
         "without it are tested against random ones.",
     ),
+    (
+        "pruning", "What steering adds to plain pruning",
+        "Would the layer do as well with as many heads, but the same ones for every image? Of each size, the subset is "
+        "the best on validation. Such subsets need neither an autoencoder nor a label.",
+    ),
     ("further", "Further strategies", "The paper does not have these strategies."),
     ("compute", "Multiply-accumulates", "These claims are about what the layer computes."),
 )  # fmt: skip

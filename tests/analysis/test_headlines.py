@@ -46,6 +46,9 @@ def test_what_is_missing_is_not_said() -> None:
     text = "at equal usage, mean_difference is less accurate than class steering"
     with_direction = summary | {"claims": [*summary["claims"], {"claim": text, "holds": False}]}
     assert list_headlines(with_direction)[3] == "claims: 2 of 2 hold; on what the autoencoder adds, 0 of 1 hold"
+    text = "at the usage of class steering, the best fixed head subsets are less accurate"
+    with_subsets = summary | {"claims": [*summary["claims"], {"claim": text, "holds": True}]}
+    assert list_headlines(with_subsets)[3].endswith("; on what steering adds to plain pruning, 1 of 1 hold")
     del summary["steering"]["class"], summary["claims"]  # neither is there if the strategy `class` is not asked for
     _, steering, *rest = list_headlines(summary)
     assert steering.startswith("random steering, alpha 2.5: accuracy 91.3% with 70.0% open")

@@ -337,6 +337,23 @@ def test_random_subsets_answer_the_images_that_steering_answers() -> None:
     np.testing.assert_allclose(claim(again, "random head subsets")["interval"], 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("sublayers", [False, True])
+@pytest.mark.parametrize("method", ["class", "gate_aligned"])
+def test_the_best_fixed_subsets_are_chosen_on_validation(method: str, sublayers: bool) -> None:
+    gates = 5 if sublayers else 3
+    config, result = made_sweep(classes=6, heads=gates, seeds=2, per_class=20, sublayers=sublayers)
+    summary, _ = summarise(result, config)
+    found, row = claim(summary, f"{method} steering, the best fixed"), summary["steering"][method]
+    best = []
+    for size in range(gates + 1):
+        members = [p for p in range(2**gates) if p.bit_count() == size]
+        on_validation = [(result.validation.table[:, p] == result.validation.labels).mean() for p in members]
+        best.append((result.test.table[:, members[int(np.argmax(on_validation))]] == result.test.labels).mean())
+    assert found["value"] == pytest.approx(row["accuracy"] - np.interp(gates * row["usage"], range(gates + 1), best))
+    assert found["about"] == "pruning"
+    assert found["holds"] == (found["interval"][0] > 0)
+
+
 def test_a_strategy_that_never_comes_down_is_not_judged(config: Config, result: SweepResult) -> None:
     g = result.strategies.index("global")
     heads_on = result.test.heads_on.copy()

@@ -58,14 +58,15 @@ def test_the_page_tells_the_paper_from_what_the_autoencoder_adds() -> None:
     """A claim that does not hold says whether its opposite is shown, and only the run's strategies are described."""
     summary = made_run(strategies=("class", "global", "gate_aligned", "mean_difference", "random_direction"))["summary"]
     text = render_results(summary, "run", "headsteer page", "headsteer run")
-    headings = ["\n### The paper's claims\n", "\n### What the autoencoder adds\n", "\n### Further strategies\n"]
+    headings = ["\n### The paper's claims\n", "\n### What the autoencoder adds\n"]
+    headings += ["\n### What steering adds to plain pruning\n", "\n### Further strategies\n"]
     begins = [*map(text.index, headings), text.index("\n## Strategies\n")]
     assert begins == sorted(begins)
     for claim in summary["claims"]:
         (row,) = (line for line in text.splitlines() if line.startswith(f"| {claim['claim']} "))
         verdict = word_verdict(claim["claim"], claim["interval"], claim["holds"])
         assert row.endswith(f" | {verdict} |" if claim["holds"] in (None, True) else f" | **{verdict}** |")
-        group = ("paper", "autoencoder", "further").index(claim["about"])
+        group = ("paper", "autoencoder", "pruning", "further").index(claim["about"])
         assert begins[group] < text.index(row) < begins[group + 1]
         assert f"- {claim['claim']}: {verdict}, " in text or claim["holds"] in (None, True)
     described = re.findall(r"^- \*(.+?)\* ", text, re.MULTILINE)
