@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from headsteer_jax.analysis.scores import Scores
-from headsteer_jax.analysis.stats import accuracy_front, to_float_list
+from headsteer_jax.analysis.stats import accuracy_front, bootstrap_means, to_float_list
 from headsteer_jax.config.schema import Config, SteerConfig
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.results import BY_LABEL, SweepResult
@@ -237,9 +237,12 @@ def claim_compute(
     a = int(scores.chosen[g, BY_LABEL])
     right_NP = test.table == test.labels[:, None]
     pattern_SN = patterns_of_bits(test.gates[g, :, BY_LABEL, a], len(test.labels))
-    steered_N = unpack_bits(test.right[g, :, BY_LABEL, a], len(test.labels)).mean(axis=0)
-    random_N = _average_alike(right_NP, pattern_SN, gates)
-    lead_R = scores.weights @ (steered_N - random_N) / len(test.labels)
+    steered_SN = unpack_bits(test.right[g, :, BY_LABEL, a], len(test.labels))
+    random_SN = _average_alike(right_NP, pattern_SN, gates)
+    lead_SN = steered_SN - random_SN
+    lead_R = bootstrap_means(
+        lambda s: lead_SN[s], len(lead_SN), scores.weights, np.random.default_rng(scores.members_seed)
+    )
     lead_ci = to_float_list(scores.interval(lead_R))
     affordable = np.flatnonzero(gates.mean_macs(result.subset, test.kept_patches) <= row["macs"] + 0.5)
     right_on_validation = (result.validation.table[:, affordable] == result.validation.labels[:, None]).mean(axis=0)
@@ -255,20 +258,20 @@ def claim_compute(
         "value": saved,
         "interval": saved_ci,
         "accuracy_change": change,
-        "random_pattern": float(random_N.mean()),
+        "random_pattern": float(random_SN.mean()),
         "lead_over_random_ci": lead_ci,
         "fixed_pattern": None if fixed is None else float(right_NP[:, fixed].mean()),
         "holds": bool(holds and lead_ci[0] > 0),
         "conditions": (
             Condition(saved, saved_R, least, inclusive=True),
             Condition(change, change_R, -allowed, inclusive=True),
-            Condition(float((steered_N - random_N).mean()), lead_R),
+            Condition(float(lead_SN.mean()), lead_R),
         ),
     }
 
 
 def _average_alike(right_NP: np.ndarray, pattern_SN: np.ndarray, gates: LayerGates) -> np.ndarray:
-    """Average right answers over all patterns with as many heads and the same sublayers as each image's own: [N].
+    """Average right answers over all patterns with as many heads and the same sublayers as each image's own: [S, N].
 
     Args:
       right_NP: is the answer right, for all 2^G patterns.
@@ -280,7 +283,7 @@ def _average_alike(right_NP: np.ndarray, pattern_SN: np.ndarray, gates: LayerGat
     members = np.zeros((len(patterns), kind_P.max() + 1))
     members[patterns, kind_P] = 1
     share_NK = (right_NP @ members) / np.maximum(members.sum(axis=0), 1)
-    return np.take_along_axis(share_NK, kind_P[pattern_SN].T, axis=1).mean(axis=1)
+    return np.take_along_axis(share_NK, kind_P[pattern_SN].T, axis=1).T
 
 
 def claim_suppression(summary: dict[str, Any], scores: Scores) -> Claim | None:

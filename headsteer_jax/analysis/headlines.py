@@ -50,7 +50,8 @@ def _describe_controls(summary: Mapping[str, Any], main: str) -> str:
     usage = {name: row["usage"] for name, row in summary["steering"].items() if name != "unsteered"}
     lower = sorted((name for name in usage if usage[name] < usage[main]), key=usage.__getitem__)
     named = ", ".join(f"{name} {usage[name]:.1%}" for name in lower) or "none"
-    return f"strategies that leave fewer open at their own choice: {named}; {len(usage) - 1 - len(lower)} leave more"
+    more = sum(share > usage[main] for share in usage.values())
+    return f"strategies that leave fewer open at their own choice: {named}; {more} leave more"
 
 
 def _describe_claims(summary: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from headsteer_jax.sae.train import seed_members, train_members
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.steering import Steering
 from headsteer_jax.steer.strategies import class_frequent_latents, latent_statistics
-from headsteer_jax.steer.suffix import SuffixSetting, predict_without_gates, run_suffix
+from headsteer_jax.steer.suffix import SuffixSetting, predict_without_gates, run_suffix_from_unsteered
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def keep_first_of_each_class(split: Split, per_class: int) -> Split:
 
 
 class SteeredSplit(NamedTuple):
-    """A split under every alpha of the profile, steered by the label."""
+    """A split without steering, as alpha 0, and under every alpha of the profile, steered by the label."""
 
     config: Config
     gates: Mapping[int, Mapping[str, np.ndarray]]  # by steered layer and kind, [A, N, n] bool
@@ -74,7 +74,7 @@ class SteeredSplit(NamedTuple):
 
 
 def _summarise_layer(validation: SteeredSplit, test: SteeredSplit, config: Config) -> dict[str, Any]:
-    """Summarise the curves on test, and the alpha chosen on validation."""
+    """Summarise the curves on test, and the alpha chosen on validation; it is 0 if none above keeps the accuracy."""
     alphas = np.array((0.0, *config.layers.alphas))
     heads_only = config.gate.kinds == ("heads",)
     cost_A = (validation.used if heads_only else validation.macs).mean(axis=1)
@@ -178,7 +178,7 @@ def profile_layers(trained: TrainedModel, dataset: Dataset, directory: Path, cac
     def steer_split(steering: Mapping[int, Steering], split: Split, description: str) -> SteeredSplit:
         alphas = np.array((0.0, *config.layers.alphas))
         settings = [SuffixSetting(steering, split.labels)]
-        result = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
+        result = run_suffix_from_unsteered(trained, split, settings, alphas, description, GATE_KINDS)
         gates = {layer: {kind: g[0] for kind, g in by_kind.items()} for layer, by_kind in result.gates.items()}
         return SteeredSplit(config, gates, result.predictions[0], split.labels)
 

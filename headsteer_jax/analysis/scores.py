@@ -15,6 +15,7 @@ from headsteer_jax.analysis.stats import bootstrap_means, bootstrap_weights, cho
 from headsteer_jax.config.schema import Config
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
+from headsteer_jax.steer.steering import is_unsteered_at_zero
 from headsteer_jax.steer.tally import class_counts, patterns_of_bits, unpack_bits
 
 
@@ -176,13 +177,15 @@ class Scores:
     by_class: Curves  # [G, Y, A, C]
     unsteered: Curves  # [C]
     weights: np.ndarray  # [R, N] float32: how often each resampling draws each image
+    members_seed: int  # of the generator that draws each resampling's autoencoder seeds
     resampled: Curves  # [R, G, Y, A]
     resampled_unsteered: Curves  # [R]
     macs: LayerMacs
+    plain_zero: bool  # alpha 0 is the unsteered model
 
     @property
     def zero(self) -> int:
-        """Index of alpha 0, the unsteered model."""
+        """Index of alpha 0."""
         return int(np.flatnonzero(self.alphas == 0)[0])
 
     @property
@@ -250,7 +253,9 @@ def score_settings(
         by_class=class_curves(test),
         unsteered=unsteered_by_class(test),
         weights=weights,
+        members_seed=seed,
         resampled=resampled,
         resampled_unsteered=resampled_unsteered,
         macs=_score_macs(test, gates, weights, seed),
+        plain_zero=is_unsteered_at_zero(config.steer),
     )

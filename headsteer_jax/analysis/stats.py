@@ -13,6 +13,8 @@ from scipy import stats
 from headsteer_jax.steer.gates import pattern_to_gates
 from headsteer_jax.steer.tally import class_counts
 
+TINY = 1e-9  # counts are exact, but their quotients are not: what comes this near a bound keeps it
+
 
 def bootstrap_weights(labels: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Draw how often each resampling takes each image, class by class: [R, N] float32, whose rows sum to N."""
@@ -42,7 +44,7 @@ def bootstrap_means(values: Callable[[int], np.ndarray], seeds: int, weights: np
     for seed in range(seeds):
         seed_values = np.asarray(values(seed), np.float32)
         count = seed_values.shape[-1]
-        flat = weights @ seed_values.reshape(-1, count).T / count  # [R, all settings]
+        flat = (weights @ seed_values.reshape(-1, count).T).astype(np.float64) / count  # [R, all settings]
         means = means + drawn[:, seed, None] * flat
     return means.reshape(len(weights), *seed_values.shape[:-1])
 
@@ -75,14 +77,14 @@ def choose_alpha(alphas: np.ndarray, usage: np.ndarray, accuracy: np.ndarray, fl
     Returns:
       [...] indices into alphas.
     """
-    allowed = (accuracy >= floor) & (alphas > 0).reshape(-1, *[1] * (usage.ndim - 1))
+    allowed = (accuracy >= floor - TINY) & (alphas > 0).reshape(-1, *[1] * (usage.ndim - 1))
     best = np.argmin(np.where(allowed, usage, np.inf), axis=0)
     return np.where(allowed.any(axis=0), best, int(np.flatnonzero(alphas == 0)[0]))
 
 
 def accuracy_front(usage: np.ndarray, accuracy: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Find the best accuracy [..., L] of [..., A] settings that use at most each level; NaN where none does."""
-    allowed = usage[..., None, :] <= levels[:, None] + 1e-9
+    allowed = usage[..., None, :] <= levels[:, None] + TINY
     best = np.max(np.where(allowed, accuracy[..., None, :], -np.inf), axis=-1)
     return np.where(np.isfinite(best), best, np.nan)
 

@@ -23,6 +23,7 @@ from headsteer_jax.analysis.scores import (
     unsteered_by_class,
 )
 from headsteer_jax.analysis.stats import (
+    TINY,
     LabelledTable,
     accuracy_front,
     adjust_p_values,
@@ -47,9 +48,8 @@ def saved_classes(steered: Curves, unsteered: Curves, count_C: np.ndarray, savin
       steered, unsteered: [C] each.
       count_C: images; a class without images is not saved.
     """
-    tiny = 1e-9  # counts are exact, their quotients are not
-    fell = unsteered.usage - steered.usage >= saving - tiny
-    return fell & (steered.accuracy >= unsteered.accuracy - tiny) & (count_C > 0)
+    fell = unsteered.usage - steered.usage >= saving - TINY
+    return fell & (steered.accuracy >= unsteered.accuracy - TINY) & (count_C > 0)
 
 
 def summarise(result: SweepResult, config: Config) -> tuple[dict[str, Any], Arrays]:
@@ -196,7 +196,9 @@ def _chosen_row(
         "macs_share": macs / scores.macs.dense,
         "macs_ci": to_float_list(scores.interval(scores.macs.resampled[:, g, y, a])),
         "macs_change_ci": change_ci(scores.macs.resampled, scores.macs.resampled_unsteered),
-        "extra_macs": (extra := float(result.extra_macs[setting]) if a != scores.zero else 0.0),
+        "extra_macs": (
+            extra := float(result.extra_macs[setting]) if a != scores.zero or not scores.plain_zero else 0.0
+        ),
         "total_macs_share": (macs + extra) / scores.macs.dense,
         "alpha_per_class": score_per_class() if result.class_matters[g] else None,
     }
@@ -258,32 +260,34 @@ def _exact_curves(alphas: np.ndarray, steps: Sequence[StepFunction], points: int
 
 
 def _compare_with_oracle(result: SweepResult, scores: Scores, patterns_KC: np.ndarray) -> list[list[dict[str, Any]]]:
-    """Compare every strategy's front with the best subset of each class, at each number of heads.
+    """Compare every strategy with the best subset of each class, at each number of heads.
+
+    Like the subsets, a strategy's alpha is chosen on validation: the most accurate alpha >= 0 whose usage there is at
+    most that of the subsets.
 
     Args:
       patterns_KC: the oracle's subsets of each size and class, chosen on validation.
 
     Returns:
-      A list of rows for each strategy, one for each number of heads that its front reaches.
+      A list of rows for each strategy, one for each number of heads that it reaches on validation.
     """
     labels, rising = result.test.labels, scores.rising
     place_KN = np.searchsorted(result.subset, patterns_KC[:, labels])
     right_KN = np.take_along_axis(result.test.table.T, place_KN, axis=0) == labels
     oracle_R = (scores.weights @ right_KN.T.astype(np.float32)) / len(labels)
     levels = np.arange(len(patterns_KC)) / (len(patterns_KC) - 1)
-    tail = (1 - scores.confidence) / 2
     comparisons = []
     for g in range(len(result.strategies)):
-        front = accuracy_front(*scores.test.select(g, BY_LABEL, rising), levels)
-        front_R = accuracy_front(*scores.resampled.select(slice(None), g, BY_LABEL, rising), levels)
-        difference_R = front_R - oracle_R
-        comparisons.append([
-            {
-                "usage": float(levels[k]), "front": float(front[k]), "oracle": float(right_KN[k].mean()),
-                "difference_ci": to_float_list(np.nanquantile(difference_R[:, k], [tail, 1 - tail])),
-            }
-            for k in np.flatnonzero(np.isfinite(front))
-        ])  # fmt: skip
+        usage_A, accuracy_A = scores.validation.select(g, BY_LABEL, rising)
+        rows = []
+        for k in np.flatnonzero(levels >= usage_A.min() - TINY):
+            a = rising[np.argmax(np.where(usage_A <= levels[k] + TINY, accuracy_A, -np.inf))]
+            difference_R = scores.resampled.accuracy[:, g, BY_LABEL, a] - oracle_R[:, k]
+            rows.append({
+                "usage": float(levels[k]), "front": float(scores.test.accuracy[g, BY_LABEL, a]),
+                "oracle": float(right_KN[k].mean()), "difference_ci": to_float_list(scores.interval(difference_R)),
+            })  # fmt: skip
+        comparisons.append(rows)
     return comparisons
 
 
@@ -341,11 +345,12 @@ def _related_heads(
 ) -> dict[str, Any]:
     """Compare the heads that related classes run: Jaccard index of the heads on for most images, before and after.
 
-    Two classes without any such head count as equal.
+    Classes without steered images are left out. Two classes without any head that is on for most images count as equal.
     """
-    comparisons = {}
+    comparisons, steered = dict[str, Any](), np.flatnonzero(split.count)
+    related = related[np.ix_(steered, steered)]
     for name, share_CH in (("before", _heads_before(split)), ("after", _heads_after(split, g, a))):
-        on_CH = share_CH > 0.5
+        on_CH = share_CH[steered] > 0.5
         shared_CC = (on_CH[:, None] & on_CH).sum(axis=-1)
         either_CC = (on_CH[:, None] | on_CH).sum(axis=-1)
         jaccard_CC = np.where(either_CC > 0, shared_CC / np.maximum(either_CC, 1), 1.0)

@@ -400,15 +400,21 @@ def _image_strip(images: np.ndarray, of_class: np.ndarray, fires: np.ndarray) ->
     return strip.reshape(height + 5, -1, 3)
 
 
-def draw_latents(m: ReportData) -> Figure:
-    """Draw the training images that most activate the latents chosen for the first classes of the ranking."""
+def draw_latents(m: ReportData) -> Figure | None:
+    """Draw the training images that most activate the latents chosen for the first classes of the ranking.
+
+    None if the main strategy steers without latents.
+    """
     by_name = {str(name): c for c, name in enumerate(m.arrays["class_names"])}
     rows = m.summary.get("classes")
     ranked = [by_name[row["name"]] for row in rows] if rows else head_use_by_class(m)[0].tolist()
     classes = ranked[: min(MONTAGE_CLASSES, m.config.report.top_classes)]
     g = list(m.colours).index(m.main)
     chosen = m.arrays["latents"][g, 0]
+    chosen = chosen[:, (chosen >= 0).all(axis=0)]  # filled up with -1 where another strategy chooses more
     shown = min(m.config.report.top_latents, chosen.shape[1])
+    if not shown:
+        return None
     columns = min(2, shown)
     lines = -(-shown // columns)
     figure = Figure(figsize=(PAGE_INCHES, len(classes) * (0.42 + 0.82 * lines)), layout="constrained")

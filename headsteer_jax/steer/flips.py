@@ -41,12 +41,16 @@ class GateEffect(NamedTuple):
     gate: np.ndarray  # [D, H] float64 the gate's weights
 
     def of_directions(self, choice: Choice) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the effect of the classes' directions [C, H], and of absolute values; 0 without directions."""
+        """Compute the effect of the classes' directions [C, H], and of absolute values; 0 without directions.
+
+        An effect within rounding of 0 is 0: a direction that is fitted to leave a gate alone does not move it.
+        """
         if choice.directions is None:
             none_CH = np.zeros((len(choice.latents), self.gate.shape[1]))
             return none_CH, none_CH
         v_CD = choice.directions.astype(np.float64)
-        return v_CD @ self.gate, np.abs(v_CD) @ np.abs(self.gate)
+        effect_CH, size_CH = v_CD @ self.gate, np.abs(v_CD) @ np.abs(self.gate)
+        return np.where(np.abs(effect_CH) > self.slack * size_CH, effect_CH, 0.0), size_CH
 
 
 def gate_effect(decoder_FD: np.ndarray, gate_DH: np.ndarray, latents: int, platform: str = "cpu") -> GateEffect:

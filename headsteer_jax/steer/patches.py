@@ -27,7 +27,7 @@ from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.gates import LayerGates
 from headsteer_jax.steer.steering import Steering, steer_latents
 from headsteer_jax.steer.strategies import Choice
-from headsteer_jax.steer.suffix import SuffixResult, SuffixSetting, run_suffix
+from headsteer_jax.steer.suffix import SuffixResult, SuffixSetting, run_suffix, run_suffix_from_unsteered
 
 PATCHES_OF_A_CLASS = 5000  # the most training patches of each class that the choice of latents looks at
 CLOSEST = 10  # latents of similar frequency, of which the control draws one
@@ -248,9 +248,9 @@ def _sweep_split(
     trained: TrainedModel, split: Split, steered: list[list[Steering]], alphas: np.ndarray,
     shows_class_NP: np.ndarray | None, description: str,
 ) -> PatchSplit:  # fmt: skip
-    """Run every setting on one split."""
+    """Run every setting on one split; alpha 0 is the unsteered model."""
     layer = trained.config.sae_layer
     settings = [SuffixSetting({}, split.labels, {layer: steering}) for by_seed in steered for steering in by_seed]
-    result = run_suffix(trained, split, settings, alphas, description, GATE_KINDS)
+    result = run_suffix_from_unsteered(trained, split, settings, alphas, description, GATE_KINDS)
     shape = (len(steered), len(steered[0]))
     return count_patch_gates(result, split, shows_class_NP, LayerGates(trained.config, layer), shape)

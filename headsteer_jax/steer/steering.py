@@ -38,6 +38,15 @@ class Steering(NamedTuple):
     choice: Choice
 
 
+def is_unsteered_at_zero(config: SteerConfig, *, patches: bool = False) -> bool:
+    """Tell whether alpha 0 is the unsteered model: neither a reconstruction nor with latents clamped to 0.
+
+    Args:
+      patches: are the residuals of patches steered, in steer.patch_mode.
+    """
+    return config.form == "delta" and (config.patch_mode if patches else config.mode) != "clamp"
+
+
 def steer_latents(z_BS: jax.Array, s_BS: jax.Array, w_BS: jax.Array, alpha: jax.Array, mode: Mode) -> jax.Array:
     """Change the activations of chosen latents as in [LH26]; alpha 0 changes nothing, except with clamp.
 

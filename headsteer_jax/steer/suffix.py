@@ -48,7 +48,13 @@ from headsteer_jax.model.vit import (
 from headsteer_jax.runtime import hosts
 from headsteer_jax.runtime.mesh import batch_sharding, describe_arrays, local_mesh, replicated_sharding
 from headsteer_jax.runtime.progress import progress
-from headsteer_jax.steer.steering import Steering, apply_steering, replicate_once, steer_patches
+from headsteer_jax.steer.steering import (
+    Steering,
+    apply_steering,
+    is_unsteered_at_zero,
+    replicate_once,
+    steer_patches,
+)
 
 
 class SuffixSetting(NamedTuple):
@@ -374,6 +380,29 @@ def run_suffix(
         layer: {kind: _gather_images(g) for kind, g in by_kind.items()} for layer, by_kind in result.gates.items()
     }
     return SuffixResult(gathered, _gather_images(result.predictions))
+
+
+def run_suffix_from_unsteered(
+    trained: TrainedModel, split: Split, settings: Sequence[SuffixSetting], alphas: np.ndarray, description: str,
+    kinds: Sequence[GateKind],
+) -> SuffixResult:  # fmt: skip
+    """Run `run_suffix` with the unsteered model under alpha 0, whatever alpha 0 is in the config's form and mode."""
+    result, steer = run_suffix(trained, split, settings, alphas, description, kinds), trained.config.steer
+    parts = [patches for patches, steered in ((False, settings[0].steered), (True, settings[0].patches)) if steered]
+    if all(is_unsteered_at_zero(steer, patches=patches) for patches in parts):
+        return result
+    unchanged = steer.model_copy(update={"form": "delta", "mode": "add", "patch_mode": "add"})
+    plain = trained._replace(config=trained.config.model_copy(update={"steer": unchanged}))
+    unsteered = run_suffix(plain, split, settings[:1], np.zeros(1), f"{description}, alpha 0", kinds)
+
+    def put(values: np.ndarray, at_zero: np.ndarray) -> np.ndarray:
+        return np.where((alphas == 0).reshape(-1, *[1] * (values.ndim - 2)), at_zero, values)
+
+    gates = {
+        layer: {kind: put(g, unsteered.gates[layer][kind]) for kind, g in by_kind.items()}
+        for layer, by_kind in result.gates.items()
+    }
+    return SuffixResult(gates, put(result.predictions, unsteered.predictions))
 
 
 def _make_room(

@@ -37,7 +37,7 @@ from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
 from headsteer_jax.steer.guess import Guess, fit_guess
 from headsteer_jax.steer.results import BY_LABEL, NAMED_BY, SplitResult, SweepResult
-from headsteer_jax.steer.steering import GateProgram, Steering, replicate_once
+from headsteer_jax.steer.steering import GateProgram, Steering, is_unsteered_at_zero, replicate_once
 from headsteer_jax.steer.strategies import (
     NO_COST,
     SUPERCLASS_STRATEGIES,
@@ -125,7 +125,7 @@ def describe_unmatched(strategies: Strategies, config: SteerConfig) -> str | Non
 
 
 def make_alpha_grid(config: SteerConfig) -> np.ndarray:
-    """Return the [A] float64 alphas, sorted, with 0: the unsteered model is part of every sweep."""
+    """Return the [A] float64 alphas, sorted, with 0, which is the unsteered model; see `is_unsteered_at_zero`."""
     return np.unique(np.array([0.0, *config.alphas]))
 
 
@@ -410,7 +410,7 @@ def take_unsteered_from_suffix(
       alphas: how many the sweep has; as many are computed here, so that the program is the same.
     """
     config, layer = trained.config, trained.config.sae_layer
-    if choose_method(config) != "suffix" or config.steer.form == "replace" or config.steer.mode == "clamp":
+    if choose_method(config) != "suffix" or not is_unsteered_at_zero(config.steer):
         return table
     setting = SuffixSetting({layer: steering}, np.zeros(len(split.labels), np.int64))
     result = run_suffix(trained, split, [setting], np.zeros(alphas), "alpha 0")
@@ -715,7 +715,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     if warning := describe_unmatched(strategies, config.steer):
         logger.warning(warning)
     if 0 not in config.steer.alphas:
-        logger.info("sweep: alpha 0, the unsteered model, is added to config.steer.alphas")
+        meaning = "the unsteered model" if is_unsteered_at_zero(config.steer) else "for which no latent is amplified"
+        logger.info(f"sweep: alpha 0, {meaning}, is added to config.steer.alphas")
     splits = {
         "validation": select_classes(dataset.validation, config, dataset.class_names),
         "test": select_classes(dataset.test, config, dataset.class_names),
@@ -747,8 +748,9 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         results[name], by_strategy = _sweep_split(job, evaluate, gates, len(alphas), classes)
         if by_strategy:
             steps[name] = dict(zip(strategies, by_strategy, strict=True))
-    latents = _stack_choices(chosen.steered, "latents", fill=-1)
-    by_name = dict(zip(strategies, latents, strict=True))
+    by_name = {
+        name: [by_strategy[g].choice.latents for by_strategy in chosen.steered] for g, name in enumerate(strategies)
+    }
     return SweepResult(
         strategies=tuple(strategies),
         alphas=alphas,
@@ -756,7 +758,7 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
         gates=gates.names if "sublayers" in gates.kinds else tuple(range(gates.count)),
         subset=list_patterns(config),
         related=dataset.related,
-        latents=latents,
+        latents=_stack_choices(chosen.steered, "latents", fill=-1),
         weights=_stack_choices(chosen.steered, "weights", fill=0),
         class_matters=chosen.class_matters,
         extra_macs=_count_extra_macs(config, classes, strategies, chosen, tables["test"]),
@@ -819,14 +821,14 @@ def _average_by_class(run: RunData) -> np.ndarray:
     return np.asarray(gates.logits(trained.model, trained.params, jnp.asarray(mean_CD)), np.float64)
 
 
-def _overlap_of_classes(latents: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def _overlap_of_classes(latents: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray | None:
     """Compute how many of the latents of `class` two classes share, [S, C, C]; None without that strategy."""
     if "class" not in latents:
         return None
     return np.stack([latent_overlap(latents_CS, latents_CS) for latents_CS in latents["class"]])
 
 
-def _overlap_with_global(latents: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def _overlap_with_global(latents: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray | None:
     """Compute how many latents `global` and `class` share, [S, C]; None without one of them."""
     if "class" not in latents or "global" not in latents:
         return None

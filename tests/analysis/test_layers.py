@@ -1,5 +1,7 @@
 """Steering any layer, and several at once: each image again in float64, gate by gate."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.model.vit import TrainedModel
 from headsteer_jax.sae.autoencoder import SAEWeights
 from headsteer_jax.steer.steering import Steering
-from headsteer_jax.steer.suffix import SuffixSetting, run_suffix
+from headsteer_jax.steer.suffix import SuffixSetting, run_suffix, run_suffix_from_unsteered
 
 
 def config_of(**steer: object) -> Config:
@@ -99,6 +101,25 @@ def test_alpha_0_is_the_unsteered_model() -> None:
     np.testing.assert_array_equal(predictions[0], np.argmax(logits, axis=1))
     for place, layer in enumerate((1, 2)):
         np.testing.assert_array_equal(gates[0, :, place], out["gates"][layer]["heads"] > 0)
+
+
+@pytest.mark.parametrize("steer", [{"form": "replace"}, {"mode": "clamp"}, {}], ids=str)
+def test_before_steering_is_the_unsteered_model_in_every_form_and_mode(steer: dict[str, object]) -> None:
+    trained = trained_model(config_of(**steer))
+    images = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    split, alphas = Split(images, np.zeros(6, np.int32)), np.array([-2.0, 0.0, 8.0])
+    settings = [SuffixSetting({1: setting(seed), 2: setting(seed + 1)}, split.labels) for seed in (0, 2)]
+    found = run_suffix_from_unsteered(trained, split, settings, alphas, "test", ["heads"])
+    as_is = run_suffix(trained, split, settings, alphas, "test", ["heads"])
+    logits, out = trained.model.apply(trained.params, images.astype(np.float32) / 255)
+    changed = 0
+    for v, layer in itertools.product(range(2), (1, 2)):
+        heads = found.gates[layer]["heads"][v]
+        np.testing.assert_array_equal(heads[1], out["gates"][layer]["heads"] > 0)
+        np.testing.assert_array_equal(heads[[0, 2]], as_is.gates[layer]["heads"][v, [0, 2]])
+        changed += (heads[1] != as_is.gates[layer]["heads"][v, 1]).sum()
+    np.testing.assert_array_equal(found.predictions[:, 1], np.tile(np.argmax(logits, axis=1), (2, 1)))
+    assert (changed > 0) == bool(steer)
 
 
 def test_all_off_drops_every_head_of_one_layer() -> None:

@@ -8,7 +8,8 @@ from made_run import made_sweep
 
 from headsteer_jax import load_run
 from headsteer_jax.analysis.push import center_classes, explain_usage
-from headsteer_jax.steer.catalogue import find_strategy
+from headsteer_jax.steer.catalogue import find_strategy, per_class_strategy
+from headsteer_jax.steer.strategies import LatentStatistics
 from headsteer_jax.steer.sweep import run_sweep
 
 
@@ -40,6 +41,23 @@ def test_classes_without_images_and_choices_by_image_are_left_out():
     expected = np.sign(result.push[0][:, :3]) == np.sign(logits[:3] - logits[:3].mean(axis=0))
     assert after["class"]["same_sign"] == pytest.approx(expected.mean())
     assert explain_usage(dataclasses.replace(result, push=None)) == {}
+
+
+def four_latents(statistics: LatentStatistics, label: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.argsort(-statistics.class_frequency[label])[:4], np.ones(4)
+
+
+def test_a_strategy_of_more_latents_does_not_change_what_classes_share(finished):
+    run = load_run(finished.workdir)
+    config = run.config.model_copy(update={"steer": run.config.steer.model_copy(update={"latents": 2})})
+    run = dataclasses.replace(run, trained=run.trained._replace(config=config))
+    strategies = {name: find_strategy(name) for name in ("class", "global")}
+    more = strategies | {"mine": per_class_strategy(four_latents, "mine")}
+    alone, beside = run_sweep(run, strategies), run_sweep(run, more)
+    assert beside.latents.shape[-1] == 4
+    np.testing.assert_array_equal(np.diagonal(beside.overlap_class_class, axis1=1, axis2=2), 1)
+    np.testing.assert_array_equal(beside.overlap_class_class, alone.overlap_class_class)
+    np.testing.assert_array_equal(beside.overlap_global_class, alone.overlap_global_class)
 
 
 def test_a_large_alpha_reaches_the_limit(finished):

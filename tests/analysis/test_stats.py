@@ -21,6 +21,20 @@ from headsteer_jax.analysis.stats import (
 from headsteer_jax.steer.tally import class_counts
 
 
+def test_counts_that_no_resampling_changes_stay_exact() -> None:
+    """Each class has one count; float32 quotients would lie beside the mean and miss a bound that equals it."""
+    labels, rng = np.repeat(np.arange(7), 11), np.random.default_rng(3)
+    counts = rng.integers(0, 7, 7)[labels].astype(np.uint8)
+    found = bootstrap_means(lambda _: counts, 1, bootstrap_weights(labels, 20, rng), rng)
+    np.testing.assert_array_equal(found, counts.mean())
+
+
+def test_an_accuracy_on_the_floor_keeps_it() -> None:
+    accuracy = np.array([0.7, (0.7 + 0.7 + 0.7) / 3])
+    assert accuracy[1] < 0.7
+    assert choose_alpha(np.array([0.0, 1.0]), np.array([0.9, 0.5]), accuracy, 0.7) == 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=30))
 def test_class_counts(images: list[tuple[int, bool]]) -> None:

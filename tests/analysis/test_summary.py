@@ -474,6 +474,18 @@ def test_related_classes_share_heads_by_jaccard(config: Config, result: SweepRes
     assert claim(summary, "share more heads")["value"] == pytest.approx(found["related"] - found["unrelated"])
 
 
+def test_related_classes_are_those_that_are_steered() -> None:
+    """A class without steered images runs no head, which is not what it shares with others."""
+    config, result = made_sweep(classes=10, heads=4, seeds=2, per_class=14, only=7)
+    found = summarise(result, config)[0]["overlap"]["heads"]["before"]
+    on = [set(np.flatnonzero(shares > 0.5)) for shares in result.test.unsteered_heads_on[:7] / 14]
+    kinds: dict[bool, list[float]] = {True: [], False: []}
+    for i, j in itertools.permutations(range(7), 2):
+        kinds[i // 5 == j // 5].append(len(on[i] & on[j]) / len(on[i] | on[j]))
+    assert found["related"] == pytest.approx(np.mean(kinds[True]))
+    assert found["unrelated"] == pytest.approx(np.mean(kinds[False]))
+
+
 def test_fronts_where_steering_never_lowers_usage(config: Config, result: SweepResult) -> None:
     """Whatever is left in common is compared, without NaN; where nothing is, there is no front."""
     gates = result.test.gates.copy()
@@ -486,13 +498,15 @@ def test_fronts_where_steering_never_lowers_usage(config: Config, result: SweepR
         assert np.isfinite(summary["fronts"]["lowest_difference_ci"]).all()
 
 
-def test_fronts_against_the_best_subset_of_each_class(config: Config, result: SweepResult) -> None:
+def test_strategies_against_the_best_subset_of_each_class(config: Config, result: SweepResult) -> None:
+    """Alphas and subsets alike are chosen on validation."""
     summary, _ = summarise(result, config)
-    right, used = per_image(result.test)
+    right = per_image(result.test)[0]
+    right_before, used_before = per_image(result.validation)
     rising, labels = np.flatnonzero(result.alphas >= 0), result.test.labels
     compared = 0
     for g, name in enumerate(result.strategies):
-        points = [(used[g, :, 0, a].mean(), right[g, :, 0, a].mean()) for a in rising]
+        points = [(used_before[g, :, 0, a].mean(), right_before[g, :, 0, a].mean(), a) for a in rising]
         for row in summary["steering"][name]["against_oracle"]:
             size = round(row["usage"] * 4)
             subsets = [p for p in range(16) if bin(p).count("1") == size]
@@ -502,7 +516,8 @@ def test_fronts_against_the_best_subset_of_each_class(config: Config, result: Sw
                 best = max(subsets, key=lambda p: ((held[:, p] == c).mean(), -p))
                 hits += (result.test.table[labels == c][:, best] == c).sum()
             assert row["oracle"] == pytest.approx(hits / len(labels))
-            assert row["front"] == pytest.approx(max(y for x, y in points if x <= row["usage"] + 1e-6))
+            best_a = max((y, -a) for x, y, a in points if x <= row["usage"] + 1e-6)[1]
+            assert row["front"] == pytest.approx(right[g, :, 0, -best_a].mean())
             low, high = row["difference_ci"]
             assert low <= row["front"] - row["oracle"] + 0.05
             assert high >= row["front"] - row["oracle"] - 0.05
@@ -612,6 +627,17 @@ def test_the_claim_of_compute_has_matched_controls() -> None:
         assert low <= row["accuracy"] - claim["random_pattern"] <= high
         enough = claim["interval"][0] >= 0.15 and row["accuracy_change_ci"][0] >= -config.steer.allowed_loss
         assert claim["holds"] == (enough and low > 0)
+
+
+def test_the_lead_over_random_patterns_is_uncertain_by_the_autoencoder_too() -> None:
+    """One of two autoencoders is always right, the other never: a quarter of the resamplings has one of them alone."""
+    config, result = made_sweep(classes=5, heads=6, seeds=2, per_class=30, sublayers=True)
+    right = result.test.right.copy()
+    right[:, 0], right[:, 1] = 255, 0
+    summary, _ = summarise(replace(result, test=replace(result.test, right=right)), config)
+    (found,) = [claim for claim in summary["claims"] if claim["claim"].startswith("class steering lowers the layer's")]
+    low, high = found["lead_over_random_ci"]
+    assert high - low > 0.9
 
 
 def test_heads_alone_have_no_claim_of_compute(config: Config, result: SweepResult) -> None:

@@ -326,6 +326,17 @@ def test_figures_leave_matplotlib_as_it_was() -> None:
     assert {name: matplotlib.rcParams[name] for name in before} == before
 
 
+def test_a_strategy_without_latents_has_no_figure_of_them() -> None:
+    """Its row is filled up with -1 if another one has latents, and is empty otherwise."""
+    run = made_run(heads=2, seeds=1, strategies=("gate_bias", "random"))
+    data = report_data(run)
+    latents = data.arrays["latents"].copy()
+    latents[list(data.colours).index("gate_bias")] = -1
+    for filled in (latents, latents[..., :0]):
+        assert figures.draw_latents(data._replace(arrays=data.arrays | {"latents": filled})) is None
+    assert figures.draw_latents(data) is not None
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "text"), [(0.5, 3, "+0.500"), (-0.25, 1, "\u22120.2"), (-0.0001, 2, "+0.00"), (3, 0, "+3")]
 )

@@ -11,6 +11,7 @@ from headsteer_jax.config import SteerConfig
 from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.by_image import ReadResiduals, guessed_bias_directions, image_latents, image_random_directions
 from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
+from headsteer_jax.steer.directions import wrap_directions
 from headsteer_jax.steer.flips import Rows, find_flips, gate_effect
 from headsteer_jax.steer.guess import Guess, fit_guess, fit_probe
 from headsteer_jax.steer.strategies import (
@@ -95,6 +96,18 @@ def test_gate_bias_pushes_the_gate_exactly_and_is_the_shortest_that_does() -> No
     np.testing.assert_allclose(found @ gate, pushes, atol=1e-5)
     null_DK = np.linalg.svd(gate.T)[2][H:].T  # what the gate does not see
     np.testing.assert_allclose(found @ null_DK, 0, atol=1e-5)
+
+
+def test_a_gate_that_a_direction_is_fitted_to_leave_alone_is_not_pushed() -> None:
+    """In float32 its push is about 1e-9, of either sign, which would decide the gate at a large alpha."""
+    rng = np.random.default_rng(4)
+    gate_DH, wanted_CH = rng.standard_normal((96, 6)), rng.standard_normal((50, 6)) * (rng.random((50, 6)) < 0.5)
+    choice = wrap_directions(np.linalg.lstsq(gate_DH.T, wanted_CH.T)[0].T)
+    assert (np.abs(choice.directions.astype(np.float64) @ gate_DH)[wanted_CH == 0] > 0).any()
+    push_CH, size_CH = gate_effect(rng.standard_normal((3, 96)), gate_DH, 0).of_directions(choice)
+    np.testing.assert_array_equal(push_CH == 0, wanted_CH == 0)
+    np.testing.assert_allclose(push_CH, wanted_CH, atol=1e-5)
+    assert (size_CH[wanted_CH.any(axis=1)] > 0).all()
 
 
 def test_random_bias_is_as_long_as_gate_bias_and_follows_the_generator() -> None:
