@@ -34,6 +34,7 @@ COMPARISONS: dict[tuple[str, str], About] = {
     ("gate_bias", "random_bias"): "autoencoder",
     ("superclass", "matched_superclass"): "further",
     ("image_latents", "image_random"): "further",
+    ("guessed_difference", "global_bias"): "further",
 }
 LEVELS = 21  # usages at which two strategies are compared
 
@@ -66,7 +67,8 @@ def judge_claims(summary: dict[str, Any], result: SweepResult, scores: Scores, c
     claims: list[Claim | None] = [claim_saving(summary, scores, config.steer)]
     claims += [claim_control(*pair, scores, usage) for pair in COMPARISONS if set(pair) <= set(names)]
     claims.append(claim_random_subsets(summary, result, scores))
-    claims += [claim_best_subsets(name, summary, result, scores, gates) for name in aimed]
+    pruned = [name for name in ("class", "gate_aligned", "guessed_difference") if name in names]
+    claims += [claim_best_subsets(name, summary, result, scores, gates) for name in pruned]
     claims.append(claim_front(summary))
     claims.append(claim_suppression(summary, scores))
     claims.append(claim_related("latents", summary["overlap"]))

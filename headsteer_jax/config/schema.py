@@ -508,14 +508,15 @@ class SteerConfig(Section):
     least_confidence: Fraction = 0.0
     """The least probability of a class that is not known from the label but predicted or guessed. By predicted class,
     an image whose largest probability (softmax) is below it is not steered: the unsteered answer, which is there
-    already, stands. guessed_bias steers an image whose guess is below it as global_bias does."""
+    already, stands. guessed_bias steers an image whose guess is below it as global_bias does, and guessed_difference
+    does not steer it."""
     guess_classes: NonNegativeInt = 0
-    """The number of most probable classes whose directions guessed_bias mixes, by their probabilities. With 0 it mixes
-    those of all classes."""
+    """The number of most probable classes whose directions guessed_bias and guessed_difference mix, by their
+    probabilities. With 0 they mix those of all classes."""
     guess_layer: int = 0
-    """The layer whose input guessed_bias guesses the class from: at most the steered layer, counted from 0, or from the
-    end if it is negative. With 0 it is the steered layer itself, because the CLS token that enters layer 0 has seen no
-    image."""
+    """The layer whose input guessed_bias and guessed_difference guess the class from: at most the steered layer, counted
+    from 0, or from the end if it is negative. With 0 it is the steered layer itself, because the CLS token that enters
+    layer 0 has seen no image."""
     classes: tuple[str, ...] = ()
     """The classes whose images are steered and scored. If it is empty, all classes are used."""
     least_validation: PositiveInt = 5

@@ -43,6 +43,10 @@ SENTENCES = {
     "guessed_bias": (
         "adds the directions of “gate bias”, mixed by a linear classifier's guess of the class; it needs no label"
     ),
+    "guessed_difference": (
+        "adds the directions of “mean difference”, mixed by a linear classifier's guess of the class; it needs neither "
+        "an autoencoder nor a label"
+    ),
 }
 
 

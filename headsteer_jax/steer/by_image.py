@@ -10,7 +10,12 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from headsteer_jax.config.schema import SteerConfig
-from headsteer_jax.steer.directions import gate_bias_directions, global_bias_directions, wrap_directions
+from headsteer_jax.steer.directions import (
+    gate_bias_directions,
+    global_bias_directions,
+    mean_difference_directions,
+    wrap_directions,
+)
 from headsteer_jax.steer.guess import keep_most_probable
 from headsteer_jax.steer.strategies import Choice, LatentStatistics, eligible_latents
 
@@ -20,7 +25,8 @@ class ImageStrategy(NamedTuple):
 
     # (images, the training split's statistics, config, rng) -> a choice of N rows
     choose: Callable[["ReadResiduals", LatentStatistics, SteerConfig, np.random.Generator], Choice]
-    reads_latents: bool  # otherwise it reads the residual alone, and chooses the same for every autoencoder
+    reads_latents: bool  # otherwise it reads the residual alone, so that no encoder runs
+    by_autoencoder: bool  # otherwise it chooses the same for every autoencoder
 
 
 class ReadResiduals(NamedTuple):
@@ -105,4 +111,19 @@ def guessed_bias_directions(
         common_CD = global_bias_directions(stats, config, rng).directions
         assert common_CD is not None
         mixed_ND[unsure_N] = common_CD[0]
+    return wrap_directions(mixed_ND)
+
+
+def guessed_difference_directions(
+    images: ReadResiduals, stats: LatentStatistics, config: SteerConfig, rng: np.random.Generator
+) -> Choice:
+    """Mix the classes' directions of `mean_difference` by the guess of `guessed_bias`.
+
+    An image whose largest probability is below config.least_confidence is not pushed at all.
+    """
+    assert stats.guess is not None, "the sweep fits the classifier"
+    difference_CD = mean_difference_directions(stats, config, rng).directions
+    probability_NC = stats.guess.probabilities(images.x)
+    mixed_ND = keep_most_probable(probability_NC, config.guess_classes) @ difference_CD
+    mixed_ND[probability_NC.max(axis=1) < config.least_confidence] = 0
     return wrap_directions(mixed_ND)

@@ -14,6 +14,7 @@ from headsteer_jax.errors import HeadSteerError
 from headsteer_jax.steer.by_image import (
     ImageStrategy,
     guessed_bias_directions,
+    guessed_difference_directions,
     image_latents,
     image_random_directions,
 )
@@ -56,10 +57,13 @@ STRATEGIES: dict[str, Strategy | ImageStrategy] = {
     "gate_bias": gate_bias_directions,
     "random_bias": random_bias_directions,
     "global_bias": global_bias_directions,
-    "image_latents": ImageStrategy(image_latents, reads_latents=True),
-    "image_random": ImageStrategy(image_random_directions, reads_latents=True),
-    "guessed_bias": ImageStrategy(guessed_bias_directions, reads_latents=False),
+    "image_latents": ImageStrategy(image_latents, reads_latents=True, by_autoencoder=True),
+    "image_random": ImageStrategy(image_random_directions, reads_latents=True, by_autoencoder=True),
+    "guessed_bias": ImageStrategy(guessed_bias_directions, reads_latents=False, by_autoencoder=False),
+    "guessed_difference": ImageStrategy(guessed_difference_directions, reads_latents=False, by_autoencoder=True),
 }
+
+GUESSING_STRATEGIES = ("guessed_bias", "guessed_difference")  # a linear classifier guesses the class
 
 # made to move the residual as far as other latents do in the mode add and delta form
 MATCHED_STRATEGIES = (

@@ -31,7 +31,7 @@ from headsteer_jax.sae.latents import INSPECTED_IMAGES
 from headsteer_jax.sae.residuals import ResidualSelection, load_all, load_or_compute_residuals
 from headsteer_jax.sae.store import RunData
 from headsteer_jax.steer.by_image import ImageStrategy, ReadResiduals
-from headsteer_jax.steer.catalogue import MATCHED_STRATEGIES, STRATEGIES, find_strategy
+from headsteer_jax.steer.catalogue import GUESSING_STRATEGIES, MATCHED_STRATEGIES, STRATEGIES, find_strategy
 from headsteer_jax.steer.cost import count_extra_macs, count_moving_macs
 from headsteer_jax.steer.flips import Flips, GateEffect, Rows, find_flips, gate_effect, is_affine_in_alpha
 from headsteer_jax.steer.gates import LayerGates, pattern_to_gates
@@ -509,7 +509,7 @@ def measure_for_strategy(run: RunData, name: str) -> LatentStatistics:
     """
     trained, dataset, config = run.trained, run.dataset, run.trained.config
     evidence = Evidence()
-    if name in TABLE_STRATEGIES or name not in STRATEGIES:
+    if name in (*TABLE_STRATEGIES, *GUESSING_STRATEGIES) or name not in STRATEGIES:
         test, validation = (
             select_classes(split, config, dataset.class_names) for split in (dataset.test, dataset.validation)
         )
@@ -517,7 +517,7 @@ def measure_for_strategy(run: RunData, name: str) -> LatentStatistics:
         table = fill_table(program, trained.params, validation, "validation: every gate pattern")
         outcomes = _pattern_evidence(run, name in TABLE_STRATEGIES, program, table.outcomes(validation.labels))
         guess = None
-        if name == "guessed_bias":
+        if name in GUESSING_STRATEGIES:
             x_MD = read_guess_residuals(trained, validation, "validation", table.x)
             guess = _fit_guess(run, x_MD, validation.labels)
         evidence = Evidence(outcomes, _price_patterns(config, table), guess)
@@ -584,7 +584,7 @@ def _choose_by_image(
         images = ReadResiduals(guess_ND, encode_sparse(steered[s][0].sae, x_ND))
         versions = [stats] if fold_N is None else [_without_fold(stats, fold_N, fold) for fold in (0, 1)]
         for g, choose in chosen.items():
-            if s > 0 and not choose.reads_latents:
+            if s > 0 and not choose.by_autoencoder:
                 steered[s][g] = steered[s][g]._replace(choice=steered[0][g].choice)
                 continue
             rngs = (strategy_rng(config, s, g) for _ in versions)
@@ -730,7 +730,8 @@ def run_sweep(run: RunData, strategies: Strategies) -> SweepResult:
     aligned = any(strategy in table_strategies for strategy in strategies.values())
     validation = tables["validation"].outcomes(splits["validation"].labels)
     fold_N = _halve_each_class(splits["validation"].labels)
-    guessing, guess_x, guess = STRATEGIES["guessed_bias"] in strategies.values(), dict[str, np.ndarray](), None
+    guessing = any(STRATEGIES[name] in strategies.values() for name in GUESSING_STRATEGIES)
+    guess_x, guess = dict[str, np.ndarray](), None
     for name, split in splits.items():
         x_ND = tables[name].x
         guess_x[name] = read_guess_residuals(trained, split, name, x_ND) if guessing else x_ND
