@@ -645,7 +645,7 @@ def test_a_run_in_python(finished, loaded):
 def test_strategies_without_an_autoencoder_and_without_a_label(loaded):
     """They go through the same sweep: directions are stored, and what needs no label does not depend on it."""
     names = ["class", "mean_difference", "probe", "random_direction", "gate_bias", "random_bias", "global_bias"]
-    by_image = ["image_latents", "image_random", "guessed_bias"]
+    by_image = ["image_latents", "image_random", "guessed_bias", "guessed_difference"]
     sweep = loaded.sweep([*names, *by_image], alphas=[0.5, 2.0], bootstrap=20)
     for name in names[1:]:
         assert (sweep.latents.sel(strategy=name) == -1).all()

@@ -514,9 +514,9 @@ class SteerConfig(Section):
     """The number of most probable classes whose directions guessed_bias and guessed_difference mix, by their
     probabilities. With 0 they mix those of all classes."""
     guess_layer: int = 0
-    """The layer whose input guessed_bias and guessed_difference guess the class from: at most the steered layer, counted
-    from 0, or from the end if it is negative. With 0 it is the steered layer itself, because the CLS token that enters
-    layer 0 has seen no image."""
+    """The layer whose input guessed_bias and guessed_difference guess the class from: at most the steered layer. It is
+    counted from 0, or from the end if it is negative. With 0 it is the steered layer itself, because the CLS token that
+    enters layer 0 has seen no image."""
     classes: tuple[str, ...] = ()
     """The classes whose images are steered and scored. If it is empty, all classes are used."""
     least_validation: PositiveInt = 5

@@ -236,6 +236,7 @@ PAPER = ("global", "random", "matched_random")  # controls of what [LH26] report
         ("random_bias", "gate_bias"),
         ("image_random", "image_latents"),
         ("matched_superclass", "superclass"),
+        ("global_bias", "guessed_difference"),
     ],
 )
 def test_strategies_are_compared_over_the_usages_that_both_reach(name: str, method: str) -> None:
@@ -260,7 +261,7 @@ def test_strategies_are_compared_over_the_usages_that_both_reach(name: str, meth
     assert found["usages"] == pytest.approx([low, high])
     assert found["value"] == pytest.approx(np.mean(leads))
     assert found["holds"] == (found["interval"][0] > 0)
-    ours = {"superclass", "image_latents"}
+    ours = {"superclass", "image_latents", "guessed_difference"}
     assert found["about"] == ("further" if method in ours else "paper" if name in PAPER else "autoencoder")
 
 
@@ -338,10 +339,13 @@ def test_random_subsets_answer_the_images_that_steering_answers() -> None:
 
 
 @pytest.mark.parametrize("sublayers", [False, True])
-@pytest.mark.parametrize("method", ["class", "gate_aligned"])
+@pytest.mark.parametrize("method", ["class", "gate_aligned", "guessed_difference"])
 def test_the_best_fixed_subsets_are_chosen_on_validation(method: str, sublayers: bool) -> None:
     gates = 5 if sublayers else 3
-    config, result = made_sweep(classes=6, heads=gates, seeds=2, per_class=20, sublayers=sublayers)
+    strategies = ("class", "gate_aligned", "guessed_difference")
+    config, result = made_sweep(
+        classes=6, heads=gates, seeds=2, per_class=20, sublayers=sublayers, strategies=strategies
+    )
     summary, _ = summarise(result, config)
     found, row = claim(summary, f"{method} steering, the best fixed"), summary["steering"][method]
     best = []

@@ -192,7 +192,7 @@ def test_run_predict_agrees_with_the_sweep(finished: FinishedRun) -> None:
     assert predictions.latents.shape == (len(test.labels), 5)
 
 
-@pytest.mark.parametrize("name", ["image_latents", "guessed_bias", "global_bias", "gate_bias"])
+@pytest.mark.parametrize("name", ["image_latents", "guessed_bias", "guessed_difference", "global_bias", "gate_bias"])
 def test_strategies_without_a_class_steer(name: str, finished: FinishedRun) -> None:
     run = load_run(finished.workdir)
     images = run.dataset.test.images[:5]
@@ -207,18 +207,20 @@ def test_strategies_without_a_class_steer(name: str, finished: FinishedRun) -> N
 def test_the_sweep_and_a_prediction_guess_from_the_same_early_layer(finished: FinishedRun) -> None:
     run = load_run(finished.workdir)
     steer = {"guess_layer": 1, "guess_classes": 2, "least_confidence": 0.2}
-    sweep = run.sweep({"guess": "guessed_bias", "bias": "gate_bias"}, alphas=(3.0,), **steer)
+    strategies = {"guess": "guessed_bias", "difference": "guessed_difference", "bias": "gate_bias"}
+    sweep = run.sweep(strategies, alphas=(3.0,), **steer)
     config = run.config.model_copy(update={"steer": run.config.steer.model_copy(update=steer)})
     early = replace(run, trained=run.trained._replace(config=config))
     test = run.dataset.test
-    for name, strategy in (("guess", "guessed_bias"), ("bias", "gate_bias")):
+    for name, strategy in strategies.items():
         steered = early.predict(test.images, steer=strategy, alpha=3.0).steered
         assert steered is not None
         chosen = {"strategy": name, "seed": 0, "named_by": "predicted", "alpha": 3.0}
         right = np.bincount(test.labels[steered.label == test.labels], minlength=len(run.dataset.class_names))
         np.testing.assert_array_equal(right, sweep["test_correct"].sel(chosen).values)
     classes, width = len(run.dataset.class_names), run.config.model.width
-    assert sweep["extra_macs"].sel(strategy="guess").values.tolist() == [(classes + 2) * width] * 2
+    for name in ("guess", "difference"):
+        assert sweep["extra_macs"].sel(strategy=name).values.tolist() == [(classes + 2) * width] * 2
     assert sweep["extra_macs"].sel(strategy="bias", named_by="true") == 0
 
 

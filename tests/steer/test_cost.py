@@ -41,6 +41,7 @@ def vit_s(**steer: object) -> Config:
         ("image_random", DIRECTIONS, {"latents": 16}, ENCODER + 16 * 384),
         ("guessed_bias", DIRECTIONS, {}, 100 * 384 + 100 * 384),
         ("guessed_bias", DIRECTIONS, {"guess_classes": 3}, 100 * 384 + 3 * 384),
+        ("guessed_difference", DIRECTIONS, {"guess_classes": 3}, 100 * 384 + 3 * 384),
     ],
 )
 def test_moving_the_residual(name: str, choice: Choice, steer: dict[str, object], macs: int) -> None:

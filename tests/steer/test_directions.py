@@ -9,7 +9,13 @@ from scipy.sparse import csr_array
 
 from headsteer_jax.config import SteerConfig
 from headsteer_jax.errors import HeadSteerError
-from headsteer_jax.steer.by_image import ReadResiduals, guessed_bias_directions, image_latents, image_random_directions
+from headsteer_jax.steer.by_image import (
+    ReadResiduals,
+    guessed_bias_directions,
+    guessed_difference_directions,
+    image_latents,
+    image_random_directions,
+)
 from headsteer_jax.steer.catalogue import STRATEGIES, per_class_strategy
 from headsteer_jax.steer.directions import wrap_directions
 from headsteer_jax.steer.flips import Rows, find_flips, gate_effect
@@ -221,6 +227,31 @@ def test_a_guess_mixes_the_most_probable_classes_and_falls_back_to_the_bias_of_a
         np.testing.assert_allclose(found[n], mixed if p > 0.5 else common, atol=0.05 * np.abs(biases).max())
         unsure += p < 0.5
     assert 5 < unsure < 45
+
+
+@pytest.mark.parametrize("guess_classes", [0, 2])
+def test_a_guess_mixes_the_mean_differences_and_leaves_unsure_images_alone(guess_classes: int) -> None:
+    """A planted classifier, whose logits are the first residuals and rarely right by chance."""
+    stats, rng = made(8), np.random.default_rng(8)
+    logits = rng.normal(0, 3, (4000, C))
+    chance = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = (chance.cumsum(axis=1) < rng.random((4000, 1))).sum(axis=1)
+    stats = stats._replace(guess=Guess(np.eye(C, D), np.zeros(C), logits, labels))
+    x = rng.normal(0, 1.5, (60, D)).astype(np.float32)
+    images, means = ReadResiduals(x, csr_array(np.zeros((60, F)))), direction("mean_difference", stats)
+    config = SteerConfig(latents=4, guess_classes=guess_classes, least_confidence=0.5)
+    found, unsure = guessed_difference_directions(images, stats, config, rng).directions, 0
+    for n in range(60):
+        probability = np.exp(x[n, :C].astype(float)) / np.exp(x[n, :C].astype(float)).sum()
+        kept = np.argsort(-probability)[: guess_classes or C]
+        if abs(probability.max() - 0.5) < 0.05:  # the fitted temperature may decide either way
+            continue
+        mixed = sum(probability[c] * means[c] for c in kept) / probability[kept].sum()
+        sure = probability.max() > 0.5
+        np.testing.assert_allclose(found[n], mixed if sure else 0, atol=0.05 * np.abs(means).max())
+        assert sure or not found[n].any()
+        unsure += not sure
+    assert 5 < unsure < 55
 
 
 def test_a_global_bias_is_the_same_for_all_classes_and_fits_them_together() -> None:
