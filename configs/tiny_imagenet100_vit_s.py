@@ -24,7 +24,7 @@ STRATEGIES = (
     "class", "global", "random", "matched_random", "gate_aligned",  # [LH26]'s, a stricter control, and ours
     "mean_difference", "probe", "random_direction", "gate_bias", "random_bias",  # without an autoencoder
     "superclass", "matched_superclass",
-    "global_bias", "guessed_bias", "image_latents", "image_random",  # without a label
+    "global_bias", "guessed_bias", "guessed_difference", "image_latents", "image_random",  # without a label
 )  # fmt: skip
 
 
@@ -84,6 +84,9 @@ def get_config() -> Config:
         steer=SteerConfig(
             strategies=STRATEGIES,
             latents=16,
+            tolerance=0.008,  # on validation
+            allowed_loss=0.01,  # on test, with its interval
+            least_confidence=0.3,  # of four settings of the guess, it saved most within the tolerance on validation
             alphas=(-4.0, -2.0, -1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0),
         ),
         layers=LayersConfig(epochs=10, alphas=(0.5, 1.0, 2.0, 4.0, 8.0)),
