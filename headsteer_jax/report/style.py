@@ -30,7 +30,7 @@ COLOURS = {
 }  # Okabe-Ito
 MORE_COLOURS = (  # for further strategies, in order
     "#56B4E9", "#8C6D31", "#666666", "#7B4EA3", "#A61C3C", "#2A9D8F", "#8FA31E", "#4B5FAE", "#D98880", "#20403A",
-    "#B59A00",
+    "#B59A00", "#B88AE0",
 )  # fmt: skip
 PHASE_COLOURS = {"dense": "#7F7F7F", "gated": "#000000", "dense_control": "#E69F00"}
 INK, MUTED, PALE = "#222222", "#767676", "#B5B5B5"
