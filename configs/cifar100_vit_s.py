@@ -1,9 +1,9 @@
 """The paper's experiment [LH26]: a pretrained ViT-S (12 layers, 6 heads, width 384) on CIFAR-100 at 224 pixels.
 
 The paper, a student abstract, leaves settings open. Those here follow what a reader of the paper reported, which we
-could not check against it: k = 64, the gate reads the decoded code (*replace*), and an accuracy of 91.27% on test, which
-speaks for 224 pixels and an ImageNet backbone. Images are stored with 32 pixels and enlarged on the device, which saves
-memory. The recipe of training is ours, and so are the number of latents and the strengths.
+could not check against it: k = 64, the gate reads the decoded code (*replace*), and an accuracy of 91.27% on test,
+which speaks for 224 pixels and an ImageNet backbone. Images are stored with 32 pixels and enlarged on the device, which
+saves memory. The recipe of training is ours, and so are the number of latents and the strengths.
 
 The first run downloads CIFAR-100 (extra `prepare`, TensorFlow) and the backbone (extra `hub`); later ones need neither.
 To start from a local file, pass --config.model.pretrained=vit_small.safetensors. 197 tokens need a GPU or a TPU;

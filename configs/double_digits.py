@@ -2,8 +2,8 @@
 
 The mean over training seeds 0 to 4: the gated model's accuracy on test is 86.3%, and 0.881 of the last layer's heads
 run; with all of them off, accuracy is 78.6%. Class steering lowers the usage to 0.617 at 85.9%, gate-aligned steering
-to 0.275 at 86.2%. The nine claims about steering hold on four of these seeds (on seed 2, four of them do); the recipe
-was chosen on seeds 5 to 9. Another CPU rounds differently and therefore trains a different model.
+to 0.275 at 86.2%. The nine claims of the paper and on further strategies hold on four of these seeds (on seed 2, four
+of them do); the recipe was chosen on seeds 5 to 9. Another CPU rounds differently and trains a different model.
 """
 
 from headsteer_jax.config import (

@@ -218,9 +218,10 @@ def _resample(split: SplitResult, weights: np.ndarray, seed: int) -> tuple[Curve
     )
     right_N = split.prediction == split.labels
     used_N = pattern_to_gates(split.pattern, heads).sum(axis=1)
-    unsteered_usage_R = (weights @ used_N.astype(np.float32)) / (count * heads)
-    unsteered_accuracy_R = (weights @ right_N.astype(np.float32)) / count
-    return Curves(usage_R / heads, accuracy_R), Curves(unsteered_usage_R, unsteered_accuracy_R)
+    unsteered_usage_R, unsteered_accuracy_R = (
+        (weights @ values_N.astype(np.float32)).astype(np.float64) / count for values_N in (used_N, right_N)
+    )
+    return Curves(usage_R / heads, accuracy_R), Curves(unsteered_usage_R / heads, unsteered_accuracy_R)
 
 
 def score_settings(

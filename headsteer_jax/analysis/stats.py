@@ -39,14 +39,14 @@ def bootstrap_means(values: Callable[[int], np.ndarray], seeds: int, weights: np
     Returns:
       [R, ...].
     """
-    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(weights)) / seeds  # [R, S]
-    means: Any = 0.0
+    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(weights))  # [R, S]
+    sums: Any = 0.0  # exact if the values are counts, so that equal settings have equal means
     for seed in range(seeds):
         seed_values = np.asarray(values(seed), np.float32)
         count = seed_values.shape[-1]
-        flat = (weights @ seed_values.reshape(-1, count).T).astype(np.float64) / count  # [R, all settings]
-        means = means + drawn[:, seed, None] * flat
-    return means.reshape(len(weights), *seed_values.shape[:-1])
+        flat = (weights @ seed_values.reshape(-1, count).T).astype(np.float64)  # [R, all settings]
+        sums = sums + drawn[:, seed, None] * flat
+    return (sums / (seeds * count)).reshape(len(weights), *seed_values.shape[:-1])
 
 
 def percentile_interval(resampled: np.ndarray, confidence: float) -> np.ndarray:

@@ -151,7 +151,7 @@ def _find_conditions(summary: Mapping[str, Any], result: SweepResult, scores: Sc
     if "claims" not in summary:
         return []
     again = {name: value for name, value in summary.items() if name != "fronts"}
-    if "fronts" in summary and (fronts := compare_fronts(scores)):
+    if "fronts" in summary and (fronts := compare_fronts(scores, summary["steering"]["unsteered"]["usage"])):
         again["fronts"] = fronts
     judged = judge_claims(again, result, scores, config) if "class" in scores.names else []
     conditions = {claim["claim"]: claim.get("conditions", ()) for claim in judged}

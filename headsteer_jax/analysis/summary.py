@@ -164,6 +164,8 @@ def _chosen_row(
     (g, y), test = setting, result.test
     a, share_C = int(scores.chosen[g, y]), test.count / test.count.sum()
     gained, lost = (counts[g, 0, y, a].sum() for counts in (test.gained, test.lost))
+    without_latents = (result.latents[g] < 0).all()  # a direction times 0 is nothing in every form and mode
+    unsteered_here = a == scores.zero and (scores.plain_zero or without_latents)
 
     def change_ci(resampled: np.ndarray, unsteered_R: np.ndarray) -> list[float]:
         return to_float_list(scores.interval(resampled[:, g, y, a] - unsteered_R))
@@ -196,9 +198,7 @@ def _chosen_row(
         "macs_share": macs / scores.macs.dense,
         "macs_ci": to_float_list(scores.interval(scores.macs.resampled[:, g, y, a])),
         "macs_change_ci": change_ci(scores.macs.resampled, scores.macs.resampled_unsteered),
-        "extra_macs": (
-            extra := float(result.extra_macs[setting]) if a != scores.zero or not scores.plain_zero else 0.0
-        ),
+        "extra_macs": (extra := 0.0 if unsteered_here else float(result.extra_macs[setting])),
         "total_macs_share": (macs + extra) / scores.macs.dense,
         "alpha_per_class": score_per_class() if result.class_matters[g] else None,
     }
@@ -219,7 +219,7 @@ def _judge_class_steering(
         g = names.index("class")
         a = int(scores.chosen[g, BY_LABEL])
         summary["overlap"]["heads"] = _related_heads(result.test, g, a, result.related, steer, rng)
-    if "gate_aligned" in names and (fronts := compare_fronts(scores)):
+    if "gate_aligned" in names and (fronts := compare_fronts(scores, summary["steering"]["unsteered"]["usage"])):
         summary["fronts"] = fronts
     summary["claims"] = judge_claims(summary, result, scores, config)
     for claim in summary["claims"]:
@@ -274,7 +274,7 @@ def _compare_with_oracle(result: SweepResult, scores: Scores, patterns_KC: np.nd
     labels, rising = result.test.labels, scores.rising
     place_KN = np.searchsorted(result.subset, patterns_KC[:, labels])
     right_KN = np.take_along_axis(result.test.table.T, place_KN, axis=0) == labels
-    oracle_R = (scores.weights @ right_KN.T.astype(np.float32)) / len(labels)
+    oracle_R = (scores.weights @ right_KN.T.astype(np.float32)).astype(np.float64) / len(labels)
     levels = np.arange(len(patterns_KC)) / (len(patterns_KC) - 1)
     comparisons = []
     for g in range(len(result.strategies)):
@@ -391,8 +391,12 @@ def _summarise_group(result: SweepResult, g: int, a: int, table: list[dict[str, 
     }  # fmt: skip
 
 
-def compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
+def compare_fronts(scores: Scores, unsteered: float, points: int = 21) -> dict[str, Any] | None:
     """Compare the fronts of `gate_aligned` and of [LH26]'s `class` at each usage that both reach, for alphas >= 0.
+
+    Args:
+      unsteered: usage of the unsteered model.
+      points: the number of usages.
 
     Returns:
       The best accuracies at or below each usage. `lowest_difference`: where gate_aligned is least ahead, apart from the
@@ -402,7 +406,7 @@ def compare_fronts(scores: Scores, points: int = 21) -> dict[str, Any] | None:
     rising, usage, confidence = scores.rising, scores.test.usage[:, BY_LABEL], scores.confidence
     rows = [scores.names.index("class"), scores.names.index("gate_aligned")]
     reached = max(usage[row, rising].min() for row in rows)
-    levels = np.linspace(reached, usage[rows[0], scores.zero], points)
+    levels = np.linspace(reached, unsteered, points)
     by_class, aligned = (accuracy_front(*scores.test.select(row, BY_LABEL, rising), levels) for row in rows)
     by_class_R, aligned_R = (
         accuracy_front(*scores.resampled.select(slice(None), row, BY_LABEL, rising), levels) for row in rows

@@ -152,7 +152,10 @@ def list_sweep_programs(experiment: Experiment) -> Iterator[PlannedProgram]:
 
 
 def list_layer_programs(experiment: Experiment) -> Iterator[PlannedProgram]:
-    """List the programs that steer every layer by itself and all at once, or close a layer's gates."""
+    """List the programs that steer every layer by itself and all at once, or close a layer's gates.
+
+    A pass without steering, which the forms and modes need whose alpha 0 is another model, is smaller and left out.
+    """
     config, dataset, layers = experiment.config, experiment.dataset, list_profiled_layers(experiment.config)
     test = keep_first_of_each_class(dataset.test, config.layers.per_class)
     steering = LayerSteering(describe_steering(experiment, len(dataset.class_names)))

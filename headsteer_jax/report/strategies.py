@@ -44,8 +44,8 @@ SENTENCES = {
         "adds the directions of “gate bias”, mixed by a linear classifier's guess of the class; it needs no label"
     ),
     "guessed_difference": (
-        "adds the directions of “mean difference”, mixed by a linear classifier's guess of the class; it needs neither "
-        "an autoencoder nor a label"
+        "adds the directions of “mean difference”, as long as they are there, mixed by a linear classifier's guess of "
+        "the class; it needs neither an autoencoder nor a label"
     ),
 }
 

@@ -25,7 +25,7 @@ class ImageStrategy(NamedTuple):
 
     # (images, the training split's statistics, config, rng) -> a choice of N rows
     choose: Callable[["ReadResiduals", LatentStatistics, SteerConfig, np.random.Generator], Choice]
-    reads_latents: bool  # otherwise it reads the residual alone, so that no encoder runs
+    reads_latents: bool  # otherwise it reads the residual alone, and needs no encoder
     by_autoencoder: bool  # otherwise it chooses the same for every autoencoder
 
 

@@ -36,7 +36,7 @@ class LatentStatistics(NamedTuple):
     cost: np.ndarray = NO_COST  # [P] what each pattern costs, as a share; empty: the share of gates that are open
     related: np.ndarray | None = None  # [C, C] bool: do two classes share a superclass; None: the dataset has none
     residuals: "Residuals | None" = None  # of the training images, for directions
-    guess: Guess | None = None  # of the class, for guessed_bias
+    guess: Guess | None = None  # of the class, for the strategies that guess
 
 
 class Residuals(NamedTuple):

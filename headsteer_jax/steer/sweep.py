@@ -125,7 +125,7 @@ def describe_unmatched(strategies: Strategies, config: SteerConfig) -> str | Non
 
 
 def make_alpha_grid(config: SteerConfig) -> np.ndarray:
-    """Return the [A] float64 alphas, sorted, with 0, which is the unsteered model; see `is_unsteered_at_zero`."""
+    """Return the [A] float64 alphas, sorted, with 0, in most forms the unsteered model; see `is_unsteered_at_zero`."""
     return np.unique(np.array([0.0, *config.alphas]))
 
 

@@ -306,7 +306,7 @@ def best_alpha(steps: StepFunction, floor: float, cost: np.ndarray) -> float:
       cost: [E + 1], such as steps.heads_on or steps.macs.
     """
     first = int(np.searchsorted(steps.alpha, 0.0))
-    allowed = steps.accuracy[first:] >= floor - 1e-9  # counts are exact, their quotients are not
+    allowed = steps.accuracy[first:] >= floor - 1e-9  # counts are exact, but their quotients are not
     if not allowed.any():
         return 0.0
     best = first + int(np.argmin(np.where(allowed, cost[first:], np.inf)))

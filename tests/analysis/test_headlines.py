@@ -43,6 +43,8 @@ def test_what_is_missing_is_not_said() -> None:
     assert model == "model: accuracy 90.0% with 80.0% of layer 4's gates open"
     assert strategies == "strategies that leave fewer open at their own choice: none; 1 leave more"
     assert claims == "claims: 2 of 2 hold"
+    as_much = summary["steering"] | {"random": summary["steering"]["class"]}
+    assert list_headlines(summary | {"steering": as_much})[2].endswith("none; 0 leave more")
     text = "at equal usage, mean_difference is less accurate than class steering"
     with_direction = summary | {"claims": [*summary["claims"], {"claim": text, "holds": False}]}
     assert list_headlines(with_direction)[3] == "claims: 2 of 2 hold; on what the autoencoder adds, 0 of 1 hold"

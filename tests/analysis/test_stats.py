@@ -29,6 +29,15 @@ def test_counts_that_no_resampling_changes_stay_exact() -> None:
     np.testing.assert_array_equal(found, counts.mean())
 
 
+def test_autoencoders_that_agree_have_the_mean_of_one() -> None:
+    """Sums of thirds would lie beside it, and a change of nothing would not be 0."""
+    rng = np.random.default_rng(5)
+    counts, weights = rng.integers(0, 7, 77).astype(np.uint8), bootstrap_weights(np.zeros(77, int), 200, rng)
+    np.testing.assert_array_equal(
+        bootstrap_means(lambda _: counts, 3, weights, rng), weights.astype(float) @ counts / 77
+    )
+
+
 def test_an_accuracy_on_the_floor_keeps_it() -> None:
     accuracy = np.array([0.7, (0.7 + 0.7 + 0.7) / 3])
     assert accuracy[1] < 0.7

@@ -358,6 +358,23 @@ def test_the_best_fixed_subsets_are_chosen_on_validation(method: str, sublayers:
     assert found["holds"] == (found["interval"][0] > 0)
 
 
+def test_alpha_0_changes_nothing(config: Config, result: SweepResult) -> None:
+    """All strategies keep the unsteered gates and answers at every alpha, so that each change is exactly 0."""
+    test, heads = result.test, result.test.heads
+    shape = test.gates.shape[:4]
+    gates = np.broadcast_to(pack_bits(pattern_to_gates(test.pattern, heads).T), test.gates.shape).copy()
+    right = np.broadcast_to(pack_bits(test.prediction == test.labels), test.right.shape).copy()
+    heads_on = np.broadcast_to(test.unsteered_heads_on, test.heads_on.shape).copy()
+    correct = np.broadcast_to(test.unsteered_correct, test.correct.shape).copy()
+    assert shape[1] > 1
+    same = replace(test, gates=gates, right=right, heads_on=heads_on, correct=correct)
+    summary, _ = summarise(replace(result, test=same), config)
+    for name in result.strategies:
+        assert summary["steering"][name]["usage_change_ci"] == [0, 0]
+        assert summary["steering"][name]["accuracy_change_ci"] == [0, 0]
+    assert not claim(summary, "suppression")["holds"]
+
+
 def test_a_strategy_that_never_comes_down_is_not_judged(config: Config, result: SweepResult) -> None:
     g = result.strategies.index("global")
     heads_on = result.test.heads_on.copy()
@@ -434,7 +451,7 @@ def test_the_least_lead_and_its_interval_are_of_the_same_usages(config: Config, 
     usage[scores.names.index("gate_aligned"), 0, -2] = 0.21  # one setting above the lowest usage it leads again
     curves = Curves(usage, accuracy)
     resampled = Curves(*(np.repeat(values[None], 5, axis=0) for values in curves))
-    found = compare_fronts(replace(scores, test=curves, resampled=resampled))
+    found = compare_fronts(replace(scores, test=curves, resampled=resampled), 0.8)
     assert found is not None
     gaps = np.subtract(found["gate_aligned"], found["class"])
     assert (gaps[0], gaps[1]) == pytest.approx((-0.4, 0.4))
