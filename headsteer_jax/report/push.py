@@ -24,6 +24,7 @@ def draw_push(m: ReportData) -> Figure | None:
     left.plot(deviation_CH.ravel(), push_CH.ravel(), "o", color=m.colours[m.main], markersize=3, alpha=0.45, mew=0)
     left.set_title(f"Push of {m.main.replace('_', ' ')} steering")
     left.set_xlabel("mean gate logit of the class less that of all classes")
+    left.locator_params(axis="x", nbins=5)  # labels of small numbers are long
     left.set_ylabel("added to the gate logit at alpha 1")
     for row, (name, values) in enumerate(explained.items()):
         curve = m.summary["steering"][name]["curve"]
