@@ -176,7 +176,7 @@ def claim_best_subsets(
     open_K = [{*(gates.names[head] for head in row["heads"]), *row.get("sublayers", ())} for row in rows]
     patterns_K = [sum(1 << bit for bit, name in enumerate(gates.names) if name in names) for names in open_K]
     columns_K = np.searchsorted(result.subset, patterns_K)
-    right_NK = result.test.table[:, columns_K] == result.test.labels[:, None]
+    right_NK = (result.test.table[:, columns_K] == result.test.labels[:, None]).astype(np.float64)  # exact sums
     text = f"at the usage of {method} steering, the best fixed head subsets are less accurate"
     return _compare_with_subsets(text, method, right_NK, summary, scores)
 
